@@ -1,0 +1,53 @@
+"""Write a random checkpoint laid out as the released Self-Forcing file: {"generator_ema": {"model.<name>": float32}}.
+
+    python benchmarks/make_checkpoint.py --recipe wan_1_3b_480p --seed 0 --out /tmp/random.pt
+
+torch.save wants every tensor at once, 5.7 GB for the 1.3B model. So the file is first laid out without data, then
+mapped and filled tensor by tensor.
+"""
+
+import argparse
+import mmap
+import sys
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from causalrt.config import RECIPES, ModelConfig, recipe
+from causalrt.export.checkpoint import model_shapes
+from causalrt.export.random_weights import random_weights
+
+
+def make_checkpoint(model: ModelConfig, *, seed: int, out: Path) -> None:
+    """Write the file; on a failure nothing is left at `out`."""
+    shapes = model_shapes(model)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with FakeTensorMode():
+            empty = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save({"generator_ema": empty}, partial)
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            mapped = torch.load(partial, weights_only=True, mmap=True)["generator_ema"]
+        for done, (name, tensor) in enumerate(random_weights(model, seed=seed), start=1):
+            mapped[f"model.{name}"].copy_(tensor)
+            print(f"\r{done}/{len(shapes)} tensors", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="wan_1_3b_480p", choices=list(RECIPES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    make_checkpoint(recipe(args.recipe).model, seed=args.seed, out=args.out)
+
+
+if __name__ == "__main__":
+    main()

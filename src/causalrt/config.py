@@ -1,0 +1,331 @@
+"""Configuration: what is computed (model), of what shape (video), how it is sampled, and how it is compiled.
+
+Four frozen dataclasses, gathered in `Config`; a recipe is a function that returns a complete `Config`. Every field can be
+overridden by its dotted name (`override(config, {"model.num_layers": "2"})`), which is what the command line's `--set` does.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from causalrt.errors import ConfigError
+
+Precision = Literal["float32", "bfloat16", "float16"]
+HeadPlanName = Literal["shares", "pad", "mesh"]
+
+MAX_LATENT_FRAMES = 1024
+"""Positions that the rotary table of the reference has (model_spec section 4)."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Sizes of the causal Wan transformer (model_spec sections 1 to 6)."""
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    ffn_dim: int
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    latent_channels: int = 16
+    patch_height: int = 2
+    patch_width: int = 2
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in dataclasses.fields(self)):
+            _require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+        _require(
+            self.dim % self.num_heads == 0,
+            f"model.dim must be a multiple of model.num_heads, got dim={self.dim} and num_heads={self.num_heads}",
+        )
+        _require(
+            self.head_dim % 2 == 0 and self.head_dim >= 6,
+            f"model.dim / model.num_heads must be even and at least 6 (rotary pairs), got {self.head_dim}",
+        )
+        _require(self.freq_dim % 2 == 0, f"model.freq_dim must be even (cos and sin halves), got {self.freq_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def patch_features(self) -> int:
+        """Features of one token: latent_channels x patch_height x patch_width (64 for Wan)."""
+        return self.latent_channels * self.patch_height * self.patch_width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoConfig:
+    """Geometry of the video and of its attention window, in latent frames and latent rows.
+
+    `window_frames` counts the current chunk, the sink and the rolled history (the reference's `local_attn_size`); None is
+    full attention, whose window is the whole horizon.
+    """
+
+    latent_height: int
+    latent_width: int
+    chunk_frames: int = 3
+    window_frames: int | None = None
+    sink_frames: int = 0
+    horizon_frames: int = 21
+
+    def __post_init__(self) -> None:
+        for name in ("latent_height", "latent_width", "chunk_frames", "horizon_frames"):
+            _require(getattr(self, name) > 0, f"video.{name} must be positive, got {getattr(self, name)}")
+        _require(self.sink_frames >= 0, f"video.sink_frames must not be negative, got {self.sink_frames}")
+        _require(
+            self.horizon_frames <= MAX_LATENT_FRAMES,
+            f"video.horizon_frames is {self.horizon_frames}, but the model has {MAX_LATENT_FRAMES} temporal positions",
+        )
+        _require(
+            self.horizon_frames % self.chunk_frames == 0,
+            f"video.horizon_frames ({self.horizon_frames}) must be a multiple of video.chunk_frames ({self.chunk_frames})",
+        )
+        if self.window_frames is not None:
+            least = self.sink_frames + self.chunk_frames
+            _require(
+                self.window_frames >= least,
+                f"video.window_frames is {self.window_frames}, but the sink ({self.sink_frames}) and one chunk "
+                f"({self.chunk_frames}) need {least}; the reference would overwrite its sink without a word",
+            )
+
+    @property
+    def capacity_frames(self) -> int:
+        """W: latent frames whose keys and values are held, the current chunk included."""
+        return self.horizon_frames if self.window_frames is None else min(self.window_frames, self.horizon_frames)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerConfig:
+    """Few-step schedule (model_spec section 7)."""
+
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    warp: bool = True
+    context_timestep: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(len(self.steps) > 0, "sampler.steps must name at least one timestep, for example 1000,750,500,250")
+        _require(
+            all(0 < s <= 1000 for s in self.steps),
+            f"sampler.steps must lie in (0, 1000], got {list(self.steps)}",
+        )
+        _require(
+            all(a > b for a, b in zip(self.steps, self.steps[1:], strict=False)),
+            f"sampler.steps must fall from noise to clean, got {list(self.steps)}",
+        )
+        _require(self.shift > 0, f"sampler.shift must be positive, got {self.shift}")
+        _require(
+            0 <= self.context_timestep <= 1000,
+            f"sampler.context_timestep must lie in [0, 1000], got {self.context_timestep}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildConfig:
+    """How the step is compiled: ranks, who holds which heads, and the precision of weights and activations."""
+
+    world_size: int = 1
+    head_plan: HeadPlanName = "shares"
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        _require(self.world_size >= 1, f"build.world_size must be at least 1, got {self.world_size}")
+        for name, choices in (("head_plan", get_args(HeadPlanName)), ("precision", get_args(Precision))):
+            value = getattr(self, name)
+            _require(value in choices, f"build.{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything that a bundle is built from, and that its manifest records."""
+
+    model: ModelConfig
+    video: VideoConfig
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    build: BuildConfig = field(default_factory=BuildConfig)
+
+    def __post_init__(self) -> None:
+        for axis in ("height", "width"):
+            latent, patch = getattr(self.video, f"latent_{axis}"), getattr(self.model, f"patch_{axis}")
+            _require(
+                latent % patch == 0,
+                f"video.latent_{axis} must be a multiple of the patch ({patch}), got {latent}: "
+                f"the last {'row' if axis == 'height' else 'column'} would be lost",
+            )
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """T: tokens of one latent frame."""
+        return self.grid_height * self.grid_width
+
+    @property
+    def grid_height(self) -> int:
+        """Token rows of one latent frame."""
+        return self.video.latent_height // self.model.patch_height
+
+    @property
+    def grid_width(self) -> int:
+        """Token columns of one latent frame."""
+        return self.video.latent_width // self.model.patch_width
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """N = F * T: tokens of one chunk."""
+        return self.video.chunk_frames * self.tokens_per_frame
+
+    def as_dict(self) -> dict[str, Any]:
+        """The config as plain JSON types; `config_from_dict` is the way back."""
+        plain = dataclasses.asdict(self)
+        plain["sampler"]["steps"] = list(self.sampler.steps)
+        return plain
+
+
+def config_from_dict(plain: Mapping[str, Any]) -> Config:
+    """Rebuild a `Config` from `Config.as_dict()`.
+
+    Raises:
+        ConfigError: a section or field is unknown, missing, of the wrong type, or out of range.
+    """
+    sections = get_type_hints(Config)
+    if not isinstance(plain, Mapping) or set(plain) != set(sections):
+        raise ConfigError(f"a config has the sections {sorted(sections)}, got {sorted(plain)}")
+    built = {}
+    for name, cls in sections.items():
+        values = dict(plain[name])
+        hints = get_type_hints(cls)
+        unknown, missing = set(values) - set(hints), set(hints) - set(values)
+        if unknown or missing:
+            raise ConfigError(f"config section {name}: unknown fields {sorted(unknown)}, missing {sorted(missing)}")
+        for key, value in values.items():
+            values[key] = _checked(f"{name}.{key}", hints[key], value)
+        built[name] = cls(**values)
+    return Config(**built)
+
+
+def _checked(name: str, hint: Any, value: Any) -> Any:
+    """A JSON value as the type that the field declares, or a ConfigError."""
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        if all(type(v) is int for v in value):
+            return tuple(value)
+    elif get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+    elif type(value) in (get_args(hint) or (hint,)):
+        return value
+    raise ConfigError(f"{name} must be {_type_name(hint)}, got {value!r}")
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "a list of integers"
+    return " or ".join("none" if t is type(None) else t.__name__ for t in get_args(hint) or (hint,))
+
+
+def override(config: Config, changes: Mapping[str, str]) -> Config:
+    """A copy of `config` with fields replaced, given as text by dotted name, all of them at once.
+
+    Args:
+        config: where to start.
+        changes: for example `{"video.window_frames": "9", "sampler.steps": "1000,500", "build.precision": "bfloat16"}`;
+            `none` stands for None.
+
+    Raises:
+        ConfigError: unknown name (the known ones are listed), text that is not of the field's type, or a bad combination.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    hints = {f"{s}.{f}": hint for s, cls in get_type_hints(Config).items() for f, hint in get_type_hints(cls).items()}
+    for name, text in changes.items():
+        if name not in hints:
+            raise ConfigError(f"no field {name!r}; the fields are: {', '.join(sorted(hints))}")
+        section, key = name.split(".")
+        sections.setdefault(section, {})[key] = _parse(name, hints[name], text)
+    replaced = {s: dataclasses.replace(getattr(config, s), **values) for s, values in sections.items()}
+    return dataclasses.replace(config, **replaced)
+
+
+def _parse(name: str, hint: Any, text: str) -> Any:
+    if type(None) in get_args(hint):
+        if text.lower() == "none":
+            return None
+        hint = next(t for t in get_args(hint) if t is not type(None))
+    try:
+        if hint is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if get_origin(hint) is tuple:
+            return tuple(int(part) for part in text.split(","))
+        if hint in (int, float):
+            return hint(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{name} must be {_type_name(hint)}, got {text!r}") from None
+    return text
+
+
+def wan_1_3b_480p() -> Config:
+    """Self-Forcing on Wan2.1-T2V-1.3B: 832x480 pixels, 3 latent frames a chunk, 21 latent frames (81 RGB frames)."""
+    return Config(
+        model=ModelConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960),
+        video=VideoConfig(latent_height=60, latent_width=104),
+    )
+
+
+def wan_14b_480p() -> Config:
+    """The 14B sizes of Wan2.1-T2V under the same schedule and geometry."""
+    return Config(
+        model=ModelConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824),
+        video=VideoConfig(latent_height=60, latent_width=104),
+    )
+
+
+def tiny() -> Config:
+    """The smallest model that exercises everything, for tests: 3 heads, so that 2 ranks already cut one."""
+    return Config(
+        model=ModelConfig(dim=48, num_heads=3, num_layers=2, ffn_dim=96, freq_dim=32, text_dim=24, text_len=8),
+        video=VideoConfig(latent_height=4, latent_width=6, window_frames=7, sink_frames=1, horizon_frames=12),
+    )
+
+
+def demo() -> Config:
+    """What `causalrt demo` runs: 5 heads on 2 ranks, a rolling window with a sink, 7 chunks."""
+    return Config(
+        model=ModelConfig(dim=320, num_heads=5, num_layers=4, ffn_dim=1280, text_dim=128, text_len=64),
+        video=VideoConfig(latent_height=24, latent_width=40, window_frames=12, sink_frames=3),
+        build=BuildConfig(world_size=2),
+    )
+
+
+def bench_cpu() -> Config:
+    """The size at which executors are compared on a CPU: 17 M parameters, 720 tokens a frame, 5 chunks."""
+    return Config(
+        model=ModelConfig(dim=384, num_heads=6, num_layers=6, ffn_dim=1536),
+        video=VideoConfig(latent_height=40, latent_width=72, horizon_frames=15),
+    )
+
+
+RECIPES: Mapping[str, Callable[[], Config]] = {
+    recipe.__name__: recipe for recipe in (wan_1_3b_480p, wan_14b_480p, tiny, demo, bench_cpu)
+}
+
+
+def recipe(name: str) -> Config:
+    """The complete config of a recipe by name.
+
+    Raises:
+        ConfigError: no such recipe; the known ones are listed.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"no recipe {name!r}; the recipes are: {', '.join(RECIPES)}")
+    return RECIPES[name]()

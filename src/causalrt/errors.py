@@ -1,0 +1,63 @@
+"""Typed errors of CausalRT.
+
+`ValueError` subclasses answer for what a caller gave; `RuntimeError` subclasses for what broke underneath. Every message
+names the thing, the value got, the value wanted, and what to do about it.
+"""
+
+
+class CausalRTError(Exception):
+    """Base of every error that CausalRT raises on purpose."""
+
+
+class ConfigError(CausalRTError, ValueError):
+    """A configuration field, or a combination of fields, cannot work."""
+
+
+class CheckpointError(CausalRTError, ValueError):
+    """A checkpoint cannot be read, or does not hold the model that the recipe describes."""
+
+
+class BundleError(CausalRTError, ValueError):
+    """A bundle is damaged, incomplete, or made for something else than what is asked of it."""
+
+
+class BuildError(CausalRTError, RuntimeError):
+    """An offline build failed; nothing was left at the target."""
+
+
+class PromptError(CausalRTError, ValueError):
+    """Prompt embeddings have the wrong shape, type, or values."""
+
+
+class RequestError(CausalRTError, ValueError):
+    """A session asks for what the loaded engine cannot do, such as frames past its horizon."""
+
+
+class RecordingError(CausalRTError, ValueError):
+    """A recorded rollout cannot be replayed: malformed, or of a kind that this version does not know."""
+
+
+class ExecutorError(CausalRTError, RuntimeError):
+    """An executor cannot run here: a library, a device or a precision is missing."""
+
+
+class OutOfMemoryError(CausalRTError, RuntimeError):
+    """The predicted memory does not fit, found before anything was allocated."""
+
+
+class RankError(CausalRTError, RuntimeError):
+    """A rank process died, hung, or raised; the engine is closed and can be loaded again.
+
+    Attributes:
+        rank: the first rank that failed, or None if all of them went silent.
+        log_tail: the last lines that this rank logged.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, log_tail: str = "") -> None:
+        super().__init__(message + (f"\nlast log lines of rank {rank}:\n{log_tail}" if log_tail else ""))
+        self.rank = rank
+        self.log_tail = log_tail
+
+
+class EngineClosedError(CausalRTError, RuntimeError):
+    """A call on an engine or session that was closed, or whose ranks have failed."""

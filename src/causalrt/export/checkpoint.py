@@ -1,0 +1,472 @@
+"""Released checkpoints in, one plain weight file out.
+
+    .pt / .safetensors / folder -> open_checkpoint -> Checkpoint (lazy, reference names) -> write_weights -> one file
+
+This module owns the names, the shapes and the values of weights. A checkpoint is hostile input: no code in it is ever
+run, an index names only files beside it, and the tensors stay on disk until they are asked for. Resident memory is that
+of the target, because the pages of each source tensor are given back once it is converted. How an executor loads the
+written file is none of this module's business.
+
+Reference names are those of the released Self-Forcing file without `model.` (model_spec section 8).
+"""
+
+import ctypes
+import functools
+import json
+import logging
+import math
+import mmap
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from causalrt.config import ModelConfig
+from causalrt.errors import BuildError, CheckpointError
+
+Layout = Literal["self_forcing", "wan", "diffusers"]
+
+_log = logging.getLogger(__name__)
+
+_WRAPPER_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+_INDEX_SUFFIX = ".safetensors.index.json"
+_DIFFUSERS_MARK = "condition_embedder."
+
+# Diffusers module -> reference module; block modules without their `blocks.<i>.`.
+_DIFFUSERS_MODULES = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+_DIFFUSERS_BLOCK_MODULES = {
+    "scale_shift_table": "modulation",
+    "norm2": "norm3",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+} | {
+    f"{theirs}.{their_part}": f"{ours}.{part}"
+    for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+    for their_part, part in (
+        *(("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o")),
+        *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
+    )
+}
+
+# Field of ModelConfig -> where it shows: tensor, rank of the tensor, dimension.
+_SIZE_SOURCES = {
+    "dim": ("patch_embedding.weight", 5, 0),
+    "ffn_dim": ("blocks.0.ffn.0.weight", 2, 0),
+    "freq_dim": ("time_embedding.0.weight", 2, 1),
+    "text_dim": ("text_embedding.0.weight", 2, 1),
+    "latent_channels": ("patch_embedding.weight", 5, 1),
+    "patch_height": ("patch_embedding.weight", 5, 3),
+    "patch_width": ("patch_embedding.weight", 5, 4),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """One tensor where it lies: `read` maps it, `release` unmaps what `read` made resident."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    release: Callable[[], None]
+
+
+class Checkpoint:
+    """Tensors of an opened checkpoint under reference names, each read when it is asked for.
+
+    Attributes:
+        path: file or folder that was opened.
+        layout: `diffusers`, `self_forcing` (a generator key or the prefix `model.`), or `wan` (bare names).
+        shapes: shape of every tensor, by reference name.
+        dtypes: element type of every tensor, by reference name.
+    """
+
+    def __init__(self, path: Path, *, layout: Layout, stored: Mapping[str, _Stored]) -> None:
+        self.path = path
+        self.layout: Layout = layout
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in stored.items()}
+        self.dtypes: Mapping[str, torch.dtype] = {name: entry.dtype for name, entry in stored.items()}
+        self._stored = stored
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as stored, to be read only: it is a view of the mapped file."""
+        return self._stored[name].read()
+
+    def release(self, name: str) -> None:
+        """Give the resident pages of a tensor back; reading it again brings them back from the file.
+
+        A safetensors source is mapped for each `tensor` call and leaves with the last reference to what that returned.
+        A legacy `.pt` is held in memory as long as the checkpoint is: for it this does nothing.
+        """
+        self._stored[name].release()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a released checkpoint lazily and name its tensors as the reference does.
+
+    Args:
+        path: a Self-Forcing or Wan `.pt`/`.pth`, a `.safetensors` file, a `.safetensors.index.json`, or a folder with
+            either of the last two, in itself or in its `transformer/`.
+
+    Raises:
+        CheckpointError: not a checkpoint, damaged, incomplete, ambiguous, or holding code.
+    """
+    generator = False
+    if path.is_dir():
+        stored = _open_folder(path)
+    elif not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: give a .pt or .safetensors file, or a folder with safetensors")
+    elif path.name.endswith(_INDEX_SUFFIX):
+        stored = _open_shards(path, _shards_from_index(path))
+    elif _is_safetensors(path):
+        stored = _open_safetensors(path)
+    else:
+        stored, generator = _open_torch(path)
+
+    diffusers = any(_DIFFUSERS_MARK in key for key in stored)
+    origin: dict[str, str] = {}
+    prefixed = False
+    for key in stored:
+        bare = ".".join(part for part in key.split(".") if part not in _WRAPPER_PARTS)
+        prefixed |= bare.startswith("model.")
+        name = bare.removeprefix("model.")
+        name = _reference_from_diffusers(name) if diffusers else name
+        if name in origin:
+            raise CheckpointError(f"{path}: the keys {origin[name]!r} and {key!r} are both the tensor {name!r}")
+        origin[name] = key
+    layout: Layout = "diffusers" if diffusers else "self_forcing" if generator or prefixed else "wan"
+    _log.info("checkpoint %s: layout %s, %d tensors", path, layout, len(origin))
+    return Checkpoint(path, layout=layout, stored={name: stored[origin[name]] for name in sorted(origin)})
+
+
+def _reference_from_diffusers(name: str) -> str:
+    """The reference name; a name that the table does not know stays, to be reported as extra."""
+    match = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name, flags=re.DOTALL)
+    if match is None:
+        return name
+    block, module, leaf = (group or "" for group in match.groups())
+    table = _DIFFUSERS_BLOCK_MODULES if block else _DIFFUSERS_MODULES
+    return block + table.get(module, module) + leaf
+
+
+def _open_torch(path: Path) -> tuple[dict[str, _Stored], bool]:
+    """Tensors of a torch file by their own keys, and whether they stood under a generator key."""
+    with path.open("rb") as file:
+        mapped = file.read(4) == b"PK\x03\x04"
+    if not mapped:
+        _log.warning("%s is a legacy torch file, which cannot be mapped: all of it is read into memory", path)
+    try:
+        top: Any = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+    except Exception as error:  # whatever a hostile or damaged file makes the unpickler raise
+        code = re.search(r"GLOBAL (\S+)|unrecognized function (.+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code is not None:
+            raise CheckpointError(
+                f"{path} holds code ({code[1] or code[2]}), which was not executed; only tensors are read. "
+                "Save the state dict alone: torch.save(model.state_dict(), path)"
+            ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged or not a checkpoint; nothing in it was executed: {reason}") from None
+
+    generators = [key for key in ("generator_ema", "generator") if isinstance(top, Mapping) and key in top]
+    if generators:
+        _log.info("%s: reading %s of the top keys %s", path, generators[0], sorted(map(str, top)))
+    state = top[generators[0]] if generators else top
+    wanted = "a state dict, bare or under the key generator_ema or generator"
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(f"{path} must hold {wanted}, got {type(state).__name__}")
+    wrong = sorted(repr(key) for key, value in state.items() if not (isinstance(key, str) and _is_dense(value)))
+    if wrong:
+        raise CheckpointError(f"{path} must hold {wanted}; these entries are no dense tensors: {', '.join(wrong)}")
+    ranges = list(_mapped_ranges(path)) if mapped else []
+    return {key: _stored_from_torch(value.detach(), ranges) for key, value in state.items()}, bool(generators)
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+
+
+def _stored_from_torch(tensor: torch.Tensor, ranges: list[tuple[int, int]]) -> _Stored:
+    """An entry that releases only what lies in a mapping of the file: anonymous pages, once dropped, read as zeros."""
+    start = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = start + (last + 1) * tensor.element_size()
+    in_file = tensor.numel() > 0 and any(low <= start and end <= high for low, high in ranges)
+    return _Stored(
+        shape=tuple(tensor.shape),
+        dtype=tensor.dtype,
+        read=lambda: tensor,
+        release=functools.partial(_drop_pages, start, end) if in_file else lambda: None,
+    )
+
+
+def _mapped_ranges(path: Path) -> Iterator[tuple[int, int]]:
+    """Address ranges of this process that map the file; none where /proc is not Linux's."""
+    if sys.platform != "linux":
+        return
+    target = str(path.resolve())
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] == target:
+            low, high = fields[0].split("-")
+            yield int(low, 16), int(high, 16)
+
+
+def _drop_pages(start: int, end: int) -> None:
+    """Unmap the pages that touch [start, end); clean pages of a file come back when they are read again."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    first = start - start % mmap.PAGESIZE
+    if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), ctypes.c_int(mmap.MADV_DONTNEED)) != 0:
+        _log.debug("madvise: %s", os.strerror(ctypes.get_errno()))
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the suffix, or by the bytes: eight of header length, then the JSON header."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _open_safetensors(path: Path) -> dict[str, _Stored]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            views = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is not iterable)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
+    return {
+        key: _Stored(
+            shape=tuple(view.shape),
+            dtype=view.dtype,
+            read=functools.partial(_read_safetensors, path, key),
+            release=lambda: None,
+        )
+        for key, view in views.items()
+    }
+
+
+def _read_safetensors(path: Path, key: str) -> torch.Tensor:
+    """A view of a mapping of its own, so that the resident pages leave with the view."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} changed while it was read: {error}") from None
+
+
+def _open_folder(folder: Path) -> dict[str, _Stored]:
+    for place in (folder, folder / "transformer"):
+        indexes = sorted(place.glob(f"*{_INDEX_SUFFIX}"))
+        shards = _shards_from_index(indexes[0]) if len(indexes) == 1 else {}
+        singles = sorted(file for file in place.glob("*.safetensors") if file.name not in shards.values())
+        if len(indexes) + len(singles) > 1:
+            names = ", ".join(file.name for file in (*indexes, *singles))
+            raise CheckpointError(
+                f"{place} holds more than one checkpoint ({names}): give the file instead of the folder"
+            )
+        if indexes:
+            return _open_shards(indexes[0], shards)
+        if singles:
+            return _open_safetensors(singles[0])
+    raise CheckpointError(f"no .safetensors and no {_INDEX_SUFFIX} in {folder} or its transformer/")
+
+
+def _shards_from_index(index: Path) -> dict[str, str]:
+    """Tensor key -> shard file name, every one of them a plain name in the folder of the index."""
+    try:
+        plain = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not readable JSON: {error}") from None
+    shards = plain.get("weight_map") if isinstance(plain, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{index} must hold a weight_map from tensor names to file names")
+    outside = sorted({shard for shard in shards.values() if not re.fullmatch(r"[\w.-]+\.safetensors", shard)})
+    if outside:
+        raise CheckpointError(
+            f"{index}: a shard must be the plain name of a .safetensors file beside it, got {outside}"
+        )
+    return shards
+
+
+def _open_shards(index: Path, shards: Mapping[str, str]) -> dict[str, _Stored]:
+    names = sorted(set(shards.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
+    stored: dict[str, _Stored] = {}
+    held: set[tuple[str, str]] = set()
+    for name in names:
+        shard = _open_safetensors(index.parent / name)
+        stored.update(shard)
+        held.update((key, name) for key in shard)
+    astray = sorted(f"{key} ({name})" for key, name in held ^ set(shards.items()))
+    if astray:
+        raise CheckpointError(f"{index} and its shards disagree on where these tensors are: {', '.join(astray)}")
+    return stored
+
+
+def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Reference name -> shape of every tensor of the model (model_spec section 8)."""
+    d = model.dim
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, rows: int, *columns: int) -> None:
+        shapes[f"{name}.weight"] = (rows, *columns)
+        shapes[f"{name}.bias"] = (rows,)
+
+    linear("patch_embedding", d, model.latent_channels, 1, model.patch_height, model.patch_width)
+    linear("text_embedding.0", d, model.text_dim)
+    linear("text_embedding.2", d, d)
+    linear("time_embedding.0", d, model.freq_dim)
+    linear("time_embedding.2", d, d)
+    linear("time_projection.1", 6 * d, d)
+    for i in range(model.num_layers):
+        block = f"blocks.{i}"
+        shapes[f"{block}.modulation"] = (1, 6, d)
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                linear(f"{block}.{attention}.{part}", d, d)
+            for norm in ("norm_q", "norm_k"):
+                shapes[f"{block}.{attention}.{norm}.weight"] = (d,)
+        linear(f"{block}.norm3", d)
+        linear(f"{block}.ffn.0", model.ffn_dim, d)
+        linear(f"{block}.ffn.2", d, model.ffn_dim)
+    shapes["head.modulation"] = (1, 2, d)
+    linear("head.head", model.patch_features, d)
+    return shapes
+
+
+def infer_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Fields of `ModelConfig` as the tensors show them; `num_heads` and `text_len` leave no trace in the weights.
+
+    A field whose tensor is missing or has another rank is left out.
+    """
+    sizes = {
+        field: checkpoint.shapes[name][dim]
+        for field, (name, rank, dim) in _SIZE_SOURCES.items()
+        if len(checkpoint.shapes.get(name, ())) == rank
+    }
+    blocks = [int(match[1]) for name in checkpoint.shapes if (match := re.match(r"blocks\.(\d{1,9})\.", name))]
+    if blocks:
+        sizes["num_layers"] = max(blocks) + 1
+    return sizes
+
+
+def check_checkpoint(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Hold the checkpoint against the config: sizes first, then every tensor.
+
+    Raises:
+        CheckpointError: one that lists every size that differs, with the flag that sets it; or, if none does, one that
+            lists every missing, extra and misshapen tensor.
+    """
+    differing = [
+        f"  {field}: checkpoint {size}, recipe {getattr(model, field)}; --set model.{field}={size}"
+        for field, size in sorted(infer_sizes(checkpoint).items())
+        if size != getattr(model, field)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a model of other sizes (num_heads and text_len cannot be told from weights):\n"
+            + "\n".join(differing)
+        )
+    wanted = model_shapes(model)
+    held = checkpoint.shapes
+    groups = {
+        "missing": sorted(wanted.keys() - held.keys()),
+        "extra": sorted(held.keys() - wanted.keys()),
+        "misshapen": [
+            f"{name} (got {_typed(held[name], checkpoint.dtypes[name])}, wanted floating {list(wanted[name])})"
+            for name in sorted(wanted.keys() & held.keys())
+            if held[name] != wanted[name] or not checkpoint.dtypes[name].is_floating_point
+        ],
+    }
+    if any(groups.values()):
+        lines = [f"  {group} ({len(names)}): {', '.join(names)}" for group, names in groups.items() if names]
+        raise CheckpointError(f"{checkpoint.path} does not hold the model of the recipe:\n" + "\n".join(lines))
+
+
+def _typed(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def write_weights(
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    out: Path,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Convert the checkpoint to one safetensors file of one type, in the order and shape that the step reads.
+
+    Names and shapes are the reference's, but for two: `patch_embedding.weight` is flattened to [dim, patch_features],
+    and the rows of `head.head`, in the reference (dy, dx, channel) with channel fastest, are stored (channel, dy, dx)
+    with dx fastest, so that a token's features leave the model in the order in which they enter it.
+
+    Args:
+        checkpoint: where the tensors are.
+        model: sizes that they must have.
+        dtype: type of every tensor written, norms and modulations included.
+        out: file to write, by way of a temporary name beside it.
+        on_progress: called with (tensors done, tensors in all).
+
+    Raises:
+        CheckpointError: not this model, or values that are not finite or do not fit `dtype`, with every bad tensor.
+        BuildError: the file cannot be written.
+    """
+    check_checkpoint(checkpoint, model)
+    names = list(model_shapes(model))
+    converted: dict[str, torch.Tensor] = {}
+    bad: list[str] = []
+    for done, name in enumerate(names, start=1):
+        tensor, fault = _convert(checkpoint.tensor(name), name, model, dtype)
+        checkpoint.release(name)
+        if fault:
+            bad.append(f"  {name}: {fault}")
+            converted.clear()
+        elif not bad:
+            converted[name] = tensor
+        if on_progress is not None:
+            on_progress(done, len(names))
+    if bad:
+        raise CheckpointError(f"{checkpoint.path} cannot be written as {dtype}:\n" + "\n".join(bad))
+
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        save_file(converted, partial, metadata={"format": "causalrt-weights"})
+        partial.replace(out)
+    except (SafetensorError, OSError) as error:
+        size_mib = sum(tensor.nbytes for tensor in converted.values()) / 2**20
+        raise BuildError(f"cannot write the weights ({size_mib:.0f} MiB) to {out}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _convert(source: torch.Tensor, name: str, model: ModelConfig, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
+    """The tensor in storage of its own as it is written, and what is wrong with its values (or nothing)."""
+    if name == "patch_embedding.weight":
+        source = source.flatten(1)
+    elif name in ("head.head.weight", "head.head.bias"):
+        rows = source.reshape(model.patch_height, model.patch_width, model.latent_channels, *source.shape[1:])
+        source = rows.movedim(2, 0).flatten(0, 2)
+    tensor = torch.empty(source.shape, dtype=dtype).copy_(source)
+    # A conversion keeps NaN and Inf and turns overflow into Inf, so that one pass without temporaries sees all three.
+    if all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist()):
+        return tensor, ""
+    num_bad = int((~source.isfinite()).sum())
+    num_overflowing = int((~tensor.isfinite()).sum()) - num_bad
+    faults = ((num_bad, "not finite"), (num_overflowing, f"too large for {dtype}"))
+    return tensor, ", ".join(f"{count} of {tensor.numel()} values {what}" for count, what in faults if count)

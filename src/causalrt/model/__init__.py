@@ -1,0 +1,1 @@
+"""What is computed, in eager torch: the causal Wan transformer, its rotary tables, and its schedule."""

@@ -1,0 +1,170 @@
+"""One chunk step on one rank: the module that the eager executor runs and that the exporter traces.
+
+    x [S, 64] -> embed -> layers x { qkv, norm, rotate -> scatter_heads -> kv_attention -> gather_heads -> o,
+                                     cross-attention, feed-forward } -> head -> flow [S, 64]
+
+What meets other rows is handed in as `StepOps`: eager calls real collectives and writes the KV slots in place; a trace
+records functional ops. Shapes as in `wan.py`; KV tensors are `[1, rows, heads * D]`, one pair for each layer and share.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from causalrt.config import Config
+from causalrt.layout import Layout
+from causalrt.model.rope import rope_tables
+from causalrt.model.wan import AttentionWeights, Block, Wan
+
+KVPair = tuple[torch.Tensor, torch.Tensor]
+KVTensors = Sequence[Sequence[KVPair]]
+"""By layer, by share: (k, v)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOps:
+    """How rows meet: the exchange between ranks, rotation, and the two attentions (signatures: `causalrt.plugins`)."""
+
+    all_to_all: Callable[[torch.Tensor], torch.Tensor]
+    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+    attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+    kv_attention: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ]
+
+
+class HeadExchange(nn.Module):
+    """The two all-to-alls of a layer, and nothing else. One rank exchanges nothing and copies nothing."""
+
+    scatter_index: torch.Tensor
+    gather_index: torch.Tensor
+
+    def __init__(self, layout: Layout, head_dim: int, all_to_all: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layout = layout
+        self.head_dim = head_dim
+        self.all_to_all = all_to_all
+        self.register_buffer("scatter_index", torch.from_numpy(layout.scatter_index()).flatten(), persistent=False)
+        self.register_buffer("gather_index", torch.from_numpy(layout.gather_index()), persistent=False)
+
+    def scatter_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """`[1, S, H*D]` x 3 -> for each share q `[1, P*query_rows, h*D]`, k and v `[1, N, h*D]`; one collective.
+
+        Every rank calls it, in layer order; all blocks have the same size.
+        """
+        if self.layout.world_size == 1:
+            return [(q, k, v)]
+        ranks, rows = self.layout.world_size, self.layout.local_tokens
+        stacked = torch.cat([q, k, v]).view(-1, self.head_dim)
+        sent = stacked.index_select(0, self.scatter_index).view(ranks, -1, self.head_dim)
+        received = self.all_to_all(sent)
+        shares, start = [], 0
+        for share in self.layout.shares:
+            parts = []
+            for part_rows in (share.query_rows, rows, rows):
+                part = received[:, start : start + part_rows * share.num_heads]
+                parts.append(part.reshape(1, ranks * part_rows, share.num_heads * self.head_dim))
+                start += part_rows * share.num_heads
+            tokens = self.layout.num_tokens
+            shares.append((parts[0], parts[1][:, :tokens], parts[2][:, :tokens]))
+        return shares
+
+    def gather_heads(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """For each share `[1, P*query_rows, h*D]` -> `[1, S, H*D]`, this rank's tokens with all heads; one collective."""
+        if self.layout.world_size == 1:
+            return outputs[0]
+        ranks = self.layout.world_size
+        sent = torch.cat([out.reshape(ranks, -1, self.head_dim) for out in outputs], dim=1)
+        received = self.all_to_all(sent).view(-1, self.head_dim)
+        return received.index_select(0, self.gather_index).view(1, self.layout.local_tokens, -1)
+
+
+class ChunkStep(nn.Module):
+    """One forward of the transformer over a rank's rows of one chunk at one noise level.
+
+    The rotary tables and packing indices are constants; `rank` and `first_frame` are inputs, so one graph serves every
+    rank and every chunk.
+    """
+
+    def __init__(self, wan: Wan, config: Config, layout: Layout, ops: StepOps) -> None:
+        super().__init__()
+        self.wan = wan
+        self.ops = ops
+        self.layout = layout
+        self.num_heads = config.model.num_heads
+        self.exchange = HeadExchange(layout, config.model.head_dim, ops.all_to_all)
+        for name, table in rope_tables(config, layout).constants().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        e: torch.Tensor,
+        e0: torch.Tensor,
+        rank: torch.Tensor,
+        first_frame: torch.Tensor,
+        kv: KVTensors,
+        cross_kv: Sequence[KVPair],
+    ) -> tuple[torch.Tensor, list[list[KVPair]]]:
+        """Predict the flow of the rank's rows.
+
+        Args:
+            x: `[S, 64]`, noisy rows in token order.
+            e: `[C]`, time embedding.
+            e0: `[6, C]`, its projection.
+            rank: `[1]` int64.
+            first_frame: `[1]` int64, global time index of the chunk's first frame.
+            kv: filled prefix of the KV slots; its first N rows are staging, and are written.
+            cross_kv: per layer (k, v), `[1, text_len, C]`.
+
+        Returns:
+            flow `[S, 64]`, and the KV slots with the chunk written.
+        """
+        cos, sin = self.rotation(rank, first_frame)
+        x = self.wan.patch_embedding(x)
+        written = []
+        for block, layer_kv, layer_cross in zip(self.wan.blocks, kv, cross_kv, strict=True):
+            assert isinstance(block, Block)
+            shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation[0] + e0).unbind(0)
+            attended, layer_written = self.self_attention(
+                block.self_attn, block.modulate(x, shift1, scale1), cos, sin, layer_kv
+            )
+            x = x + gate1 * attended
+            x = x + self.cross_attention(block.cross_attn, block.norm3(x), layer_cross)
+            x = x + gate2 * block.ffn(block.modulate(x, shift2, scale2))
+            written.append(layer_written)
+        return self.wan.head(x, e), written
+
+    def rotation(self, rank: torch.Tensor, first_frame: torch.Tensor) -> KVPair:
+        """(cos, sin), `[1, S, D / 2]` each, of the rank's tokens at their global time index."""
+        frames = self.frame_in_chunk.index_select(0, rank)[0] + first_frame
+        cos, sin = (
+            torch.cat([temporal.index_select(0, frames)[None], spatial.index_select(0, rank)], dim=-1)
+            for temporal, spatial in (
+                (self.temporal_cos, self.spatial_cos),
+                (self.temporal_sin, self.spatial_sin),
+            )
+        )
+        return cos, sin
+
+    def self_attention(
+        self, weights: AttentionWeights, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: Sequence[KVPair]
+    ) -> tuple[torch.Tensor, list[KVPair]]:
+        """`[S, C]` -> `[S, C]`: rotate locally, then each share attends for its heads and rows."""
+        q = self.ops.rotate(weights.norm_q(weights.q(y))[None], cos, sin, self.num_heads)
+        k = self.ops.rotate(weights.norm_k(weights.k(y))[None], cos, sin, self.num_heads)
+        outputs, written = [], []
+        scattered = self.exchange.scatter_heads(q, k, weights.v(y)[None])
+        for share, (q_rows, k_rows, v_rows), (k_slots, v_slots) in zip(self.layout.shares, scattered, kv, strict=True):
+            out, k_slots, v_slots = self.ops.kv_attention(q_rows, k_rows, v_rows, k_slots, v_slots, share.num_heads)
+            outputs.append(out)
+            written.append((k_slots, v_slots))
+        return weights.o(self.exchange.gather_heads(outputs)[0]), written
+
+    def cross_attention(self, weights: AttentionWeights, y: torch.Tensor, kv: KVPair) -> torch.Tensor:
+        """`[S, C]` -> `[S, C]` over all text rows, padding rows included; local, for text is on every rank."""
+        q = weights.norm_q(weights.q(y))[None]
+        return weights.o(self.ops.attention(q, *kv, self.num_heads)[0])

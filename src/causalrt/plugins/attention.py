@@ -1,0 +1,86 @@
+"""`causalrt::attention` and `causalrt::kv_attention`: attention over rows token by token, and over the KV slots.
+
+Shapes: `[1, rows, heads * D]`, rows slow, so that a filled prefix of the slots is a contiguous view and nothing is copied
+to attend over it. `kv_attention` first writes the new chunk's rows to the staging slots, which are the first ones.
+
+The op is functional, as a trace needs it; `kv_attention_in_place` is the same with the write done in the caller's memory.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def attend(q_BRC: torch.Tensor, k_BLC: torch.Tensor, v_BLC: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v without a mask, head by head (model_spec section 3).
+
+    Args:
+        q_BRC: `[1, R, heads * D]`.
+        k_BLC: `[1, L, heads * D]`.
+        v_BLC: `[1, L, heads * D]`.
+        num_heads: heads of q, k and v.
+
+    Returns:
+        `[1, R, heads * D]`.
+    """
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BRC, k_BLC, v_BLC))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def kv_attention_in_place(
+    q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, k_slots: torch.Tensor, v_slots: torch.Tensor, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`kv_attention`, with the new rows written into `k_slots` and `v_slots` themselves."""
+    rows = k_new.shape[1]
+    k_slots[:, :rows] = k_new
+    v_slots[:, :rows] = v_new
+    return attend(q, k_slots, v_slots, num_heads), k_slots, v_slots
+
+
+@torch.library.custom_op("causalrt::attention", mutates_args=())
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`attend` as an op that a trace keeps whole."""
+    return attend(q, k, v, num_heads).contiguous()
+
+
+@attention.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("causalrt::kv_attention", mutates_args=())
+def kv_attention(
+    q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, k_slots: torch.Tensor, v_slots: torch.Tensor, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Write the chunk's rows to staging, attend over the filled slots, return the output and the slots.
+
+    Args:
+        q: `[1, R, heads * D]`, the query rows of one share.
+        k_new: `[1, N, heads * D]`, rotated keys of the chunk.
+        v_new: `[1, N, heads * D]`.
+        k_slots: `[1, L, heads * D]`, the filled prefix of the slots, L >= N; its first N rows are staging.
+        v_slots: `[1, L, heads * D]`.
+        num_heads: heads of the share.
+    """
+    out, k, v = kv_attention_in_place(q, k_new, v_new, k_slots.clone(), v_slots.clone(), num_heads)
+    return out.contiguous(), k, v
+
+
+@kv_attention.register_fake
+def _(
+    q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, k_slots: torch.Tensor, v_slots: torch.Tensor, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(k_slots), torch.empty_like(v_slots)
+
+
+def onnx_attention(op: Any, q: Any, k: Any, v: Any, num_heads: int) -> Any:
+    """ONNX form: the standard Attention on `[1, rows, heads * D]`."""
+    return op.Attention(q, k, v, q_num_heads=num_heads, kv_num_heads=num_heads)[0]
+
+
+def onnx_kv_attention(op: Any, q: Any, k_new: Any, v_new: Any, k_slots: Any, v_slots: Any, num_heads: int) -> Any:
+    """ONNX form: TensorScatter into staging, in place where input and output share a buffer, then Attention."""
+    k = op.TensorScatter(k_slots, k_new, axis=1)
+    v = op.TensorScatter(v_slots, v_new, axis=1)
+    return onnx_attention(op, q, k, v, num_heads), k, v
