@@ -1,0 +1,1 @@
+"""The bundle, and the executors that run a chunk step from one."""

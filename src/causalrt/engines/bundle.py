@@ -1,0 +1,194 @@
+"""The bundle: the folder that a build writes and the runtime loads.
+
+    manifest.json         schema, config, layout, toolchain, graphs, and every other file with bytes and sha256
+    weights.safetensors   all weights, once, in the build's precision
+    *.onnx                graphs; their weights are references into weights.safetensors
+
+Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from causalrt.config import Config, config_from_dict
+from causalrt.errors import BuildError, BundleError, ConfigError
+from causalrt.layout import Layout, layout_from_config
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+TOOLCHAIN = ("causalrt", "torch", "onnx", "onnxscript", "onnxruntime")
+REBUILD = "build the bundle again with `causalrt build`"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """An opened bundle, verified.
+
+    Attributes:
+        path: its folder.
+        config: what it was built from.
+        layout: who holds what, derived from `config`.
+        executors: names of the executors that it holds everything for.
+        graphs: what the executors need to know of the graph files.
+        toolchain: package versions at build time.
+    """
+
+    path: Path
+    config: Config
+    layout: Layout
+    executors: tuple[str, ...]
+    graphs: Mapping[str, Any]
+    toolchain: Mapping[str, str]
+
+
+def toolchain_versions() -> dict[str, str]:
+    """Versions of the packages that a bundle is tied to; a missing one is left out."""
+    found = {}
+    for name in TOOLCHAIN:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    plain = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
+    """A temporary folder beside `target` to fill; renamed to `target` if the block ends well, removed if not.
+
+    Raises:
+        BuildError: the target exists, the place cannot be written, or the disk is or becomes full.
+    """
+    target = target.absolute()
+    if target.exists() and not overwrite:
+        raise BuildError(f"{target} exists already; choose another folder or pass --overwrite")
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise BuildError(f"{target} exists and is no bundle; it is not overwritten, choose another folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed_bytes:
+            raise BuildError(
+                f"no disk space: the bundle needs {needed_bytes:,} bytes and {target.parent} has {free:,} free; "
+                "free some or choose another folder"
+            )
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise BuildError(f"cannot write a bundle to {target}: {error.strerror or error}") from error
+    try:
+        yield work
+        work.chmod(0o755)
+        if target.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            os.rename(target, retired / "bundle")
+            os.rename(work, target)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            os.rename(work, target)
+    except OSError as error:
+        raise BuildError(f"writing the bundle failed, nothing was left at {target}: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_manifest(folder: Path, *, config: Config, executors: tuple[str, ...], graphs: Mapping[str, Any]) -> None:
+    """Hash every file in `folder` and write the manifest; the last act of a build."""
+    layout = layout_from_config(config)
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "config": config.as_dict(),
+        "layout": {
+            "local_tokens": layout.local_tokens,
+            "scatter_rows": layout.scatter_rows,
+            "gather_rows": layout.gather_rows,
+            "shares": [[s.num_heads, s.first_head, s.split, s.query_rows] for s in layout.shares],
+        },
+        "executors": list(executors),
+        "graphs": dict(graphs),
+        "toolchain": toolchain_versions(),
+        "files": files,
+    }
+    manifest["digest"] = _manifest_digest(manifest)
+    with (folder / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
+    """Read and check a bundle.
+
+    Args:
+        path: the bundle's folder.
+        verify: hash every file; a rank skips this, since its parent has done it.
+
+    Raises:
+        BundleError: not a bundle, of another schema, incomplete, truncated, or changed since it was built.
+    """
+    path = Path(path).absolute()
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise BundleError(f"{path} is no bundle: it has no {MANIFEST}; make one with `causalrt build`") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path / MANIFEST} cannot be read ({error}); {REBUILD}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise BundleError(f"{path} has manifest schema {schema!r}, this version reads {SCHEMA}; {REBUILD}")
+    if manifest.get("digest") != _manifest_digest(manifest):
+        raise BundleError(f"{path / MANIFEST} was changed after the build; {REBUILD}")
+    try:
+        config = config_from_dict(manifest["config"])
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        bundle = Bundle(
+            path=path,
+            config=config,
+            layout=layout_from_config(config),
+            executors=tuple(manifest["executors"]),
+            graphs=manifest["graphs"],
+            toolchain=manifest["toolchain"],
+        )
+    except (ConfigError, KeyError, TypeError) as error:
+        raise BundleError(f"{path / MANIFEST} is not valid: {error}; {REBUILD}") from error
+    _check_files(path, files, verify=verify)
+    return bundle
+
+
+def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
+    problems = []
+    for name, expected in files.items():
+        file = path / name
+        if Path(name).name != name or file.is_symlink() or not file.is_file():
+            problems.append(f"{name}: missing, or not a plain file of the bundle")
+        elif file.stat().st_size != expected["bytes"]:
+            problems.append(f"{name}: {file.stat().st_size:,} bytes, expected {expected['bytes']:,}")
+        elif verify and file_digest(file) != expected["sha256"]:
+            problems.append(f"{name}: contents changed since the build (sha256 differs)")
+    if problems:
+        raise BundleError(f"{path} is damaged; {REBUILD}, or copy it again:\n  " + "\n  ".join(problems))

@@ -1,0 +1,63 @@
+"""The eager executor: the meaning of the model, run by torch op by op. Every comparison's left side.
+
+It binds prefix views of the KV slots, writes staging in place and keeps the prompt's keys and values, as every executor
+does, so that what it is compared with wins by compilation alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from safetensors.torch import load_file
+
+from causalrt.engines.base import Collectives
+from causalrt.engines.bundle import WEIGHTS, Bundle
+from causalrt.model.step import ChunkStep, KVPair, KVTensors, StepOps
+from causalrt.model.wan import PromptGraph, TimeGraph, sinusoid, wan_from_weights
+from causalrt.plugins.attention import attend, kv_attention_in_place
+from causalrt.plugins.rotate import rotate_pairs
+
+
+class EagerExecutor:
+    """Runs the model's own modules."""
+
+    def __init__(self, bundle: Bundle, collectives: Collectives) -> None:
+        self._wan = wan_from_weights(bundle.config.model, load_file(bundle.path / WEIGHTS))
+        self._dtype = self._wan.patch_embedding.weight.dtype
+        self._freq_dim = bundle.config.model.freq_dim
+        self._prompt, self._time = PromptGraph(self._wan), TimeGraph(self._wan)
+        self._collectives = collectives
+        ops = StepOps(
+            all_to_all=self._all_to_all, rotate=rotate_pairs, attention=attend, kv_attention=kv_attention_in_place
+        )
+        self._step = ChunkStep(self._wan, bundle.config, bundle.layout, ops).eval()
+        self._rank = torch.tensor([collectives.rank])
+        self._kv: KVTensors = ()
+        self._cross_kv: Sequence[KVPair] = ()
+
+    def _all_to_all(self, sent: torch.Tensor) -> torch.Tensor:
+        received = torch.empty_like(sent)
+        self._collectives.all_to_all(received, sent)
+        return received
+
+    @torch.inference_mode()
+    def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
+        """See `Executor.encode_prompt`."""
+        return [(k, v) for k, v in self._prompt(text.to(self._dtype))]
+
+    @torch.inference_mode()
+    def embed_time(self, timestep: float) -> KVPair:
+        """See `Executor.embed_time`."""
+        e, e0 = self._time(sinusoid(timestep, self._freq_dim).to(self._dtype))
+        return e, e0
+
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair]) -> None:
+        """See `Executor.bind`."""
+        self._kv, self._cross_kv = kv, cross_kv
+
+    @torch.inference_mode()
+    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+        """See `Executor.step`."""
+        flow, _ = self._step(
+            x.to(self._dtype), e, e0, self._rank, torch.tensor([first_frame]), self._kv, self._cross_kv
+        )
+        return flow

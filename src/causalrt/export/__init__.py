@@ -1,0 +1,1 @@
+"""Offline: checkpoint -> model -> step graph -> passes -> ONNX -> segments -> bundle. The runtime never imports it."""

@@ -1,0 +1,309 @@
+"""`load` and `Engine`: a bundle on its ranks, and the sessions that generate from it.
+
+    engine = causalrt.load("bundle", executor="onnxruntime")
+    with engine.session(prompt_embeds, seed=0) as session:
+        for chunk in session:
+            use(chunk.latents)                # [F, 16, H, W]
+
+Commands from several sessions (or threads) take turns by chunk. The refresh of a chunk runs on the ranks while the caller
+uses its latents; whoever commands next waits for it.
+"""
+
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from causalrt.config import Config
+from causalrt.engines.base import EXECUTORS
+from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.errors import BundleError, EngineClosedError, ExecutorError, PromptError, RequestError
+from causalrt.runtime.memory import check_memory, predict_memory
+from causalrt.runtime.messages import ChunkCommand, CloseCommand, Done, Latents, LoadCommand, OpenCommand, Reply
+from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
+from causalrt.runtime.ranks import RankPool
+from causalrt.runtime.rollout import ChunkTimes, StepRecord
+
+DEFAULT_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """One generated chunk.
+
+    Attributes:
+        index: from 0.
+        latents: `[F, 16, H, W]`, float32, normalised VAE latents.
+        latency_ms: from the request to the latents in the caller's hands.
+        queue_ms: the part of it spent waiting for earlier work, the previous chunk's refresh included.
+    """
+
+    index: int
+    latents: torch.Tensor
+    latency_ms: float
+    queue_ms: float
+
+
+def latents_from_tokens(rows: torch.Tensor, config: Config) -> torch.Tensor:
+    """Token rows `[N, 64]` -> `[F, 16, H, W]`; features are ordered (channel, dy, dx)."""
+    m = config.model
+    grid = rows.view(-1, config.grid_height, config.grid_width, m.latent_channels, m.patch_height, m.patch_width)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(
+        -1, m.latent_channels, config.video.latent_height, config.video.latent_width
+    )
+
+
+def tokens_from_latents(latents: torch.Tensor, config: Config) -> torch.Tensor:
+    """`[F, 16, H, W]` -> token rows `[N, 64]`; the inverse of `latents_from_tokens`."""
+    m = config.model
+    grid = latents.reshape(
+        -1, m.latent_channels, config.grid_height, m.patch_height, config.grid_width, m.patch_width
+    )
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, m.patch_features)
+
+
+def load(
+    bundle: str | Path,
+    *,
+    executor: str | None = None,
+    world_size: int | None = None,
+    num_threads: int | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> "Engine":
+    """Verify a bundle, start its rank processes, and keep them warm.
+
+    Args:
+        bundle: folder written by `causalrt build`.
+        executor: `onnxruntime` or `eager`; by default the best that the bundle was built for.
+        world_size: ranks that the caller expects; must be what the bundle was built for.
+        num_threads: CPU threads of each rank; by default the cores shared among the ranks.
+        timeout_s: a rank that gives no answer for so long has failed.
+
+    Raises:
+        BundleError: damaged, or built for another world size or executor.
+        ExecutorError: the executor cannot run here.
+        OutOfMemoryError: the ranks would not fit.
+        RankError: a rank process failed to start.
+    """
+    opened = open_bundle(Path(bundle))
+    built_for = opened.config.build.world_size
+    if world_size is not None and world_size != built_for:
+        raise BundleError(
+            f"{bundle} was built for {built_for} rank(s), not {world_size}; load it with world_size={built_for}, "
+            f"or build one with `--world-size {world_size}`"
+        )
+    chosen = executor or opened.executors[-1]
+    if chosen not in EXECUTORS:
+        raise ExecutorError(f"no executor {chosen!r}; this version has: {', '.join(EXECUTORS)}")
+    if chosen not in opened.executors:
+        raise BundleError(
+            f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {chosen}` to run it so"
+        )
+    check_memory(predict_memory(opened.config, chosen), ranks=built_for)
+    return Engine(opened, chosen, num_threads=num_threads, timeout_s=timeout_s)
+
+
+class Engine:
+    """A loaded bundle; made by `load`, ended by `close` or a `with` block."""
+
+    def __init__(self, bundle: Bundle, executor: str, *, num_threads: int | None, timeout_s: float) -> None:
+        self.bundle = bundle
+        self.config = bundle.config
+        self.executor = executor
+        world_size = bundle.config.build.world_size
+        self.num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._unfinished: tuple[Session, Iterator[tuple[int, Reply]]] | None = None
+        self._pool = RankPool(world_size, timeout_s=timeout_s)
+        self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
+        self._run(
+            LoadCommand(bundle=bundle.path, executor=executor, num_threads=self.num_threads, timeout_s=timeout_s)
+        )
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """Process numbers of the ranks."""
+        return self._pool.pids
+
+    def session(
+        self,
+        prompt_embeds: torch.Tensor,
+        *,
+        seed: int = 0,
+        num_chunks: int | None = None,
+        noise: torch.Tensor | None = None,
+        record: bool = False,
+    ) -> "Session":
+        """Begin a rollout.
+
+        Args:
+            prompt_embeds: `[rows, text_dim]` with rows <= text_len; missing rows are zero, as in the reference.
+            seed: of the noise; the same seed gives the same video on any number of ranks.
+            num_chunks: chunks to generate; by default as many as the horizon holds.
+            noise: `[chunks, steps, N, 64]` token rows to use instead of the seed's.
+            record: keep the flow and x0 of every forward in `Session.records`.
+
+        Raises:
+            PromptError: wrong shape or type, or values that are not finite.
+            RequestError: more chunks than the horizon holds, or noise of a wrong shape.
+        """
+        video, sampler = self.config.video, self.config.sampler
+        most = video.horizon_frames // video.chunk_frames
+        chunks = most if num_chunks is None else num_chunks
+        if not 1 <= chunks <= most:
+            raise RequestError(
+                f"{chunks} chunks of {video.chunk_frames} latent frames asked for, but the bundle's horizon is "
+                f"{video.horizon_frames} latent frames ({most} chunks); build with `--set video.horizon_frames=...` for more"
+            )
+        source: Noise = SeededNoise(seed)
+        if noise is not None:
+            shape = (chunks, len(sampler.steps), self.config.tokens_per_chunk, self.config.model.patch_features)
+            if tuple(noise.shape) != shape:
+                raise RequestError(f"noise must be {list(shape)} (chunks, steps, N, 64), got {list(noise.shape)}")
+            source = RecordedNoise(noise.float().contiguous())
+        text = self._checked_text(prompt_embeds)
+        session = Session(self, next(self._numbers), chunks, record)
+        with self._lock:
+            self._settle()
+            self._run(OpenCommand(session=session.number, text=text, noise=source))
+        return session
+
+    def _checked_text(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        model = self.config.model
+        if not isinstance(prompt_embeds, torch.Tensor) or not prompt_embeds.is_floating_point():
+            raise PromptError(
+                f"prompt embeddings must be a floating-point tensor, got {getattr(prompt_embeds, 'dtype', type(prompt_embeds))}"
+            )
+        if prompt_embeds.dim() != 2 or prompt_embeds.shape[1] != model.text_dim:
+            raise PromptError(
+                f"prompt embeddings must be [rows, {model.text_dim}], got {list(prompt_embeds.shape)}; "
+                "a batch element is a session of its own"
+            )
+        rows = prompt_embeds.shape[0]
+        if not 1 <= rows <= model.text_len:
+            raise PromptError(f"prompt embeddings must have 1 to {model.text_len} rows, got {rows}; shorten the prompt")
+        bad = int((~torch.isfinite(prompt_embeds)).sum())
+        if bad:
+            raise PromptError(f"prompt embeddings hold {bad} values that are not finite; check the text encoder")
+        text = torch.zeros(model.text_len, model.text_dim)
+        text[:rows] = prompt_embeds
+        return text
+
+    def _run(self, command: LoadCommand | OpenCommand | CloseCommand) -> None:
+        self._pool.send(command)
+        for _ in self._pool.replies():
+            pass
+
+    def _settle(self) -> None:
+        """Take in what the ranks still owe: the end of the last chunk's refresh."""
+        if self._unfinished is not None:
+            session, replies = self._unfinished
+            for rank, reply in replies:
+                session.take(rank, reply)
+            self._unfinished = None
+
+    def close(self) -> None:
+        """End the ranks and free their memory. Harmless when called again."""
+        self._finalizer.detach()
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Session:
+    """An iterator of chunks; made by `Engine.session`.
+
+    Attributes:
+        times: for each finished chunk, `ChunkTimes` by rank. A chunk is finished when the next command (or `close`) has
+            taken in the end of its refresh.
+        records: with `record=True`, for each finished chunk what each forward computed.
+        kv_rows_moved: rows of one head that the last finished chunk had moved to history, over the session.
+    """
+
+    def __init__(self, engine: Engine, number: int, num_chunks: int, record: bool) -> None:
+        self.number = number
+        self.num_chunks = num_chunks
+        self.times: list[dict[int, ChunkTimes]] = []
+        self.records: list[tuple[StepRecord, ...]] = []
+        self.kv_rows_moved = 0
+        self._engine = engine
+        self._record = record
+        self._next = 0
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        """Generate the next chunk; the session closes itself after the last.
+
+        Raises:
+            RankError: a rank died, hung or raised.
+            EngineClosedError: the session or the engine was closed.
+        """
+        if self._closed and self._next < self.num_chunks:
+            raise EngineClosedError("the session was closed; open another with engine.session(...)")
+        if self._next == self.num_chunks:
+            self.close()
+            raise StopIteration
+        engine, index = self._engine, self._next
+        asked = time.perf_counter()
+        with engine._lock:
+            engine._settle()
+            started = time.perf_counter()
+            refresh = self._record or index + 1 < self.num_chunks
+            engine._pool.send(ChunkCommand(session=self.number, index=index, refresh=refresh, record=self._record))
+            self.times.append({})
+            replies = engine._pool.replies()
+            engine._unfinished = self, replies
+            for rank, reply in replies:
+                if isinstance(reply, Latents):
+                    rows = reply.rows
+                    break
+                self.take(rank, reply)
+        self._next += 1
+        return Chunk(
+            index=index,
+            latents=latents_from_tokens(rows, engine.config),
+            latency_ms=1e3 * (time.perf_counter() - asked),
+            queue_ms=1e3 * (started - asked),
+        )
+
+    def take(self, rank: int, reply: Reply) -> None:
+        """Keep what a rank says of the chunk that it has finished."""
+        assert isinstance(reply, Done)
+        assert reply.times is not None
+        self.times[-1][rank] = reply.times
+        if rank == 0:
+            self.kv_rows_moved = reply.kv_rows_moved
+            if self._record:
+                self.records.append(reply.records)
+
+    def close(self) -> None:
+        """Free the session on every rank. Harmless when called again."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._engine._lock:
+            if not self._engine._pool.closed:
+                self._engine._settle()
+                self._engine._run(CloseCommand(session=self.number))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,47 @@
+"""The KV slots of one session on one rank: memory for keys and values, and the copy of clean frames into history.
+
+    | staging: the current chunk | sinks, pinned | ring of clean frames |      rows of one share: [1, W * T, heads * D]
+    0                            F*T            ...                     W*T
+
+The class owns the memory and the commit. It does not write staging (executors do), does not rotate (keys arrive rotated by
+their absolute position), and does not know sessions.
+"""
+
+import torch
+
+from causalrt.config import Config
+from causalrt.layout import Layout, slots_from_config
+from causalrt.model.step import KVPair
+
+
+class KVSlots:
+    """Keys and values by layer and share."""
+
+    def __init__(self, config: Config, layout: Layout, dtype: torch.dtype) -> None:
+        self.plan = slots_from_config(config)
+        self._tokens_per_frame = config.tokens_per_frame
+        rows = self.plan.capacity_frames * config.tokens_per_frame
+        self._pairs: list[list[KVPair]] = [
+            [
+                (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+                for shape in ((1, rows, share.num_heads * config.model.head_dim) for share in layout.shares)
+            ]
+            for _ in range(config.model.num_layers)
+        ]
+        self.rows_moved = 0
+
+    def filled(self, first_frame: int) -> list[list[KVPair]]:
+        """Views of the filled prefix, staging included, while the chunk at `first_frame` is generated."""
+        rows = self.plan.valid_frames(first_frame) * self._tokens_per_frame
+        return [[(k[:, :rows], v[:, :rows]) for k, v in layer] for layer in self._pairs]
+
+    def commit(self, first_frame: int) -> None:
+        """Copy the clean chunk from staging to history; at most F frames, whatever the window."""
+        rows = self._tokens_per_frame
+        for staged, slot in self.plan.commits(first_frame):
+            self.rows_moved += rows
+            source, target = slice(staged * rows, (staged + 1) * rows), slice(slot * rows, (slot + 1) * rows)
+            for layer in self._pairs:
+                for pair in layer:
+                    for tensor in pair:
+                        tensor[:, target] = tensor[:, source]

@@ -1,0 +1,88 @@
+"""Memory of one rank, predicted from the config before anything is allocated."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from causalrt.config import Config
+from causalrt.errors import OutOfMemoryError
+from causalrt.layout import layout_from_config
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of one rank with one session.
+
+    Attributes:
+        weights_bytes: parameters.
+        kv_bytes: KV slots of the session.
+        cross_kv_bytes: keys and values of its prompt.
+        activation_bytes: the largest set of activations alive at once, exchange buffers included (an estimate).
+        attention_bytes: scratch of self-attention; ONNX Runtime's standard Attention holds every score.
+    """
+
+    weights_bytes: int
+    kv_bytes: int
+    cross_kv_bytes: int
+    activation_bytes: int
+    attention_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the parts."""
+        return sum(asdict(self).values())
+
+
+def num_parameters(config: Config) -> int:
+    """Parameters of the model."""
+    m = config.model
+    d, features = m.dim, m.patch_features
+    linear = lambda rows, columns: rows * columns + rows  # noqa: E731
+    attention = 4 * linear(d, d) + 2 * d
+    block = 2 * attention + linear(m.ffn_dim, d) + linear(d, m.ffn_dim) + 6 * d + 2 * d
+    text = linear(d, m.text_dim) + linear(d, d)
+    time = linear(d, m.freq_dim) + linear(d, d) + linear(6 * d, d)
+    return m.num_layers * block + text + time + linear(d, features) + linear(features, d) + 2 * d
+
+
+def predict_memory(config: Config, executor: str) -> Memory:
+    """Bytes that one rank of `config` will hold under `executor`, with one session open."""
+    layout, model = layout_from_config(config), config.model
+    size = ELEMENT_BYTES[config.build.precision]
+    slots = config.video.capacity_frames * config.tokens_per_frame
+    widest = max(6 * model.dim, model.ffn_dim + 2 * model.dim)
+    exchange = 2 * layout.world_size * layout.scatter_rows * model.head_dim if layout.world_size > 1 else 0
+    scores = max(s.num_heads * layout.world_size * s.query_rows for s in layout.shares) * slots
+    return Memory(
+        weights_bytes=num_parameters(config) * size,
+        kv_bytes=2 * model.num_layers * layout.kv_heads * slots * model.head_dim * size,
+        cross_kv_bytes=2 * model.num_layers * model.text_len * model.dim * size,
+        activation_bytes=(layout.local_tokens * widest + exchange) * size,
+        attention_bytes=2 * scores * size if executor == "onnxruntime" else 0,
+    )
+
+
+def available_bytes() -> int | None:
+    """Memory that this host can still give, or None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def check_memory(memory: Memory, *, ranks: int) -> None:
+    """Refuse what does not fit on this host.
+
+    Raises:
+        OutOfMemoryError: with the parts, and what to do.
+    """
+    available = available_bytes()
+    needed = memory.total_bytes * ranks
+    if available is not None and needed > available:
+        parts = ", ".join(f"{name.removesuffix('_bytes')} {value / 2**30:.2f}" for name, value in asdict(memory).items())
+        raise OutOfMemoryError(
+            f"{ranks} rank(s) need {needed / 2**30:.2f} GiB here and {available / 2**30:.2f} are free (GiB a rank: {parts}); "
+            "use fewer latent frames (`--set video.window_frames=...`), a smaller precision, or a larger host"
+        )

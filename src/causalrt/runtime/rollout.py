@@ -1,0 +1,140 @@
+"""One session on one rank: denoise a chunk, hand its latents over, refresh the KV slots, commit.
+
+    noise -> steps x { flow = step(x); x0 = x - sigma flow; x = (1 - sigma') x0 + sigma' noise } -> latents
+    refresh: step(x0) at the context timestep leaves clean keys and values in staging; commit moves them to history
+
+Elementwise work is on local rows; the only communication is the step's own and the gather of what leaves the ranks.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from causalrt.config import Config
+from causalrt.engines.base import TORCH_DTYPES, Executor
+from causalrt.layout import Layout
+from causalrt.model.schedule import schedule_from_config
+from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
+from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.noise import Noise
+
+
+@dataclass(kw_only=True, slots=True)
+class ChunkTimes:
+    """Where the time of one chunk went on one rank, in milliseconds.
+
+    Attributes:
+        denoise_ms: each denoising step, exchange included.
+        exchange_ms: the part of the denoising steps spent in all-to-alls.
+        gather_ms: collecting the latents on rank 0.
+        refresh_ms: the refresh and the commit; after the latents are handed over.
+        rows_sent: rows of one head that the rank sent in the denoising steps.
+        kv_frames: latent frames attended over.
+    """
+
+    denoise_ms: list[float] = field(default_factory=list)
+    exchange_ms: float = 0.0
+    gather_ms: float = 0.0
+    refresh_ms: float = 0.0
+    rows_sent: int = 0
+    kv_frames: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class StepRecord:
+    """What one forward computed, on rank 0: `[N, 64]` each; x0 is None for the refresh."""
+
+    flow: torch.Tensor
+    x0: torch.Tensor | None
+
+
+class Rollout:
+    """A session's state on one rank."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        collectives: LocalCollectives | TorchCollectives,
+        config: Config,
+        layout: Layout,
+        *,
+        text: torch.Tensor,
+        noise: Noise,
+    ) -> None:
+        self._executor, self._collectives = executor, collectives
+        self._config, self._layout = config, layout
+        self._noise = noise
+        self._cross_kv = executor.encode_prompt(text)
+        self._schedule = schedule_from_config(config.sampler)
+        self._times = [executor.embed_time(t) for t in self._schedule.timesteps]
+        self._context_time = executor.embed_time(self._schedule.context_timestep)
+        self.slots = KVSlots(config, layout, TORCH_DTYPES[config.build.precision])
+
+    def chunk(
+        self, index: int, *, refresh: bool, record: bool, deliver: Callable[[torch.Tensor], None]
+    ) -> tuple[ChunkTimes, list[StepRecord]]:
+        """Generate chunk `index`; chunks are generated in order.
+
+        Args:
+            index: chunk number from 0.
+            refresh: leave clean keys and values for the next chunk.
+            record: gather the flow and x0 of every forward on rank 0.
+            deliver: called on rank 0 with the latents `[N, 64]`, before the refresh.
+        """
+        first_frame = index * self._config.video.chunk_frames
+        self._executor.bind(self.slots.filled(first_frame), self._cross_kv)
+        times = ChunkTimes(kv_frames=self.slots.plan.valid_frames(first_frame))
+        records: list[StepRecord] = []
+        sigmas = self._schedule.sigmas
+        self._collectives.take_traffic()
+
+        x = self._local_noise(index, 0)
+        for k, (e, e0) in enumerate(self._times):
+            start = time.perf_counter()
+            flow = self._executor.step(x, e, e0, first_frame)
+            x0 = (x.double() - sigmas[k] * flow.double()).float()
+            if k + 1 < len(sigmas):
+                x = (1 - sigmas[k + 1]) * x0 + sigmas[k + 1] * self._local_noise(index, k + 1)
+            times.denoise_ms.append(_ms_since(start))
+            if record:
+                self._record(records, flow, x0)
+        traffic = self._collectives.take_traffic()
+        times.exchange_ms, times.rows_sent = 1e3 * traffic.wait_s, traffic.rows_sent
+
+        start = time.perf_counter()
+        latents = self._gather(x0)
+        if latents is not None:
+            deliver(latents)
+        times.gather_ms = _ms_since(start)
+
+        if refresh:
+            start = time.perf_counter()
+            flow = self._executor.step(x0, *self._context_time, first_frame)
+            self.slots.commit(first_frame)
+            times.refresh_ms = _ms_since(start)
+            if record:
+                self._record(records, flow, None)
+        return times, records
+
+    def _local_noise(self, chunk: int, draw: int) -> torch.Tensor:
+        layout = self._layout
+        shape = (layout.num_tokens, self._config.model.patch_features)
+        tokens = layout.tokens(self._collectives.rank)
+        rows = torch.zeros(layout.local_tokens, shape[1])
+        rows[: len(tokens)] = self._noise.draw(chunk, draw, shape)[tokens.start : tokens.stop]
+        return rows
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor | None:
+        gathered = self._collectives.gather(rows.float())
+        return None if gathered is None else gathered[: self._layout.num_tokens].clone()
+
+    def _record(self, records: list[StepRecord], flow: torch.Tensor, x0: torch.Tensor | None) -> None:
+        flows, clean = self._gather(flow), None if x0 is None else self._gather(x0)
+        if flows is not None:
+            records.append(StepRecord(flow=flows, x0=clean))
+
+
+def _ms_since(start: float) -> float:
+    return 1e3 * (time.perf_counter() - start)

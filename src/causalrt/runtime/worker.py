@@ -1,0 +1,172 @@
+"""The rank processes: `python -m causalrt.runtime.worker` imports everything once and forks one process a rank.
+
+Each rank serves commands from its own socket until the caller closes it. All of them live in one session of processes, die
+with the process that started them, and write what they log to a file of their own, whose tail explains a failure.
+"""
+
+import argparse
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from causalrt.engines.base import Executor, make_executor
+from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
+from causalrt.runtime.messages import (
+    ChunkCommand,
+    CloseCommand,
+    Command,
+    Done,
+    Failed,
+    Latents,
+    LoadCommand,
+    OpenCommand,
+    receive,
+    send,
+)
+from causalrt.runtime.rollout import Rollout
+
+logger = logging.getLogger("causalrt.worker")
+PR_SET_PDEATHSIG = 1
+
+
+class RankServer:
+    """Executes commands on one rank."""
+
+    def __init__(self, rank: int, world_size: int, folder: Path, channel: "Connection[Any, Any]") -> None:
+        self._rank, self._world_size = rank, world_size
+        self._folder = folder
+        self._channel = channel
+        self._sessions: dict[int, Rollout] = {}
+        self._bundle: Bundle
+        self._executor: Executor
+        self._collectives: LocalCollectives | TorchCollectives
+
+    def serve(self) -> None:
+        """Answer commands until the caller hangs up or one of them raises."""
+        while True:
+            try:
+                command: Command = receive(self._channel)
+            except EOFError:
+                return
+            try:
+                send(self._channel, self._run(command))
+            except Exception as error:
+                logger.exception("rank %d failed", self._rank)
+                send(self._channel, Failed(kind=type(error).__name__, message=str(error)))
+                return
+
+    def _run(self, command: Command) -> Done:
+        match command:
+            case LoadCommand():
+                self._load(command)
+            case OpenCommand():
+                self._sessions[command.session] = Rollout(
+                    self._executor,
+                    self._collectives,
+                    self._bundle.config,
+                    self._bundle.layout,
+                    text=command.text,
+                    noise=command.noise,
+                )
+            case ChunkCommand():
+                rollout = self._sessions[command.session]
+                times, records = rollout.chunk(
+                    command.index,
+                    refresh=command.refresh,
+                    record=command.record,
+                    deliver=lambda rows: send(self._channel, Latents(rows=rows)),
+                )
+                return Done(times=times, records=tuple(records), kv_rows_moved=rollout.slots.rows_moved)
+            case CloseCommand():
+                self._sessions.pop(command.session, None)
+        return Done()
+
+    def _load(self, command: LoadCommand) -> None:
+        torch.set_num_threads(command.num_threads)
+        if self._world_size > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{self._folder / 'rendezvous'}",
+                rank=self._rank,
+                world_size=self._world_size,
+                timeout=timedelta(seconds=command.timeout_s),
+            )
+            self._collectives = TorchCollectives()
+        else:
+            self._collectives = LocalCollectives()
+        self._bundle = open_bundle(command.bundle, verify=False)
+        self._executor = make_executor(
+            command.executor, self._bundle, self._collectives, num_threads=command.num_threads
+        )
+        logger.info("rank %d of %d ready: %s", self._rank, self._world_size, command.executor)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _run_rank(rank: int, descriptors: list[int], folder: Path, parent: int) -> int:
+    _die_with_parent(parent)
+    for other, descriptor in enumerate(descriptors):
+        if other != rank:
+            os.close(descriptor)
+    log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    try:
+        RankServer(rank, len(descriptors), folder, Connection(descriptors[rank])).serve()
+    except OSError:
+        logger.info("rank %d: the caller is gone", rank)
+    return 0
+
+
+def main() -> int:
+    """Fork the ranks and wait for all of them; `--channels` are inherited socket descriptors, one a rank."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--channels", required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    arguments = parser.parse_args()
+    _die_with_parent(arguments.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    descriptors = [int(d) for d in arguments.channels.split(",")]
+    assert threading.active_count() == 1, "a fork needs a single thread"
+    here, ranks = os.getpid(), []
+    for rank in range(len(descriptors)):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = _run_rank(rank, descriptors, arguments.folder, here)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        ranks.append(pid)
+    (arguments.folder / "pids").write_text("\n".join(map(str, ranks)))
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for pid in ranks:
+        os.waitpid(pid, 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Commands' insides: compare, demo, doctor, inspect."""

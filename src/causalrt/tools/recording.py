@@ -1,0 +1,128 @@
+"""Recorded rollouts of the reference: a safetensors file with weights, inputs, outputs, and sizes in its metadata.
+
+Tensor names: `model.*` (weights), `in.noise` `[B, T, 16, H, W]`, `in.prompt_embeds` `[B, L, E]`, `in.renoise.c{c}.s{s}`
+`[B * F, 16, H, W]`, `out.c{c}.s{s}.{flow,x0}`, `out.c{c}.ctx.flow`, `out.latents`. Metadata key `config`: JSON.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from causalrt.config import BuildConfig, Config, HeadPlanName, ModelConfig, SamplerConfig, VideoConfig
+from causalrt.errors import ConfigError, RecordingError
+from causalrt.runtime.engine import tokens_from_latents
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recording:
+    """A recorded rollout; a batch element is a session of its own.
+
+    Attributes:
+        path: the file.
+        config: the sizes, window and schedule it was recorded with.
+        num_chunks: chunks of the rollout.
+        batch_size: elements.
+        tensors: everything but the weights.
+    """
+
+    path: Path
+    config: Config
+    num_chunks: int
+    batch_size: int
+    tensors: dict[str, torch.Tensor]
+
+    def write_checkpoint(self, out: Path) -> Path:
+        """Write the recorded weights alone, as a checkpoint that `build` reads."""
+        with safe_open(self.path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118
+            save_file({name: file.get_tensor(name) for name in names}, out)
+        return out
+
+    def prompt(self, element: int) -> torch.Tensor:
+        """`[L, text_dim]`."""
+        return self.tensors["in.prompt_embeds"][element]
+
+    def noise(self, element: int) -> torch.Tensor:
+        """`[chunks, steps, N, 64]` in token order."""
+        frames = self.config.video.chunk_frames
+        draws = []
+        for chunk in range(self.num_chunks):
+            start = self.tensors["in.noise"][element, chunk * frames : (chunk + 1) * frames]
+            again = [
+                self.tensors[f"in.renoise.c{chunk}.s{step}"][element * frames : (element + 1) * frames]
+                for step in range(len(self.config.sampler.steps) - 1)
+            ]
+            draws.append(torch.stack([tokens_from_latents(latents, self.config) for latents in (start, *again)]))
+        return torch.stack(draws)
+
+    def expected(self, name: str, element: int) -> torch.Tensor:
+        """A recorded output of one element, as token rows `[N, 64]`."""
+        return tokens_from_latents(self.tensors[name][element], self.config)
+
+
+def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "shares") -> Recording:
+    """Read a recording and check that it can be replayed.
+
+    Raises:
+        RecordingError: unreadable, incomplete, or of a kind that this version does not know.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = [name for name in file.keys() if not name.startswith("model.")]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
+        recorded: dict[str, Any] = json.loads(metadata["config"])
+        unknown = [
+            f"{key}={recorded[key]}"
+            for key in ("initial_frames", "independent_first_frame", "given_chunk_frames")
+            if recorded.get(key)
+        ]
+        if recorded.get("prompt_switch_chunk") is not None:
+            unknown.append(f"prompt_switch_chunk={recorded['prompt_switch_chunk']}")
+        if unknown:
+            raise RecordingError(
+                f"{path}: this version does not know start-up with given frames, a lone first frame, or a prompt switch "
+                f"({', '.join(unknown)}); replay a recording without them"
+            )
+        window = recorded["local_attn_size"]
+        config = Config(
+            model=ModelConfig(
+                **{key: recorded[key] for key in ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim")},
+                **{key: recorded[key] for key in ("text_dim", "text_len", "eps")},
+                latent_channels=recorded["in_dim"],
+            ),
+            video=VideoConfig(
+                latent_height=recorded["latent_h"],
+                latent_width=recorded["latent_w"],
+                chunk_frames=recorded["num_frame_per_block"],
+                window_frames=None if window == -1 else window,
+                sink_frames=recorded["sink_size"],
+                horizon_frames=recorded["num_frames"],
+            ),
+            sampler=SamplerConfig(
+                steps=tuple(recorded["denoising_step_list"]),
+                shift=recorded["timestep_shift"],
+                warp=recorded["warp_denoising_step"],
+                context_timestep=recorded["context_noise"],
+            ),
+            build=BuildConfig(world_size=world_size, head_plan=head_plan),
+        )
+        recording = Recording(
+            path=path,
+            config=config,
+            num_chunks=recorded["num_chunks"],
+            batch_size=recorded.get("batch_size", 1),
+            tensors=tensors,
+        )
+        for element in range(recording.batch_size):
+            recording.noise(element), recording.prompt(element)
+    except (OSError, SafetensorError, KeyError, IndexError, TypeError, ConfigError, RuntimeError, ValueError) as error:
+        if isinstance(error, RecordingError):
+            raise
+        raise RecordingError(f"{path} is no recorded rollout that can be replayed: {type(error).__name__}: {error}") from error
+    return recording
