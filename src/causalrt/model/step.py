@@ -128,7 +128,7 @@ class ChunkStep(nn.Module):
         written = []
         for block, layer_kv, layer_cross in zip(self.wan.blocks, kv, cross_kv, strict=True):
             assert isinstance(block, Block)
-            shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation[0] + e0).unbind(0)
+            shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + e0).unbind(1)
             attended, layer_written = self.self_attention(
                 block.self_attn, block.modulate(x, shift1, scale1), cos, sin, layer_kv
             )

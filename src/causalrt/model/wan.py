@@ -55,13 +55,13 @@ class Block(nn.Module):
         )
         self.eps = config.eps
 
-    def modulate(self, x_SC: torch.Tensor, shift_C: torch.Tensor, scale_C: torch.Tensor) -> torch.Tensor:
-        return modulate(x_SC, shift_C, scale_C, self.eps)
+    def modulate(self, x_SC: torch.Tensor, shift_1C: torch.Tensor, scale_1C: torch.Tensor) -> torch.Tensor:
+        return modulate(x_SC, shift_1C, scale_1C, self.eps)
 
 
-def modulate(x_SC: torch.Tensor, shift_C: torch.Tensor, scale_C: torch.Tensor, eps: float) -> torch.Tensor:
+def modulate(x_SC: torch.Tensor, shift_1C: torch.Tensor, scale_1C: torch.Tensor, eps: float) -> torch.Tensor:
     """LayerNorm without affine, then scale and shift by the timestep's vectors."""
-    return F.layer_norm(x_SC, x_SC.shape[-1:], eps=eps) * (1 + scale_C) + shift_C
+    return F.layer_norm(x_SC, x_SC.shape[-1:], eps=eps) * (1 + scale_1C) + shift_1C
 
 
 class Head(nn.Module):
@@ -74,8 +74,8 @@ class Head(nn.Module):
         self.eps = config.eps
 
     def forward(self, x_SC: torch.Tensor, e_C: torch.Tensor) -> torch.Tensor:
-        shift_C, scale_C = (self.modulation[0] + e_C).unbind(0)
-        return self.head(modulate(x_SC, shift_C, scale_C, self.eps))
+        shift_1C, scale_1C = (self.modulation + e_C).unbind(1)
+        return self.head(modulate(x_SC, shift_1C, scale_1C, self.eps))
 
 
 class Wan(nn.Module):

@@ -1,0 +1,145 @@
+"""The ONNX Runtime executor: the step's segments, bound once to memory that this module owns.
+
+    segment 0 -> all_to_all -> segment 1 -> all_to_all -> ... -> flow
+
+Every tensor between segments has one buffer for the life of the executor; bindings hold its address. The KV slots are the
+caller's: their filled prefix is bound as input and, under the same address, as output, so that staging is written in place.
+All sessions of the process share one pool of threads.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from causalrt.engines.base import Collectives
+from causalrt.engines.bundle import Bundle
+from causalrt.errors import ExecutorError
+from causalrt.model.step import KVPair, KVTensors
+from causalrt.model.wan import sinusoid
+
+logger = logging.getLogger(__name__)
+
+_NUMPY_TYPES = {torch.float32: np.float32, torch.int64: np.int64}
+_TORCH_TYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
+
+
+@functools.cache
+def _start_thread_pool(num_threads: int) -> None:
+    """One pool for the process; its size is that of the first call."""
+    ort.set_global_thread_pool_sizes(num_threads, 1)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+class _Segment:
+    """A session with its bindings."""
+
+    def __init__(self, path: str, sent: str | None, received: str | None) -> None:
+        options = ort.SessionOptions()
+        options.use_per_session_threads = False
+        options.log_severity_level = 2
+        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.binding = self.session.io_binding()
+        self.sent, self.received = sent, received
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.outputs = {value.name: value for value in self.session.get_outputs()}
+
+    def bind(self, name: str, tensor: torch.Tensor, *, output: bool) -> None:
+        """Bind the memory of `tensor`, which must be contiguous and must outlive the binding."""
+        assert tensor.is_contiguous()
+        bind = self.binding.bind_output if output else self.binding.bind_input
+        bind(name, "cpu", 0, _NUMPY_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+
+    def run(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+
+class OnnxRuntimeExecutor:
+    """Runs the bundle's ONNX graphs on the CPU."""
+
+    def __init__(self, bundle: Bundle, collectives: Collectives, *, num_threads: int) -> None:
+        built_with = bundle.toolchain.get("onnxruntime", "0.0")
+        if _version(ort.__version__) < _version(built_with):
+            raise ExecutorError(
+                f"the bundle was built with onnxruntime {built_with}, here is {ort.__version__}; "
+                "install that version or newer, or build the bundle again here"
+            )
+        _start_thread_pool(num_threads)
+        self._freq_dim = bundle.config.model.freq_dim
+        self._layers = range(bundle.config.model.num_layers)
+        self._shares = range(len(bundle.layout.shares))
+        self._collectives = collectives
+        folder = bundle.path
+        self._prompt = _Segment(str(folder / "prompt.onnx"), None, None)
+        self._time = _Segment(str(folder / "time.onnx"), None, None)
+        self._segments = [
+            _Segment(str(folder / part["file"]), part["sent"], part["received"]) for part in bundle.graphs["segments"]
+        ]
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._bind_buffers()
+        self._buffers["rank"].fill_(collectives.rank)
+        self._bound: list[torch.Tensor] = []
+
+    def _bind_buffers(self) -> None:
+        """Allocate what passes between segments, once, and bind it; KV slots and the prompt are bound by `bind`."""
+        for segment in self._segments:
+            for output, values in ((False, segment.inputs), (True, segment.outputs)):
+                for name, value in values.items():
+                    if _is_callers(name):
+                        continue
+                    if name not in self._buffers:
+                        self._buffers[name] = torch.empty(value.shape, dtype=_TORCH_TYPES[value.type])
+                    segment.bind(name, self._buffers[name], output=output)
+            if segment.sent is not None:
+                assert segment.received is not None
+                self._buffers[segment.received] = torch.empty_like(self._buffers[segment.sent])
+
+    def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
+        """See `Executor.encode_prompt`."""
+        values = [torch.from_numpy(value) for value in self._prompt.session.run(None, {"text": text.numpy()})]
+        named: dict[str, Any] = dict(zip(self._prompt.outputs, values, strict=True))
+        return [(named[f"cross_k.{layer}"], named[f"cross_v.{layer}"]) for layer in self._layers]
+
+    def embed_time(self, timestep: float) -> KVPair:
+        """See `Executor.embed_time`."""
+        feed = {"sinusoid": sinusoid(timestep, self._freq_dim).float().numpy()}
+        e, e0 = self._time.session.run(["e", "e0"], feed)
+        return torch.from_numpy(e), torch.from_numpy(e0)
+
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair]) -> None:
+        """See `Executor.bind`."""
+        named: dict[str, torch.Tensor] = {}
+        for layer in self._layers:
+            named[f"cross_k.{layer}"], named[f"cross_v.{layer}"] = cross_kv[layer]
+            for share in self._shares:
+                named[f"k.{layer}.{share}"], named[f"v.{layer}.{share}"] = kv[layer][share]
+        for segment in self._segments:
+            for name in filter(_is_callers, segment.inputs):
+                segment.bind(name, named[name], output=False)
+            for name in filter(_is_callers, segment.outputs):
+                segment.bind(name, named[name.removesuffix(".written")], output=True)
+        self._bound = list(named.values())  # the bindings hold addresses only
+
+    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+        """See `Executor.step`."""
+        buffers = self._buffers
+        for name, value in (("x", x), ("e", e), ("e0", e0)):
+            buffers[name].copy_(value)
+        buffers["first_frame"].fill_(first_frame)
+        for segment in self._segments:
+            segment.run()
+            if segment.sent is not None and segment.received is not None:
+                self._collectives.all_to_all(buffers[segment.received], buffers[segment.sent])
+        return buffers["flow"]
+
+
+def _is_callers(name: str) -> bool:
+    """KV slots (`k.0.0`, `v.0.0.written`) and the prompt's keys and values (`cross_k.0`)."""
+    return name.startswith(("k.", "v.", "cross_k.", "cross_v."))

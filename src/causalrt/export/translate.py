@@ -1,0 +1,75 @@
+"""ExportedProgram -> ONNX, opset 24: torch's own exporter, with the ONNX forms of our ops."""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript.values import Opset
+from torch.export import ExportedProgram
+
+from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP, onnx_all_to_all
+from causalrt.plugins.attention import onnx_attention, onnx_kv_attention
+from causalrt.plugins.rotate import onnx_rotate
+
+OPSET = 24
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Our ops' ONNX forms as the exporter wants them: plain functions of the op's own arguments."""
+    if not onnx.defs.has(ONNX_OP, domain=ONNX_DOMAIN):
+        parameter = onnx.defs.OpSchema.FormalParameter
+        kinds = ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "Any float")
+        onnx.defs.register_schema(
+            onnx.defs.OpSchema(
+                ONNX_OP,
+                ONNX_DOMAIN,
+                1,
+                inputs=[parameter("blocks", "T")],
+                outputs=[parameter("received", "T")],
+                type_constraints=[kinds],
+            )
+        )
+    op, own = Opset("", OPSET), Opset(ONNX_DOMAIN, 1)
+    ops = torch.ops.causalrt
+
+    def rotate(x: Any, cos: Any, sin: Any, num_heads: int) -> Any:
+        return onnx_rotate(op, x, cos, sin, num_heads)
+
+    def attention(q: Any, k: Any, v: Any, num_heads: int) -> Any:
+        return onnx_attention(op, q, k, v, num_heads)
+
+    def kv_attention(q: Any, k_new: Any, v_new: Any, k_slots: Any, v_slots: Any, num_heads: int) -> Any:
+        return onnx_kv_attention(op, q, k_new, v_new, k_slots, v_slots, num_heads)
+
+    def all_to_all(blocks: Any) -> Any:
+        return onnx_all_to_all(own, blocks)
+
+    return {
+        ops.rotate.default: rotate,
+        ops.attention.default: attention,
+        ops.kv_attention.default: kv_attention,
+        ops.all_to_all.default: all_to_all,
+    }
+
+
+def onnx_from_program(
+    program: ExportedProgram, *, input_names: Sequence[str], output_names: Sequence[str]
+) -> ir.Model:
+    """Translate a traced program; tensors are referred to, not copied."""
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # it misses torchvision
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        translated = torch.onnx.export(
+            program,
+            opset_version=OPSET,
+            input_names=input_names,
+            output_names=output_names,
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    assert translated is not None
+    return translated.model
