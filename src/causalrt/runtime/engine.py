@@ -211,6 +211,11 @@ class Engine:
                 session.take(rank, reply)
             self._unfinished = None
 
+    def wait(self) -> None:
+        """Return when the ranks are idle: the last chunk's refresh has ended, and its session's `times` are complete."""
+        with self._lock:
+            self._settle()
+
     def close(self) -> None:
         """End the ranks and free their memory. Harmless when called again."""
         self._finalizer.detach()

@@ -1,0 +1,26 @@
+# Recipes for people and for CI. `make check` wants `pip install '.[dev]'`.
+.PHONY: check lint types test fresh bench
+
+check: lint types test
+
+lint:
+	ruff check .
+	ruff format --check .
+
+types:
+	mypy
+
+test:
+	pytest
+
+# The README's two commands in a fresh virtual environment, with the CPU build of torch where one is at hand.
+fresh:
+	python3 -m venv --clear .venv
+	. .venv/bin/activate && pip install -q 'torch>=2.13,<2.14'
+	. .venv/bin/activate && pip install . && causalrt demo
+	. .venv/bin/activate && pip install '.[test]' && pytest
+	. .venv/bin/activate && pip install -q '.[dev]' && $(MAKE) lint types
+
+bench:
+	python benchmarks/executors.py
+	python benchmarks/executors.py --ranks

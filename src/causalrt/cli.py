@@ -1,0 +1,303 @@
+"""The command line: `causalrt COMMAND --help`. Thin: every command reads arguments, calls one function, prints."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from causalrt import __version__
+from causalrt.config import RECIPES, Config, override, recipe
+from causalrt.engines.base import EXECUTORS
+from causalrt.errors import CausalRTError, ConfigError
+from causalrt.export.build import Progress as OnProgress
+
+EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+errors_console = Console(stderr=True)
+
+
+@contextmanager
+def shown_progress() -> Iterator[OnProgress]:
+    """A bar for each stage, on stderr."""
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors_console) as progress:
+        bars: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in bars or progress.tasks[bars[stage]].finished:
+                bars[stage] = progress.add_task(stage, total=total)
+            progress.update(bars[stage], completed=done, total=total)
+
+        yield update
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    changes = {}
+    for text in arguments.set:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--set wants FIELD=VALUE, for example --set video.window_frames=9, got {text!r}")
+        changes[name] = value
+    for flag in ("world_size", "head_plan", "precision"):
+        if getattr(arguments, flag) is not None:
+            changes[f"build.{flag}"] = str(getattr(arguments, flag))
+    return override(recipe(arguments.recipe), changes)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from causalrt.export.build import build
+
+    config = _config(arguments)
+    default = ["onnxruntime"] if config.build.precision == "float32" else ["eager"]
+    start = time.perf_counter()
+    with shown_progress() as progress:
+        path = build(
+            config,
+            checkpoint=arguments.checkpoint,
+            out=arguments.out,
+            executors=arguments.executor or default,
+            overwrite=arguments.overwrite,
+            on_progress=progress,
+        )
+    seconds = time.perf_counter() - start
+    if arguments.json:
+        print(json.dumps({"bundle": str(path), "seconds": seconds, "config": config.as_dict()}))
+    else:
+        print(f"{path}: built in {seconds:.1f} s for {config.build.world_size} rank(s)")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from causalrt.tools.inspect import inspect_bundle
+
+    found = inspect_bundle(arguments.bundle)
+    if arguments.json:
+        print(json.dumps(found))
+        return 0
+    config, layout = found["config"], found["layout"]
+    table = Table(title=found["path"], show_header=False, title_justify="left")
+    table.add_row("executors", ", ".join(found["executors"]))
+    table.add_row("parameters", f"{found['parameters']:,}")
+    for section, values in config.items():
+        table.add_row(section, ", ".join(f"{key}={value}" for key, value in values.items()))
+    table.add_row("layout", ", ".join(f"{key}={value}" for key, value in layout.items() if key != "shares"))
+    for number, share in enumerate(layout["shares"]):
+        table.add_row(f"share {number}", ", ".join(f"{key}={value}" for key, value in share.items()))
+    for name, parts in found["bytes_per_rank"].items():
+        sizes = ", ".join(f"{key.removesuffix('_bytes')} {value / 2**20:,.1f}" for key, value in parts.items())
+        table.add_row(f"MiB a rank, {name}", sizes)
+    exchanges = sum(graph["exchange_after"] for graph in found["graphs"])
+    table.add_row("step graph", f"{len(found['graphs'])} segments, {exchanges} all-to-alls")
+    table.add_row("toolchain", ", ".join(f"{key} {value}" for key, value in found["toolchain"].items()))
+    table.add_row("files", f"{len(found['files'])}, {sum(found['files'].values()) / 2**20:,.1f} MiB")
+    Console().print(table)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from causalrt.runtime.engine import load
+    from causalrt.runtime.files import check_writable, read_prompt_embeds, write_latents
+
+    prompt = read_prompt_embeds(arguments.prompt_embeds)
+    check_writable(arguments.out)
+    start = time.perf_counter()
+    latents, report = [], []
+    with load(
+        arguments.bundle, executor=arguments.executor, num_threads=arguments.threads, timeout_s=arguments.timeout
+    ) as engine:
+        loaded_s = time.perf_counter() - start
+        with (
+            engine.session(prompt, seed=arguments.seed, num_chunks=arguments.chunks) as session,
+            shown_progress() as progress,
+        ):
+            progress("chunks", 0, session.num_chunks)
+            for chunk in session:
+                latents.append(chunk.latents)
+                report.append({"chunk": chunk.index, "latency_ms": chunk.latency_ms, "queue_ms": chunk.queue_ms})
+                progress("chunks", chunk.index + 1, session.num_chunks)
+        video = torch.cat(latents)
+        write_latents(arguments.out, video, {"seed": str(arguments.seed), "causalrt": __version__})
+    summary = {
+        "out": str(arguments.out),
+        "shape": list(video.shape),
+        "executor": engine.executor,
+        "load_s": loaded_s,
+        "first_chunk_ms": report[0]["latency_ms"],
+        "chunks": report,
+    }
+    if arguments.json:
+        print(json.dumps(summary))
+    else:
+        print(
+            f"{arguments.out}: latents {list(video.shape)}; loaded in {loaded_s:.1f} s, first chunk after "
+            f"{report[0]['latency_ms']:.0f} ms, then {report[-1]['latency_ms']:.0f} ms for the last"
+        )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from causalrt.tools.compare import compare_recorded
+
+    result = compare_recorded(
+        arguments.recorded,
+        executor=arguments.executor,
+        world_size=arguments.world_size,
+        head_plan=arguments.head_plan or "shares",
+    )
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        for name, error in result["max_abs_error"].items():
+            print(f"{name:8} {error:.2e}  at {result['worst'][name]}")
+        verdict = "passed" if result["passed"] else "FAILED"
+        print(f"{verdict}: {result['executor']}, {result['world_size']} rank(s), tolerance {result['tolerance']:.0e}")
+    return 0 if result["passed"] else EXIT_FAILED
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from causalrt.tools.demo import run_demo
+
+    with shown_progress() as progress:
+        result = run_demo(on_progress=progress, on_stage=lambda text: errors_console.print(text))
+    if arguments.json:
+        print(json.dumps(result))
+        return 0 if result["passed"] else EXIT_FAILED
+    table = Table(title="onnxruntime on 2 ranks; times in ms; error against eager on 1 rank", title_justify="left")
+    columns = ("chunk", "latency", "queue", "4 denoising steps", "of it exchange", "gather", "refresh", "KV frames", "error")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            str(row["chunk"]),
+            f"{row['latency_ms']:.0f}",
+            f"{row['queue_ms']:.0f}",
+            " ".join(f"{ms:.0f}" for ms in row["denoise_ms"]),
+            f"{row['exchange_ms']:.0f}",
+            f"{row['gather_ms']:.1f}",
+            f"{row['refresh_ms']:.0f}",
+            str(row["kv_frames"]),
+            f"{row['error']:.1e}",
+        )
+    Console().print(table)
+    verdict = "agrees with eager" if result["passed"] else "DISAGREES with eager"
+    print(
+        f"{verdict}: largest error {result['max_abs_error']:.1e} (tolerance {result['tolerance']:.0e}). Built in "
+        f"{result['build_s']:.1f} s; first chunk {result['first_chunk_cold_ms'] / 1e3:.1f} s after starting the ranks. "
+        "The weights are random: latents, not pictures."
+    )
+    return 0 if result["passed"] else EXIT_FAILED
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from causalrt.tools.doctor import examine
+
+    found = examine()
+    if arguments.json:
+        print(json.dumps(found))
+        return 0
+    table = Table(title=f"CausalRT {__version__} on this machine", title_justify="left", show_header=False)
+    for name, value in found["machine"].items():
+        table.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
+    for name, result in found["can"].items():
+        table.add_row(name, ("yes: " if result["ok"] else "no: ") + result["detail"])
+    Console().print(table)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="causalrt", description="Causal video diffusion, compiled and in real time.")
+    parser.add_argument("--version", action="version", version=f"causalrt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, summary: str, examples: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog="examples:\n" + examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(function=function)
+        made.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        return made
+
+    plans = ("shares", "pad", "mesh")
+    made = command(
+        "build",
+        _build,
+        "Compile a checkpoint into a bundle.",
+        "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --world-size 8 --out bundle\n"
+        "  causalrt build --recipe wan_1_3b_480p --checkpoint wan/ --set video.window_frames=12 \\\n"
+        "      --set video.sink_frames=3 --set sampler.steps=1000,500 --out bundle",
+    )
+    made.add_argument("--recipe", required=True, help=f"one of {', '.join(RECIPES)}")
+    made.add_argument("--checkpoint", required=True, type=Path, help="Self-Forcing .pt, Wan or diffusers layout")
+    made.add_argument("--out", required=True, type=Path, help="folder of the bundle")
+    made.add_argument("--world-size", type=int, help="ranks")
+    made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks")
+    made.add_argument("--precision", choices=("float32", "bfloat16", "float16"))
+    made.add_argument("--executor", action="append", choices=EXECUTORS, help="may be given again; eager always works")
+    made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any field of the recipe")
+    made.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+
+    made = command(
+        "inspect", _inspect, "Verify a bundle and show what is in it.", "  causalrt inspect bundle\n  causalrt inspect bundle --json"
+    )
+    made.add_argument("bundle", type=Path)
+
+    made = command(
+        "generate",
+        _generate,
+        "Generate latents from prompt embeddings.",
+        "  causalrt generate bundle --prompt-embeds prompt.safetensors --seed 1 --out latents.safetensors",
+    )
+    made.add_argument("bundle", type=Path)
+    made.add_argument("--prompt-embeds", required=True, type=Path, help=".safetensors, .npy or .pt, [rows, text_dim]")
+    made.add_argument("--out", required=True, type=Path, help="safetensors file to write")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--chunks", type=int, help="by default as many as the bundle's horizon holds")
+    made.add_argument("--executor", choices=EXECUTORS)
+    made.add_argument("--threads", type=int, help="CPU threads of each rank")
+    made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
+
+    made = command(
+        "compare",
+        _compare,
+        "Replay a recorded rollout and compare every forward with it; exit 0 only if it agrees.",
+        "  causalrt compare --recorded tests/data/golden/B.safetensors --executor onnxruntime --world-size 8",
+    )
+    made.add_argument("--recorded", required=True, type=Path, help="recorded rollout (safetensors)")
+    made.add_argument("--executor", default="onnxruntime", choices=EXECUTORS)
+    made.add_argument("--world-size", type=int, default=1)
+    made.add_argument("--head-plan", choices=plans)
+
+    command("demo", _demo, "Build a small random model, run it on 2 ranks, compare with eager.", "  causalrt demo")
+    command("doctor", _doctor, "Say what this machine can build and run, and why not.", "  causalrt doctor --json")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 a comparison failed, 2 an error, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.function(arguments)
+    except CausalRTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

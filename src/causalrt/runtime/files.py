@@ -1,0 +1,72 @@
+"""Prompt embeddings in, latents out."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from causalrt.errors import PromptError, RequestError
+
+PROMPT_KEY = "prompt_embeds"
+
+
+def read_prompt_embeds(path: Path) -> torch.Tensor:
+    """Embeddings `[rows, text_dim]` from a file; a leading batch dimension of 1 is dropped.
+
+    Args:
+        path: `.safetensors` (one tensor, or the one named `prompt_embeds`), `.npy`, or `.pt` holding one tensor. Code in a
+            file is never run.
+
+    Raises:
+        PromptError: the file cannot be read, or does not hold one tensor.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+            if PROMPT_KEY not in tensors and len(tensors) != 1:
+                raise PromptError(f"{path} holds {sorted(tensors)}; name the one to use {PROMPT_KEY!r}")
+            embeds = tensors.get(PROMPT_KEY, next(iter(tensors.values())))
+        elif path.suffix == ".npy":
+            embeds = torch.from_numpy(np.load(path, allow_pickle=False))
+        elif path.suffix == ".pt":
+            embeds = torch.load(path, weights_only=True, map_location="cpu")
+        else:
+            raise PromptError(f"{path}: prompt embeddings come as .safetensors, .npy or .pt")
+    except PromptError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise PromptError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # numpy and torch raise whatever their parsers do
+        raise PromptError(f"{path} holds no plain tensor ({type(error).__name__}: {error})") from error
+    if not isinstance(embeds, torch.Tensor):
+        raise PromptError(f"{path} must hold one tensor, got {type(embeds).__name__}")
+    return embeds[0] if embeds.dim() == 3 and embeds.shape[0] == 1 else embeds
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work, not after it, that the result cannot be written.
+
+    Raises:
+        RequestError: the folder is missing or not writable, or the path is a folder.
+    """
+    parent = path.absolute().parent
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RequestError(f"cannot write {path}: choose a file in an existing, writable folder")
+
+
+def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
+    """Write latents `[frames, 16, H, W]` as safetensors, whole or not at all."""
+    path = path.absolute()
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file({"latents": latents.contiguous()}, partial, metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"writing {path} failed, nothing was left there: {error}") from error
+    finally:
+        Path(partial).unlink(missing_ok=True)
