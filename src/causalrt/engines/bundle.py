@@ -7,13 +7,13 @@
 Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -73,7 +73,7 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
     """A temporary folder beside `target` to fill; renamed to `target` if the block ends well, removed if not.
 
@@ -99,17 +99,29 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
     try:
         yield work
         work.chmod(0o755)
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            os.rename(target, retired / "bundle")
-            os.rename(work, target)
-            shutil.rmtree(retired, ignore_errors=True)
+        if overwrite and target.exists():
+            _replace(target, work)
         else:
             os.rename(work, target)
     except OSError as error:
         raise BuildError(f"writing the bundle failed, nothing was left at {target}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(target: Path, work: Path) -> None:
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    try:
+        os.rename(target, retired / "bundle")
+        try:
+            os.rename(work, target)
+        except BaseException:
+            os.rename(retired / "bundle", target)
+            raise
+        shutil.rmtree(retired / "bundle", ignore_errors=True)
+    finally:
+        with contextlib.suppress(OSError):  # not empty: what was there could not be put back, so it stays here
+            retired.rmdir()
 
 
 def write_manifest(folder: Path, *, config: Config, executors: tuple[str, ...], graphs: Mapping[str, Any]) -> None:

@@ -9,11 +9,13 @@ Commands from several sessions (or threads) take turns by chunk. The refresh of 
 uses its latents; whoever commands next waits for it.
 """
 
+import contextlib
 import itertools
 import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,14 +122,16 @@ class Engine:
         self.executor = executor
         world_size = bundle.config.build.world_size
         self.num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world_size)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._numbers = itertools.count()
+        self._dropped: deque[int] = deque()
         self._unfinished: tuple[Session, Iterator[tuple[int, Reply]]] | None = None
         self._pool = RankPool(world_size, timeout_s=timeout_s)
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
-        self._run(
-            LoadCommand(bundle=bundle.path, executor=executor, num_threads=self.num_threads, timeout_s=timeout_s)
-        )
+        with self._turn():
+            self._run(
+                LoadCommand(bundle=bundle.path, executor=executor, num_threads=self.num_threads, timeout_s=timeout_s)
+            )
 
     @property
     def rank_pids(self) -> list[int]:
@@ -169,11 +173,13 @@ class Engine:
             shape = (chunks, len(sampler.steps), self.config.tokens_per_chunk, self.config.model.patch_features)
             if tuple(noise.shape) != shape:
                 raise RequestError(f"noise must be {list(shape)} (chunks, steps, N, 64), got {list(noise.shape)}")
-            source = RecordedNoise(noise.float().contiguous())
+            source = RecordedNoise(noise.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format))
         text = self._checked_text(prompt_embeds)
         session = Session(self, next(self._numbers), chunks, record)
-        with self._lock:
+        with self._turn():
             self._settle()
+            while self._dropped:
+                self._run(CloseCommand(session=self._dropped.popleft()))
             self._run(OpenCommand(session=session.number, text=text, noise=source))
         return session
 
@@ -191,12 +197,22 @@ class Engine:
         rows = prompt_embeds.shape[0]
         if not 1 <= rows <= model.text_len:
             raise PromptError(f"prompt embeddings must have 1 to {model.text_len} rows, got {rows}; shorten the prompt")
-        bad = int((~torch.isfinite(prompt_embeds)).sum())
+        text = torch.zeros(model.text_len, model.text_dim)
+        text[:rows] = prompt_embeds.detach()
+        bad = int((~torch.isfinite(text)).sum())
         if bad:
             raise PromptError(f"prompt embeddings hold {bad} values that are not finite; check the text encoder")
-        text = torch.zeros(model.text_len, model.text_dim)
-        text[:rows] = prompt_embeds
         return text
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One conversation with the ranks. One that breaks off ends them: its answers would be left in the channels."""
+        with self._lock:
+            try:
+                yield
+            except BaseException:
+                self._pool.close(kill=True)
+                raise
 
     def _run(self, command: LoadCommand | OpenCommand | CloseCommand) -> None:
         self._pool.send(command)
@@ -217,9 +233,18 @@ class Engine:
             self._settle()
 
     def close(self) -> None:
-        """End the ranks and free their memory. Harmless when called again."""
+        """End the ranks and free their memory; harmless when called again.
+
+        A chunk that another thread is waiting for ends with an `EngineClosedError` there.
+        """
+        if not self._lock.acquire(blocking=False):
+            self._pool.kill()
+            self._lock.acquire()
+        try:
+            self._pool.close()
+        finally:
+            self._lock.release()
         self._finalizer.detach()
-        self._pool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -229,7 +254,7 @@ class Engine:
 
 
 class Session:
-    """An iterator of chunks; made by `Engine.session`.
+    """An iterator of chunks for one thread; made by `Engine.session`.
 
     Attributes:
         times: for each finished chunk, `ChunkTimes` by rank. A chunk is finished when the next command (or `close`) has
@@ -248,6 +273,7 @@ class Session:
         self._record = record
         self._next = 0
         self._closed = False
+        self._finalizer = weakref.finalize(self, engine._dropped.append, number)
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -266,7 +292,7 @@ class Session:
             raise StopIteration
         engine, index = self._engine, self._next
         asked = time.perf_counter()
-        with engine._lock:
+        with engine._turn():
             engine._settle()
             started = time.perf_counter()
             refresh = self._record or index + 1 < self.num_chunks
@@ -302,10 +328,10 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        with self._engine._lock:
-            if not self._engine._pool.closed:
-                self._engine._settle()
-                self._engine._run(CloseCommand(session=self.number))
+        self._finalizer.detach()
+        with contextlib.suppress(EngineClosedError), self._engine._turn():
+            self._engine._settle()
+            self._engine._run(CloseCommand(session=self.number))
 
     def __enter__(self) -> Self:
         return self

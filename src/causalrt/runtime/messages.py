@@ -1,7 +1,8 @@
 """What the caller tells the ranks and what they answer. Every rank gets every command, in the same order."""
 
 import pickle
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,11 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """The command raised on this rank; the rank ends."""
+    """The command raised on this rank; the rank ends. `at` orders the failures of several ranks on one host."""
 
     kind: str
     message: str
+    at: float = field(default_factory=time.monotonic)
 
 
 Reply = Latents | Done | Failed

@@ -1,7 +1,10 @@
 """Starting, talking to, and ending the rank processes, from the caller's side.
 
-One socket a rank; a command goes to every rank in the same order. A rank that dies closes its socket, which is seen at
-once; one that hangs is seen when `timeout_s` has passed. Either way all ranks are killed and the caller gets one RankError.
+One socket a rank; a command goes to every rank in the same order. A rank that dies closes its socket, which is seen
+at once; one that hangs is seen when `timeout_s` has passed. Either way all ranks are killed and the caller gets one
+RankError.
+
+The caller's only child is the keeper (`worker.py`), which forks the ranks and reaps them: none is left as a zombie.
 """
 
 import logging
@@ -9,10 +12,11 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +27,10 @@ from causalrt.runtime.messages import Command, Done, Failed, Reply, receive, sen
 
 logger = logging.getLogger(__name__)
 LOG_TAIL_LINES = 20
+HANG_UP_S = 5.0
+"""How long the ranks may take to end by themselves, and the keeper to end them."""
+CAUSE_S = 0.2
+"""How long to look, once a rank has failed, for one that failed before it and took it along."""
 
 
 class RankPool:
@@ -31,40 +39,50 @@ class RankPool:
     def __init__(self, world_size: int, *, timeout_s: float) -> None:
         self.world_size = world_size
         self.timeout_s = timeout_s
+        self._owner = os.getpid()
         self._folder = Path(tempfile.mkdtemp(prefix="causalrt-"))
         self._closed = False
-        pairs = [socket.socketpair() for _ in range(world_size)]
+        pairs: list[tuple[socket.socket, socket.socket]] = []
         try:
+            pairs.extend(socket.socketpair() for _ in range(world_size))
             # The step's own threads are set by the load command; the environment keeps gloo on this host.
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "causalrt.runtime.worker"),
-                    *("--channels", ",".join(str(theirs.fileno()) for _, theirs in pairs)),
-                    *("--folder", str(self._folder), "--parent", str(os.getpid())),
-                ],
-                pass_fds=[theirs.fileno() for _, theirs in pairs],
-                env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_WAIT_POLICY": "passive"},
-                stdin=subprocess.DEVNULL,
-                stderr=(self._folder / "start.log").open("wb"),
-                start_new_session=True,
-            )
+            with (self._folder / "start.log").open("wb") as log:
+                self._process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-m", "causalrt.runtime.worker"),
+                        *("--channels", ",".join(str(theirs.fileno()) for _, theirs in pairs)),
+                        *("--folder", str(self._folder), "--parent", str(self._owner)),
+                    ],
+                    pass_fds=[theirs.fileno() for _, theirs in pairs],
+                    env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_WAIT_POLICY": "passive"},
+                    stdin=subprocess.DEVNULL,
+                    stderr=log,
+                    start_new_session=True,
+                )
         except OSError as error:
+            for ours, _ in pairs:
+                ours.close()
             shutil.rmtree(self._folder, ignore_errors=True)
             raise RankError(f"cannot start {world_size} rank processes: {error}") from error
         finally:
             for _, theirs in pairs:
                 theirs.close()
+        # A rank that hangs before it has read a command, or in the middle of an answer, must not hang the caller.
+        limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+        for ours, _ in pairs:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._channels: list[Connection[Any, Any]] = [Connection(ours.detach()) for ours, _ in pairs]
 
     @property
-    def closed(self) -> bool:
-        """Whether the ranks have ended."""
-        return self._closed
-
-    @property
     def pids(self) -> list[int]:
-        """Process numbers of the ranks."""
-        return [int(line) for line in (self._folder / "pids").read_text().split()]
+        """Process numbers of the ranks; known once they have answered a command."""
+        self._check_open()
+        return [int((self._folder / f"rank{rank}.pid").read_text()) for rank in range(self.world_size)]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the rank processes have ended; load the bundle again")
 
     def send(self, command: Command) -> None:
         """Give every rank a command.
@@ -73,13 +91,14 @@ class RankPool:
             RankError: a rank is gone.
             EngineClosedError: the ranks were closed before.
         """
-        if self._closed:
-            raise EngineClosedError("the rank processes have ended; load the bundle again")
+        self._check_open()
         for rank, channel in enumerate(self._channels):
             try:
                 send(channel, command)
+            except BlockingIOError:
+                self._fail_silent([rank])
             except OSError:
-                self._fail(rank, f"rank {rank} has died")
+                self._fail(rank, None)
 
     def replies(self) -> Iterator[tuple[int, Reply]]:
         """Replies as they come, until every rank has sent `Done`; may be left and taken up again in between.
@@ -90,40 +109,68 @@ class RankPool:
         """
         waiting = {channel: rank for rank, channel in enumerate(self._channels)}
         while waiting:
-            if self._closed:
-                raise EngineClosedError("the rank processes have ended; load the bundle again")
-            try:
-                ready = wait(list(waiting), timeout=self.timeout_s)
-            except KeyboardInterrupt:  # an answer would be left in the channel
-                self.close(kill=True)
-                raise
+            self._check_open()
+            ready = wait(list(waiting), timeout=self.timeout_s)
             if not ready:
-                silent = sorted(waiting.values())
-                self._fail(silent[0], f"ranks {silent} gave no answer within {self.timeout_s:g} s (timeout_s)")
+                self._fail_silent(sorted(waiting.values()))
             for channel in ready:
                 assert isinstance(channel, Connection)
                 rank = waiting[channel]
                 try:
                     reply: Reply = receive(channel)
+                except BlockingIOError:
+                    self._fail_silent([rank])
                 except (EOFError, OSError):
-                    self._fail(rank, f"rank {rank} has died")
+                    self._fail(rank, None)
                 if isinstance(reply, Failed):
-                    self._fail(rank, f"rank {rank} raised {reply.kind}: {reply.message}", reply)
+                    self._fail(rank, reply)
                 if isinstance(reply, Done):
                     del waiting[channel]
                 yield rank, reply
 
-    def _fail(self, rank: int, message: str, reply: Failed | None = None) -> NoReturn:
-        tail = self._log_tail(rank)
+    def _fail_silent(self, ranks: Sequence[int]) -> NoReturn:
+        tail = self._log_tail(ranks)
         self.close(kill=True)
-        own = getattr(errors, reply.kind, None) if reply else None
-        if reply and isinstance(own, type) and issubclass(own, CausalRTError) and own is not RankError:
-            raise own(reply.message)
-        raise RankError(message + "; all ranks were ended, load the bundle again", rank=rank, log_tail=tail)
+        raise RankError(
+            f"ranks {list(ranks)} gave no answer within {self.timeout_s:g} s (timeout_s); "
+            "all ranks were ended, load the bundle again",
+            rank=ranks[0] if len(ranks) == 1 else None,
+            log_tail=tail,
+        )
 
-    def _log_tail(self, rank: int) -> str:
+    def _fail(self, rank: int, failed: Failed | None) -> NoReturn:
+        """Raise for a rank that said that it `failed`, or that died without a word (None)."""
+        self._check_open()  # it was another thread that ended the ranks
+        rank, failed = self._first_failure(rank, failed)
+        tail = self._log_tail([rank])
+        self.close(kill=True)
+        own = getattr(errors, failed.kind, None) if failed else None
+        if failed and isinstance(own, type) and issubclass(own, CausalRTError) and own is not RankError:
+            raise own(failed.message)
+        what = f"raised {failed.kind}: {failed.message}" if failed else "has died"
+        raise RankError(f"rank {rank} {what}; all ranks were ended, load the bundle again", rank=rank, log_tail=tail)
+
+    def _first_failure(self, rank: int, failed: Failed | None) -> tuple[int, Failed | None]:
+        """Of the ranks that have failed by now, the one that died, or else the one that raised first.
+
+        The collectives of the others fail right after it, and their word may be read first.
+        """
+        failures = {rank: failed}
+        others = {channel: other for other, channel in enumerate(self._channels) if other != rank}
+        while others and (ready := wait(list(others), timeout=CAUSE_S)):
+            for channel in ready:
+                assert isinstance(channel, Connection)
+                try:
+                    reply: Reply | None = receive(channel)
+                except (EOFError, OSError):
+                    reply = None
+                if reply is None or isinstance(reply, Failed):
+                    failures[others.pop(channel)] = reply
+        return min(failures.items(), key=lambda item: item[1].at if item[1] else 0.0)
+
+    def _log_tail(self, ranks: Sequence[int]) -> str:
         lines: list[str] = []
-        for name in ("start.log", f"rank{rank}.log"):
+        for name in ("start.log", *(f"rank{rank}.log" for rank in ranks)):
             try:
                 lines += (self._folder / name).read_text(errors="replace").splitlines()
             except OSError:
@@ -132,19 +179,27 @@ class RankPool:
 
     def close(self, *, kill: bool = False) -> None:
         """End the ranks: hang up and wait, or kill at once. Harmless when called again."""
-        if self._closed:
+        if not self._channels or self._owner != os.getpid():  # a fork of the caller has no say over them
             return
         self._closed = True
-        for channel in self._channels:
+        channels, self._channels = self._channels, []
+        for channel in channels:
             channel.close()
         try:
             if not kill:
-                self._process.wait(timeout=5)
+                self._process.wait(timeout=HANG_UP_S)
         except subprocess.TimeoutExpired:
             logger.warning("rank processes did not end when asked to; killing them")
+        finally:
+            self.kill()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End the ranks at once, from any thread; one that waits for an answer gets an EngineClosedError."""
+        self._closed = True
+        self._process.terminate()
         try:
+            self._process.wait(timeout=HANG_UP_S)
+        except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+            self._process.wait()

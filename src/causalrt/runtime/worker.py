@@ -1,7 +1,9 @@
 """The rank processes: `python -m causalrt.runtime.worker` imports everything once and forks one process a rank.
 
-Each rank serves commands from its own socket until the caller closes it. All of them live in one session of processes, die
-with the process that started them, and write what they log to a file of their own, whose tail explains a failure.
+Each rank serves commands from its own socket until the caller closes it, and writes what it logs to a file of its own,
+whose tail explains a failure. The process that forked them stays as their keeper: it reaps them, ends them when told to,
+and ends them and removes their folder when the caller has gone without a word. When the keeper dies, the kernel ends
+the ranks.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import ctypes
 import faulthandler
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -39,6 +42,8 @@ from causalrt.runtime.rollout import Rollout
 
 logger = logging.getLogger("causalrt.worker")
 PR_SET_PDEATHSIG = 1
+KEEPER_SIGNALS = {signal.SIGCHLD, signal.SIGTERM}
+ORPHAN_CHECK_S = 0.5
 
 
 class RankServer:
@@ -53,19 +58,19 @@ class RankServer:
         self._executor: Executor
         self._collectives: LocalCollectives | TorchCollectives
 
-    def serve(self) -> None:
-        """Answer commands until the caller hangs up or one of them raises."""
+    def serve(self) -> int:
+        """Answer commands until the caller hangs up (0) or one of them raises (1)."""
         while True:
             try:
                 command: Command = receive(self._channel)
             except EOFError:
-                return
+                return 0
             try:
                 send(self._channel, self._run(command))
             except Exception as error:
                 logger.exception("rank %d failed", self._rank)
                 send(self._channel, Failed(kind=type(error).__name__, message=str(error)))
-                return
+                return 1
 
     def _run(self, command: Command) -> Done:
         match command:
@@ -113,42 +118,65 @@ class RankServer:
         logger.info("rank %d of %d ready: %s", self._rank, self._world_size, command.executor)
 
 
-def _die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however it ends."""
+def _die_with_keeper(keeper: int) -> None:
+    """Have the kernel kill this process when the keeper ends, however it ends.
+
+    Not for the keeper itself: the signal comes when the parent's *thread* ends, and the caller may load in one that does.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if os.getppid() != keeper:
         os._exit(1)
 
 
-def _run_rank(rank: int, descriptors: list[int], folder: Path, parent: int) -> int:
-    _die_with_parent(parent)
+def _run_rank(rank: int, descriptors: list[int], folder: Path, keeper: int) -> int:
+    _die_with_keeper(keeper)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, KEEPER_SIGNALS)
     for other, descriptor in enumerate(descriptors):
         if other != rank:
             os.close(descriptor)
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    (folder / f"rank{rank}.pid").write_text(str(os.getpid()))
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     try:
-        RankServer(rank, len(descriptors), folder, Connection(descriptors[rank])).serve()
+        return RankServer(rank, len(descriptors), folder, Connection(descriptors[rank])).serve()
     except OSError:
         logger.info("rank %d: the caller is gone", rank)
-    return 0
+        return 0
+
+
+def _keep(ranks: set[int], *, parent: int, folder: Path) -> None:
+    """Reap the ranks until all have ended. Their folder is the caller's to remove, unless nobody will ask for a log."""
+    all_hung_up = True
+    while ranks:
+        told = signal.sigtimedwait(KEEPER_SIGNALS, ORPHAN_CHECK_S)
+        if os.getppid() != parent or (told is not None and told.si_signo == signal.SIGTERM):
+            for pid in ranks:  # not reaped yet, so the numbers are still theirs
+                os.kill(pid, signal.SIGKILL)
+        while ranks:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            ranks.remove(pid)
+            all_hung_up &= status == 0
+    if all_hung_up or os.getppid() != parent:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> int:
-    """Fork the ranks and wait for all of them; `--channels` are inherited socket descriptors, one a rank."""
+    """Fork the ranks and keep them; `--channels` are inherited socket descriptors, one a rank."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--channels", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
-    _die_with_parent(arguments.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, KEEPER_SIGNALS)
     descriptors = [int(d) for d in arguments.channels.split(",")]
     assert threading.active_count() == 1, "a fork needs a single thread"
-    here, ranks = os.getpid(), []
+    here, ranks = os.getpid(), set[int]()
     for rank in range(len(descriptors)):
         pid = os.fork()
         if pid == 0:
@@ -159,12 +187,10 @@ def main() -> int:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        ranks.append(pid)
-    (arguments.folder / "pids").write_text("\n".join(map(str, ranks)))
+        ranks.add(pid)
     for descriptor in descriptors:
         os.close(descriptor)
-    for pid in ranks:
-        os.waitpid(pid, 0)
+    _keep(ranks, parent=arguments.parent, folder=arguments.folder)
     return 0
 
 

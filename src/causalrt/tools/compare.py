@@ -9,7 +9,7 @@ import torch
 
 from causalrt.config import HeadPlanName
 from causalrt.export.build import build
-from causalrt.runtime.engine import Engine, load
+from causalrt.runtime.engine import Engine, load, tokens_from_latents
 from causalrt.tools.recording import Recording, open_recording
 
 TOLERANCE = 5e-5
@@ -54,7 +54,7 @@ def compare_recorded(
         checkpoint = recording.write_checkpoint(Path(folder) / "checkpoint.safetensors")
         bundle = build(recording.config, checkpoint=checkpoint, out=Path(folder) / "bundle", executors=[executor])
         with load(bundle, executor=executor, num_threads=num_threads) as engine:
-            errors = replay_errors(recording, engine)
+            errors = largest_errors(replay(recording, engine), recorded_outputs(recording))
     return {
         "executor": executor,
         "world_size": world_size,
@@ -65,25 +65,49 @@ def compare_recorded(
     }
 
 
-def replay_errors(recording: Recording, engine: Engine) -> dict[str, Errors]:
-    """Errors of flow, x0 and latents over all batch elements, chunks and passes."""
-    errors = {"flow": Errors(), "x0": Errors(), "latents": Errors()}
-    frames = recording.config.video.chunk_frames
+Outputs = dict[tuple[int, str], torch.Tensor]
+"""By batch element and the recording's own name (`out.c0.s1.flow`, `out.c0.s1.x0`, `out.c0`: latents): `[N, 64]`."""
+
+
+def replay(recording: Recording, engine: Engine) -> Outputs:
+    """Run every batch element as a session of its own, and keep what each forward computed."""
+    outputs: Outputs = {}
     for element in range(recording.batch_size):
         with engine.session(
             recording.prompt(element), num_chunks=recording.num_chunks, noise=recording.noise(element), record=True
         ) as session:
             for chunk in session:
-                expected = recording.tensors["out.latents"][element, chunk.index * frames : (chunk.index + 1) * frames]
-                errors["latents"].add(chunk.latents, expected, f"element {element} chunk {chunk.index}")
+                outputs[element, f"out.c{chunk.index}"] = tokens_from_latents(chunk.latents, recording.config)
+        assert len(session.records) == recording.num_chunks
         for index, records in enumerate(session.records):
             for k, record in enumerate(records):
-                tag = f"c{index}.s{k}" if record.x0 is not None else f"c{index}.ctx"
-                at = f"element {element} {tag}"
-                errors["flow"].add(record.flow, recording.expected(f"out.{tag}.flow", element), at)
-                if record.x0 is not None:
-                    errors["x0"].add(record.x0, recording.expected(f"out.{tag}.x0", element), at)
-    assert len(session.records) == recording.num_chunks
+                if record.x0 is None:
+                    outputs[element, f"out.c{index}.ctx.flow"] = record.flow
+                else:
+                    outputs[element, f"out.c{index}.s{k}.flow"] = record.flow
+                    outputs[element, f"out.c{index}.s{k}.x0"] = record.x0
+    return outputs
+
+
+def recorded_outputs(recording: Recording) -> Outputs:
+    """What the recording holds of the same outputs."""
+    expected: Outputs = {}
+    frames = recording.config.video.chunk_frames
+    for element in range(recording.batch_size):
+        for name, tensor in recording.tensors.items():
+            if name.startswith("out.c") and name.endswith((".flow", ".x0")):
+                expected[element, name] = tokens_from_latents(tensor[element], recording.config)
+        for chunk in range(recording.num_chunks):
+            latents = recording.tensors["out.latents"][element, chunk * frames : (chunk + 1) * frames]
+            expected[element, f"out.c{chunk}"] = tokens_from_latents(latents, recording.config)
+    return expected
+
+
+def largest_errors(got: Outputs, expected: Outputs) -> dict[str, Errors]:
+    """Largest difference of flow, x0 and latents; both sides must hold the same outputs."""
+    assert got.keys() == expected.keys(), sorted(got.keys() ^ expected.keys())
+    errors = {"flow": Errors(), "x0": Errors(), "latents": Errors()}
+    for (element, name), tensor in got.items():
+        kind = name.rpartition(".")[2]
+        errors.get(kind, errors["latents"]).add(tensor, expected[element, name], f"element {element} {name}")
     return errors
-
-

@@ -60,10 +60,6 @@ class Recording:
             draws.append(torch.stack([tokens_from_latents(latents, self.config) for latents in (start, *again)]))
         return torch.stack(draws)
 
-    def expected(self, name: str, element: int) -> torch.Tensor:
-        """A recorded output of one element, as token rows `[N, 64]`."""
-        return tokens_from_latents(self.tensors[name][element], self.config)
-
 
 def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "shares") -> Recording:
     """Read a recording and check that it can be replayed.

@@ -1,0 +1,174 @@
+"""The commands as a user runs them, in one process; exit codes, JSON, messages, files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from causalrt.cli import main
+from causalrt.config import recipe
+from causalrt.export.random_weights import random_weights
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    save_file({f"model.{name}": tensor for name, tensor in random_weights(recipe("tiny").model, seed=0)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
+    flags = ["--recipe", "tiny", "--checkpoint", str(checkpoint), "--world-size", "2", "--out", str(out)]
+    assert main(["build", *flags]) == 0
+    return out
+
+
+def test_build_reports_overrides(checkpoint, tmp_path, capsys):
+    flags = ["--recipe", "tiny", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "b"), "--executor", "eager"]
+    assert main(["build", *flags, "--set", "video.window_frames=9", "--set", "sampler.steps=1000,500", "--json"]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert config["video"]["window_frames"] == 9
+    assert config["sampler"]["steps"] == [1000, 500]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "nope"], "the recipes are"),
+        (["--set", "video.windows=9"], "the fields are"),
+        (["--set", "video.window_frames"], "FIELD=VALUE"),
+        (["--set", "video.window_frames=3"], "the sink"),
+        (["--set", "model.num_layers=3"], "--set model.num_layers=2"),
+        (["--checkpoint", "/nowhere.pt"], "/nowhere.pt"),
+        (["--precision", "bfloat16", "--executor", "onnxruntime"], "float32"),
+    ],
+)
+def test_build_errors_say_what_to_do(checkpoint, tmp_path, capsys, flags, message):
+    base = ["build", "--recipe", "tiny", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "b")]
+    assert main([*base, *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect(bundle, capsys):
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(graph["exchange_after"] for graph in found["graphs"]) == 2 * recipe("tiny").model.num_layers
+    attentions = sum(graph["ops"].get("Attention", 0) for graph in found["graphs"])
+    # 3 heads on 2 ranks: each layer attends for a whole head, half of another, and the prompt.
+    assert attentions == 3 * recipe("tiny").model.num_layers
+    weights = load_file(bundle / "weights.safetensors")
+    assert found["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert main(["inspect", str(bundle)]) == 0
+    assert main(["inspect", str(bundle / "..")]) == 2
+
+
+def test_weights_are_stored_once(bundle):
+    weights = (bundle / "weights.safetensors").stat().st_size
+    graphs = sum(path.stat().st_size for path in bundle.glob("*.onnx"))
+    assert graphs < weights / 2
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt"])
+def test_generate(bundle, tmp_path, capsys, suffix):
+    embeds = torch.randn(5, recipe("tiny").model.text_dim, generator=torch.Generator().manual_seed(1))
+    prompt, out = tmp_path / f"prompt{suffix}", tmp_path / "latents.safetensors"
+    if suffix == ".safetensors":
+        save_file({"anything": embeds}, prompt)
+    elif suffix == ".npy":
+        np.save(prompt, embeds.numpy())
+    else:
+        torch.save(embeds, prompt)
+    flags = [str(bundle), "--prompt-embeds", str(prompt), "--seed", "3", "--chunks", "2", "--out", str(out), "--json"]
+    assert main(["generate", *flags]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert [chunk["chunk"] for chunk in summary["chunks"]] == [0, 1]
+    latents = load_file(out)["latents"]
+    assert latents.shape == (6, 16, 4, 6)
+    assert latents.isfinite().all()
+    assert latents.std() > 0.1
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata()["seed"] == "3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([prompt.name, out.name])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--chunks", "5"], "horizon"),
+        (["--seed", "-1"], "seed"),
+        (["--out", "/nowhere/at/all.safetensors"], "cannot write"),
+        (["--prompt-embeds", "/nowhere.npy"], "/nowhere.npy"),
+        (["--prompt-embeds", "/nowhere.txt"], ".safetensors, .npy or .pt"),
+    ],
+)
+def test_generate_errors_say_what_to_do(bundle, tmp_path, capsys, flags, message):
+    prompt = tmp_path / "prompt.npy"
+    np.save(prompt, np.zeros((5, recipe("tiny").model.text_dim), np.float32))
+    base = ["generate", str(bundle), "--prompt-embeds", str(prompt), "--out", str(tmp_path / "latents.safetensors")]
+    assert main([*base, *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "latents.safetensors").exists()
+
+
+def test_pickled_prompt_is_not_run(bundle, tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return (Path(tmp_path / "bomb").touch, ())
+
+    np.save(tmp_path / "prompt.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    torch.save(Bomb(), tmp_path / "prompt.pt")
+    for name in ("prompt.npy", "prompt.pt"):
+        flags = [str(bundle), "--prompt-embeds", str(tmp_path / name), "--out", str(tmp_path / "latents.safetensors")]
+        assert main(["generate", *flags]) == 2
+        assert "holds no plain tensor" in capsys.readouterr().err
+    assert not (tmp_path / "bomb").exists()
+
+
+def test_compare(capsys):
+    flags = ["--recorded", str(GOLDEN / "D.safetensors"), "--executor", "eager", "--world-size", "2", "--json"]
+    assert main(["compare", *flags]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["max_abs_error"]) == {"flow", "x0", "latents"}
+    assert 0 < max(result["max_abs_error"].values()) <= result["tolerance"] == 5e-5
+    assert (result["executor"], result["world_size"], result["passed"]) == ("eager", 2, True)
+
+
+def test_compare_fails_on_other_numbers(tmp_path, capsys):
+    with safe_open(GOLDEN / "D.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    tensors["out.c3.s2.flow"][0, 0, 7, 2, 1] += 1e-3
+    save_file(tensors, tmp_path / "other.safetensors", metadata)
+    assert main(["compare", "--recorded", str(tmp_path / "other.safetensors"), "--executor", "eager"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed
+    assert "out.c3.s2.flow" in printed
+
+
+@pytest.mark.parametrize(("case", "message"), [("I", "initial_frames"), ("K", "prompt_switch_chunk")])
+def test_compare_says_what_it_does_not_know(capsys, case, message):
+    assert main(["compare", "--recorded", str(GOLDEN / f"{case}.safetensors")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_compare_refuses_what_is_no_recording(tmp_path, capsys):
+    shutil.copy(GOLDEN / "D.safetensors", tmp_path / "cut.safetensors")
+    with (tmp_path / "cut.safetensors").open("r+b") as file:
+        file.truncate(100_000)
+    assert main(["compare", "--recorded", str(tmp_path / "cut.safetensors")]) == 2
+    assert "no recorded rollout" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["can"]["build and run onnxruntime on a CPU"]["ok"]

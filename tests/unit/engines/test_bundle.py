@@ -1,0 +1,387 @@
+import hashlib
+import json
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from causalrt.config import override, recipe
+from causalrt.engines import bundle as bundle_module
+from causalrt.engines.bundle import MANIFEST, REBUILD, new_bundle, open_bundle, write_manifest
+from causalrt.errors import BuildError, BundleError
+from causalrt.layout import layout_from_config
+
+CONFIG = override(recipe("tiny"), {"build.world_size": "2"})
+GRAPHS = {"segments": [{"file": "step-000.onnx", "sent": None, "received": None}]}
+CONTENTS = {"weights.safetensors": bytes(range(256)) * 40, "step-000.onnx": b"graph"}
+
+
+def fill(folder, contents=CONTENTS):
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    write_manifest(folder, config=CONFIG, executors=("eager", "onnxruntime"), graphs=GRAPHS)
+
+
+def make_bundle(target, *, overwrite=False, contents=CONTENTS):
+    with new_bundle(target, overwrite=overwrite, needed_bytes=0) as folder:
+        fill(folder, contents)
+    return target
+
+
+@pytest.fixture
+def made(tmp_path):
+    return make_bundle(tmp_path / "b")
+
+
+def edit_manifest(path, change, *, sign):
+    """Change the manifest in place; with `sign`, as one would who knows how its digest is made."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    change(manifest)
+    if sign:
+        manifest.pop("digest")
+        manifest["digest"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- writing
+
+
+def test_written_and_opened(made):
+    opened = open_bundle(made)
+    assert opened.path == made
+    assert opened.config == CONFIG
+    assert opened.layout == layout_from_config(CONFIG)
+    assert opened.executors == ("eager", "onnxruntime")
+    assert opened.graphs == GRAPHS
+    assert {"torch", "onnx", "onnxruntime"} <= set(opened.toolchain)
+    assert names(made) == sorted([*CONTENTS, MANIFEST])
+    assert names(made.parent) == ["b"]
+    assert made.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_relative_path_and_text_are_paths_too(made, monkeypatch):
+    monkeypatch.chdir(made.parent)
+    assert open_bundle("b").path == made
+    make_bundle(bundle_module.Path("c"))
+    assert open_bundle("c").path == made.parent / "c"
+
+
+def test_manifest_records_bytes_and_sha256_of_every_other_file(made):
+    manifest = json.loads((made / MANIFEST).read_text())
+    assert manifest["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in CONTENTS.items()
+    }
+    assert manifest["layout"]["scatter_rows"] == layout_from_config(CONFIG).scatter_rows
+
+
+def test_the_target_appears_whole(tmp_path):
+    target = tmp_path / "deep" / "b"
+    with new_bundle(target, overwrite=False, needed_bytes=0) as folder:
+        assert folder.parent == target.parent, "renamed within one file system"
+        fill(folder)
+        assert not target.exists()
+    assert open_bundle(target).config == CONFIG
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, BuildError])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_exception_in_the_block_leaves_nothing(tmp_path, error, overwrite):
+    with pytest.raises(error, match="stop"), new_bundle(tmp_path / "b", overwrite=overwrite, needed_bytes=0) as folder:
+        fill(folder)
+        raise error("stop")
+    assert names(tmp_path) == []
+
+
+def test_an_exception_in_the_block_leaves_the_old_bundle(made):
+    with pytest.raises(ValueError, match="stop"), new_bundle(made, overwrite=True, needed_bytes=0) as folder:
+        fill(folder, {"other": b""})
+        raise ValueError("stop")
+    assert names(made.parent) == ["b"]
+    assert open_bundle(made).graphs == GRAPHS
+
+
+def test_a_full_disk_is_a_build_error(tmp_path):
+    with pytest.raises(BuildError, match="No space left"), new_bundle(tmp_path / "b", overwrite=False, needed_bytes=0):
+        raise OSError(28, "No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_too_little_space_is_refused_before_the_block(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10, 0, 1000)
+    monkeypatch.setattr(bundle_module.shutil, "disk_usage", lambda path: usage)
+    with (
+        pytest.raises(BuildError, match=r"5,000 bytes.*1,000 free.*choose another folder"),
+        new_bundle(tmp_path / "b", overwrite=False, needed_bytes=5000),
+    ):
+        pytest.fail("the block ran")
+    assert names(tmp_path) == []
+
+
+def test_an_existing_target_is_refused(made):
+    with (
+        pytest.raises(BuildError, match=r"b exists already.*--overwrite"),
+        new_bundle(made, overwrite=False, needed_bytes=0),
+    ):
+        pytest.fail("the block ran")
+    assert open_bundle(made).config == CONFIG
+
+
+def test_overwrite_swaps(made):
+    with new_bundle(made, overwrite=True, needed_bytes=0) as folder:
+        fill(folder, {"weights.safetensors": b"new"})
+        assert open_bundle(made).graphs == GRAPHS, "the old bundle serves until the new one is whole"
+    assert names(made.parent) == ["b"]
+    assert names(made) == sorted(["weights.safetensors", MANIFEST])
+    assert (made / "weights.safetensors").read_bytes() == b"new"
+    open_bundle(made)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "folder with a folder manifest.json"])
+def test_what_is_no_bundle_is_never_overwritten(tmp_path, kind, overwrite):
+    target = tmp_path / "home"
+    if kind == "file":
+        target.write_text("mine")
+    else:
+        target.mkdir()
+    if kind == "folder":
+        (target / "thesis.tex").write_text("mine")
+    if "manifest" in kind:
+        (target / MANIFEST).mkdir()
+    before = names(target) if target.is_dir() else target.read_text()
+    with pytest.raises(BuildError, match="home exists"), new_bundle(target, overwrite=overwrite, needed_bytes=0):
+        pytest.fail("the block ran")
+    assert (names(target) if target.is_dir() else target.read_text()) == before
+
+
+BUG_APPEARS = pytest.mark.xfail(strict=True, reason="bug: with overwrite, what appears during the build is not looked at")
+
+
+@pytest.mark.parametrize("overwrite", [False, pytest.param(True, marks=BUG_APPEARS)])
+def test_a_folder_that_appears_during_the_build_is_kept(tmp_path, overwrite):
+    target = tmp_path / "b"
+    with pytest.raises(BuildError, match="b"), new_bundle(target, overwrite=overwrite, needed_bytes=0) as folder:
+        fill(folder)
+        target.mkdir()
+        (target / "thesis.tex").write_text("mine")
+    assert names(target) == ["thesis.tex"]
+
+
+def test_a_bundle_that_appears_during_the_build_is_kept(tmp_path):
+    target = tmp_path / "b"
+    with pytest.raises(BuildError, match="b"), new_bundle(target, overwrite=False, needed_bytes=0) as folder:
+        fill(folder, {"weights.safetensors": b"late"})
+        make_bundle(target)
+    assert (target / "weights.safetensors").read_bytes() == CONTENTS["weights.safetensors"]
+
+
+def test_a_failed_swap_puts_the_old_bundle_back(made, monkeypatch):
+    rename = os.rename
+
+    def fail_on_arrival(source, target):
+        if str(source).endswith(".partial") and str(target) == str(made):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(bundle_module.os, "rename", fail_on_arrival)
+    with pytest.raises(BuildError), new_bundle(made, overwrite=True, needed_bytes=0) as folder:
+        fill(folder, {"other": b""})
+    assert names(made.parent) == ["b"]
+    assert open_bundle(made).graphs == GRAPHS
+
+
+def test_a_place_that_cannot_be_written_is_a_build_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(BuildError, match="cannot write a bundle"),
+        new_bundle(tmp_path / "file" / "b", overwrite=False, needed_bytes=0),
+    ):
+        pytest.fail("the block ran")
+
+
+# ---- reading what is damaged
+
+
+def truncate(path):
+    data = (path / "weights.safetensors").read_bytes()
+    (path / "weights.safetensors").write_bytes(data[:-1])
+
+
+def tamper(path):
+    data = bytearray((path / "weights.safetensors").read_bytes())
+    data[5000] ^= 1
+    (path / "weights.safetensors").write_bytes(data)
+
+
+def remove(path):
+    (path / "weights.safetensors").unlink()
+
+
+def link(path):
+    shutil.move(path / "weights.safetensors", path.parent / "elsewhere")
+    (path / "weights.safetensors").symlink_to(path.parent / "elsewhere")
+
+
+def make_folder(path):
+    remove(path)
+    (path / "weights.safetensors").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, "10,239 bytes, expected 10,240"),
+        (tamper, "sha256"),
+        (remove, "missing"),
+        (link, "not a plain file"),
+        (make_folder, "not a plain file"),
+    ],
+)
+def test_a_damaged_file_is_named(made, damage, said):
+    damage(made)
+    with pytest.raises(BundleError) as caught:
+        open_bundle(made)
+    message = str(caught.value)
+    for part in (str(made), "weights.safetensors", said, REBUILD):
+        assert part in message
+    assert "step-000.onnx" not in message
+
+
+def test_all_damage_is_listed_at_once(made):
+    truncate(made)
+    (made / "step-000.onnx").unlink()
+    with pytest.raises(BundleError, match=r"(?s)step-000\.onnx: missing.*weights\.safetensors: 10,239"):
+        open_bundle(made)
+
+
+def test_a_rank_skips_the_hashes_but_not_the_sizes(made):
+    tamper(made)
+    open_bundle(made, verify=False)
+    truncate(made)
+    with pytest.raises(BundleError, match="10,239"):
+        open_bundle(made, verify=False)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "empty", "file"])
+def test_what_is_no_bundle(tmp_path, where):
+    path = tmp_path / where
+    if where == "empty":
+        path.mkdir()
+    elif where == "file":
+        path.write_text("")
+    with pytest.raises(BundleError, match=rf"{where}.*causalrt build"):
+        open_bundle(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b'{"schema": 1', b"[" * 200])
+def test_a_manifest_that_is_no_json(made, data):
+    (made / MANIFEST).write_bytes(data)
+    with pytest.raises(BundleError, match=rf"{MANIFEST}.*{REBUILD}"):
+        open_bundle(made)
+
+
+@pytest.mark.parametrize("data", [b"[]", b"null", b"3", b"{}", b'"text"'])
+def test_a_manifest_that_is_no_manifest(made, data):
+    (made / MANIFEST).write_bytes(data)
+    with pytest.raises(BundleError, match=rf"schema None.*{REBUILD}"):
+        open_bundle(made)
+
+
+@pytest.mark.parametrize("schema", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("sign", [False, True])
+def test_another_schema(made, schema, sign):
+    edit_manifest(made, lambda manifest: manifest.update(schema=schema), sign=sign)
+    with pytest.raises(BundleError) as caught:
+        open_bundle(made)
+    for part in (str(made), f"schema {schema!r}", "reads 1", REBUILD):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["config"]["video"].update(horizon_frames=15),
+        lambda m: m["toolchain"].update(torch="1.0"),
+        lambda m: m["files"].pop("step-000.onnx"),
+        lambda m: m["files"]["step-000.onnx"].update(bytes=6),
+        lambda m: m.update(extra=1),
+        lambda m: m.pop("digest"),
+        lambda m: m.update(digest=None),
+    ],
+)
+def test_an_edited_manifest(made, change):
+    edit_manifest(made, change, sign=False)
+    with pytest.raises(BundleError, match=rf"{MANIFEST} was changed after the build.*{REBUILD}"):
+        open_bundle(made)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "sub/file", "..", ".", "", "sub/../step-000.onnx"])
+def test_a_file_name_that_leaves_the_bundle(made, name):
+    (made.parent / "secret").write_bytes(b"graph")
+    (made / "sub").mkdir()
+    (made / "sub" / "file").write_bytes(b"graph")
+    edit_manifest(made, lambda m: m["files"].update({name: m["files"]["step-000.onnx"]}), sign=True)
+    with pytest.raises(BundleError, match="not a plain file") as caught:
+        open_bundle(made)
+    assert f"\n  {name}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m["config"]["model"].update(dim=47), "model.dim"),
+        (lambda m: m["config"]["model"].pop("dim"), "dim"),
+        (lambda m: m["config"].pop("video"), "video"),
+        (lambda m: m.update(config=None), MANIFEST),
+        (lambda m: m.pop("config"), "config"),
+        (lambda m: m.pop("files"), "files"),
+        (lambda m: m.pop("graphs"), "graphs"),
+        (lambda m: m.update(executors=None), MANIFEST),
+    ],
+)
+def test_a_signed_manifest_that_makes_no_sense(made, change, named):
+    edit_manifest(made, change, sign=True)
+    with pytest.raises(BundleError, match=rf"{MANIFEST} is not valid.*{REBUILD}") as caught:
+        open_bundle(made)
+    assert named in str(caught.value)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: escapes as AttributeError, KeyError, TypeError or ValueError, or passes")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(files=["weights.safetensors"]),
+        lambda m: m["files"].update({"weights.safetensors": {}}),
+        lambda m: m["files"].update({"weights.safetensors": None}),
+        lambda m: m["config"].update(model="abc"),
+        lambda m: m.update(executors=[[]]),
+        lambda m: m.update(toolchain=[]),
+        lambda m: m.update(graphs=None),
+    ],
+    ids=["files-list", "entry-empty", "entry-none", "section-str", "executor-list", "toolchain-list", "graphs-none"],
+)
+def test_a_signed_manifest_of_wrong_types(made, change):
+    edit_manifest(made, change, sign=True)
+    with pytest.raises(BundleError):
+        open_bundle(made)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: the recorded layout is never compared with the one that this version derives")
+@pytest.mark.parametrize("field", ["local_tokens", "scatter_rows", "gather_rows", "shares"])
+def test_a_bundle_of_another_layout(made, field):
+    # The graphs have the layout of the version that built them; running them with another one would mix up heads.
+    edit_manifest(made, lambda m: m["layout"].update({field: 0}), sign=True)
+    with pytest.raises(BundleError, match="layout"):
+        open_bundle(made)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: graphs may name files that the manifest does not list, so nothing checks them")
+def test_a_graph_file_that_is_not_listed(made):
+    edit_manifest(made, lambda m: m["graphs"]["segments"][0].update(file="../evil.onnx"), sign=True)
+    with pytest.raises(BundleError, match=r"evil\.onnx"):
+        open_bundle(made)

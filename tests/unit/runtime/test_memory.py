@@ -1,0 +1,127 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from causalrt.config import RECIPES, override, recipe
+from causalrt.errors import OutOfMemoryError
+from causalrt.export.checkpoint import model_shapes
+from causalrt.layout import layout_from_config
+from causalrt.model.wan import Wan
+from causalrt.runtime import memory
+from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.memory import ELEMENT_BYTES, Memory, check_memory, num_parameters, predict_memory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL = Memory(
+    weights_bytes=3 * 2**30, kv_bytes=2**30, cross_kv_bytes=2**29, activation_bytes=2**28, attention_bytes=2**28
+)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_weights_are_those_of_the_checkpoint(name, precision):
+    config = override(recipe(name), {"build.precision": precision})
+    stored = sum(math.prod(shape) for shape in model_shapes(config.model).values())
+    assert num_parameters(config) == stored
+    predicted = predict_memory(config, "eager").weights_bytes
+    assert predicted == stored * DTYPES[precision].itemsize
+    assert ELEMENT_BYTES[precision] == DTYPES[precision].itemsize
+
+
+def test_the_released_model_has_its_parameters():
+    assert num_parameters(recipe("wan_1_3b_480p")) == 1_418_996_800  # model_spec section 8
+
+
+@pytest.mark.parametrize("name", ["tiny", "demo"])
+def test_weights_are_those_of_the_module(name):
+    config = recipe(name)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Wan(config.model).parameters()) == num_parameters(config)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("plan", ["shares", "pad", "mesh"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_kv_slots_allocate_what_was_predicted(name, plan, world_size):
+    changes = {"build.world_size": str(world_size), "build.head_plan": plan, "build.precision": "bfloat16"}
+    config = override(recipe(name), changes)
+    layout = layout_from_config(config)
+    with torch.device("meta"):  # the sizes of 14B, without its bytes
+        slots = KVSlots(config, layout, torch.bfloat16)
+    last = config.video.horizon_frames - config.video.chunk_frames
+    allocated = sum(t.untyped_storage().nbytes() for layer in slots.filled(last) for pair in layer for t in pair)
+    assert allocated == predict_memory(config, "eager").kv_bytes
+    filled = sum(t.nbytes for layer in slots.filled(last) for pair in layer for t in pair)
+    assert filled == allocated, "by the last chunk every slot is in use"
+
+
+def test_kv_cache_of_the_released_model():
+    config = override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
+    assert predict_memory(config, "eager").kv_bytes == pytest.approx(6.04e9, rel=1e-3)  # model_spec section 8
+
+
+def test_cross_attention_keys_and_values():
+    config = recipe("tiny")
+    assert predict_memory(config, "eager").cross_kv_bytes == 2 * 2 * 8 * 48 * 4
+
+
+def test_prediction_grows_with_the_window_alone():
+    short, long = (override(recipe("tiny"), {"video.window_frames": w}) for w in ("7", "12"))
+    before, after = (dataclasses.asdict(predict_memory(config, "eager")) for config in (short, long))
+    assert {name for name in before if before[name] != after[name]} == {"kv_bytes"}
+    assert after["kv_bytes"] * 7 == before["kv_bytes"] * 12
+
+
+def test_onnxruntime_holds_the_scores():
+    config = recipe("tiny")
+    assert predict_memory(config, "eager").attention_bytes == 0
+    scores = 3 * config.tokens_per_chunk * config.video.capacity_frames * config.tokens_per_frame
+    assert predict_memory(config, "onnxruntime").attention_bytes >= 4 * scores
+
+
+@pytest.mark.parametrize("executor", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_total_is_the_sum_of_positive_parts(name, executor):
+    predicted = predict_memory(recipe(name), executor)
+    parts = dataclasses.asdict(predicted)
+    assert predicted.total_bytes == sum(parts.values())
+    assert all(value > 0 for part, value in parts.items() if part != "attention_bytes")
+
+
+# ---- check_memory
+
+
+def test_refusal_says_what_is_needed_what_is_free_and_what_to_do(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 7 * 2**30)
+    with pytest.raises(OutOfMemoryError) as caught:
+        check_memory(SMALL, ranks=2)
+    message = str(caught.value)
+    parts = ["weights 3.00", "kv 1.00", "cross_kv 0.50", "activation 0.25", "attention 0.25"]
+    for part in ("2 rank", "10.00 GiB", "7.00 are free", "--set video.window_frames", "precision", *parts):
+        assert part in message
+
+
+@pytest.mark.parametrize(("free", "ranks"), [(5 * 2**30, 1), (10 * 2**30, 2), (None, 64)])
+def test_what_fits_passes(monkeypatch, free, ranks):
+    monkeypatch.setattr(memory, "available_bytes", lambda: free)
+    check_memory(SMALL, ranks=ranks)
+
+
+def test_one_byte_short_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: SMALL.total_bytes - 1)
+    with pytest.raises(OutOfMemoryError):
+        check_memory(SMALL, ranks=1)
+
+
+def test_this_host_says_what_is_free():
+    assert memory.available_bytes() is None or memory.available_bytes() > 2**20
+
+
+def test_a_host_that_does_not_say(monkeypatch):
+    def missing(self):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(memory.Path, "read_text", missing)
+    assert memory.available_bytes() is None
