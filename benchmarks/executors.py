@@ -61,7 +61,9 @@ def report(sides: tuple[str, str], steps: dict[str, list[list[float]]]) -> None:
         print(f"{name:24} ms per step by chunk: " + " ".join(f"{ms:8.1f}" for ms in per_chunk))
     means = {name: [statistics.mean(chunks) for chunks in steps[name]] for name in sides}
     ratios = [a / b for a, b in zip(means[sides[0]], means[sides[1]], strict=True)]
-    print(f"{sides[0]} / {sides[1]}: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+    print(
+        f"{sides[0]} / {sides[1]}: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}"
+    )
     medians = {name: statistics.median(values) for name, values in means.items()}
     print(json.dumps({"mean_step_ms": medians, "ratio": statistics.median(ratios), "ratios": ratios}))
 

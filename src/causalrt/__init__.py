@@ -1,7 +1,12 @@
 """CausalRT: causal video diffusion transformers, compiled ahead of time and run in real time on 1 to N ranks."""
 
+from typing import TYPE_CHECKING
+
 from causalrt.config import RECIPES, Config, override, recipe
 from causalrt.runtime.engine import Chunk, Engine, Session, load
+
+if TYPE_CHECKING:
+    from causalrt.export.build import build
 
 __all__ = ["RECIPES", "Chunk", "Config", "Engine", "Session", "build", "load", "override", "recipe"]
 __version__ = "0.1.0"

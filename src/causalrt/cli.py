@@ -248,11 +248,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks")
     made.add_argument("--precision", choices=("float32", "bfloat16", "float16"))
     made.add_argument("--executor", action="append", choices=EXECUTORS, help="may be given again; eager always works")
-    made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any field of the recipe")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override any field of the recipe"
+    )
     made.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
 
     made = command(
-        "inspect", _inspect, "Verify a bundle and show what is in it.", "  causalrt inspect bundle\n  causalrt inspect bundle --json"
+        "inspect",
+        _inspect,
+        "Verify a bundle and show what is in it.",
+        "  causalrt inspect bundle\n  causalrt inspect bundle --json",
     )
     made.add_argument("bundle", type=Path)
 

@@ -63,9 +63,7 @@ def plan_shares(name: HeadPlanName, *, num_heads: int, world_size: int, local_to
     """
 
     def share(heads: int, first_head: int, split: int) -> Share:
-        return Share(
-            num_heads=heads, first_head=first_head, split=split, query_rows=math.ceil(local_tokens / split)
-        )
+        return Share(num_heads=heads, first_head=first_head, split=split, query_rows=math.ceil(local_tokens / split))
 
     if name == "pad":
         return (share(math.ceil(num_heads / world_size), 0, 1),)
@@ -171,12 +169,14 @@ def layout_from_config(config: Config) -> Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotPlan:
-    """Where latent frames live in the KV slots of a head (design section 6)::
+    """Where latent frames live in the KV slots of a head (design section 6).
+
+    The filled slots are always a prefix::
 
         | staging: F frames of the current chunk | sink frames, pinned | ring of clean frames |
         0                                        F                     F + sink               W
 
-    The filled slots are always a prefix. The attended set is the reference's (model_spec section 5): sink, the newest
+    The attended set is the reference's (model_spec section 5): sink, the newest
     W - sink - F clean frames, and the current chunk. Order among keys does not matter to attention.
     """
 

@@ -1,10 +1,13 @@
 """The commands as a user runs them, in one process; exit codes, JSON, messages, files."""
 
 import json
+import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors import safe_open
@@ -73,9 +76,16 @@ def test_inspect(bundle, capsys):
 
 
 def test_weights_are_stored_once(bundle):
-    weights = (bundle / "weights.safetensors").stat().st_size
-    graphs = sum(path.stat().st_size for path in bundle.glob("*.onnx"))
-    assert graphs < weights / 2
+    stored = set(load_file(bundle / "weights.safetensors"))
+    used = Counter()
+    for path in bundle.glob("*.onnx"):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                assert {entry.key: entry.value for entry in tensor.external_data}["location"] == "weights.safetensors"
+                used[tensor.name.removeprefix("wan.")] += 1
+            else:
+                assert math.prod(tensor.dims) < 5000, f"{tensor.name} {list(tensor.dims)} stands in {path.name}"
+    assert used == Counter(stored)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt"])

@@ -86,7 +86,9 @@ def test_attends_to_what_the_reference_attends_to(chunk, sink, spare, chunks):
     assert list(plan_windows(plan, chunks)) == list(reference_windows(**sizes))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a sink longer than the history commits past the last slot in the last chunk")
+@pytest.mark.xfail(
+    strict=True, reason="bug: a sink longer than the history commits past the last slot in the last chunk"
+)
 @pytest.mark.parametrize(("window", "sink"), [(None, 4), (None, 100), (20, 5), (9, 6)])
 def test_a_sink_longer_than_the_history(window, sink):
     sizes = {"chunk": 3, "window": window, "sink": sink, "chunks": 2}

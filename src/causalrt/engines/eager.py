@@ -57,6 +57,7 @@ class EagerExecutor:
     @torch.inference_mode()
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
+        flow: torch.Tensor
         flow, _ = self._step(
             x.to(self._dtype), e, e0, self._rank, torch.tensor([first_frame]), self._kv, self._cross_kv
         )

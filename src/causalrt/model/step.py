@@ -16,7 +16,7 @@ from torch import nn
 from causalrt.config import Config
 from causalrt.layout import Layout
 from causalrt.model.rope import rope_tables
-from causalrt.model.wan import AttentionWeights, Block, Wan
+from causalrt.model.wan import AttentionWeights, Wan
 
 KVPair = tuple[torch.Tensor, torch.Tensor]
 KVTensors = Sequence[Sequence[KVPair]]
@@ -50,7 +50,9 @@ class HeadExchange(nn.Module):
         self.register_buffer("scatter_index", torch.from_numpy(layout.scatter_index()).flatten(), persistent=False)
         self.register_buffer("gather_index", torch.from_numpy(layout.gather_index()), persistent=False)
 
-    def scatter_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    def scatter_heads(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """`[1, S, H*D]` x 3 -> for each share q `[1, P*query_rows, h*D]`, k and v `[1, N, h*D]`; one collective.
 
         Every rank calls it, in layer order; all blocks have the same size.
@@ -89,6 +91,12 @@ class ChunkStep(nn.Module):
     rank and every chunk.
     """
 
+    frame_in_chunk: torch.Tensor
+    temporal_cos: torch.Tensor
+    temporal_sin: torch.Tensor
+    spatial_cos: torch.Tensor
+    spatial_sin: torch.Tensor
+
     def __init__(self, wan: Wan, config: Config, layout: Layout, ops: StepOps) -> None:
         super().__init__()
         self.wan = wan
@@ -126,8 +134,7 @@ class ChunkStep(nn.Module):
         cos, sin = self.rotation(rank, first_frame)
         x = self.wan.patch_embedding(x)
         written = []
-        for block, layer_kv, layer_cross in zip(self.wan.blocks, kv, cross_kv, strict=True):
-            assert isinstance(block, Block)
+        for block, layer_kv, layer_cross in zip(self.wan.layers(), kv, cross_kv, strict=True):
             shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + e0).unbind(1)
             attended, layer_written = self.self_attention(
                 block.self_attn, block.modulate(x, shift1, scale1), cos, sin, layer_kv
@@ -167,4 +174,5 @@ class ChunkStep(nn.Module):
     def cross_attention(self, weights: AttentionWeights, y: torch.Tensor, kv: KVPair) -> torch.Tensor:
         """`[S, C]` -> `[S, C]` over all text rows, padding rows included; local, for text is on every rank."""
         q = weights.norm_q(weights.q(y))[None]
-        return weights.o(self.ops.attention(q, *kv, self.num_heads)[0])
+        out: torch.Tensor = weights.o(self.ops.attention(q, *kv, self.num_heads)[0])
+        return out

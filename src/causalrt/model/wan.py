@@ -5,6 +5,8 @@ Two weights are stored reshaped (export/checkpoint.py): `patch_embedding` as a m
 `head.head` with its rows in the token's own feature order, so that a chunk stays in token order from noise to latents.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,6 +30,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_SC: torch.Tensor) -> torch.Tensor:
+        """`[S, C]` -> `[S, C]`."""
         return F.rms_norm(x_SC, self.weight.shape, self.weight, self.eps)
 
 
@@ -56,6 +59,7 @@ class Block(nn.Module):
         self.eps = config.eps
 
     def modulate(self, x_SC: torch.Tensor, shift_1C: torch.Tensor, scale_1C: torch.Tensor) -> torch.Tensor:
+        """See `modulate`."""
         return modulate(x_SC, shift_1C, scale_1C, self.eps)
 
 
@@ -74,8 +78,10 @@ class Head(nn.Module):
         self.eps = config.eps
 
     def forward(self, x_SC: torch.Tensor, e_C: torch.Tensor) -> torch.Tensor:
+        """`[S, C]`, e `[C]` -> `[S, 64]`."""
         shift_1C, scale_1C = (self.modulation + e_C).unbind(1)
-        return self.head(modulate(x_SC, shift_1C, scale_1C, self.eps))
+        out: torch.Tensor = self.head(modulate(x_SC, shift_1C, scale_1C, self.eps))
+        return out
 
 
 class Wan(nn.Module):
@@ -93,6 +99,18 @@ class Wan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+
+    def layers(self) -> Iterator[Block]:
+        """The blocks, in order."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the model."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Wan(config).parameters())
 
 
 def wan_from_weights(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Wan:
@@ -113,7 +131,7 @@ class PromptGraph(nn.Module):
     def forward(self, text_TE: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`[text_len, text_dim]`, zero rows included -> per layer (k, v), `[1, text_len, C]` each."""
         context_TC = self.wan.text_embedding(text_TE)
-        attentions = [block.cross_attn for block in self.wan.blocks]
+        attentions = [block.cross_attn for block in self.wan.layers()]
         return [(a.norm_k(a.k(context_TC))[None], a.v(context_TC)[None]) for a in attentions]
 
 

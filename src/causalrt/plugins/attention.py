@@ -24,7 +24,7 @@ def attend(q_BRC: torch.Tensor, k_BLC: torch.Tensor, v_BLC: torch.Tensor, num_he
     Returns:
         `[1, R, heads * D]`.
     """
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BRC, k_BLC, v_BLC))
+    q, k, v = (x.view(*x.shape[:-1], num_heads, -1).transpose(1, 2) for x in (q_BRC, k_BLC, v_BLC))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

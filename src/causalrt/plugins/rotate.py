@@ -17,7 +17,7 @@ def rotate_pairs(x_BSC: torch.Tensor, cos_BSP: torch.Tensor, sin_BSP: torch.Tens
     Returns:
         `[1, S, H * D]` in the dtype of `x_BSC`.
     """
-    pairs = torch.view_as_complex(x_BSC.float().unflatten(-1, (num_heads, -1, 2)))
+    pairs = torch.view_as_complex(x_BSC.float().view(*x_BSC.shape[:-1], num_heads, -1, 2))
     turned = pairs * torch.complex(cos_BSP, sin_BSP).unsqueeze(2)
     return torch.view_as_real(turned).flatten(-3).to(x_BSC.dtype)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from causalrt.config import Config
 from causalrt.errors import OutOfMemoryError
 from causalrt.layout import layout_from_config
+from causalrt.model.wan import num_parameters
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -34,18 +35,6 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def num_parameters(config: Config) -> int:
-    """Parameters of the model."""
-    m = config.model
-    d, features = m.dim, m.patch_features
-    linear = lambda rows, columns: rows * columns + rows  # noqa: E731
-    attention = 4 * linear(d, d) + 2 * d
-    block = 2 * attention + linear(m.ffn_dim, d) + linear(d, m.ffn_dim) + 6 * d + 2 * d
-    text = linear(d, m.text_dim) + linear(d, d)
-    time = linear(d, m.freq_dim) + linear(d, d) + linear(6 * d, d)
-    return m.num_layers * block + text + time + linear(d, features) + linear(features, d) + 2 * d
-
-
 def predict_memory(config: Config, executor: str) -> Memory:
     """Bytes that one rank of `config` will hold under `executor`, with one session open."""
     layout, model = layout_from_config(config), config.model
@@ -55,7 +44,7 @@ def predict_memory(config: Config, executor: str) -> Memory:
     exchange = 2 * layout.world_size * layout.scatter_rows * model.head_dim if layout.world_size > 1 else 0
     scores = max(s.num_heads * layout.world_size * s.query_rows for s in layout.shares) * slots
     return Memory(
-        weights_bytes=num_parameters(config) * size,
+        weights_bytes=num_parameters(model) * size,
         kv_bytes=2 * model.num_layers * layout.kv_heads * slots * model.head_dim * size,
         cross_kv_bytes=2 * model.num_layers * model.text_len * model.dim * size,
         activation_bytes=(layout.local_tokens * widest + exchange) * size,

@@ -8,7 +8,8 @@ from typing import Any
 import onnx
 
 from causalrt.engines.bundle import Bundle, open_bundle
-from causalrt.runtime.memory import num_parameters, predict_memory
+from causalrt.model.wan import num_parameters
+from causalrt.runtime.memory import predict_memory
 
 
 def inspect_bundle(path: Path) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "path": str(bundle.path),
         "executors": list(bundle.executors),
         "config": config.as_dict(),
-        "parameters": num_parameters(config),
+        "parameters": num_parameters(config.model),
         "layout": {
             "tokens_per_chunk": layout.num_tokens,
             "local_tokens": layout.local_tokens,

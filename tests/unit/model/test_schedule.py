@@ -111,4 +111,6 @@ def test_sinusoid_check_values():
 def test_sinusoid_against_the_formula(freq_dim):
     half = freq_dim // 2
     angle = 937.5 * 10000.0 ** (-np.arange(half) / half)
-    np.testing.assert_allclose(sinusoid(937.5, freq_dim), np.concatenate([np.cos(angle), np.sin(angle)]), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        sinusoid(937.5, freq_dim), np.concatenate([np.cos(angle), np.sin(angle)]), rtol=0, atol=1e-12
+    )

@@ -143,7 +143,9 @@ def test_kv_attention_equals_its_in_place_form(sizes):
     arguments = kv_attention_arguments(*sizes)
     before = [x.clone() for x in arguments[:-1]]
     functional = kv_attention(*arguments)
-    assert all(torch.equal(x, y) for x, y in zip(arguments, before, strict=False)), "the functional form wrote its input"
+    assert all(torch.equal(x, y) for x, y in zip(arguments, before, strict=False)), (
+        "the functional form wrote its input"
+    )
     k, v = arguments[3], arguments[4]
     in_place = kv_attention_in_place(*arguments)
     assert in_place[1] is k
