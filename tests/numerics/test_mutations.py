@@ -1,6 +1,6 @@
 """The golden replay is sharp: each of these deliberate mistakes moves the final latents far past its tolerance.
 
-Every mistake of model_spec section 11's table, made by patching the one function that could make it, and replayed on one
+Every mistake of model_spec section 11, made by patching the one function that could make it, and replayed on one
 rank in this process. What they have in common is that shapes stay right and nothing raises.
 """
 

@@ -77,7 +77,7 @@ def gather(layout, outputs):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(**sizes)
 @example(num_heads=12, world_size=8, num_tokens=4680)
 @example(num_heads=12, world_size=8, num_tokens=4677)
@@ -106,7 +106,7 @@ def test_every_row_and_head_is_attended_for_and_read_back(plan, num_heads, world
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(**sizes)
 def test_every_row_and_head_is_computed_once_but_for_padding(plan, num_heads, world_size, num_tokens):
     layout = make_layout(plan, num_heads, world_size, num_tokens)

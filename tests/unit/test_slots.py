@@ -11,7 +11,7 @@ PASSES = 5  # four denoising steps and the refresh
 
 
 def reference_windows(*, chunk, window, sink, chunks):
-    """Frames attended in every pass of every chunk, by the reference's cache rules (model_spec section 5), in frames."""
+    """Frames attended in every pass of every chunk, by the reference's cache rules (model_spec section 5)."""
     capacity = chunk * chunks if window is None else window
     slots = [None] * capacity
     global_end = local_end = 0
@@ -86,9 +86,7 @@ def test_attends_to_what_the_reference_attends_to(chunk, sink, spare, chunks):
     assert list(plan_windows(plan, chunks)) == list(reference_windows(**sizes))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: a sink longer than the history commits past the last slot in the last chunk"
-)
+@pytest.mark.xfail(strict=True, reason="bug: the last commit goes past the last slot")
 @pytest.mark.parametrize(("window", "sink"), [(None, 4), (None, 100), (20, 5), (9, 6)])
 def test_a_sink_longer_than_the_history(window, sink):
     sizes = {"chunk": 3, "window": window, "sink": sink, "chunks": 2}
