@@ -47,8 +47,8 @@ class ModelConfig:
             f"model.dim must be a multiple of model.num_heads, got dim={self.dim} and num_heads={self.num_heads}",
         )
         _require(
-            self.head_dim % 2 == 0 and self.head_dim >= 6,
-            f"model.dim / model.num_heads must be even and at least 6 (rotary pairs), got {self.head_dim}",
+            self.head_dim % 2 == 0,
+            f"model.dim / model.num_heads must be even (rotary pairs), got {self.head_dim}",
         )
         _require(self.freq_dim % 2 == 0, f"model.freq_dim must be even (cos and sin halves), got {self.freq_dim}")
 

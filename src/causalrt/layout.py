@@ -205,8 +205,10 @@ class SlotPlan:
 
 
 def slots_from_config(config: Config) -> SlotPlan:
-    """The slot plan of `config`."""
+    """The slot plan of `config`; a sink that a short horizon cannot fill is as long as the history."""
     video = config.video
     return SlotPlan(
-        capacity_frames=video.capacity_frames, chunk_frames=video.chunk_frames, sink_frames=video.sink_frames
+        capacity_frames=video.capacity_frames,
+        chunk_frames=video.chunk_frames,
+        sink_frames=min(video.sink_frames, video.capacity_frames - video.chunk_frames),
     )

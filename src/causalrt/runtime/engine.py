@@ -20,8 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from causalrt.config import Config
@@ -140,7 +142,7 @@ class Engine:
 
     def session(
         self,
-        prompt_embeds: torch.Tensor,
+        prompt_embeds: torch.Tensor | npt.NDArray[np.floating[Any]],
         *,
         seed: int = 0,
         num_chunks: int | None = None,
@@ -183,8 +185,10 @@ class Engine:
             self._run(OpenCommand(session=session.number, text=text, noise=source))
         return session
 
-    def _checked_text(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    def _checked_text(self, prompt_embeds: torch.Tensor | npt.NDArray[np.floating[Any]]) -> torch.Tensor:
         model = self.config.model
+        if isinstance(prompt_embeds, np.ndarray) and np.issubdtype(prompt_embeds.dtype, np.floating):
+            prompt_embeds = torch.from_numpy(prompt_embeds)
         if not isinstance(prompt_embeds, torch.Tensor) or not prompt_embeds.is_floating_point():
             raise PromptError(
                 f"prompt embeddings must be a floating-point tensor, got {getattr(prompt_embeds, 'dtype', type(prompt_embeds))}"

@@ -86,11 +86,16 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
                 f"({', '.join(unknown)}); replay a recording without them"
             )
         window = recorded["local_attn_size"]
+        patch_frames, patch_height, patch_width = recorded["patch_size"]
+        if patch_frames != 1:
+            raise RecordingError(f"{path}: a patch of {patch_frames} latent frames is not known, only of one")
         config = Config(
             model=ModelConfig(
                 **{key: recorded[key] for key in ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim")},
                 **{key: recorded[key] for key in ("text_dim", "text_len", "eps")},
                 latent_channels=recorded["in_dim"],
+                patch_height=patch_height,
+                patch_width=patch_width,
             ),
             video=VideoConfig(
                 latent_height=recorded["latent_h"],

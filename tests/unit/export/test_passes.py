@@ -188,6 +188,10 @@ def test_cut_of_a_traced_step():
             dims = value.type.tensor_type.shape.dim
             assert value.name.startswith(("k.", "v.")) or all(dim.HasField("dim_value") for dim in dims), value.name
     assert received - {None} <= available
+    # A layer's weights, its modulation among them, are read by no segment before that layer.
+    read = [{tensor.name for tensor in s.model.graph.initializer} for s in segments]
+    assert [any(name.startswith("wan.blocks.1.") for name in each) for each in read] == [False, False, True, False, True]
+    assert ["wan.blocks.1.modulation" in each for each in read] == [False, False, True, False, False]
     # Odd segments attend: segment 1 for layer 0, segment 3 for layer 1. No other segment touches the slots.
     slots = [{name[:3] for name in names_of(s.model.graph.output) if name.endswith(".written")} for s in segments]
     assert slots == [set(), {"k.0", "v.0"}, set(), {"k.1", "v.1"}, set()]
