@@ -123,7 +123,16 @@ def _generate(arguments: argparse.Namespace) -> int:
             progress("chunks", 0, session.num_chunks)
             for chunk in session:
                 latents.append(chunk.latents)
-                report.append({"chunk": chunk.index, "latency_ms": chunk.latency_ms, "queue_ms": chunk.queue_ms})
+                report.append(
+                    {
+                        "chunk": chunk.index,
+                        "latency_ms": chunk.latency_ms,
+                        "queue_ms": chunk.queue_ms,
+                        "denoise_ms": chunk.times.denoise_ms,
+                        "exchange_ms": chunk.times.exchange_ms,
+                        "gather_ms": chunk.times.gather_ms,
+                    }
+                )
                 progress("chunks", chunk.index + 1, session.num_chunks)
         video = torch.cat(latents)
         write_latents(arguments.out, video, {"seed": str(arguments.seed), "causalrt": __version__})

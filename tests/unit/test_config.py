@@ -54,8 +54,8 @@ CHANGES = {
 REFUSED = [
     *((name, "0", (name, "0")) for name in sorted(FIELDS) if name.startswith("model.")),
     ("model.dim", "50", ("model.dim", "50", "model.num_heads", "3")),
-    ("model.num_heads", "16", ("model.num_heads", "got 3")),
-    ("model.num_heads", "12", ("model.num_heads", "at least 6", "got 4")),
+    ("model.num_heads", "16", ("model.num_heads", "even", "got 3")),
+    ("model.dim", "51", ("model.dim", "even", "got 17")),
     ("model.freq_dim", "33", ("model.freq_dim", "33")),
     ("model.eps", "nan", ("model.eps", "nan")),
     ("model.eps", "-1e-6", ("model.eps", "-1e-06")),

@@ -80,15 +80,14 @@ def frames(text: str) -> list[set[int]]:
 )
 def test_attends_to_what_the_reference_attends_to(chunk, sink, spare, chunks):
     window = None if spare is None else sink + chunk + spare
-    sink = min(sink, chunk * (chunks - 1))  # more sink than history: the test below
     plan = slots_from_config(video(chunk=chunk, window=window, sink=sink, chunks=chunks))
     sizes = {"chunk": chunk, "window": window, "sink": sink, "chunks": chunks}
     assert list(plan_windows(plan, chunks)) == list(reference_windows(**sizes))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the last commit goes past the last slot")
 @pytest.mark.parametrize(("window", "sink"), [(None, 4), (None, 100), (20, 5), (9, 6)])
 def test_a_sink_longer_than_the_history(window, sink):
+    # The window is then never full, so the reference rolls nothing; no commit may go past the last slot.
     sizes = {"chunk": 3, "window": window, "sink": sink, "chunks": 2}
     plan = slots_from_config(video(**sizes))
     assert list(plan_windows(plan, 2)) == list(reference_windows(**sizes))

@@ -48,12 +48,14 @@ class Chunk:
         latents: `[F, 16, H, W]`, float32, normalised VAE latents.
         latency_ms: from the request to the latents in the caller's hands.
         queue_ms: the part of it spent waiting for earlier work, the previous chunk's refresh included.
+        times: rank 0's stages; the refresh has not run yet (`Session.times` has it afterwards).
     """
 
     index: int
     latents: torch.Tensor
     latency_ms: float
     queue_ms: float
+    times: ChunkTimes
 
 
 def latents_from_tokens(rows: torch.Tensor, config: Config) -> torch.Tensor:
@@ -306,15 +308,16 @@ class Session:
             engine._unfinished = self, replies
             for rank, reply in replies:
                 if isinstance(reply, Latents):
-                    rows = reply.rows
+                    delivered = reply
                     break
                 self.take(rank, reply)
         self._next += 1
         return Chunk(
             index=index,
-            latents=latents_from_tokens(rows, engine.config),
+            latents=latents_from_tokens(delivered.rows, engine.config),
             latency_ms=1e3 * (time.perf_counter() - asked),
             queue_ms=1e3 * (started - asked),
+            times=delivered.times,
         )
 
     def take(self, rank: int, reply: Reply) -> None:

@@ -54,9 +54,10 @@ Command = LoadCommand | OpenCommand | ChunkCommand | CloseCommand
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latents:
-    """A chunk's latents `[N, 64]`, from rank 0, before the refresh."""
+    """A chunk's latents `[N, 64]` and the times so far, from rank 0, before the refresh."""
 
     rows: torch.Tensor
+    times: ChunkTimes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ from causalrt.errors import CausalRTError, EngineClosedError, RankError
 from causalrt.runtime.messages import Command, Done, Failed, Reply, receive, send
 
 logger = logging.getLogger(__name__)
-LOG_TAIL_LINES = 20
+LOG_TAIL_LINES = 40
 HANG_UP_S = 5.0
 """How long the ranks may take to end by themselves, and the keeper to end them."""
 CAUSE_S = 0.2

@@ -73,7 +73,7 @@ class Rollout:
         self.slots = KVSlots(config, layout, TORCH_DTYPES[config.build.precision])
 
     def chunk(
-        self, index: int, *, refresh: bool, record: bool, deliver: Callable[[torch.Tensor], None]
+        self, index: int, *, refresh: bool, record: bool, deliver: Callable[[torch.Tensor, ChunkTimes], None]
     ) -> tuple[ChunkTimes, list[StepRecord]]:
         """Generate chunk `index`; chunks are generated in order.
 
@@ -81,7 +81,7 @@ class Rollout:
             index: chunk number from 0.
             refresh: leave clean keys and values for the next chunk.
             record: gather the flow and x0 of every forward on rank 0.
-            deliver: called on rank 0 with the latents `[N, 64]`, before the refresh.
+            deliver: called on rank 0 with the latents `[N, 64]` and the times so far, before the refresh.
         """
         first_frame = index * self._config.video.chunk_frames
         self._executor.bind(self.slots.filled(first_frame), self._cross_kv)
@@ -105,9 +105,9 @@ class Rollout:
 
         start = time.perf_counter()
         latents = self._gather(x0)
-        if latents is not None:
-            deliver(latents)
         times.gather_ms = _ms_since(start)
+        if latents is not None:
+            deliver(latents, times)
 
         if refresh:
             start = time.perf_counter()

@@ -91,7 +91,7 @@ class RankServer:
                     command.index,
                     refresh=command.refresh,
                     record=command.record,
-                    deliver=lambda rows: send(self._channel, Latents(rows=rows)),
+                    deliver=lambda rows, times: send(self._channel, Latents(rows=rows, times=times)),
                 )
                 return Done(times=times, records=tuple(records), kv_rows_moved=rollout.slots.rows_moved)
             case CloseCommand():
