@@ -30,7 +30,8 @@ class ChunkTimes:
         exchange_ms: the part of the denoising steps spent in all-to-alls.
         gather_ms: collecting the latents on rank 0.
         refresh_ms: the refresh and the commit; after the latents are handed over.
-        rows_sent: rows of one head that the rank sent in the denoising steps.
+        all_to_all_calls: exchanges of the denoising steps.
+        rows_sent: rows of one head that the rank sent in them, those to itself included.
         kv_frames: latent frames attended over.
     """
 
@@ -38,6 +39,7 @@ class ChunkTimes:
     exchange_ms: float = 0.0
     gather_ms: float = 0.0
     refresh_ms: float = 0.0
+    all_to_all_calls: int = 0
     rows_sent: int = 0
     kv_frames: int = 0
 
@@ -101,7 +103,8 @@ class Rollout:
             if record:
                 self._record(records, flow, x0)
         traffic = self._collectives.take_traffic()
-        times.exchange_ms, times.rows_sent = 1e3 * traffic.wait_s, traffic.rows_sent
+        times.exchange_ms = 1e3 * traffic.wait_s
+        times.all_to_all_calls, times.rows_sent = traffic.all_to_all_calls, traffic.rows_sent
 
         start = time.perf_counter()
         latents = self._gather(x0)

@@ -137,14 +137,16 @@ def test_an_existing_target_is_refused(made):
     assert open_bundle(made).config == CONFIG
 
 
-def test_overwrite_swaps(made):
-    with new_bundle(made, overwrite=True, needed_bytes=0) as folder:
-        fill(folder, {"weights.safetensors": b"new"})
-        assert open_bundle(made).graphs == GRAPHS, "the old bundle serves until the new one is whole"
-    assert names(made.parent) == ["b"]
-    assert names(made) == sorted(["weights.safetensors", MANIFEST])
-    assert (made / "weights.safetensors").read_bytes() == b"new"
-    open_bundle(made)
+def test_overwrite_swaps(tmp_path):
+    target = make_bundle(tmp_path / "b", contents=CONTENTS | {"old.engine": b""})
+    with new_bundle(target, overwrite=True, needed_bytes=0) as folder:
+        fill(folder, CONTENTS | {"weights.safetensors": b"new"})
+        assert open_bundle(target).graphs == GRAPHS, "the old bundle serves until the new one is whole"
+        assert "old.engine" in names(target)
+    assert names(tmp_path) == ["b"]
+    assert names(target) == sorted([*CONTENTS, MANIFEST])
+    assert (target / "weights.safetensors").read_bytes() == b"new"
+    open_bundle(target)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

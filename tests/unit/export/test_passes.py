@@ -153,6 +153,20 @@ def test_work_read_by_two_segments_goes_to_the_first_of_them():
     assert names_of(third.input) == {"twice", "received.1"}
 
 
+def test_work_goes_to_its_first_reader_in_whatever_order_the_nodes_stand():
+    nodes = [
+        helper.make_node("Neg", ["m"], ["shared"]),
+        helper.make_node("Exp", ["shared"], ["late"]),  # stands first, runs last
+        helper.make_node("Add", ["x", "shared"], ["sent.0"]),
+        exchange_node("sent.0", "received.0"),
+        helper.make_node("Mul", ["received.0", "late"], ["y"]),
+    ]
+    values = [name for node in nodes for name in node.output if name != "y"]
+    first, second = (s.model.graph for s in cut_exchanges_pass(make_model(nodes, ["x", "m"], ["y"], values=values)))
+    assert names_of(first.output) == {"shared", "sent.0"}
+    assert names_of(second.input) == {"shared", "received.0"}
+
+
 @pytest.mark.parametrize("domain", [None, "elsewhere"], ids=["none", "other-domain"])
 def test_cut_leaves_a_graph_without_exchanges_whole(domain):
     nodes = [helper.make_node("Neg", ["x"], ["a"]), helper.make_node("Exp", ["a"], ["y"])]

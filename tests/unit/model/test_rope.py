@@ -109,7 +109,8 @@ def test_a_row_depends_on_the_global_index_alone(world_size, height, width, fram
 
     index = np.arange(tokens)  # frame slowest, then row, then column (model_spec section 2)
     frame, row, column = index // (height * width), index // width % height, index % width
-    spatial, in_chunk = tables.spatial.reshape(-1, y + x), tables.frame_in_chunk.ravel()
+    spatial = tables.spatial.reshape(world_size * layout.local_tokens, y + x)
+    in_chunk = tables.frame_in_chunk.ravel()
     np.testing.assert_array_equal(in_chunk[:tokens], frame)
     np.testing.assert_array_equal(spatial[:tokens], np.hstack([angles(row, y), angles(column, x)]))
     # Padding repeats the last token: a frame within the chunk, so that a lookup never passes the horizon.

@@ -1,0 +1,105 @@
+"""What the ranks exchange, counted on the wire, against the formulas of design section 4; what the KV slots move."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from small_bundles import Bundles, bundle_factory, prompt, tiny_config
+
+from causalrt import load
+
+SAME = 2e-5
+"""Between head plans: the order of float32 sums is all that differs."""
+CHUNKS = 3
+TWELVE_HEADS = {"model.dim": "96", "model.num_heads": "12"}
+RANKS_AND_SIZES = [
+    pytest.param(2, {}, id="3 heads on 2 ranks"),
+    pytest.param(3, {}, id="3 heads on 3 ranks"),
+    pytest.param(8, TWELVE_HEADS, id="12 heads on 8 ranks"),
+]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    return bundle_factory(tmp_path_factory.mktemp("bundles"))
+
+
+def rows_of_a_pair(plan: str, heads: int, ranks: int, rows: int) -> int:
+    """Rows of one head that one rank sends another in one layer: q, k, v there, attention output back."""
+
+    def both_ways(num_heads: int, split: int) -> int:
+        query = math.ceil(rows / split)
+        return num_heads * (query + rows + rows) + num_heads * query
+
+    if plan == "pad":
+        return both_ways(-(-heads // ranks), 1)
+    if plan == "mesh":
+        groups = math.gcd(heads, ranks)
+        return both_ways(heads // groups, ranks // groups)
+    remaining = heads % ranks
+    common = math.gcd(remaining, ranks)
+    return both_ways(heads // ranks, 1) + (both_ways(remaining // common, ranks // common) if remaining else 0)
+
+
+def test_the_table_of_the_design() -> None:
+    """12 heads on 8 ranks, 585 rows; the halves of an odd number of rows are padded to 293."""
+    assert rows_of_a_pair("shares", 12, 8, 585) == 878 + 4 * 585 + 878 == 4096
+    assert rows_of_a_pair("pad", 12, 8, 585) == 8 * 585
+    assert rows_of_a_pair("mesh", 12, 8, 585) == 9 * 585 + 3
+
+
+def generate(
+    bundles: Bundles, ranks: int, changes: dict[str, str]
+) -> tuple[torch.Tensor, list[dict[int, tuple[int, int]]]]:
+    """Latents, and for each chunk (exchanges, rows sent) by rank."""
+    with load(bundles(ranks, changes), world_size=ranks) as engine:
+        session = engine.session(prompt(), seed=3, num_chunks=CHUNKS)
+        latents = torch.cat([chunk.latents for chunk in session])
+    counted = [{rank: (t.all_to_all_calls, t.rows_sent) for rank, t in times.items()} for times in session.times]
+    return latents, counted
+
+
+@pytest.mark.parametrize(("ranks", "sizes"), RANKS_AND_SIZES)
+def test_rows_exchanged(bundles: Bundles, ranks: int, sizes: dict[str, str]) -> None:
+    """Two exchanges a layer, of as many rows as the plan's formula says, whatever the chunk; the plans agree."""
+    config = tiny_config(ranks, sizes)
+    forwards = config.model.num_layers * len(config.sampler.steps)
+    local_rows = math.ceil(config.tokens_per_chunk / ranks)
+    by_plan = {}
+    for plan in ("shares", "pad", "mesh"):
+        latents, counted = generate(bundles, ranks, {**sizes, "build.head_plan": plan})
+        pair = rows_of_a_pair(plan, config.model.num_heads, ranks, local_rows)
+        expected = (2 * forwards, ranks * pair * forwards)
+        assert counted == [dict.fromkeys(range(ranks), expected)] * CHUNKS, plan
+        by_plan[plan] = latents
+    for plan in ("pad", "mesh"):
+        assert float((by_plan[plan] - by_plan["shares"]).abs().max()) < SAME, plan
+
+
+def test_one_rank_exchanges_nothing(bundles: Bundles) -> None:
+    _, counted = generate(bundles, 1, {})
+    assert counted == [{0: (0, 0)}] * CHUNKS
+
+
+@pytest.mark.parametrize(
+    ("window", "frames_moved"),
+    [
+        ("7", [3, 3, 3, 3]),
+        ("9", [3, 3, 3, 3]),
+        ("12", [3, 3, 3, 3]),
+        ("none", [3, 3, 3, 3]),
+        # with the sink of 1: a ring of one frame, and none at all
+        ("5", [2, 1, 1, 1]),
+        ("4", [1, 0, 0, 0]),
+    ],
+)
+def test_kv_rows_moved(bundles: Bundles, window: str, frames_moved: list[int]) -> None:
+    """A chunk's frames at most, whatever the window; rolling moves nothing that is in history already."""
+    changes = {"video.window_frames": window}
+    config = tiny_config(1, changes)
+    with load(bundles(1, changes)) as engine, engine.session(prompt(), record=True) as session:
+        moved = [session.kv_rows_moved for _ in session]  # read with a chunk in hand: of the chunks before it
+    each_chunk = [after - before for before, after in pairwise([*moved, session.kv_rows_moved])]
+    assert each_chunk == [frames * config.tokens_per_frame for frames in frames_moved]
+    assert max(each_chunk) <= config.video.chunk_frames * config.tokens_per_frame
