@@ -5,6 +5,8 @@ overridden by its dotted name (`override(config, {"model.num_layers": "2"})`), w
 """
 
 import dataclasses
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -41,7 +43,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in (f.name for f in dataclasses.fields(self)):
-            _require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+            _require(
+                0 < getattr(self, name) < math.inf,
+                f"model.{name} must be positive and finite, got {getattr(self, name)}",
+            )
         _require(
             self.dim % self.num_heads == 0,
             f"model.dim must be a multiple of model.num_heads, got dim={self.dim} and num_heads={self.num_heads}",
@@ -123,7 +128,7 @@ class SamplerConfig:
             all(a > b for a, b in zip(self.steps, self.steps[1:], strict=False)),
             f"sampler.steps must fall from noise to clean, got {list(self.steps)}",
         )
-        _require(self.shift > 0, f"sampler.shift must be positive, got {self.shift}")
+        _require(0 < self.shift < math.inf, f"sampler.shift must be positive and finite, got {self.shift}")
         _require(
             0 <= self.context_timestep <= 1000,
             f"sampler.context_timestep must lie in [0, 1000], got {self.context_timestep}",
@@ -198,14 +203,19 @@ def config_from_dict(plain: Mapping[str, Any]) -> Config:
     """
     sections = get_type_hints(Config)
     if not isinstance(plain, Mapping) or set(plain) != set(sections):
-        raise ConfigError(f"a config has the sections {sorted(sections)}, got {sorted(plain)}")
+        got = sorted(map(str, plain)) if isinstance(plain, Mapping) else repr(plain)
+        raise ConfigError(f"a config has the sections {sorted(sections)}, got {got}")
     built = {}
     for name, cls in sections.items():
+        if not isinstance(plain[name], Mapping):
+            raise ConfigError(f"config section {name} must map fields to values, got {plain[name]!r}")
         values = dict(plain[name])
         hints = get_type_hints(cls)
         unknown, missing = set(values) - set(hints), set(hints) - set(values)
         if unknown or missing:
-            raise ConfigError(f"config section {name}: unknown fields {sorted(unknown)}, missing {sorted(missing)}")
+            raise ConfigError(
+                f"config section {name}: unknown fields {sorted(map(str, unknown))}, missing {sorted(missing)}"
+            )
         for key, value in values.items():
             values[key] = _checked(f"{name}.{key}", hints[key], value)
         built[name] = cls(**values)
@@ -214,10 +224,11 @@ def config_from_dict(plain: Mapping[str, Any]) -> Config:
 
 def _checked(name: str, hint: Any, value: Any) -> Any:
     """A JSON value as the type that the field declares, or a ConfigError."""
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if get_origin(hint) is tuple and isinstance(value, list | tuple):
-        if all(type(v) is int for v in value):
+    if hint is float:
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            return float(value)
+    elif get_origin(hint) is tuple:
+        if isinstance(value, list | tuple) and all(type(v) is int for v in value):
             return tuple(value)
     elif get_origin(hint) is Literal:
         if value in get_args(hint):

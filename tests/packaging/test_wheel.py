@@ -29,6 +29,7 @@ def test_root_folders_are_links_into_the_package():
 
 def test_production_host_needs_no_exporter():
     """Loading and running a bundle imports neither the exporter nor what only it needs."""
-    script = "import sys, causalrt, causalrt.runtime.worker; print([m for m in sys.modules if m.startswith(('causalrt.export', 'onnxscript'))])"
+    names = "[m for m in sys.modules if m.startswith(('causalrt.export', 'onnxscript'))]"
+    script = f"import sys, causalrt, causalrt.runtime.worker; print({names})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"

@@ -206,7 +206,6 @@ def test_override_refuses_and_names_field_and_value(name, text, named):
         assert part in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: infinity passes as positive, and gives NaN noise levels or a zero norm")
 @pytest.mark.parametrize("name", ["sampler.shift", "model.eps"])
 def test_override_refuses_infinity(name):
     with pytest.raises(ConfigError, match=name):
@@ -292,7 +291,6 @@ def test_config_from_dict_refuses_wrong_sections(plain):
         config_from_dict(plain)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: escapes as TypeError, ValueError or OverflowError")
 @pytest.mark.parametrize(
     "plain",
     [

@@ -99,7 +99,7 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
     try:
         yield work
         work.chmod(0o755)
-        if overwrite and target.exists():
+        if overwrite and (target / MANIFEST).is_file():
             _replace(target, work)
         else:
             os.rename(work, target)
@@ -124,6 +124,34 @@ def _replace(target: Path, work: Path) -> None:
             retired.rmdir()
 
 
+def _layout_record(layout: Layout) -> dict[str, Any]:
+    return {
+        "local_tokens": layout.local_tokens,
+        "scatter_rows": layout.scatter_rows,
+        "gather_rows": layout.gather_rows,
+        "shares": [[s.num_heads, s.first_head, s.split, s.query_rows] for s in layout.shares],
+    }
+
+
+def _check_manifest(manifest: Mapping[str, Any], layout: Layout) -> None:
+    """What the digest cannot tell: types, a layout that this version would not plan, graphs that no hash covers."""
+    for key, kind in (("files", dict), ("graphs", dict), ("toolchain", dict), ("executors", list)):
+        if not isinstance(manifest[key], kind):
+            raise TypeError(f"{key} must be a {kind.__name__}, got {manifest[key]!r}")
+    for name, entry in manifest["files"].items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= set(entry):
+            raise TypeError(f"files: {name} has no bytes and sha256")
+    if not all(isinstance(name, str) for name in manifest["executors"]):
+        raise TypeError(f"executors must be names, got {manifest['executors']!r}")
+    if manifest["layout"] != _layout_record(layout):
+        raise TypeError(f"it has the layout {manifest['layout']}, this version plans {_layout_record(layout)}")
+    unlisted = [
+        part["file"] for part in manifest["graphs"].get("segments", []) if part["file"] not in manifest["files"]
+    ]
+    if unlisted:
+        raise TypeError(f"graphs name files that it does not list: {', '.join(map(repr, unlisted))}")
+
+
 def write_manifest(folder: Path, *, config: Config, executors: tuple[str, ...], graphs: Mapping[str, Any]) -> None:
     """Hash every file in `folder` and write the manifest; the last act of a build."""
     layout = layout_from_config(config)
@@ -135,12 +163,7 @@ def write_manifest(folder: Path, *, config: Config, executors: tuple[str, ...], 
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "config": config.as_dict(),
-        "layout": {
-            "local_tokens": layout.local_tokens,
-            "scatter_rows": layout.scatter_rows,
-            "gather_rows": layout.gather_rows,
-            "shares": [[s.num_heads, s.first_head, s.split, s.query_rows] for s in layout.shares],
-        },
+        "layout": _layout_record(layout),
         "executors": list(executors),
         "graphs": dict(graphs),
         "toolchain": toolchain_versions(),
@@ -177,11 +200,13 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         raise BundleError(f"{path / MANIFEST} was changed after the build; {REBUILD}")
     try:
         config = config_from_dict(manifest["config"])
+        layout = layout_from_config(config)
+        _check_manifest(manifest, layout)
         files: dict[str, dict[str, Any]] = manifest["files"]
         bundle = Bundle(
             path=path,
             config=config,
-            layout=layout_from_config(config),
+            layout=layout,
             executors=tuple(manifest["executors"]),
             graphs=manifest["graphs"],
             toolchain=manifest["toolchain"],

@@ -77,4 +77,3 @@ def build(
         write_manifest(folder, config=config, executors=chosen, graphs=graphs)
     logger.info("bundle written to %s", out)
     return Path(out)
-

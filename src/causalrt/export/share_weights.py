@@ -39,7 +39,13 @@ def share_weights_pass(model: ir.Model, weights: Path) -> ir.Model:
         offset, length = offsets[name.removeprefix(PREFIX)]
         assert tensor.nbytes == length
         value.const_value = ir.ExternalTensor(
-            weights.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=weights.parent
+            weights.name,
+            offset,
+            length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+            base_dir=weights.parent,
         )
         hits += 1
     if not hits:

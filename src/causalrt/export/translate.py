@@ -56,9 +56,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def onnx_from_program(
-    program: ExportedProgram, *, input_names: Sequence[str], output_names: Sequence[str]
-) -> ir.Model:
+def onnx_from_program(program: ExportedProgram, *, input_names: Sequence[str], output_names: Sequence[str]) -> ir.Model:
     """Translate a traced program; tensors are referred to, not copied."""
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # it misses torchvision
     with warnings.catch_warnings():

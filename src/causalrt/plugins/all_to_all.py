@@ -15,7 +15,9 @@ ONNX_OP = "AllToAll"
 @torch.library.custom_op("causalrt::all_to_all", mutates_args=())
 def all_to_all(blocks: torch.Tensor) -> torch.Tensor:
     """Send block p of `[P, rows, D]` to rank p; receive `[P, rows, D]`, block p from rank p."""
-    raise NotImplementedError("causalrt::all_to_all only marks a cut in a traced graph; run the graph through an executor")
+    raise NotImplementedError(
+        "causalrt::all_to_all only marks a cut in a traced graph; run the graph through an executor"
+    )
 
 
 @all_to_all.register_fake

@@ -29,7 +29,12 @@ def attend(q_BRC: torch.Tensor, k_BLC: torch.Tensor, v_BLC: torch.Tensor, num_he
 
 
 def kv_attention_in_place(
-    q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, k_slots: torch.Tensor, v_slots: torch.Tensor, num_heads: int
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_slots: torch.Tensor,
+    v_slots: torch.Tensor,
+    num_heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`kv_attention`, with the new rows written into `k_slots` and `v_slots` themselves."""
     rows = k_new.shape[1]
@@ -46,12 +51,17 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int)
 
 @attention.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return torch.empty_like(q)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("causalrt::kv_attention", mutates_args=())
 def kv_attention(
-    q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, k_slots: torch.Tensor, v_slots: torch.Tensor, num_heads: int
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_slots: torch.Tensor,
+    v_slots: torch.Tensor,
+    num_heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Write the chunk's rows to staging, attend over the filled slots, return the output and the slots.
 
@@ -69,9 +79,15 @@ def kv_attention(
 
 @kv_attention.register_fake
 def _(
-    q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, k_slots: torch.Tensor, v_slots: torch.Tensor, num_heads: int
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_slots: torch.Tensor,
+    v_slots: torch.Tensor,
+    num_heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), torch.empty_like(k_slots), torch.empty_like(v_slots)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, torch.empty_like(k_slots), torch.empty_like(v_slots)
 
 
 def onnx_attention(op: Any, q: Any, k: Any, v: Any, num_heads: int) -> Any:

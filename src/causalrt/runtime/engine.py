@@ -70,9 +70,7 @@ def latents_from_tokens(rows: torch.Tensor, config: Config) -> torch.Tensor:
 def tokens_from_latents(latents: torch.Tensor, config: Config) -> torch.Tensor:
     """`[F, 16, H, W]` -> token rows `[N, 64]`; the inverse of `latents_from_tokens`."""
     m = config.model
-    grid = latents.reshape(
-        -1, m.latent_channels, config.grid_height, m.patch_height, config.grid_width, m.patch_width
-    )
+    grid = latents.reshape(-1, m.latent_channels, config.grid_height, m.patch_height, config.grid_width, m.patch_width)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, m.patch_features)
 
 
@@ -255,7 +253,9 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -343,5 +343,7 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -48,7 +48,7 @@ def predict_memory(config: Config, executor: str) -> Memory:
         kv_bytes=2 * model.num_layers * layout.kv_heads * slots * model.head_dim * size,
         cross_kv_bytes=2 * model.num_layers * model.text_len * model.dim * size,
         activation_bytes=(layout.local_tokens * widest + exchange) * size,
-        attention_bytes=2 * scores * size if executor == "onnxruntime" else 0,
+        attention_bytes=scores * size if executor == "onnxruntime" else 0,
     )
 
 
@@ -70,7 +70,9 @@ def check_memory(memory: Memory, *, ranks: int) -> None:
     available = available_bytes()
     needed = memory.total_bytes * ranks
     if available is not None and needed > available:
-        parts = ", ".join(f"{name.removesuffix('_bytes')} {value / 2**30:.2f}" for name, value in asdict(memory).items())
+        parts = ", ".join(
+            f"{name.removesuffix('_bytes')} {value / 2**30:.2f}" for name, value in asdict(memory).items()
+        )
         raise OutOfMemoryError(
             f"{ranks} rank(s) need {needed / 2**30:.2f} GiB here and {available / 2**30:.2f} are free (GiB a rank: {parts}); "
             "use fewer latent frames (`--set video.window_frames=...`), a smaller precision, or a larger host"

@@ -53,7 +53,9 @@ def run_demo(*, on_progress: Progress, on_stage: Callable[[str], None]) -> dict[
         start = time.perf_counter()
         two = build(config, checkpoint=checkpoint, out=Path(folder) / "two", on_progress=on_progress)
         single = override(config, {"build.world_size": "1"})
-        one = build(single, checkpoint=checkpoint, out=Path(folder) / "one", executors=["eager"], on_progress=on_progress)
+        one = build(
+            single, checkpoint=checkpoint, out=Path(folder) / "one", executors=["eager"], on_progress=on_progress
+        )
         build_s = time.perf_counter() - start
         on_stage("Starting 2 rank processes and generating")
         start = time.perf_counter()

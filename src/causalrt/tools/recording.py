@@ -125,5 +125,7 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
     except (OSError, SafetensorError, KeyError, IndexError, TypeError, ConfigError, RuntimeError, ValueError) as error:
         if isinstance(error, RecordingError):
             raise
-        raise RecordingError(f"{path} is no recorded rollout that can be replayed: {type(error).__name__}: {error}") from error
+        raise RecordingError(
+            f"{path} is no recorded rollout that can be replayed: {type(error).__name__}: {error}"
+        ) from error
     return recording
