@@ -11,6 +11,7 @@ uses its latents; whoever commands next waits for it.
 
 import contextlib
 import itertools
+import math
 import os
 import threading
 import time
@@ -96,7 +97,10 @@ def load(
         ExecutorError: the executor cannot run here.
         OutOfMemoryError: the ranks would not fit.
         RankError: a rank process failed to start.
+        RequestError: `timeout_s` is no positive, finite number.
     """
+    if not 0 < timeout_s < math.inf:
+        raise RequestError(f"timeout_s must be positive and finite, got {timeout_s}; give an hour for `never`")
     opened = open_bundle(Path(bundle))
     built_for = opened.config.build.world_size
     if world_size is not None and world_size != built_for:

@@ -1,7 +1,6 @@
 """Prompt embeddings in, latents out."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +60,11 @@ def check_writable(path: Path) -> None:
 def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
     """Write latents `[frames, 16, H, W]` as safetensors, whole or not at all."""
     path = path.absolute()
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file({"latents": latents.contiguous()}, partial, metadata)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise RequestError(f"writing {path} failed, nothing was left there: {error}") from error
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

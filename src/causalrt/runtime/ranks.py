@@ -45,16 +45,22 @@ class RankPool:
         pairs: list[tuple[socket.socket, socket.socket]] = []
         try:
             pairs.extend(socket.socketpair() for _ in range(world_size))
-            # The step's own threads are set by the load command; the environment keeps gloo on this host.
+            # Modules are found where the caller finds them, and not in its working directory (-P). The step's own threads
+            # are set by the load command; the environment keeps gloo on this host.
             with (self._folder / "start.log").open("wb") as log:
                 self._process = subprocess.Popen(
                     [
-                        *(sys.executable, "-m", "causalrt.runtime.worker"),
+                        *(sys.executable, "-P", "-m", "causalrt.runtime.worker"),
                         *("--channels", ",".join(str(theirs.fileno()) for _, theirs in pairs)),
                         *("--folder", str(self._folder), "--parent", str(self._owner)),
                     ],
                     pass_fds=[theirs.fileno() for _, theirs in pairs],
-                    env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_WAIT_POLICY": "passive"},
+                    env={
+                        **os.environ,
+                        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                        "GLOO_SOCKET_IFNAME": "lo",
+                        "OMP_WAIT_POLICY": "passive",
+                    },
                     stdin=subprocess.DEVNULL,
                     stderr=log,
                     start_new_session=True,
