@@ -90,7 +90,7 @@ def load(
         executor: `onnxruntime` or `eager`; by default the best that the bundle was built for.
         world_size: ranks that the caller expects; must be what the bundle was built for.
         num_threads: CPU threads of each rank; by default the cores shared among the ranks.
-        timeout_s: a rank that gives no answer for so long has failed.
+        timeout_s: a rank that gives no answer for so long has failed; starting may take two minutes however short it is.
 
     Raises:
         BundleError: damaged, or built for another world size or executor.
@@ -224,7 +224,7 @@ class Engine:
 
     def _run(self, command: LoadCommand | OpenCommand | CloseCommand) -> None:
         self._pool.send(command)
-        for _ in self._pool.replies():
+        for _ in self._pool.replies(starting=isinstance(command, LoadCommand)):
             pass
 
     def _settle(self) -> None:

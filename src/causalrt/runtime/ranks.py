@@ -27,6 +27,8 @@ from causalrt.runtime.messages import Command, Done, Failed, Reply, receive, sen
 
 logger = logging.getLogger(__name__)
 LOG_TAIL_LINES = 40
+START_S = 120.0
+"""How long the ranks may take to import, load weights and prepare graphs, however short `timeout_s` is."""
 HANG_UP_S = 5.0
 """How long the ranks may take to end by themselves, and the keeper to end them."""
 CAUSE_S = 0.2
@@ -102,30 +104,34 @@ class RankPool:
             try:
                 send(channel, command)
             except BlockingIOError:
-                self._fail_silent([rank])
+                self._fail_silent([rank], self.timeout_s)
             except OSError:
                 self._fail(rank, None)
 
-    def replies(self) -> Iterator[tuple[int, Reply]]:
+    def replies(self, *, starting: bool = False) -> Iterator[tuple[int, Reply]]:
         """Replies as they come, until every rank has sent `Done`; may be left and taken up again in between.
+
+        Args:
+            starting: the ranks have yet to import and load, for which they have at least `START_S`.
 
         Raises:
             RankError: a rank died, or nothing came for `timeout_s`.
             CausalRTError: the type that a rank raised, if it was one of ours.
         """
         waiting = {channel: rank for rank, channel in enumerate(self._channels)}
+        timeout_s = max(self.timeout_s, START_S) if starting else self.timeout_s
         while waiting:
             self._check_open()
-            ready = wait(list(waiting), timeout=self.timeout_s)
+            ready = wait(list(waiting), timeout=timeout_s)
             if not ready:
-                self._fail_silent(sorted(waiting.values()))
+                self._fail_silent(sorted(waiting.values()), timeout_s)
             for channel in ready:
                 assert isinstance(channel, Connection)
                 rank = waiting[channel]
                 try:
                     reply: Reply = receive(channel)
                 except BlockingIOError:
-                    self._fail_silent([rank])
+                    self._fail_silent([rank], timeout_s)
                 except (EOFError, OSError):
                     self._fail(rank, None)
                 if isinstance(reply, Failed):
@@ -134,11 +140,11 @@ class RankPool:
                     del waiting[channel]
                 yield rank, reply
 
-    def _fail_silent(self, ranks: Sequence[int]) -> NoReturn:
+    def _fail_silent(self, ranks: Sequence[int], timeout_s: float) -> NoReturn:
         tail = self._log_tail(ranks)
         self.close(kill=True)
         raise RankError(
-            f"ranks {list(ranks)} gave no answer within {self.timeout_s:g} s (timeout_s); "
+            f"ranks {list(ranks)} gave no answer within {timeout_s:g} s (timeout_s); "
             "all ranks were ended, load the bundle again",
             rank=ranks[0] if len(ranks) == 1 else None,
             log_tail=tail,
