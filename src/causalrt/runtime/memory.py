@@ -1,5 +1,6 @@
 """Memory of one rank, predicted from the config before anything is allocated."""
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from causalrt.errors import OutOfMemoryError
 from causalrt.layout import layout_from_config
 from causalrt.model.wan import num_parameters
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -53,12 +55,16 @@ def predict_memory(config: Config, executor: str) -> Memory:
 
 
 def available_bytes() -> int | None:
-    """Memory that this host can still give, or None where it does not say."""
-    try:
+    """Memory that this host, or the control group that holds this process to less, can still give; None if neither says."""
+    limits = []
+    with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        limits.append(
+            int((CONTROL_GROUP / "memory.max").read_text()) - int((CONTROL_GROUP / "memory.current").read_text())
+        )
+    return min(limits, default=None)
 
 
 def check_memory(memory: Memory, *, ranks: int) -> None:

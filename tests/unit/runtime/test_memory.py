@@ -11,7 +11,7 @@ from causalrt.layout import layout_from_config
 from causalrt.model.wan import num_parameters
 from causalrt.runtime import memory
 from causalrt.runtime.kv_slots import KVSlots
-from causalrt.runtime.memory import ELEMENT_BYTES, Memory, check_memory, predict_memory
+from causalrt.runtime.memory import ELEMENT_BYTES, Memory, available_bytes, check_memory, predict_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = Memory(
@@ -118,3 +118,12 @@ def test_a_host_that_does_not_say(monkeypatch):
 
     monkeypatch.setattr(memory.Path, "read_text", missing)
     assert memory.available_bytes() is None
+
+
+def test_control_group_limits_what_is_available(tmp_path, monkeypatch):
+    monkeypatch.setattr("causalrt.runtime.memory.CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes() > 2**20
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert available_bytes() == 4000
