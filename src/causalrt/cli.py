@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from causalrt import __version__
 from causalrt.config import RECIPES, Config, override, recipe
 from causalrt.engines.base import EXECUTORS
 from causalrt.errors import CausalRTError, ConfigError
-from causalrt.export.build import Progress as OnProgress
 
-EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+OnProgress = Callable[[str, int, int], None]
+EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 errors_console = Console(stderr=True)
 
 
@@ -105,11 +106,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from causalrt.runtime.engine import load
+    from causalrt.engines.bundle import open_bundle
+    from causalrt.runtime.engine import checked_chunks, load
     from causalrt.runtime.files import check_writable, read_prompt_embeds, write_latents
+    from causalrt.runtime.noise import SeededNoise
 
     prompt = read_prompt_embeds(arguments.prompt_embeds)
     check_writable(arguments.out)
+    SeededNoise(arguments.seed)  # refuse before the ranks are started
+    checked_chunks(open_bundle(arguments.bundle, verify=False).config, arguments.chunks)
     start = time.perf_counter()
     latents, report = [], []
     with load(
@@ -181,9 +186,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result))
         return 0 if result["passed"] else EXIT_FAILED
-    title = "onnxruntime on 2 ranks, ms; 'exch.' is the all-to-alls' part of the steps; error against eager on 1 rank"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    columns = ("chunk", "latency", "queue", "denoising steps", "exch.", "gather", "refresh", "KV", "error")
+    print(
+        "onnxruntime on 2 ranks, chunk by chunk. ms: latency; queue: of it waiting for the last refresh; steps: the four\n"
+        "denoising steps; exch.: their all-to-alls; KV: latent frames attended; error: largest, against eager on 1 rank"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    columns = ("#", "ms", "queue", "steps", "exch.", "refresh", "KV", "error")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in result["rows"]:
@@ -193,7 +201,6 @@ def _demo(arguments: argparse.Namespace) -> int:
             f"{row['queue_ms']:.0f}",
             " ".join(f"{ms:.0f}" for ms in row["denoise_ms"]),
             f"{row['exchange_ms']:.0f}",
-            f"{row['gather_ms']:.1f}",
             f"{row['refresh_ms']:.0f}",
             str(row["kv_frames"]),
             f"{row['error']:.1e}",
@@ -255,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, type=Path, help="folder of the bundle")
     made.add_argument("--world-size", type=int, help="ranks")
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks")
-    made.add_argument("--precision", choices=("float32", "bfloat16", "float16"))
+    made.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="of weights and activations")
     made.add_argument("--executor", action="append", choices=EXECUTORS, help="may be given again; eager always works")
     made.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override any field of the recipe"
@@ -279,9 +286,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("bundle", type=Path)
     made.add_argument("--prompt-embeds", required=True, type=Path, help=".safetensors, .npy or .pt, [rows, text_dim]")
     made.add_argument("--out", required=True, type=Path, help="safetensors file to write")
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     made.add_argument("--chunks", type=int, help="by default as many as the bundle's horizon holds")
-    made.add_argument("--executor", choices=EXECUTORS)
+    made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
     made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
 
@@ -292,9 +299,9 @@ def _parser() -> argparse.ArgumentParser:
         "  causalrt compare --recorded tests/data/golden/B.safetensors --executor onnxruntime --world-size 8",
     )
     made.add_argument("--recorded", required=True, type=Path, help="recorded rollout (safetensors)")
-    made.add_argument("--executor", default="onnxruntime", choices=EXECUTORS)
-    made.add_argument("--world-size", type=int, default=1)
-    made.add_argument("--head-plan", choices=plans)
+    made.add_argument("--executor", default="onnxruntime", choices=EXECUTORS, help="(onnxruntime)")
+    made.add_argument("--world-size", type=int, default=1, help="ranks (1)")
+    made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks (shares)")
 
     command("demo", _demo, "Build a small random model, run it on 2 ranks, compare with eager.", "  causalrt demo")
     command("doctor", _doctor, "Say what this machine can build and run, and why not.", "  causalrt doctor --json")
@@ -302,10 +309,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 a comparison failed, 2 an error, 130 interrupted."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 1 a comparison failed, 2 an error, 130 interrupted, 141 the reader of the output has left.
+    """
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.function(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except CausalRTError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR

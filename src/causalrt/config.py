@@ -121,12 +121,12 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         _require(len(self.steps) > 0, "sampler.steps must name at least one timestep, for example 1000,750,500,250")
         _require(
-            all(0 < s <= 1000 for s in self.steps),
-            f"sampler.steps must lie in (0, 1000], got {list(self.steps)}",
+            all(0 <= s <= 1000 for s in self.steps),
+            f"sampler.steps must lie in [0, 1000], got {list(self.steps)}",
         )
         _require(
-            all(a > b for a, b in zip(self.steps, self.steps[1:], strict=False)),
-            f"sampler.steps must fall from noise to clean, got {list(self.steps)}",
+            all(a >= b for a, b in zip(self.steps, self.steps[1:], strict=False)),
+            f"sampler.steps must not rise: they go from noise to clean, got {list(self.steps)}",
         )
         _require(0 < self.shift < math.inf, f"sampler.shift must be positive and finite, got {self.shift}")
         _require(

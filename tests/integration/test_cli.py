@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -182,3 +186,48 @@ def test_compare_refuses_what_is_no_recording(tmp_path, capsys):
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["can"]["build and run onnxruntime on a CPU"]["ok"]
+
+
+@pytest.mark.parametrize("flags", [["--threads", "0"], ["--timeout", "1e10"], ["--timeout", "0"]])
+def test_generate_refuses_numbers_out_of_range(bundle, tmp_path, capsys, flags):
+    np.save(tmp_path / "prompt.npy", np.zeros((5, recipe("tiny").model.text_dim), np.float32))
+    base = ["generate", str(bundle), "--prompt-embeds", str(tmp_path / "prompt.npy"), "--out", str(tmp_path / "out")]
+    assert main([*base, *flags]) == 2
+    assert "must" in capsys.readouterr().err
+
+
+def test_generate_does_not_replace_a_device(bundle, tmp_path, capsys):
+    np.save(tmp_path / "prompt.npy", np.zeros((5, recipe("tiny").model.text_dim), np.float32))
+    os.mkfifo(tmp_path / "pipe")
+    flags = [str(bundle), "--prompt-embeds", str(tmp_path / "prompt.npy"), "--out", str(tmp_path / "pipe")]
+    assert main(["generate", *flags]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_files_follow_the_umask(bundle):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in bundle.iterdir()}
+    assert set(modes.values()) == {0o666 & ~_umask()}, modes
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("name", ["out.latents", "out.c1.s2.flow", "out.c5.ctx.flow"])
+def test_compare_names_missing_outputs(tmp_path, capsys, name):
+    with safe_open(GOLDEN / "D.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key != name}  # noqa: SIM118
+        save_file(tensors, tmp_path / "less.safetensors", file.metadata())
+    assert main(["compare", "--recorded", str(tmp_path / "less.safetensors")]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_closed_pipe_is_no_error(bundle):
+    command = (
+        f"{shlex.quote(sys.executable)} -m causalrt.cli inspect {shlex.quote(str(bundle))} --json; echo code $? >&2"
+    )
+    done = subprocess.run(["bash", "-c", f"( {command} ) | true"], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip() in ("code 141", "code 0")

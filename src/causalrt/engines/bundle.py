@@ -26,6 +26,7 @@ from causalrt.layout import Layout, layout_from_config
 SCHEMA = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
+PROMPT_GRAPH, TIME_GRAPH = "prompt.onnx", "time.onnx"
 TOOLCHAIN = ("causalrt", "torch", "onnx", "onnxscript", "onnxruntime")
 REBUILD = "build the bundle again with `causalrt build`"
 
@@ -141,15 +142,25 @@ def _check_manifest(manifest: Mapping[str, Any], layout: Layout) -> None:
     for name, entry in manifest["files"].items():
         if not isinstance(entry, dict) or not {"bytes", "sha256"} <= set(entry):
             raise TypeError(f"files: {name} has no bytes and sha256")
-    if not all(isinstance(name, str) for name in manifest["executors"]):
-        raise TypeError(f"executors must be names, got {manifest['executors']!r}")
+    if "eager" not in manifest["executors"] or not all(isinstance(name, str) for name in manifest["executors"]):
+        raise TypeError(f"executors must be names, eager among them, got {manifest['executors']!r}")
     if manifest["layout"] != _layout_record(layout):
         raise TypeError(f"it has the layout {manifest['layout']}, this version plans {_layout_record(layout)}")
-    unlisted = [
-        part["file"] for part in manifest["graphs"].get("segments", []) if part["file"] not in manifest["files"]
-    ]
+    needed = [WEIGHTS]
+    if "onnxruntime" in manifest["executors"]:
+        segments = manifest["graphs"]["segments"]
+        needed += [PROMPT_GRAPH, TIME_GRAPH, segments[0]["file"], *(part["file"] for part in segments)]
+    unlisted = [name for name in needed if name not in manifest["files"]]
     if unlisted:
-        raise TypeError(f"graphs name files that it does not list: {', '.join(map(repr, unlisted))}")
+        raise TypeError(f"it does not list files that its executors need: {', '.join(map(repr, unlisted))}")
+
+
+def publish_file(partial: Path, out: Path) -> None:
+    """Rename a finished file to where it belongs, readable by whom the umask lets; safetensors writes 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o666 & ~mask)
+    partial.replace(out)
 
 
 def write_manifest(folder: Path, *, config: Config, executors: tuple[str, ...], graphs: Mapping[str, Any]) -> None:
@@ -211,7 +222,7 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
             graphs=manifest["graphs"],
             toolchain=manifest["toolchain"],
         )
-    except (ConfigError, KeyError, TypeError) as error:
+    except (ConfigError, KeyError, IndexError, TypeError) as error:
         raise BundleError(f"{path / MANIFEST} is not valid: {error}; {REBUILD}") from error
     _check_files(path, files, verify=verify)
     return bundle

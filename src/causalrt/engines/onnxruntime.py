@@ -8,7 +8,6 @@ All sessions of the process share one pool of threads.
 """
 
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +16,10 @@ import onnxruntime as ort
 import torch
 
 from causalrt.engines.base import Collectives
-from causalrt.engines.bundle import Bundle
+from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, Bundle
 from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors
 from causalrt.model.wan import sinusoid
-
-logger = logging.getLogger(__name__)
 
 _NUMPY_TYPES = {torch.float32: np.float32, torch.int64: np.int64}
 _TORCH_TYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
@@ -77,8 +74,8 @@ class OnnxRuntimeExecutor:
         self._shares = range(len(bundle.layout.shares))
         self._collectives = collectives
         folder = bundle.path
-        self._prompt = _Segment(str(folder / "prompt.onnx"), None, None)
-        self._time = _Segment(str(folder / "time.onnx"), None, None)
+        self._prompt = _Segment(str(folder / PROMPT_GRAPH), None, None)
+        self._time = _Segment(str(folder / TIME_GRAPH), None, None)
         self._segments = [
             _Segment(str(folder / part["file"]), part["sent"], part["received"]) for part in bundle.graphs["segments"]
         ]

@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from causalrt.config import ModelConfig
+from causalrt.engines.bundle import publish_file
 from causalrt.errors import BuildError, CheckpointError
 from causalrt.export.checkpoint_source import StoredTensor, stored_tensors
 
-Layout = Literal["self_forcing", "wan", "diffusers"]
+KeyLayout = Literal["self_forcing", "wan", "diffusers"]
 
 _log = logging.getLogger(__name__)
 
@@ -78,9 +79,9 @@ class Checkpoint:
         dtypes: element type of every tensor, by reference name.
     """
 
-    def __init__(self, path: Path, *, layout: Layout, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, path: Path, *, layout: KeyLayout, stored: Mapping[str, StoredTensor]) -> None:
         self.path = path
-        self.layout: Layout = layout
+        self.layout: KeyLayout = layout
         self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in stored.items()}
         self.dtypes: Mapping[str, torch.dtype] = {name: entry.dtype for name, entry in stored.items()}
         self._stored = stored
@@ -120,7 +121,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if name in origin:
             raise CheckpointError(f"{path}: the keys {origin[name]!r} and {key!r} are both the tensor {name!r}")
         origin[name] = key
-    layout: Layout = "diffusers" if diffusers else "self_forcing" if generator or prefixed else "wan"
+    layout: KeyLayout = "diffusers" if diffusers else "self_forcing" if generator or prefixed else "wan"
     _log.info("checkpoint %s: layout %s, %d tensors", path, layout, len(origin))
     return Checkpoint(path, layout=layout, stored={name: stored[origin[name]] for name in sorted(origin)})
 
@@ -264,7 +265,7 @@ def write_weights(
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         save_file(converted, partial, metadata={"format": "causalrt-weights"})
-        partial.replace(out)
+        publish_file(partial, out)
     except (SafetensorError, OSError) as error:
         size_mib = sum(tensor.nbytes for tensor in converted.values()) / 2**20
         raise BuildError(f"cannot write the weights ({size_mib:.0f} MiB) to {out}: {error}") from error

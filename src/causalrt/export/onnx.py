@@ -8,14 +8,12 @@ import onnx
 import onnx_ir as ir
 
 from causalrt.config import Config
-from causalrt.engines.bundle import WEIGHTS
+from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
 from causalrt.export.segment import cut_exchanges_pass
 from causalrt.export.share_weights import share_weights_pass
 from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
-
-PROMPT, TIME = "prompt.onnx", "time.onnx"
 
 
 def step_names(config: Config) -> tuple[list[str], list[str]]:
@@ -37,8 +35,8 @@ def write_onnx_graphs(config: Config, folder: Path, on_progress: Callable[[str, 
     wan = wan_from_file(config, weights)
     cross = [f"cross_{kind}.{layer}" for layer in range(config.model.num_layers) for kind in ("k", "v")]
     small = (
-        (PROMPT, trace_prompt, ["text"], cross),
-        (TIME, trace_time, ["sinusoid"], ["e", "e0"]),
+        (PROMPT_GRAPH, trace_prompt, ["text"], cross),
+        (TIME_GRAPH, trace_time, ["sinusoid"], ["e", "e0"]),
     )
     for done, (name, trace, inputs, outputs) in enumerate(small):
         on_progress("graphs", done, len(small) + 2)

@@ -17,7 +17,6 @@ class Traffic:
 
     all_to_all_calls: int = 0
     rows_sent: int = 0
-    bytes_sent: int = 0
     wait_s: float = 0.0
 
 
@@ -56,7 +55,6 @@ class TorchCollectives:
         traffic.wait_s += time.perf_counter() - start
         traffic.all_to_all_calls += 1
         traffic.rows_sent += sent.shape[0] * sent.shape[1]
-        traffic.bytes_sent += sent.numel() * sent.element_size()
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor | None:
         """See `Collectives.gather`."""

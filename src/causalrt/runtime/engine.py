@@ -11,7 +11,6 @@ uses its latents; whoever commands next waits for it.
 
 import contextlib
 import itertools
-import math
 import os
 import threading
 import time
@@ -75,6 +74,24 @@ def tokens_from_latents(latents: torch.Tensor, config: Config) -> torch.Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, m.patch_features)
 
 
+def checked_chunks(config: Config, num_chunks: int | None) -> int:
+    """Chunks to generate: those asked for, or as many as the horizon holds.
+
+    Raises:
+        RequestError: not a whole number, or more than the horizon holds.
+    """
+    video = config.video
+    most = video.horizon_frames // video.chunk_frames
+    if num_chunks is None:
+        return most
+    if not isinstance(num_chunks, int) or not 1 <= num_chunks <= most:
+        raise RequestError(
+            f"{num_chunks} chunks of {video.chunk_frames} latent frames asked for, but the bundle's horizon is "
+            f"{video.horizon_frames} latent frames ({most} chunks); build with `--set video.horizon_frames=...` for more"
+        )
+    return num_chunks
+
+
 def load(
     bundle: str | Path,
     *,
@@ -97,10 +114,12 @@ def load(
         ExecutorError: the executor cannot run here.
         OutOfMemoryError: the ranks would not fit.
         RankError: a rank process failed to start.
-        RequestError: `timeout_s` is no positive, finite number.
+        RequestError: `timeout_s` or `num_threads` is out of range.
     """
-    if not 0 < timeout_s < math.inf:
-        raise RequestError(f"timeout_s must be positive and finite, got {timeout_s}; give an hour for `never`")
+    if not 0.001 <= timeout_s <= 1e6:
+        raise RequestError(f"timeout_s must lie in [0.001, 1e6], got {timeout_s}; give 1e6 for `never`")
+    if num_threads is not None and num_threads < 1:
+        raise RequestError(f"num_threads must be at least 1, got {num_threads}; leave it out to share the cores")
     opened = open_bundle(Path(bundle))
     built_for = opened.config.build.world_size
     if world_size is not None and world_size != built_for:
@@ -115,7 +134,7 @@ def load(
         raise BundleError(
             f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {chosen}` to run it so"
         )
-    check_memory(predict_memory(opened.config, chosen), ranks=built_for)
+    check_memory(predict_memory(opened.config, chosen), ranks=built_for, shared_weights=chosen == "eager")
     return Engine(opened, chosen, num_threads=num_threads, timeout_s=timeout_s)
 
 
@@ -166,17 +185,15 @@ class Engine:
             PromptError: wrong shape or type, or values that are not finite.
             RequestError: more chunks than the horizon holds, or noise of a wrong shape.
         """
-        video, sampler = self.config.video, self.config.sampler
-        most = video.horizon_frames // video.chunk_frames
-        chunks = most if num_chunks is None else num_chunks
-        if not 1 <= chunks <= most:
-            raise RequestError(
-                f"{chunks} chunks of {video.chunk_frames} latent frames asked for, but the bundle's horizon is "
-                f"{video.horizon_frames} latent frames ({most} chunks); build with `--set video.horizon_frames=...` for more"
-            )
+        chunks = checked_chunks(self.config, num_chunks)
         source: Noise = SeededNoise(seed)
         if noise is not None:
-            shape = (chunks, len(sampler.steps), self.config.tokens_per_chunk, self.config.model.patch_features)
+            shape = (
+                chunks,
+                len(self.config.sampler.steps),
+                self.config.tokens_per_chunk,
+                self.config.model.patch_features,
+            )
             if tuple(noise.shape) != shape:
                 raise RequestError(f"noise must be {list(shape)} (chunks, steps, N, 64), got {list(noise.shape)}")
             source = RecordedNoise(noise.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format))
@@ -192,7 +209,7 @@ class Engine:
     def _checked_text(self, prompt_embeds: torch.Tensor | npt.NDArray[np.floating[Any]]) -> torch.Tensor:
         model = self.config.model
         if isinstance(prompt_embeds, np.ndarray) and np.issubdtype(prompt_embeds.dtype, np.floating):
-            prompt_embeds = torch.from_numpy(prompt_embeds)
+            prompt_embeds = torch.from_numpy(np.ascontiguousarray(prompt_embeds, dtype=np.float32))
         if not isinstance(prompt_embeds, torch.Tensor) or not prompt_embeds.is_floating_point():
             raise PromptError(
                 f"prompt embeddings must be a floating-point tensor, got {getattr(prompt_embeds, 'dtype', type(prompt_embeds))}"
@@ -237,7 +254,8 @@ class Engine:
 
     def wait(self) -> None:
         """Return when the ranks are idle: the last chunk's refresh has ended, and its session's `times` are complete."""
-        with self._lock:
+        with self._turn():
+            self._pool.check_open()
             self._settle()
 
     def close(self) -> None:

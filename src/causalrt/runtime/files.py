@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from causalrt.engines.bundle import publish_file
 from causalrt.errors import PromptError, RequestError
 
 PROMPT_KEY = "prompt_embeds"
@@ -50,10 +51,10 @@ def check_writable(path: Path) -> None:
     """Find out before the work, not after it, that the result cannot be written.
 
     Raises:
-        RequestError: the folder is missing or not writable, or the path is a folder.
+        RequestError: the folder is missing or not writable, or the path is a folder or a device.
     """
     parent = path.absolute().parent
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+    if (path.exists() and not path.is_file()) or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RequestError(f"cannot write {path}: choose a file in an existing, writable folder")
 
 
@@ -63,7 +64,7 @@ def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file({"latents": latents.contiguous()}, partial, metadata)
-        os.replace(partial, path)
+        publish_file(partial, path)
     except (OSError, SafetensorError) as error:
         raise RequestError(f"writing {path} failed, nothing was left there: {error}") from error
     finally:

@@ -61,20 +61,25 @@ def available_bytes() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-        limits.append(
-            int((CONTROL_GROUP / "memory.max").read_text()) - int((CONTROL_GROUP / "memory.current").read_text())
-        )
+        most, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        limits.append(most - used + int(counts["inactive_file"]))  # file cache counts as used, and gives way
     return min(limits, default=None)
 
 
-def check_memory(memory: Memory, *, ranks: int) -> None:
+def check_memory(memory: Memory, *, ranks: int, shared_weights: bool) -> None:
     """Refuse what does not fit on this host.
+
+    Args:
+        memory: of one rank.
+        ranks: on this host.
+        shared_weights: ranks map the weights' file and share its pages (eager); onnxruntime packs a copy for each.
 
     Raises:
         OutOfMemoryError: with the parts, and what to do.
     """
     available = available_bytes()
-    needed = memory.total_bytes * ranks
+    needed = memory.total_bytes * ranks - (memory.weights_bytes * (ranks - 1) if shared_weights else 0)
     if available is not None and needed > available:
         parts = ", ".join(
             f"{name.removesuffix('_bytes')} {value / 2**30:.2f}" for name, value in asdict(memory).items()

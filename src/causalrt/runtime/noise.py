@@ -19,8 +19,8 @@ class SeededNoise:
     seed: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**64:
-            raise RequestError(f"seed must lie in [0, 2**64), got {self.seed}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise RequestError(f"seed must be a whole number in [0, 2**64), got {self.seed}")
 
     def draw(self, chunk: int, draw: int, shape: tuple[int, int]) -> torch.Tensor:
         """`[N, 64]` standard normal, float32."""

@@ -44,6 +44,7 @@ class RankPool:
         self._owner = os.getpid()
         self._folder = Path(tempfile.mkdtemp(prefix="causalrt-"))
         self._closed = False
+        limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
         pairs: list[tuple[socket.socket, socket.socket]] = []
         try:
             pairs.extend(socket.socketpair() for _ in range(world_size))
@@ -76,7 +77,6 @@ class RankPool:
             for _, theirs in pairs:
                 theirs.close()
         # A rank that hangs before it has read a command, or in the middle of an answer, must not hang the caller.
-        limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
         for ours, _ in pairs:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -85,10 +85,11 @@ class RankPool:
     @property
     def pids(self) -> list[int]:
         """Process numbers of the ranks; known once they have answered a command."""
-        self._check_open()
+        self.check_open()
         return [int((self._folder / f"rank{rank}.pid").read_text()) for rank in range(self.world_size)]
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise EngineClosedError if the ranks have ended."""
         if self._closed:
             raise EngineClosedError("the rank processes have ended; load the bundle again")
 
@@ -99,7 +100,7 @@ class RankPool:
             RankError: a rank is gone.
             EngineClosedError: the ranks were closed before.
         """
-        self._check_open()
+        self.check_open()
         for rank, channel in enumerate(self._channels):
             try:
                 send(channel, command)
@@ -121,7 +122,7 @@ class RankPool:
         waiting = {channel: rank for rank, channel in enumerate(self._channels)}
         timeout_s = max(self.timeout_s, START_S) if starting else self.timeout_s
         while waiting:
-            self._check_open()
+            self.check_open()
             ready = wait(list(waiting), timeout=timeout_s)
             if not ready:
                 self._fail_silent(sorted(waiting.values()), timeout_s)
@@ -152,7 +153,7 @@ class RankPool:
 
     def _fail(self, rank: int, failed: Failed | None) -> NoReturn:
         """Raise for a rank that said that it `failed`, or that died without a word (None)."""
-        self._check_open()  # it was another thread that ended the ranks
+        self.check_open()  # it was another thread that ended the ranks
         rank, failed = self._first_failure(rank, failed)
         tail = self._log_tail([rank])
         self.close(kill=True)

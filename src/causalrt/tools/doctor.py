@@ -13,11 +13,10 @@ import torch.distributed as dist
 from causalrt.runtime.memory import available_bytes
 
 
-def _probe(module: str, package: str) -> tuple[bool, str]:
+def _probe(module: str) -> tuple[bool, str]:
     """(importable, version or reason)."""
     try:
-        importlib.import_module(module)
-        return True, metadata.version(package)
+        return True, str(importlib.import_module(module).__version__)
     except Exception as error:  # a broken native library raises whatever it likes
         return False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
 
@@ -25,10 +24,10 @@ def _probe(module: str, package: str) -> tuple[bool, str]:
 def examine() -> dict[str, Any]:
     """The machine, and for each executor and builder whether it works here: `{"ok": bool, "detail": str}`."""
     memory = available_bytes()
-    has_onnx, onnx_detail = _probe("onnxruntime", "onnxruntime")
-    has_rtx, rtx_detail = _probe("tensorrt_rtx", "tensorrt-rtx")
+    has_onnx, onnx_detail = _probe("onnxruntime")
+    has_rtx, rtx_detail = _probe("tensorrt_rtx")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    both = _probe("onnxruntime", "onnxruntime-gpu")[0] and has_onnx
+    both = {"onnxruntime", "onnxruntime-gpu"} <= {found.metadata["Name"] for found in metadata.distributions()}
     return {
         "machine": {
             "python": sys.version.split()[0],

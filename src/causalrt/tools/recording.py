@@ -36,6 +36,19 @@ class Recording:
     batch_size: int
     tensors: dict[str, torch.Tensor]
 
+    def misshapen_outputs(self) -> list[str]:
+        """Names of recorded outputs that a comparison needs and that are missing or of a wrong shape."""
+        video, steps = self.config.video, range(len(self.config.sampler.steps))
+        frame = (self.config.model.latent_channels, video.latent_height, video.latent_width)
+        names = [f"s{step}.{kind}" for step in steps for kind in ("flow", "x0")] + ["ctx.flow"]
+        wanted = {f"out.c{chunk}.{name}": video.chunk_frames for chunk in range(self.num_chunks) for name in names}
+        wanted["out.latents"] = self.num_chunks * video.chunk_frames
+        return [
+            name
+            for name, frames in wanted.items()
+            if name not in self.tensors or tuple(self.tensors[name].shape) != (self.batch_size, frames, *frame)
+        ]
+
     def write_checkpoint(self, out: Path) -> Path:
         """Write the recorded weights alone, as a checkpoint that `build` reads."""
         with safe_open(self.path, framework="pt") as file:
@@ -67,6 +80,7 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
     Raises:
         RecordingError: unreadable, incomplete, or of a kind that this version does not know.
     """
+    build = BuildConfig(world_size=world_size, head_plan=head_plan)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -111,7 +125,7 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
                 warp=recorded["warp_denoising_step"],
                 context_timestep=recorded["context_noise"],
             ),
-            build=BuildConfig(world_size=world_size, head_plan=head_plan),
+            build=build,
         )
         recording = Recording(
             path=path,
@@ -122,6 +136,9 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
         )
         for element in range(recording.batch_size):
             recording.noise(element), recording.prompt(element)
+        wrong = recording.misshapen_outputs()
+        if wrong:
+            raise RecordingError(f"{path}: outputs that are missing or of another shape: {', '.join(wrong)}")
     except (OSError, SafetensorError, KeyError, IndexError, TypeError, ConfigError, RuntimeError, ValueError) as error:
         if isinstance(error, RecordingError):
             raise

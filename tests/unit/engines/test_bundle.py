@@ -14,7 +14,10 @@ from causalrt.layout import layout_from_config
 
 CONFIG = override(recipe("tiny"), {"build.world_size": "2"})
 GRAPHS = {"segments": [{"file": "step-000.onnx", "sent": None, "received": None}]}
-CONTENTS = {"weights.safetensors": bytes(range(256)) * 40, "step-000.onnx": b"graph"}
+CONTENTS = {
+    "weights.safetensors": bytes(range(256)) * 40,
+    **dict.fromkeys(("step-000.onnx", "prompt.onnx", "time.onnx"), b"graph"),
+}
 
 
 def fill(folder, contents=CONTENTS):

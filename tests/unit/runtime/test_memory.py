@@ -89,7 +89,7 @@ def test_total_is_the_sum_of_positive_parts(name, executor):
 def test_refusal_says_what_is_needed_what_is_free_and_what_to_do(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 7 * 2**30)
     with pytest.raises(OutOfMemoryError) as caught:
-        check_memory(SMALL, ranks=2)
+        check_memory(SMALL, ranks=2, shared_weights=False)
     message = str(caught.value)
     parts = ["weights 3.00", "kv 1.00", "cross_kv 0.50", "activation 0.25", "attention 0.25"]
     for part in ("2 rank", "10.00 GiB", "7.00 are free", "--set video.window_frames", "precision", *parts):
@@ -99,13 +99,13 @@ def test_refusal_says_what_is_needed_what_is_free_and_what_to_do(monkeypatch):
 @pytest.mark.parametrize(("free", "ranks"), [(5 * 2**30, 1), (10 * 2**30, 2), (None, 64)])
 def test_what_fits_passes(monkeypatch, free, ranks):
     monkeypatch.setattr(memory, "available_bytes", lambda: free)
-    check_memory(SMALL, ranks=ranks)
+    check_memory(SMALL, ranks=ranks, shared_weights=False)
 
 
 def test_one_byte_short_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: SMALL.total_bytes - 1)
     with pytest.raises(OutOfMemoryError):
-        check_memory(SMALL, ranks=1)
+        check_memory(SMALL, ranks=1, shared_weights=False)
 
 
 def test_this_host_says_what_is_free():
@@ -124,6 +124,14 @@ def test_control_group_limits_what_is_available(tmp_path, monkeypatch):
     monkeypatch.setattr("causalrt.runtime.memory.CONTROL_GROUP", tmp_path)
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
     assert available_bytes() > 2**20
     (tmp_path / "memory.max").write_text("5000\n")
-    assert available_bytes() == 4000
+    assert available_bytes() == 4300
+
+
+def test_shared_weights_count_once(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * SMALL.total_bytes - 2 * SMALL.weights_bytes)
+    check_memory(SMALL, ranks=3, shared_weights=True)
+    with pytest.raises(OutOfMemoryError):
+        check_memory(SMALL, ranks=3, shared_weights=False)
