@@ -211,7 +211,7 @@ def test_wrong_world_size_and_executor_are_refused(bundles: Bundles, tmp_path: P
     with pytest.raises(BundleError, match="is no bundle"):
         load(tmp_path / "nowhere")
     for timeout_s in (0, -1, float("inf"), float("nan")):
-        with pytest.raises(RequestError, match="timeout_s must be positive and finite"):
+        with pytest.raises(RequestError, match="timeout_s must lie in"):
             load(bundles(2), timeout_s=timeout_s)
 
 
@@ -243,15 +243,15 @@ def test_bad_requests_leave_the_engine_alive(bundles: Bundles) -> None:
         for embeds, message in BAD_PROMPTS.values():
             with pytest.raises(PromptError, match=message):
                 engine.session(embeds)  # type: ignore[arg-type]
-        for chunks in (0, -1, 5):
+        for chunks in (0, -1, 5, 1.5):
             with pytest.raises(RequestError, match=rf"{chunks} chunks of 3 .*horizon is 12 latent frames \(4 chunks\)"):
-                engine.session(prompt(), num_chunks=chunks)
+                engine.session(prompt(), num_chunks=chunks)  # type: ignore[arg-type]
         for shape in ((4, 4, 18, 63), (4, 4, 17, 64), (4, 3, 18, 64), (3, 4, 18, 64), (18, 64)):
             with pytest.raises(RequestError, match=r"noise must be \[4, 4, 18, 64\]"):
                 engine.session(prompt(), noise=torch.zeros(shape))
-        for seed in (-1, 2**64):
-            with pytest.raises(RequestError, match="seed must lie in"):
-                engine.session(prompt(), seed=seed)
+        for seed in (-1, 2**64, 1.5):
+            with pytest.raises(RequestError, match="seed must be a whole number in"):
+                engine.session(prompt(), seed=seed)  # type: ignore[arg-type]
         assert largest_difference(all_latents(engine.session(prompt(), num_chunks=1)), before) < SAME
 
 
@@ -427,6 +427,17 @@ def next_in_background(session: Session) -> Background:
     time.sleep(0.15)
     assert chunk.is_alive(), "the chunk should take longer: raise LONG"
     return chunk
+
+
+def test_waiting_for_a_dead_engine_keeps_raising(bundles: Bundles) -> None:
+    with load(bundles(2)) as engine:
+        session = engine.session(prompt())
+        next(session)
+        os.kill(engine.rank_pids[1], signal.SIGKILL)
+        with pytest.raises(RankError):
+            engine.wait()
+        with pytest.raises(EngineClosedError):
+            engine.wait()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
