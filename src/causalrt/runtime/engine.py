@@ -33,7 +33,7 @@ from causalrt.errors import BundleError, EngineClosedError, ExecutorError, Promp
 from causalrt.runtime.memory import check_memory, predict_memory
 from causalrt.runtime.messages import ChunkCommand, CloseCommand, Done, Latents, LoadCommand, OpenCommand, Reply
 from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
-from causalrt.runtime.ranks import RankPool
+from causalrt.runtime.ranks import START_S, RankPool
 from causalrt.runtime.rollout import ChunkTimes, StepRecord
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -155,7 +155,12 @@ class Engine:
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
         with self._turn():
             self._run(
-                LoadCommand(bundle=bundle.path, executor=executor, num_threads=self.num_threads, timeout_s=timeout_s)
+                LoadCommand(
+                    bundle=bundle.path,
+                    executor=executor,
+                    num_threads=self.num_threads,
+                    timeout_s=max(timeout_s, START_S),
+                )
             )
 
     @property

@@ -15,7 +15,14 @@ from causalrt.runtime.rollout import ChunkTimes, StepRecord
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadCommand:
-    """Open the bundle and start an executor; the first command, answered by `Done`."""
+    """Open the bundle and start an executor; the first command, answered by `Done`.
+
+    Attributes:
+        bundle: its folder, verified by the caller.
+        executor: its name.
+        num_threads: CPU threads of each rank.
+        timeout_s: of a collective; the caller's own time-out on answers is the shorter one.
+    """
 
     bundle: Path
     executor: str
