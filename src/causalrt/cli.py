@@ -5,10 +5,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -20,13 +20,15 @@ from causalrt.config import RECIPES, Config, override, recipe
 from causalrt.engines.base import EXECUTORS
 from causalrt.errors import CausalRTError, ConfigError
 
-OnProgress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from causalrt.export.build import Progress as OnProgress
+
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 errors_console = Console(stderr=True)
 
 
 @contextmanager
-def shown_progress() -> Iterator[OnProgress]:
+def shown_progress() -> "Iterator[OnProgress]":
     """A bar for each stage, on stderr."""
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors_console) as progress:

@@ -24,10 +24,6 @@ class Collectives(Protocol):
     def rank(self) -> int:
         """This rank."""
 
-    @property
-    def world_size(self) -> int:
-        """P."""
-
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """Block p of `sent` `[P, rows, D]` goes to rank p; block p of `received` comes from rank p."""
 

@@ -1,6 +1,5 @@
 """The bundle's ONNX files: prompt, time, and the segments of the step, all referring to one weight file."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import onnx_ir as ir
 
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
+from causalrt.export.build import Progress
 from causalrt.export.segment import cut_exchanges_pass
 from causalrt.export.share_weights import share_weights_pass
 from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
@@ -16,16 +16,20 @@ from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
 
 
+def cross_kv_names(config: Config) -> list[str]:
+    """Names of the prompt's keys and values: outputs of the prompt graph, inputs of the step graph."""
+    return [f"cross_{kind}.{layer}" for layer in range(config.model.num_layers) for kind in ("k", "v")]
+
+
 def step_names(config: Config) -> tuple[list[str], list[str]]:
     """Names of the step graph's inputs and outputs, in the order of `ChunkStep.forward`."""
     layers, shares = range(config.model.num_layers), range(len(layout_from_config(config).shares))
     slots = [f"{kind}.{layer}.{share}" for layer in layers for share in shares for kind in ("k", "v")]
-    cross = [f"cross_{kind}.{layer}" for layer in layers for kind in ("k", "v")]
-    inputs = ["x", "e", "e0", "rank", "first_frame", *slots, *cross]
+    inputs = ["x", "e", "e0", "rank", "first_frame", *slots, *cross_kv_names(config)]
     return inputs, ["flow", *(f"{name}.written" for name in slots)]
 
 
-def write_onnx_graphs(config: Config, folder: Path, on_progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+def write_onnx_graphs(config: Config, folder: Path, on_progress: Progress) -> dict[str, Any]:
     """Trace, translate, cut and write; `folder` already holds the weights.
 
     Returns:
@@ -33,9 +37,8 @@ def write_onnx_graphs(config: Config, folder: Path, on_progress: Callable[[str, 
     """
     weights = folder / WEIGHTS
     wan = wan_from_file(config, weights)
-    cross = [f"cross_{kind}.{layer}" for layer in range(config.model.num_layers) for kind in ("k", "v")]
     small = (
-        (PROMPT_GRAPH, trace_prompt, ["text"], cross),
+        (PROMPT_GRAPH, trace_prompt, ["text"], cross_kv_names(config)),
         (TIME_GRAPH, trace_time, ["sinusoid"], ["e", "e0"]),
     )
     for done, (name, trace, inputs, outputs) in enumerate(small):

@@ -24,7 +24,6 @@ class LocalCollectives:
     """One rank."""
 
     rank = 0
-    world_size = 1
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """Never called: a step graph for one rank has no exchange."""
@@ -44,7 +43,7 @@ class TorchCollectives:
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self._world_size = dist.get_world_size()
         self._traffic = Traffic()
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
@@ -58,7 +57,7 @@ class TorchCollectives:
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor | None:
         """See `Collectives.gather`."""
-        into = [torch.empty_like(rows) for _ in range(self.world_size)] if self.rank == 0 else None
+        into = [torch.empty_like(rows) for _ in range(self._world_size)] if self.rank == 0 else None
         dist.gather(rows.contiguous(), into, dst=0)
         return None if into is None else torch.cat(into)
 
