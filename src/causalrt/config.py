@@ -188,6 +188,11 @@ class Config:
         """N = F * T: tokens of one chunk."""
         return self.video.chunk_frames * self.tokens_per_frame
 
+    @property
+    def slot_rows(self) -> int:
+        """W * T: rows of a head's KV slots."""
+        return self.video.capacity_frames * self.tokens_per_frame
+
     def as_dict(self) -> dict[str, Any]:
         """The config as plain JSON types; `config_from_dict` is the way back."""
         plain = dataclasses.asdict(self)

@@ -29,7 +29,7 @@ SCRIPT = """
     for first_frame in (0, 3, 6):
         kv = slots.filled(first_frame)
         before = kv[0][0][0].clone()
-        executor.bind(kv, cross)
+        executor.bind(kv, cross, slots.filled_rows(first_frame))
         if sys.argv[2] == "elsewhere":
             for segment in executor._segments:
                 for name in segment.outputs:

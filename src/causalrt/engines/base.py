@@ -5,7 +5,8 @@ binds the filled prefix of a session's KV slots once a chunk, then steps. Collec
 the runtime that drives them stay apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -32,7 +33,15 @@ class Collectives(Protocol):
 
 
 class Executor(Protocol):
-    """Runs the graphs of one rank."""
+    """Runs the graphs of one rank.
+
+    Attributes:
+        device: where the executor computes, and where the tensors it is given live.
+        whole_slots: it wants KV slots whole, `[1, heads, W * T, D]`, and not the filled prefix `[1, rows, heads * D]`.
+    """
+
+    device: torch.device
+    whole_slots: bool
 
     def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
         """`[text_len, text_dim]` -> per layer (k, v), `[1, text_len, C]`; the caller keeps them for the session."""
@@ -40,28 +49,106 @@ class Executor(Protocol):
     def embed_time(self, timestep: float) -> KVPair:
         """Timestep -> (e `[C]`, e0 `[6, C]`); the caller keeps them."""
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair]) -> None:
-        """Use these KV slots (filled prefix, views into the session's memory) and this prompt until bound again."""
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+        """Use these KV slots (views into the session's memory) and this prompt until bound again.
+
+        Args:
+            kv: the filled prefix, or the slots whole (`whole_slots`); staging comes first.
+            cross_kv: what `encode_prompt` returned.
+            kv_rows: filled rows, staging included.
+        """
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """Flow `[S, 64]` of the rank's noisy rows `[S, 64]`; valid until the next step. Writes the staging slots."""
 
 
-EXECUTORS = ("eager", "onnxruntime")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorKind:
+    """What is known of an executor before it is made.
+
+    Attributes:
+        devices: kinds of device that it runs on, the preferred one first.
+        compiled: it runs what a build has put into the bundle for it; if not, the weights are all it needs.
+    """
+
+    devices: tuple[str, ...]
+    compiled: bool
 
 
-def make_executor(name: str, bundle: Bundle, collectives: Collectives, *, num_threads: int) -> Executor:
+EXECUTORS: Mapping[str, ExecutorKind] = {
+    "eager": ExecutorKind(devices=("cuda", "cpu"), compiled=False),
+    "inductor": ExecutorKind(devices=("cuda", "cpu"), compiled=False),
+    "onnxruntime": ExecutorKind(devices=("cuda", "cpu"), compiled=True),
+    "tensorrt_rtx": ExecutorKind(devices=("cuda",), compiled=True),
+    "tensorrt": ExecutorKind(devices=("cuda",), compiled=True),
+}
+"""By name, the one to prefer last."""
+
+
+def executor_kind(name: str) -> ExecutorKind:
+    """The kind of executor `name`.
+
+    Raises:
+        ExecutorError: there is none of that name; the known ones are listed.
+    """
+    if name not in EXECUTORS:
+        raise ExecutorError(f"no executor {name!r}; this version has: {', '.join(EXECUTORS)}")
+    return EXECUTORS[name]
+
+
+def choose_device(name: str, *, asked: str | None, world_size: int) -> str:
+    """`cuda` or `cpu` for the ranks of executor `name`; without a wish, GPUs where there is one for each rank.
+
+    Raises:
+        ExecutorError: the executor does not run on the device asked for, or there are too few GPUs.
+    """
+    kind, gpus = executor_kind(name), torch.cuda.device_count()
+    if asked not in (None, "cuda", "cpu"):
+        raise ExecutorError(f"device must be cuda or cpu, got {asked!r}; rank r runs on GPU r")
+    if asked is not None and asked not in kind.devices:
+        raise ExecutorError(f"{name} runs on {' or '.join(kind.devices)}, not on {asked}")
+    wanted = asked or next((device for device in kind.devices if device == "cpu" or gpus >= world_size), "cuda")
+    if wanted == "cuda" and name == "onnxruntime" and not _onnxruntime_has_cuda():
+        if asked == "cuda":
+            raise ExecutorError("the onnxruntime installed here has no CUDA; install onnxruntime-gpu in its place")
+        wanted = "cpu"
+    if wanted == "cuda" and gpus < world_size:
+        others = [other for other, its in EXECUTORS.items() if "cpu" in its.devices]
+        raise ExecutorError(
+            f"{name} needs a GPU for each of {world_size} rank(s), and torch sees {gpus} here; run it on a machine that has "
+            f"them, or take an executor that runs on a CPU ({', '.join(others)})"
+        )
+    return wanted
+
+
+def _onnxruntime_has_cuda() -> bool:
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def make_executor(
+    name: str, bundle: Bundle, collectives: Collectives, *, num_threads: int, device: torch.device
+) -> Executor:
     """The executor `name` over an opened bundle, with its weights loaded.
 
     Raises:
         ExecutorError: unknown name, or something that it needs is missing here or in the bundle.
     """
+    executor_kind(name)
     if name == "eager":
         from causalrt.engines.eager import EagerExecutor
 
-        return EagerExecutor(bundle, collectives)
+        return EagerExecutor(bundle, collectives, device=device)
+    if name == "inductor":
+        from causalrt.engines.inductor import InductorExecutor
+
+        return InductorExecutor(bundle, collectives, device=device)
     if name == "onnxruntime":
         from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
 
-        return OnnxRuntimeExecutor(bundle, collectives, num_threads=num_threads)
-    raise ExecutorError(f"no executor {name!r}; this version has: {', '.join(EXECUTORS)}")
+        return OnnxRuntimeExecutor(bundle, collectives, num_threads=num_threads, device=device)
+    from causalrt.engines.tensorrt import TensorRTExecutor
+    from causalrt.engines.tensorrt_flavour import FLAVOURS
+
+    return TensorRTExecutor(FLAVOURS[name], bundle, collectives, device=device)

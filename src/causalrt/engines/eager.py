@@ -20,17 +20,23 @@ from causalrt.plugins.rotate import rotate_pairs
 class EagerExecutor:
     """Runs the model's own modules."""
 
-    def __init__(self, bundle: Bundle, collectives: Collectives) -> None:
-        self._wan = wan_from_weights(bundle.config.model, load_file(bundle.path / WEIGHTS))
+    whole_slots = False
+
+    def __init__(
+        self, bundle: Bundle, collectives: Collectives, *, device: torch.device, ops: StepOps | None = None
+    ) -> None:
+        self.device = device
+        self._wan = wan_from_weights(bundle.config.model, load_file(bundle.path / WEIGHTS, device=str(device)))
         self._dtype = self._wan.patch_embedding.weight.dtype
         self._freq_dim = bundle.config.model.freq_dim
         self._prompt, self._time = PromptGraph(self._wan), TimeGraph(self._wan)
         self._collectives = collectives
-        ops = StepOps(
+        ops = ops or StepOps(
             all_to_all=self._all_to_all, rotate=rotate_pairs, attention=attend, kv_attention=kv_attention_in_place
         )
-        self._step = ChunkStep(self._wan, bundle.config, bundle.layout, ops).eval()
-        self._rank = torch.tensor([collectives.rank])
+        self._step = ChunkStep(self._wan, bundle.config, bundle.layout, ops).eval().to(device)
+        self._rank = torch.tensor([collectives.rank], device=device)
+        self._first_frame = torch.zeros(1, dtype=torch.int64, device=device)
         self._kv: KVTensors = ()
         self._cross_kv: Sequence[KVPair] = ()
 
@@ -42,23 +48,22 @@ class EagerExecutor:
     @torch.inference_mode()
     def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
         """See `Executor.encode_prompt`."""
-        return [(k, v) for k, v in self._prompt(text.to(self._dtype))]
+        return [(k, v) for k, v in self._prompt(text.to(self.device, self._dtype))]
 
     @torch.inference_mode()
     def embed_time(self, timestep: float) -> KVPair:
         """See `Executor.embed_time`."""
-        e, e0 = self._time(sinusoid(timestep, self._freq_dim).to(self._dtype))
+        e, e0 = self._time(sinusoid(timestep, self._freq_dim).to(self.device, self._dtype))
         return e, e0
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair]) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
         """See `Executor.bind`."""
         self._kv, self._cross_kv = kv, cross_kv
 
     @torch.inference_mode()
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
+        self._first_frame.fill_(first_frame)
         flow: torch.Tensor
-        flow, _ = self._step(
-            x.to(self._dtype), e, e0, self._rank, torch.tensor([first_frame]), self._kv, self._cross_kv
-        )
+        flow, _ = self._step(x.to(self._dtype), e, e0, self._rank, self._first_frame, self._kv, self._cross_kv)
         return flow

@@ -61,7 +61,10 @@ class _Segment:
 class OnnxRuntimeExecutor:
     """Runs the bundle's ONNX graphs on the CPU."""
 
-    def __init__(self, bundle: Bundle, collectives: Collectives, *, num_threads: int) -> None:
+    whole_slots = False
+
+    def __init__(self, bundle: Bundle, collectives: Collectives, *, num_threads: int, device: torch.device) -> None:
+        self.device = device
         built_with = bundle.toolchain.get("onnxruntime", "0.0")
         if _version(ort.__version__) < _version(built_with):
             raise ExecutorError(
@@ -110,7 +113,7 @@ class OnnxRuntimeExecutor:
         e, e0 = self._time.session.run(["e", "e0"], feed)
         return torch.from_numpy(e), torch.from_numpy(e0)
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair]) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
         """See `Executor.bind`."""
         named: dict[str, torch.Tensor] = {}
         for layer in self._layers:

@@ -25,7 +25,7 @@ def build(
     *,
     checkpoint: str | Path,
     out: str | Path,
-    executors: Sequence[str] = EXECUTORS,
+    executors: Sequence[str] = ("onnxruntime",),
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> Path:

@@ -1,7 +1,8 @@
 """The step graph: one trace of `ChunkStep` by torch.export, with our ops kept whole.
 
-Weights are the tensors of the written weight file, mapped and not copied. Sizes are static but for the rows of the KV
-slots' filled prefix, so one graph serves every chunk.
+Weights are the tensors of the written weight file, mapped and not copied. One graph serves every chunk, in one of two
+forms: over the filled prefix of the KV slots `[1, rows, heads * D]`, whose rows are the only dynamic size (segments), or
+over the slots whole, `[1, heads, W * T, D]`, with the filled rows as a tensor and every size static (one engine).
 """
 
 from pathlib import Path
@@ -12,14 +13,21 @@ from safetensors.torch import load_file
 from torch.export import Dim, ExportedProgram
 
 from causalrt.config import Config
+from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import layout_from_config
 from causalrt.model.step import ChunkStep, StepOps
 from causalrt.model.wan import PromptGraph, TimeGraph, Wan, wan_from_weights
 from causalrt.plugins.all_to_all import all_to_all
-from causalrt.plugins.attention import attention, kv_attention
+from causalrt.plugins.attention import attention, kv_attention, kv_attention_whole
 from causalrt.plugins.rotate import rotate
 
-TRACED_OPS = StepOps(all_to_all=all_to_all, rotate=rotate, attention=attention, kv_attention=kv_attention)
+TRACED_OPS = StepOps(
+    all_to_all=all_to_all,
+    rotate=rotate,
+    attention=attention,
+    kv_attention=kv_attention,
+    kv_attention_whole=kv_attention_whole,
+)
 
 
 def wan_from_file(config: Config, weights: Path) -> Wan:
@@ -27,35 +35,37 @@ def wan_from_file(config: Config, weights: Path) -> Wan:
     return wan_from_weights(config.model, load_file(weights))
 
 
-def step_arguments(config: Config) -> tuple[Any, ...]:
+def step_arguments(config: Config, *, whole_slots: bool = False) -> tuple[Any, ...]:
     """Example arguments of `ChunkStep.forward`, all distinct tensors: torch.export merges inputs that are one object."""
     layout, m = layout_from_config(config), config.model
-    rows = config.video.capacity_frames * config.tokens_per_frame
-    kv = [
-        [
-            (torch.empty(1, rows, share.num_heads * m.head_dim), torch.empty(1, rows, share.num_heads * m.head_dim))
-            for share in layout.shares
-        ]
-        for _ in range(m.num_layers)
-    ]
-    cross_kv = [(torch.empty(1, m.text_len, m.dim), torch.empty(1, m.text_len, m.dim)) for _ in range(m.num_layers)]
-    return (
-        torch.empty(layout.local_tokens, m.patch_features),
-        torch.empty(m.dim),
-        torch.empty(6, m.dim),
+    dtype = TORCH_DTYPES[config.build.precision]
+    rows = config.slot_rows
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def slots(heads: int) -> torch.Tensor:
+        return empty(1, heads, rows, m.head_dim) if whole_slots else empty(1, rows, heads * m.head_dim)
+
+    layers = range(m.num_layers)
+    arguments = (
+        empty(layout.local_tokens, m.patch_features),
+        empty(m.dim),
+        empty(6, m.dim),
         torch.zeros(1, dtype=torch.int64),
         torch.zeros(1, dtype=torch.int64),
-        kv,
-        cross_kv,
+        [[(slots(share.num_heads), slots(share.num_heads)) for share in layout.shares] for _ in layers],
+        [(empty(1, m.text_len, m.dim), empty(1, m.text_len, m.dim)) for _ in layers],
     )
+    return (*arguments, torch.full((1,), rows, dtype=torch.int64)) if whole_slots else arguments
 
 
-def trace_step(wan: Wan, config: Config) -> ExportedProgram:
-    """Trace one chunk step of one rank."""
+def trace_step(wan: Wan, config: Config, *, whole_slots: bool = False) -> ExportedProgram:
+    """Trace one chunk step of one rank, over the filled prefix of the KV slots or over the slots whole."""
     video = config.video
-    arguments = step_arguments(config)
+    arguments = step_arguments(config, whole_slots=whole_slots)
     dynamic = None
-    if video.capacity_frames > video.chunk_frames:
+    if not whole_slots and video.capacity_frames > video.chunk_frames:
         rows = Dim("kv_rows", min=config.tokens_per_chunk, max=video.capacity_frames * config.tokens_per_frame)
         kv = [[({1: rows}, {1: rows}) for _ in layer] for layer in arguments[5]]
         dynamic = (None, None, None, None, None, kv, [(None, None) for _ in arguments[6]])
@@ -63,11 +73,15 @@ def trace_step(wan: Wan, config: Config) -> ExportedProgram:
     return torch.export.export(step, arguments, dynamic_shapes=dynamic)
 
 
+def _like(wan: Wan, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=wan.patch_embedding.weight.dtype)
+
+
 def trace_prompt(wan: Wan) -> ExportedProgram:
     """Trace the prompt graph."""
-    return torch.export.export(PromptGraph(wan).eval(), (torch.empty(wan.config.text_len, wan.config.text_dim),))
+    return torch.export.export(PromptGraph(wan).eval(), (_like(wan, wan.config.text_len, wan.config.text_dim),))
 
 
 def trace_time(wan: Wan) -> ExportedProgram:
     """Trace the time graph."""
-    return torch.export.export(TimeGraph(wan).eval(), (torch.empty(wan.config.freq_dim),))
+    return torch.export.export(TimeGraph(wan).eval(), (_like(wan, wan.config.freq_dim),))

@@ -12,7 +12,7 @@ from onnxscript.values import Opset
 from torch.export import ExportedProgram
 
 from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP, onnx_all_to_all
-from causalrt.plugins.attention import onnx_attention, onnx_kv_attention
+from causalrt.plugins.attention import onnx_attention, onnx_kv_attention, onnx_kv_attention_whole
 from causalrt.plugins.rotate import onnx_rotate
 
 OPSET = 24
@@ -45,6 +45,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def kv_attention(q: Any, k_new: Any, v_new: Any, k_slots: Any, v_slots: Any, num_heads: int) -> Any:
         return onnx_kv_attention(op, q, k_new, v_new, k_slots, v_slots, num_heads)
 
+    def kv_attention_whole(
+        q: Any, k_new: Any, v_new: Any, k_slots: Any, v_slots: Any, kv_rows: Any, num_heads: int
+    ) -> Any:
+        return onnx_kv_attention_whole(op, q, k_new, v_new, k_slots, v_slots, kv_rows, num_heads)
+
     def all_to_all(blocks: Any) -> Any:
         return onnx_all_to_all(own, blocks)
 
@@ -52,6 +57,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.rotate.default: rotate,
         ops.attention.default: attention,
         ops.kv_attention.default: kv_attention,
+        ops.kv_attention_whole.default: kv_attention_whole,
         ops.all_to_all.default: all_to_all,
     }
 

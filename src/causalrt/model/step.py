@@ -25,7 +25,10 @@ KVTensors = Sequence[Sequence[KVPair]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOps:
-    """How rows meet: the exchange between ranks, rotation, and the two attentions (signatures: `causalrt.plugins`)."""
+    """How rows meet: the exchange between ranks, rotation, and the attentions (signatures: `causalrt.plugins`).
+
+    `kv_attention_whole` is wanted only where the slots are bound whole.
+    """
 
     all_to_all: Callable[[torch.Tensor], torch.Tensor]
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -34,6 +37,13 @@ class StepOps:
         [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
         tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     ]
+    kv_attention_whole: (
+        Callable[
+            [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
+            tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        ]
+        | None
+    ) = None
 
 
 class HeadExchange(nn.Module):
@@ -116,6 +126,7 @@ class ChunkStep(nn.Module):
         first_frame: torch.Tensor,
         kv: KVTensors,
         cross_kv: Sequence[KVPair],
+        kv_rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[list[KVPair]]]:
         """Predict the flow of the rank's rows.
 
@@ -127,6 +138,7 @@ class ChunkStep(nn.Module):
             first_frame: `[1]` int64, global time index of the chunk's first frame.
             kv: filled prefix of the KV slots; its first N rows are staging, and are written.
             cross_kv: per layer (k, v), `[1, text_len, C]`.
+            kv_rows: `[1]` int64, filled rows, where `kv` holds the slots whole, `[1, heads, W * T, D]`.
 
         Returns:
             flow `[S, 64]`, and the KV slots with the chunk written.
@@ -137,7 +149,7 @@ class ChunkStep(nn.Module):
         for block, layer_kv, layer_cross in zip(self.wan.layers(), kv, cross_kv, strict=True):
             shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + e0).unbind(1)
             attended, layer_written = self.self_attention(
-                block.self_attn, block.modulate(x, shift1, scale1), cos, sin, layer_kv
+                block.self_attn, block.modulate(x, shift1, scale1), cos, sin, layer_kv, kv_rows
             )
             x = x + gate1 * attended
             x = x + self.cross_attention(block.cross_attn, block.norm3(x), layer_cross)
@@ -158,7 +170,13 @@ class ChunkStep(nn.Module):
         return cos, sin
 
     def self_attention(
-        self, weights: AttentionWeights, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: Sequence[KVPair]
+        self,
+        weights: AttentionWeights,
+        y: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: Sequence[KVPair],
+        kv_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[KVPair]]:
         """`[S, C]` -> `[S, C]`: rotate locally, then each share attends for its heads and rows."""
         q = self.ops.rotate(weights.norm_q(weights.q(y))[None], cos, sin, self.num_heads)
@@ -166,7 +184,12 @@ class ChunkStep(nn.Module):
         outputs, written = [], []
         scattered = self.exchange.scatter_heads(q, k, weights.v(y)[None])
         for share, (q_rows, k_rows, v_rows), (k_slots, v_slots) in zip(self.layout.shares, scattered, kv, strict=True):
-            out, k_slots, v_slots = self.ops.kv_attention(q_rows, k_rows, v_rows, k_slots, v_slots, share.num_heads)
+            rows, heads = (q_rows, k_rows, v_rows), share.num_heads
+            if kv_rows is None:
+                out, k_slots, v_slots = self.ops.kv_attention(*rows, k_slots, v_slots, heads)
+            else:
+                assert self.ops.kv_attention_whole is not None
+                out, k_slots, v_slots = self.ops.kv_attention_whole(*rows, k_slots, v_slots, kv_rows, heads)
             outputs.append(out)
             written.append((k_slots, v_slots))
         return weights.o(self.exchange.gather_heads(outputs)[0]), written

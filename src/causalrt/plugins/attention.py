@@ -3,7 +3,9 @@
 Shapes: `[1, rows, heads * D]`, rows slow, so that a filled prefix of the slots is a contiguous view and nothing is copied
 to attend over it. `kv_attention` first writes the new chunk's rows to the staging slots, which are the first ones.
 
-The op is functional, as a trace needs it; `kv_attention_in_place` is the same with the write done in the caller's memory.
+`kv_attention` is functional, as a trace needs it; `kv_attention_in_place` is the same with the write done in the caller's
+memory. `kv_attention_whole` is for engines whose shapes are all static: it takes the slots whole, `[1, heads, rows, D]`, and
+the number of filled rows as a tensor.
 """
 
 from typing import Any
@@ -90,6 +92,49 @@ def _(
     return out, torch.empty_like(k_slots), torch.empty_like(v_slots)
 
 
+@torch.library.custom_op("causalrt::kv_attention_whole", mutates_args=())
+def kv_attention_whole(
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_slots: torch.Tensor,
+    v_slots: torch.Tensor,
+    kv_rows: torch.Tensor,
+    num_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`kv_attention` over slots that are bound whole, heads slow.
+
+    Args:
+        q: `[1, R, heads * D]`.
+        k_new: `[1, N, heads * D]`.
+        v_new: `[1, N, heads * D]`.
+        k_slots: `[1, heads, W * T, D]`; its first N rows are staging.
+        v_slots: `[1, heads, W * T, D]`.
+        kv_rows: `[1]` int64, rows that are filled, staging included; the rest is not attended to.
+        num_heads: heads of the share.
+    """
+    rows, filled = k_new.shape[1], int(kv_rows)
+    k, v = k_slots.clone(), v_slots.clone()
+    for slots, new in ((k, k_new), (v, v_new)):
+        slots[:, :, :rows] = new.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    k_prefix, v_prefix = (slots[:, :, :filled].transpose(1, 2).flatten(2) for slots in (k, v))
+    return attend(q, k_prefix, v_prefix, num_heads).contiguous(), k, v
+
+
+@kv_attention_whole.register_fake
+def _(
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_slots: torch.Tensor,
+    v_slots: torch.Tensor,
+    kv_rows: torch.Tensor,
+    num_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, torch.empty_like(k_slots), torch.empty_like(v_slots)
+
+
 def onnx_attention(op: Any, q: Any, k: Any, v: Any, num_heads: int) -> Any:
     """ONNX form: the standard Attention on `[1, rows, heads * D]`."""
     return op.Attention(q, k, v, q_num_heads=num_heads, kv_num_heads=num_heads)[0]
@@ -100,3 +145,18 @@ def onnx_kv_attention(op: Any, q: Any, k_new: Any, v_new: Any, k_slots: Any, v_s
     k = op.TensorScatter(k_slots, k_new, axis=1)
     v = op.TensorScatter(v_slots, v_new, axis=1)
     return onnx_attention(op, q, k, v, num_heads), k, v
+
+
+def onnx_kv_attention_whole(
+    op: Any, q: Any, k_new: Any, v_new: Any, k_slots: Any, v_slots: Any, kv_rows: Any, num_heads: int
+) -> Any:
+    """ONNX form: the same two ops with heads slow; the filled rows are Attention's `nonpad_kv_seqlen`."""
+
+    def heads_first(rows: Any) -> Any:
+        return op.Transpose(op.Reshape(rows, op.Constant(value_ints=[0, 0, num_heads, -1])), perm=[0, 2, 1, 3])
+
+    k = op.TensorScatter(k_slots, heads_first(k_new), axis=2)
+    v = op.TensorScatter(v_slots, heads_first(v_new), axis=2)
+    out = op.Attention(heads_first(q), k, v, None, None, None, kv_rows)[0]
+    rows = op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
+    return rows, k, v

@@ -22,6 +22,16 @@ def rotate_pairs(x_BSC: torch.Tensor, cos_BSP: torch.Tensor, sin_BSP: torch.Tens
     return torch.view_as_real(turned).flatten(-3).to(x_BSC.dtype)
 
 
+def rotate_pairs_real(
+    x_BSC: torch.Tensor, cos_BSP: torch.Tensor, sin_BSP: torch.Tensor, num_heads: int
+) -> torch.Tensor:
+    """`rotate_pairs` without complex numbers, for compilers that do not fuse them."""
+    even, odd = x_BSC.float().unflatten(-1, (num_heads, -1, 2)).unbind(-1)
+    cos, sin = cos_BSP.unsqueeze(2), sin_BSP.unsqueeze(2)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-3).to(x_BSC.dtype)
+
+
 @torch.library.custom_op("causalrt::rotate", mutates_args=())
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> torch.Tensor:
     """`rotate_pairs` as an op that a trace keeps whole."""
@@ -34,5 +44,8 @@ def _(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> 
 
 
 def onnx_rotate(op: Any, x: Any, cos: Any, sin: Any, num_heads: int) -> Any:
-    """ONNX form: the standard RotaryEmbedding."""
-    return op.RotaryEmbedding(x, cos, sin, interleaved=1, num_heads=num_heads)
+    """ONNX form: the standard RotaryEmbedding, in float32 between casts."""
+    if x.dtype == cos.dtype:
+        return op.RotaryEmbedding(x, cos, sin, interleaved=1, num_heads=num_heads)
+    turned = op.RotaryEmbedding(op.Cast(x, to=cos.dtype), cos, sin, interleaved=1, num_heads=num_heads)
+    return op.Cast(turned, to=x.dtype)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.base import EXECUTORS
+from causalrt.engines.base import choose_device, executor_kind
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.errors import BundleError, EngineClosedError, ExecutorError, PromptError, RequestError
 from causalrt.runtime.memory import check_memory, predict_memory
@@ -97,6 +97,7 @@ def load(
     *,
     executor: str | None = None,
     world_size: int | None = None,
+    device: str | None = None,
     num_threads: int | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> "Engine":
@@ -104,8 +105,9 @@ def load(
 
     Args:
         bundle: folder written by `causalrt build`.
-        executor: `onnxruntime` or `eager`; by default the best that the bundle was built for.
+        executor: one of `EXECUTORS`; by default the best that the bundle was built for.
         world_size: ranks that the caller expects; must be what the bundle was built for.
+        device: `cuda` (rank r on GPU r) or `cpu`; by default GPUs, where the executor can use them and each rank has one.
         num_threads: CPU threads of each rank; by default the cores shared among the ranks.
         timeout_s: a rank that gives no answer for so long has failed; starting may take two minutes however short it is.
 
@@ -128,23 +130,33 @@ def load(
             f"or build one with `--world-size {world_size}`"
         )
     chosen = executor or opened.executors[-1]
-    if chosen not in EXECUTORS:
-        raise ExecutorError(f"no executor {chosen!r}; this version has: {', '.join(EXECUTORS)}")
-    if chosen not in opened.executors:
+    kind = executor_kind(chosen)
+    if kind.compiled and chosen not in opened.executors:
         raise BundleError(
             f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {chosen}` to run it so"
         )
-    check_memory(predict_memory(opened.config, chosen), ranks=built_for, shared_weights=chosen == "eager")
-    return Engine(opened, chosen, num_threads=num_threads, timeout_s=timeout_s)
+    where = choose_device(chosen, asked=device, world_size=built_for)
+    if where == "cpu":
+        precision = opened.config.build.precision
+        if chosen == "onnxruntime" and precision != "float32":
+            raise ExecutorError(
+                f"onnxruntime on a CPU runs float32 only, and {bundle} is {precision}; load it with executor='eager', run it "
+                "on a GPU with onnxruntime-gpu, or build it again with `--dtype float32`"
+            )
+        check_memory(predict_memory(opened.config, chosen), ranks=built_for, shared_weights=not kind.compiled)
+    return Engine(opened, chosen, device=where, num_threads=num_threads, timeout_s=timeout_s)
 
 
 class Engine:
     """A loaded bundle; made by `load`, ended by `close` or a `with` block."""
 
-    def __init__(self, bundle: Bundle, executor: str, *, num_threads: int | None, timeout_s: float) -> None:
+    def __init__(
+        self, bundle: Bundle, executor: str, *, device: str, num_threads: int | None, timeout_s: float
+    ) -> None:
         self.bundle = bundle
         self.config = bundle.config
         self.executor = executor
+        self.device = device
         world_size = bundle.config.build.world_size
         self.num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world_size)
         self._lock = threading.RLock()
@@ -158,6 +170,7 @@ class Engine:
                 LoadCommand(
                     bundle=bundle.path,
                     executor=executor,
+                    device=device,
                     num_threads=self.num_threads,
                     timeout_s=max(timeout_s, START_S),
                 )

@@ -1,9 +1,10 @@
 """The KV slots of one session on one rank: memory for keys and values, and the copy of clean frames into history.
 
     | staging: the current chunk | sinks, pinned | ring of clean frames |      rows of one share: [1, W * T, heads * D]
-    0                            F*T            ...                     W*T
+    0                            F*T            ...                     W*T                   or [1, heads, W * T, D]
 
-The class owns the memory and the commit. It does not write staging (executors do), does not rotate (keys arrive rotated by
+Token by token, the filled rows are a contiguous prefix, and a view of it is bound. Heads slow, the slots are bound whole, as
+an engine with static shapes wants them. The class owns the memory and the commit. It does not write staging (executors do), does not rotate (keys arrive rotated by
 their absolute position), and does not know sessions.
 """
 
@@ -17,22 +18,39 @@ from causalrt.model.step import KVPair
 class KVSlots:
     """Keys and values by layer and share."""
 
-    def __init__(self, config: Config, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        dtype: torch.dtype,
+        *,
+        whole_slots: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.plan = slots_from_config(config)
+        self.whole_slots = whole_slots
         self._tokens_per_frame = config.tokens_per_frame
-        rows = self.plan.capacity_frames * config.tokens_per_frame
+        rows, dim = self.plan.capacity_frames * config.tokens_per_frame, config.model.head_dim
+
+        def empty(heads: int) -> torch.Tensor:
+            shape = (1, heads, rows, dim) if whole_slots else (1, rows, heads * dim)
+            return torch.empty(shape, dtype=dtype, device=device)
+
         self._pairs: list[list[KVPair]] = [
-            [
-                (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
-                for shape in ((1, rows, share.num_heads * config.model.head_dim) for share in layout.shares)
-            ]
+            [(empty(share.num_heads), empty(share.num_heads)) for share in layout.shares]
             for _ in range(config.model.num_layers)
         ]
         self.rows_moved = 0
 
+    def filled_rows(self, first_frame: int) -> int:
+        """Rows that are filled, staging included, while the chunk at `first_frame` is generated."""
+        return self.plan.valid_frames(first_frame) * self._tokens_per_frame
+
     def filled(self, first_frame: int) -> list[list[KVPair]]:
-        """Views of the filled prefix, staging included, while the chunk at `first_frame` is generated."""
-        rows = self.plan.valid_frames(first_frame) * self._tokens_per_frame
+        """Views of the filled prefix; the slots whole, where that is how they are bound."""
+        if self.whole_slots:
+            return self._pairs
+        rows = self.filled_rows(first_frame)
         return [[(k[:, :rows], v[:, :rows]) for k, v in layer] for layer in self._pairs]
 
     def commit(self, first_frame: int) -> None:
@@ -44,4 +62,4 @@ class KVSlots:
             for layer in self._pairs:
                 for pair in layer:
                     for tensor in pair:
-                        tensor[:, target] = tensor[:, source]
+                        tensor[..., target, :] = tensor[..., source, :]

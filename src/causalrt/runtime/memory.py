@@ -4,6 +4,8 @@ import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from causalrt.config import Config
 from causalrt.errors import OutOfMemoryError
 from causalrt.layout import layout_from_config
@@ -41,7 +43,7 @@ def predict_memory(config: Config, executor: str) -> Memory:
     """Bytes that one rank of `config` will hold under `executor`, with one session open."""
     layout, model = layout_from_config(config), config.model
     size = ELEMENT_BYTES[config.build.precision]
-    slots = config.video.capacity_frames * config.tokens_per_frame
+    slots = config.slot_rows
     widest = max(6 * model.dim, model.ffn_dim + 2 * model.dim)
     exchange = 2 * layout.world_size * layout.scatter_rows * model.head_dim if layout.world_size > 1 else 0
     scores = max(s.num_heads * layout.world_size * s.query_rows for s in layout.shares) * slots
@@ -81,10 +83,23 @@ def check_memory(memory: Memory, *, ranks: int, shared_weights: bool) -> None:
     available = available_bytes()
     needed = memory.total_bytes * ranks - (memory.weights_bytes * (ranks - 1) if shared_weights else 0)
     if available is not None and needed > available:
-        parts = ", ".join(
-            f"{name.removesuffix('_bytes')} {value / 2**30:.2f}" for name, value in asdict(memory).items()
-        )
-        raise OutOfMemoryError(
-            f"{ranks} rank(s) need {needed / 2**30:.2f} GiB here and {available / 2**30:.2f} are free (GiB a rank: {parts}); "
-            "use fewer latent frames (`--set video.window_frames=...`), a smaller precision, or a larger host"
-        )
+        raise OutOfMemoryError(_does_not_fit(memory, f"{ranks} rank(s) need", needed, available, "host"))
+
+
+def check_device_memory(memory: Memory, device: torch.device) -> None:
+    """Refuse what does not fit on a rank's own GPU.
+
+    Raises:
+        OutOfMemoryError: with the parts, and what to do.
+    """
+    available, _ = torch.cuda.mem_get_info(device)
+    if memory.total_bytes > available:
+        raise OutOfMemoryError(_does_not_fit(memory, f"{device} needs", memory.total_bytes, available, "GPU"))
+
+
+def _does_not_fit(memory: Memory, who: str, needed: int, available: int, place: str) -> str:
+    parts = ", ".join(f"{name.removesuffix('_bytes')} {value / 2**30:.2f}" for name, value in asdict(memory).items())
+    return (
+        f"{who} {needed / 2**30:.2f} GiB here and {available / 2**30:.2f} are free (GiB a rank: {parts}); "
+        f"use fewer latent frames (`--set video.window_frames=...`), a smaller precision, or a larger {place}"
+    )

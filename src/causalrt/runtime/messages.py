@@ -20,12 +20,14 @@ class LoadCommand:
     Attributes:
         bundle: its folder, verified by the caller.
         executor: its name.
+        device: `cpu` or `cuda`; rank r takes GPU r.
         num_threads: CPU threads of each rank.
         timeout_s: of a collective; the caller's own time-out on answers is the shorter one.
     """
 
     bundle: Path
     executor: str
+    device: str
     num_threads: int
     timeout_s: float
 

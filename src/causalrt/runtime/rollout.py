@@ -3,10 +3,10 @@
     noise -> steps x { flow = step(x); x0 = x - sigma flow; x = (1 - sigma') x0 + sigma' noise } -> latents
     refresh: step(x0) at the context timestep leaves clean keys and values in staging; commit moves them to history
 
-Elementwise work is on local rows; the only communication is the step's own and the gather of what leaves the ranks.
+Elementwise work is on local rows; the only communication is the step's own and the gather of what leaves the ranks. On a GPU
+everything is queued without waiting: the host first waits when it copies the latents out, and again at the chunk's end.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from causalrt.model.schedule import schedule_from_config
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import Noise
+from causalrt.runtime.stopwatch import stopwatch_for
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,16 +28,16 @@ class ChunkTimes:
 
     Attributes:
         denoise_ms: each denoising step, exchange included.
-        exchange_ms: the part of the denoising steps spent in all-to-alls.
+        exchange_ms: the part of the denoising steps spent in all-to-alls; None on a GPU, where nobody waits for them.
         gather_ms: collecting the latents on rank 0.
         refresh_ms: the refresh and the commit; after the latents are handed over.
-        all_to_all_calls: exchanges of the denoising steps.
+        all_to_all_calls: exchanges of the denoising steps that the host called: none inside an engine or a CUDA graph.
         rows_sent: rows of one head that the rank sent in them, those to itself included.
         kv_frames: latent frames attended over.
     """
 
     denoise_ms: list[float] = field(default_factory=list)
-    exchange_ms: float = 0.0
+    exchange_ms: float | None = None
     gather_ms: float = 0.0
     refresh_ms: float = 0.0
     all_to_all_calls: int = 0
@@ -72,7 +73,9 @@ class Rollout:
         self._schedule = schedule_from_config(config.sampler)
         self._times = [executor.embed_time(t) for t in self._schedule.timesteps]
         self._context_time = executor.embed_time(self._schedule.context_timestep)
-        self.slots = KVSlots(config, layout, TORCH_DTYPES[config.build.precision])
+        self._device = executor.device
+        dtype = TORCH_DTYPES[config.build.precision]
+        self.slots = KVSlots(config, layout, dtype, whole_slots=executor.whole_slots, device=self._device)
 
     def chunk(
         self, index: int, *, refresh: bool, record: bool, deliver: Callable[[torch.Tensor, ChunkTimes], None]
@@ -86,40 +89,52 @@ class Rollout:
             deliver: called on rank 0 with the latents `[N, 64]` and the times so far, before the refresh.
         """
         first_frame = index * self._config.video.chunk_frames
-        self._executor.bind(self.slots.filled(first_frame), self._cross_kv)
-        times = ChunkTimes(kv_frames=self.slots.plan.valid_frames(first_frame))
+        slots, watch = self.slots, stopwatch_for(self._device)
+        self._executor.bind(slots.filled(first_frame), self._cross_kv, slots.filled_rows(first_frame))
+        times = ChunkTimes(kv_frames=slots.plan.valid_frames(first_frame))
         records: list[StepRecord] = []
         sigmas = self._schedule.sigmas
         self._collectives.take_traffic()
 
         x = self._local_noise(index, 0)
+        marks = []
         for k, (e, e0) in enumerate(self._times):
-            start = time.perf_counter()
+            start = watch.mark()
             flow = self._executor.step(x, e, e0, first_frame)
             x0 = (x.double() - sigmas[k] * flow.double()).float()
             if k + 1 < len(sigmas):
                 x = (1 - sigmas[k + 1]) * x0 + sigmas[k + 1] * self._local_noise(index, k + 1)
-            times.denoise_ms.append(_ms_since(start))
+            marks.append((start, watch.mark()))
             if record:
                 self._record(records, flow, x0)
         traffic = self._collectives.take_traffic()
-        times.exchange_ms = 1e3 * traffic.wait_s
         times.all_to_all_calls, times.rows_sent = traffic.all_to_all_calls, traffic.rows_sent
 
-        start = time.perf_counter()
+        start = watch.mark()
         latents = self._gather(x0)
-        times.gather_ms = _ms_since(start)
+        end = watch.mark()
+        self._wait()
+        if self._device.type == "cpu":
+            times.exchange_ms = 1e3 * traffic.wait_s
+        times.denoise_ms = [watch.ms(*pair) for pair in marks]
+        times.gather_ms = watch.ms(start, end)
         if latents is not None:
             deliver(latents, times)
 
         if refresh:
-            start = time.perf_counter()
+            start = watch.mark()
             flow = self._executor.step(x0, *self._context_time, first_frame)
-            self.slots.commit(first_frame)
-            times.refresh_ms = _ms_since(start)
+            slots.commit(first_frame)
+            end = watch.mark()
+            self._wait()
+            times.refresh_ms = watch.ms(start, end)
             if record:
                 self._record(records, flow, None)
         return times, records
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _local_noise(self, chunk: int, draw: int) -> torch.Tensor:
         layout = self._layout
@@ -127,17 +142,15 @@ class Rollout:
         tokens = layout.tokens(self._collectives.rank)
         rows = torch.zeros(layout.local_tokens, shape[1])
         rows[: len(tokens)] = self._noise.draw(chunk, draw, shape)[tokens.start : tokens.stop]
+        if self._device.type == "cuda":
+            return rows.pin_memory().to(self._device, non_blocking=True)
         return rows
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor | None:
         gathered = self._collectives.gather(rows.float())
-        return None if gathered is None else gathered[: self._layout.num_tokens].clone()
+        return None if gathered is None else gathered[: self._layout.num_tokens].to("cpu", copy=True)
 
     def _record(self, records: list[StepRecord], flow: torch.Tensor, x0: torch.Tensor | None) -> None:
         flows, clean = self._gather(flow), None if x0 is None else self._gather(x0)
         if flows is not None:
             records.append(StepRecord(flow=flows, x0=clean))
-
-
-def _ms_since(start: float) -> float:
-    return 1e3 * (time.perf_counter() - start)

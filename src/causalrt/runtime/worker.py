@@ -26,6 +26,7 @@ import torch.distributed as dist
 from causalrt.engines.base import Executor, make_executor
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
+from causalrt.runtime.memory import check_device_memory, predict_memory
 from causalrt.runtime.messages import (
     ChunkCommand,
     CloseCommand,
@@ -100,9 +101,16 @@ class RankServer:
 
     def _load(self, command: LoadCommand) -> None:
         torch.set_num_threads(command.num_threads)
+        device = torch.device(command.device, self._rank) if command.device == "cuda" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self._bundle = open_bundle(command.bundle, verify=False)
+        if device.type == "cuda":
+            check_device_memory(predict_memory(self._bundle.config, command.executor), device)
         if self._world_size > 1:
             dist.init_process_group(
-                "gloo",
+                "nccl" if device.type == "cuda" else "gloo",
+                device_id=device if device.type == "cuda" else None,
                 init_method=f"file://{self._folder / 'rendezvous'}",
                 rank=self._rank,
                 world_size=self._world_size,
@@ -111,11 +119,10 @@ class RankServer:
             self._collectives = TorchCollectives()
         else:
             self._collectives = LocalCollectives()
-        self._bundle = open_bundle(command.bundle, verify=False)
         self._executor = make_executor(
-            command.executor, self._bundle, self._collectives, num_threads=command.num_threads
+            command.executor, self._bundle, self._collectives, num_threads=command.num_threads, device=device
         )
-        logger.info("rank %d of %d ready: %s", self._rank, self._world_size, command.executor)
+        logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
 
 
 def _die_with_keeper(keeper: int) -> None:

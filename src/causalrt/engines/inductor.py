@@ -1,0 +1,79 @@
+"""The inductor executor: the eager step through torch.compile, one graph without breaks, exchanges included.
+
+The path without TensorRT, and the baseline that an engine has to beat. All-to-alls are functional collectives, which the
+compiler keeps in order. On a GPU the compiled step is captured in CUDA graphs, one for each number of filled KV rows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed import _functional_collectives as functional
+
+from causalrt.engines.base import Collectives
+from causalrt.engines.bundle import Bundle
+from causalrt.engines.cuda_graphs import CudaGraphs
+from causalrt.engines.eager import EagerExecutor
+from causalrt.model.step import KVPair, KVTensors, StepOps
+from causalrt.plugins.attention import attend, kv_attention_in_place
+from causalrt.plugins.rotate import rotate_pairs_real
+
+
+def functional_all_to_all(sent: torch.Tensor) -> torch.Tensor:
+    """Block p of `[P, rows, D]` to rank p of the default process group, as an op that the compiler sees."""
+    received: torch.Tensor = functional.wait_tensor(
+        functional.all_to_all_single(sent.contiguous(), None, None, dist.group.WORLD)
+    )
+    return received
+
+
+COMPILED_OPS = StepOps(
+    all_to_all=functional_all_to_all,
+    rotate=rotate_pairs_real,
+    attention=attend,
+    kv_attention=kv_attention_in_place,
+)
+
+
+class InductorExecutor(EagerExecutor):
+    """The eager executor with its step compiled."""
+
+    def __init__(
+        self, bundle: Bundle, collectives: Collectives, *, device: torch.device, cuda_graphs: bool = True
+    ) -> None:
+        super().__init__(bundle, collectives, device=device, ops=COMPILED_OPS)
+        self._compiled = torch.compile(self._step, fullgraph=True)
+        self._graphs = CudaGraphs(device, enabled=cuda_graphs)
+        layout, model = bundle.layout, bundle.config.model
+        self._x = torch.zeros(layout.local_tokens, model.patch_features, dtype=self._dtype, device=device)
+        self._e = torch.zeros(model.dim, dtype=self._dtype, device=device)
+        self._e0 = torch.zeros(6, model.dim, dtype=self._dtype, device=device)
+        self._flow = torch.zeros_like(self._x)
+        self._rows = range(bundle.config.tokens_per_chunk, bundle.config.slot_rows + 1)
+        self._key: tuple[int, ...] = ()
+
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+        """See `Executor.bind`."""
+        super().bind(kv, cross_kv, kv_rows)
+        tensors = [tensor for layer in kv for pair in layer for tensor in pair]
+        if len(self._rows) > 1:
+            for tensor in tensors:
+                torch._dynamo.mark_dynamic(tensor, 1, min=self._rows[0], max=self._rows[-1])
+        crossing = [tensor for pair in cross_kv for tensor in pair]
+        self._key = (kv_rows, *(tensor.data_ptr() for tensor in [*tensors, *crossing]))
+
+    @torch.no_grad()
+    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+        """See `Executor.step`."""
+        self._x.copy_(x)
+        self._e.copy_(e)
+        self._e0.copy_(e0)
+        self._first_frame.fill_(first_frame)
+        self._graphs.run(self._key, self._work)
+        return self._flow
+
+    def _work(self) -> None:
+        flow, _ = self._compiled(
+            self._x, self._e, self._e0, self._rank, self._first_frame, self._kv, self._cross_kv
+        )
+        self._flow.copy_(flow)

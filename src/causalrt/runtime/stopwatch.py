@@ -1,0 +1,55 @@
+"""Time between marks: the host's clock on a CPU, CUDA events on a GPU, where work is only queued when a call returns."""
+
+import time
+from typing import Protocol
+
+import torch
+
+
+class Stopwatch(Protocol):
+    """Marks moments, and tells the time between two of them."""
+
+    def mark(self) -> int:
+        """A moment, by number; on a GPU that at which the work queued so far is done. Never waits."""
+
+    def ms(self, start: int, end: int) -> float:
+        """Milliseconds between two marks; on a GPU only after a synchronisation."""
+
+
+class HostStopwatch:
+    """`time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self._marks: list[float] = []
+
+    def mark(self) -> int:
+        """See `Stopwatch.mark`."""
+        self._marks.append(time.perf_counter())
+        return len(self._marks) - 1
+
+    def ms(self, start: int, end: int) -> float:
+        """See `Stopwatch.ms`."""
+        return 1e3 * (self._marks[end] - self._marks[start])
+
+
+class CudaStopwatch:
+    """Events on the current stream."""
+
+    def __init__(self) -> None:
+        self._marks: list[torch.cuda.Event] = []
+
+    def mark(self) -> int:
+        """See `Stopwatch.mark`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+        return len(self._marks) - 1
+
+    def ms(self, start: int, end: int) -> float:
+        """See `Stopwatch.ms`."""
+        return float(self._marks[start].elapsed_time(self._marks[end]))
+
+
+def stopwatch_for(device: torch.device) -> Stopwatch:
+    """A stopwatch for work on `device`."""
+    return CudaStopwatch() if device.type == "cuda" else HostStopwatch()
