@@ -21,8 +21,16 @@ from causalrt.engines.base import EXECUTORS
 from causalrt.errors import CausalRTError, ConfigError
 
 if TYPE_CHECKING:
-    from causalrt.export.build import Progress as OnProgress
+    from causalrt.export.progress import Progress as OnProgress
 
+DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 errors_console = Console(stderr=True)
 
@@ -49,9 +57,9 @@ def _config(arguments: argparse.Namespace) -> Config:
         if not separator:
             raise ConfigError(f"--set wants FIELD=VALUE, for example --set video.window_frames=9, got {text!r}")
         changes[name] = value
-    for flag in ("world_size", "head_plan", "precision"):
+    for flag, field in (("world_size", "world_size"), ("head_plan", "head_plan"), ("dtype", "precision")):
         if getattr(arguments, flag) is not None:
-            changes[f"build.{flag}"] = str(getattr(arguments, flag))
+            changes[f"build.{field}"] = str(getattr(arguments, flag))
     return override(recipe(arguments.recipe), changes)
 
 
@@ -67,6 +75,10 @@ def _build(arguments: argparse.Namespace) -> int:
             checkpoint=arguments.checkpoint,
             out=arguments.out,
             executors=arguments.executor or default,
+            targets=arguments.target,
+            collectives=arguments.collectives,
+            frontend=arguments.frontend,
+            timing_cache=arguments.timing_cache,
             overwrite=arguments.overwrite,
             on_progress=progress,
         )
@@ -256,6 +268,8 @@ def _parser() -> argparse.ArgumentParser:
         _build,
         "Compile a checkpoint into a bundle.",
         "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --world-size 8 --out bundle\n"
+        "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --world-size 8 \\\n"
+        "      --executor tensorrt_rtx --target sm80 --dtype bf16 --out bundle\n"
         "  causalrt build --recipe wan_1_3b_480p --checkpoint wan/ --set video.window_frames=12 \\\n"
         "      --set video.sink_frames=3 --set sampler.steps=1000,500 --out bundle",
     )
@@ -264,8 +278,30 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, type=Path, help="folder of the bundle")
     made.add_argument("--world-size", type=int, help="ranks")
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks")
-    made.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="of weights and activations")
+    made.add_argument(
+        "--dtype",
+        type=lambda text: DTYPES.get(text, text),
+        choices=tuple(dict.fromkeys(DTYPES.values())),
+        help="of weights and activations; fp32, bf16 and fp16 are understood",
+    )
     made.add_argument("--executor", action="append", choices=EXECUTORS, help="may be given again; eager always works")
+    made.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="ARCH",
+        help="GPU architecture to build TensorRT engines for, as sm80; may be given again; by default the GPU at hand",
+    )
+    made.add_argument(
+        "--collectives",
+        choices=("engine", "runtime"),
+        default="engine",
+        help="who exchanges between ranks under TensorRT: one engine for the whole step, or the runtime (engine)",
+    )
+    made.add_argument(
+        "--frontend", choices=("onnx", "torch-tensorrt"), default="onnx", help="what hands the step to TensorRT (onnx)"
+    )
+    made.add_argument("--timing-cache", type=Path, help="TensorRT's measured kernel times, read and written")
     made.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override any field of the recipe"
     )

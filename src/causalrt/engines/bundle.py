@@ -3,6 +3,7 @@
     manifest.json         schema, config, layout, toolchain, graphs, and every other file with bytes and sha256
     weights.safetensors   all weights, once, in the build's precision
     *.onnx                graphs; their weights are references into weights.safetensors
+    *.engine              TensorRT engines by flavour and target, the same for every rank; *-networks.json says what is in them
 
 Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none.
 """
@@ -23,7 +24,7 @@ from causalrt.config import Config, config_from_dict
 from causalrt.errors import BuildError, BundleError, ConfigError
 from causalrt.layout import Layout, layout_from_config
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 PROMPT_GRAPH, TIME_GRAPH = "prompt.onnx", "time.onnx"
@@ -41,6 +42,7 @@ class Bundle:
         layout: who holds what, derived from `config`.
         executors: names of the executors that it holds everything for.
         graphs: what the executors need to know of the graph files.
+        engines: TensorRT's engines by flavour: collectives, frontend, and by target the files of prompt, time and step.
         toolchain: package versions at build time.
     """
 
@@ -49,6 +51,7 @@ class Bundle:
     layout: Layout
     executors: tuple[str, ...]
     graphs: Mapping[str, Any]
+    engines: Mapping[str, Any]
     toolchain: Mapping[str, str]
 
 
@@ -136,7 +139,13 @@ def _layout_record(layout: Layout) -> dict[str, Any]:
 
 def _check_manifest(manifest: Mapping[str, Any], layout: Layout) -> None:
     """What the digest cannot tell: types, a layout that this version would not plan, graphs that no hash covers."""
-    for key, kind in (("files", dict), ("graphs", dict), ("toolchain", dict), ("executors", list)):
+    for key, kind in (
+        ("files", dict),
+        ("graphs", dict),
+        ("engines", dict),
+        ("toolchain", dict),
+        ("executors", list),
+    ):
         if not isinstance(manifest[key], kind):
             raise TypeError(f"{key} must be a {kind.__name__}, got {manifest[key]!r}")
     for name, entry in manifest["files"].items():
@@ -150,6 +159,9 @@ def _check_manifest(manifest: Mapping[str, Any], layout: Layout) -> None:
     if "onnxruntime" in manifest["executors"]:
         segments = manifest["graphs"]["segments"]
         needed += [PROMPT_GRAPH, TIME_GRAPH, segments[0]["file"], *(part["file"] for part in segments)]
+    for flavour in manifest["engines"].values():
+        for files in flavour["targets"].values():
+            needed += [files["prompt"], files["time"], files["networks"], *files["step"]]
     unlisted = [name for name in needed if name not in manifest["files"]]
     if unlisted:
         raise TypeError(f"it does not list files that its executors need: {', '.join(map(repr, unlisted))}")
@@ -163,7 +175,14 @@ def publish_file(partial: Path, out: Path) -> None:
     partial.replace(out)
 
 
-def write_manifest(folder: Path, *, config: Config, executors: tuple[str, ...], graphs: Mapping[str, Any]) -> None:
+def write_manifest(
+    folder: Path,
+    *,
+    config: Config,
+    executors: tuple[str, ...],
+    graphs: Mapping[str, Any],
+    engines: Mapping[str, Any],
+) -> None:
     """Hash every file in `folder` and write the manifest; the last act of a build."""
     layout = layout_from_config(config)
     files = {
@@ -177,6 +196,7 @@ def write_manifest(folder: Path, *, config: Config, executors: tuple[str, ...], 
         "layout": _layout_record(layout),
         "executors": list(executors),
         "graphs": dict(graphs),
+        "engines": dict(engines),
         "toolchain": toolchain_versions(),
         "files": files,
     }
@@ -220,9 +240,10 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
             layout=layout,
             executors=tuple(manifest["executors"]),
             graphs=manifest["graphs"],
+            engines=manifest["engines"],
             toolchain=manifest["toolchain"],
         )
-    except (ConfigError, KeyError, IndexError, TypeError) as error:
+    except (ConfigError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise BundleError(f"{path / MANIFEST} is not valid: {error}; {REBUILD}") from error
     _check_files(path, files, verify=verify)
     return bundle

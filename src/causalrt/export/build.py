@@ -1,20 +1,24 @@
 """`build`: a checkpoint and a config in, a bundle out."""
 
+import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from causalrt.config import Config
-from causalrt.engines.base import EXECUTORS, TORCH_DTYPES
+from causalrt.engines.base import EXECUTORS, TORCH_DTYPES, executor_kind
 from causalrt.engines.bundle import WEIGHTS, new_bundle, write_manifest
+from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
+from causalrt.export.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
+CollectivesMode = Literal["engine", "runtime"]
+FrontEnd = Literal["onnx", "torch-tensorrt"]
 
 GRAPH_BYTES = 64 * 2**20
 """Disk that the graph files may take beside the weights; they hold tables and structure only."""
@@ -26,6 +30,10 @@ def build(
     checkpoint: str | Path,
     out: str | Path,
     executors: Sequence[str] = ("onnxruntime",),
+    targets: Sequence[str] = (),
+    collectives: CollectivesMode = "engine",
+    frontend: FrontEnd = "onnx",
+    timing_cache: str | Path | None = None,
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> Path:
@@ -35,7 +43,11 @@ def build(
         config: a recipe's config, overrides applied.
         checkpoint: Self-Forcing `.pt`, the bare Wan layout, or the diffusers layout (file or folder).
         out: the bundle's folder; appears whole or not at all.
-        executors: what the bundle shall run on, among `EXECUTORS`; eager is always possible.
+        executors: what the bundle shall run on, among `EXECUTORS`; eager and inductor are always possible.
+        targets: GPU architectures (`sm80`) to build TensorRT engines for; none is the GPU at hand.
+        collectives: in TensorRT engines, whether the engine or the runtime exchanges between ranks.
+        frontend: what makes TensorRT's network of the traced step.
+        timing_cache: file with TensorRT's measured kernel times, read and written; by default one in the user's cache.
         overwrite: replace a bundle that is there already.
         on_progress: told of each stage.
 
@@ -44,24 +56,20 @@ def build(
 
     Raises:
         CheckpointError: the checkpoint cannot be read, is not of this config, or holds values that are not finite.
-        ConfigError: an executor is unknown, or cannot run the config's precision.
-        BuildError: the bundle cannot be written.
+        ConfigError: a combination of options cannot work.
+        ExecutorError: an executor is unknown, or what it needs to build is missing here.
+        BuildError: the bundle cannot be written, or a compiler refuses the graph.
     """
-    unknown = set(executors) - set(EXECUTORS)
-    if unknown:
-        raise ConfigError(f"no executor {', '.join(sorted(unknown))}; this version has: {', '.join(EXECUTORS)}")
-    if "onnxruntime" in executors and config.build.precision != "float32":
-        raise ConfigError(
-            f"onnxruntime on a CPU runs float32 only, and build.precision is {config.build.precision}; "
-            "build with `--set build.precision=float32`, or with `--executor eager`"
-        )
+    flavours = _checked_options(config, executors, targets, collectives, frontend)
     progress = on_progress or (lambda stage, done, total: None)
     opened = open_checkpoint(Path(checkpoint))
     check_checkpoint(opened, config.model)
     dtype = TORCH_DTYPES[config.build.precision]
     weight_bytes = sum(dtype.itemsize * math.prod(shape) for shape in opened.shapes.values())
     chosen = tuple(name for name in EXECUTORS if name == "eager" or name in executors)
-    with new_bundle(Path(out), overwrite=overwrite, needed_bytes=weight_bytes + GRAPH_BYTES) as folder:
+    engine_sets = sum(len(found) for found in flavours.values())
+    needed_bytes = weight_bytes * (1 + engine_sets) + GRAPH_BYTES
+    with new_bundle(Path(out), overwrite=overwrite, needed_bytes=needed_bytes) as folder:
         write_weights(
             opened,
             config.model,
@@ -69,11 +77,108 @@ def build(
             out=folder / WEIGHTS,
             on_progress=lambda done, total: progress("weights", done, total),
         )
-        graphs = {}
-        if "onnxruntime" in chosen:
-            from causalrt.export.onnx import write_onnx_graphs
-
-            graphs = write_onnx_graphs(config, folder, progress)
-        write_manifest(folder, config=config, executors=chosen, graphs=graphs)
+        graphs: dict[str, Any] = {}
+        engines: dict[str, Any] = {}
+        if any(executor_kind(name).compiled for name in chosen):
+            graphs = _write_graphs(config, folder, chosen, bool(flavours), collectives, frontend, progress)
+        for name, found in flavours.items():
+            engines[name] = {"collectives": collectives, "frontend": frontend, "targets": {}}
+            for target in found:
+                engines[name]["targets"][target] = _build_target(
+                    config, folder, graphs, name, target, frontend, timing_cache, progress
+                )
+        progress("hashes", 0, 1)
+        write_manifest(folder, config=config, executors=chosen, graphs=graphs, engines=engines)
+        progress("hashes", 1, 1)
     logger.info("bundle written to %s", out)
     return Path(out)
+
+
+def _checked_options(
+    config: Config, executors: Sequence[str], targets: Sequence[str], collectives: str, frontend: str
+) -> dict[str, list[str]]:
+    """TensorRT flavours and their targets, everything that can be refused before work begins having been refused."""
+    for name in executors:
+        executor_kind(name)
+    flavours = {name: FLAVOURS[name] for name in executors if name in FLAVOURS}
+    if not flavours:
+        if targets or frontend != "onnx":
+            raise ConfigError("--target and --frontend are for TensorRT; add `--executor tensorrt_rtx` or `tensorrt`")
+        return {}
+    for option, value, choices in (
+        ("collectives", collectives, ("engine", "runtime")),
+        ("frontend", frontend, ("onnx", "torch-tensorrt")),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{option} must be {' or '.join(choices)}, got {value!r}")
+    if config.build.precision == "float32":
+        raise ConfigError(
+            "TensorRT has fused attention kernels in bfloat16 and float16 only, and build.precision is float32; "
+            "build with `--dtype bf16` or `--dtype fp16`"
+        )
+    if frontend == "torch-tensorrt":
+        from causalrt.export.torch_tensorrt import check_torch_tensorrt
+
+        check_torch_tensorrt(tuple(flavours), collectives)
+    for flavour in flavours.values():
+        flavour.load()
+    return {name: [flavour.check_target(target) for target in targets or (None,)] for name, flavour in flavours.items()}
+
+
+def _write_graphs(
+    config: Config,
+    folder: Path,
+    chosen: Sequence[str],
+    tensorrt: bool,
+    collectives: CollectivesMode,
+    frontend: FrontEnd,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The ONNX files of every executor that wants some; the traced model is gone when this returns."""
+    from causalrt.export.engine_files import write_engine_graphs
+    from causalrt.export.onnx import step_graph, write_segments, write_small_graphs
+    from causalrt.export.trace import wan_from_file
+
+    wan = wan_from_file(config, folder / WEIGHTS)
+    write_small_graphs(wan, config, folder, progress)
+    graphs: dict[str, Any] = {}
+    segmented = None
+    if "onnxruntime" in chosen:
+        segmented = step_graph(wan, config, folder, progress, whole_slots=False)
+        graphs["segments"] = write_segments(segmented, folder, "step", progress, at_cache_writes=False)
+    if tensorrt and frontend == "onnx":
+        graphs["tensorrt"] = write_engine_graphs(
+            wan, config, folder, progress, collectives=collectives, segmented=segmented
+        )
+    del wan, segmented
+    gc.collect()
+    return graphs
+
+
+def _build_target(
+    config: Config,
+    folder: Path,
+    graphs: dict[str, Any],
+    name: str,
+    target: str,
+    frontend: FrontEnd,
+    timing_cache: str | Path | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    from causalrt.export.engine_files import build_engines, default_timing_cache
+
+    flavour = FLAVOURS[name]
+    cache = Path(timing_cache) if timing_cache is not None else default_timing_cache(flavour, target)
+    if frontend == "torch-tensorrt":
+        from causalrt.export.torch_tensorrt import build_with_torch_tensorrt
+
+        return build_with_torch_tensorrt(config, folder, progress, flavour=flavour, target=target, timing_cache=cache)
+    return build_engines(
+        config,
+        folder,
+        graphs["tensorrt"],
+        progress,
+        flavour=flavour,
+        target=target,
+        timing_cache=cache if flavour.timing_cache else None,
+    )

@@ -1,4 +1,4 @@
-"""The bundle's ONNX files: prompt, time, and the segments of the step, all referring to one weight file."""
+"""The bundle's ONNX files: prompt, time, and the step in one of its lowerings, all referring to one weight file."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,15 @@ import onnx_ir as ir
 
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
-from causalrt.export.build import Progress
+from causalrt.export.progress import Progress
 from causalrt.export.segment import cut_exchanges_pass
 from causalrt.export.share_weights import share_weights_pass
-from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
+from causalrt.export.trace import trace_prompt, trace_step, trace_time
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
+from causalrt.model.wan import Wan
+
+KV_ROWS = "kv_rows"
 
 
 def cross_kv_names(config: Config) -> list[str]:
@@ -21,41 +24,51 @@ def cross_kv_names(config: Config) -> list[str]:
     return [f"cross_{kind}.{layer}" for layer in range(config.model.num_layers) for kind in ("k", "v")]
 
 
-def step_names(config: Config) -> tuple[list[str], list[str]]:
+def step_names(config: Config, *, whole_slots: bool = False) -> tuple[list[str], list[str]]:
     """Names of the step graph's inputs and outputs, in the order of `ChunkStep.forward`."""
     layers, shares = range(config.model.num_layers), range(len(layout_from_config(config).shares))
     slots = [f"{kind}.{layer}.{share}" for layer in layers for share in shares for kind in ("k", "v")]
     inputs = ["x", "e", "e0", "rank", "first_frame", *slots, *cross_kv_names(config)]
-    return inputs, ["flow", *(f"{name}.written" for name in slots)]
+    return [*inputs, *([KV_ROWS] if whole_slots else [])], ["flow", *(f"{name}.written" for name in slots)]
 
 
-def write_onnx_graphs(config: Config, folder: Path, on_progress: Progress) -> dict[str, Any]:
-    """Trace, translate, cut and write; `folder` already holds the weights.
-
-    Returns:
-        What the manifest says of the graphs: the segments in order, each with its file and the exchange that follows it.
-    """
-    weights = folder / WEIGHTS
-    wan = wan_from_file(config, weights)
+def write_small_graphs(wan: Wan, config: Config, folder: Path, on_progress: Progress) -> None:
+    """Trace, translate and write the prompt's and the time's graph; `folder` already holds the weights."""
     small = (
         (PROMPT_GRAPH, trace_prompt, ["text"], cross_kv_names(config)),
         (TIME_GRAPH, trace_time, ["sinusoid"], ["e", "e0"]),
     )
     for done, (name, trace, inputs, outputs) in enumerate(small):
-        on_progress("graphs", done, len(small) + 2)
+        on_progress("prompt and time graph", done, len(small))
         translated = onnx_from_program(trace(wan), input_names=inputs, output_names=outputs)
-        onnx.save(ir.to_proto(share_weights_pass(translated, weights)), folder / name)
-    on_progress("graphs", len(small), len(small) + 2)
-    program = trace_step(wan, config)
-    on_progress("graphs", len(small) + 1, len(small) + 2)
-    inputs, outputs = step_names(config)
-    step = share_weights_pass(onnx_from_program(program, input_names=inputs, output_names=outputs), weights)
-    on_progress("graphs", len(small) + 2, len(small) + 2)
+        onnx.save(ir.to_proto(share_weights_pass(translated, folder / WEIGHTS)), folder / name)
+    on_progress("prompt and time graph", len(small), len(small))
+
+
+def step_graph(wan: Wan, config: Config, folder: Path, on_progress: Progress, *, whole_slots: bool) -> onnx.ModelProto:
+    """Trace and translate the step, over the filled prefix of the KV slots or over the slots whole."""
+    stage = f"step graph ({'whole slots' if whole_slots else 'segments'})"
+    on_progress(stage, 0, 2)
+    program = trace_step(wan, config, whole_slots=whole_slots)
+    on_progress(stage, 1, 2)
+    inputs, outputs = step_names(config, whole_slots=whole_slots)
+    translated = onnx_from_program(program, input_names=inputs, output_names=outputs)
+    step = ir.to_proto(share_weights_pass(translated, folder / WEIGHTS))
+    on_progress(stage, 2, 2)
+    return step
+
+
+def write_segments(
+    step: onnx.ModelProto, folder: Path, name: str, on_progress: Progress, *, at_cache_writes: bool
+) -> list[dict[str, Any]]:
+    """Cut and write: what the manifest says of the segments, in order, each with its file and what follows it."""
     segments = []
-    cut = cut_exchanges_pass(ir.to_proto(step))
+    cut = cut_exchanges_pass(step, at_cache_writes=at_cache_writes)
     for index, segment in enumerate(cut):
-        name = f"step-{index:03d}.onnx"
-        onnx.save(segment.model, folder / name)
-        segments.append({"file": name, "sent": segment.sent, "received": segment.received})
+        file = f"{name}-{index:03d}.onnx"
+        onnx.save(segment.model, folder / file)
+        segments.append(
+            {"file": file, "sent": segment.sent, "received": segment.received, "writes": dict(segment.writes)}
+        )
         on_progress("segments", index + 1, len(cut))
-    return {"segments": segments}
+    return segments

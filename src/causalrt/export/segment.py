@@ -1,13 +1,19 @@
-"""Cut a step graph at its all-to-alls into segments: the lowering for runtime collectives.
+"""Cut a step graph into segments: the lowering for runtime collectives.
 
-    step graph:  embed . qkv . pack -> AllToAll -> attend . pack -> AllToAll -> o . ffn . qkv . pack -> ... -> flow
-    segments:    [ 0              ]            [ 1             ]            [ 2                    ]
+    step graph:  embed . qkv . pack -> AllToAll -> unpack -> TensorScatter -> attend . pack -> AllToAll -> o . ffn . qkv ...
+    segments:    [ 0              ]            [ 1                                       ]            [ 2
+    at writes:   [ 0              ]            [ 1      ]                 [ 2             ]            [ 3
+
+The cut is at the all-to-alls, and, for a runtime that cannot write the KV slots in place (TensorRT, whose cache update wants
+static shapes), at the cache writes too: there a segment puts the chunk's keys and values straight into staging, its output
+being bound to it, and the next one reads the filled prefix.
 
 A value that a later segment reads is carried in memory that the runtime owns. Work that only graph inputs feed (a layer's
 modulation, say) goes to the segment that reads it, not to the first one that could.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import onnx
 import onnx.utils
@@ -17,17 +23,19 @@ from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """A piece of the step graph, and the exchange that follows it.
+    """A piece of the step graph, and what follows it.
 
     Attributes:
         model: its graph; inputs and outputs keep their names in the step graph.
-        sent: the output to exchange when it has run, or None after the last segment.
+        sent: the output to exchange when it has run, or None if no exchange follows.
         received: the name under which later segments read what the exchange brought.
+        writes: outputs that go to staging, and the name under which later segments read the slots that hold it.
     """
 
     model: onnx.ModelProto
-    sent: str | None
-    received: str | None
+    sent: str | None = None
+    received: str | None = None
+    writes: dict[str, str] = field(default_factory=dict)
 
 
 def is_exchange(node: onnx.NodeProto) -> bool:
@@ -35,46 +43,64 @@ def is_exchange(node: onnx.NodeProto) -> bool:
     return node.domain == ONNX_DOMAIN and node.op_type == ONNX_OP
 
 
-def cut_exchanges_pass(model: onnx.ModelProto) -> list[Segment]:
-    """Segments in the order in which they run; one, the whole graph, if it has no exchange. A lossless pass."""
+def is_cache_write(node: onnx.NodeProto) -> bool:
+    """Whether a node writes KV slots."""
+    return node.domain == "" and node.op_type == "TensorScatter"
+
+
+def cut_exchanges_pass(model: onnx.ModelProto, *, at_cache_writes: bool = False) -> list[Segment]:
+    """Segments in the order in which they run; one, the whole graph, if there is nothing to cut at. A lossless pass."""
+
+    def is_border(node: onnx.NodeProto) -> bool:
+        return is_exchange(node) or (at_cache_writes and is_cache_write(node))
+
     graph = model.graph
-    exchanges = [node for node in graph.node if is_exchange(node)]
-    if not exchanges:
-        return [Segment(model=model, sent=None, received=None)]
-    place = _assign_segments(graph)
+    place = _assign_segments(graph, is_border)
+    count = 1 + max((place[node.output[0]] + 1 for node in graph.node if is_border(node)), default=0)
+    if count == 1:
+        return [Segment(model=model)]
+    initializers = {tensor.name for tensor in graph.initializer}
+    written = {node.output[0] for node in graph.node if is_border(node) and is_cache_write(node)}
+    results = {value.name for value in graph.output} - written
     segments = []
-    for index in range(len(exchanges) + 1):
-        inside = [node for node in graph.node if place[node.output[0]] == index and not is_exchange(node)]
+    for index in range(count):
+        here = [node for node in graph.node if place[node.output[0]] == index]
+        inside = [node for node in here if not is_border(node)]
         made = {name for node in inside for name in node.output if name}
-        outside = [node for node in graph.node if is_exchange(node) or place[node.output[0]] != index]
-        wanted = {name for node in outside for name in node.input} | {value.name for value in graph.output}
-        initializers = {tensor.name for tensor in graph.initializer}
+        outside = [node for node in graph.node if is_border(node) or place[node.output[0]] != index]
+        wanted = {name for node in outside for name in node.input} | results
         read = dict.fromkeys(name for node in inside for name in node.input if name)
         inputs = [name for name in read if name not in made and name not in initializers]
         outputs = [name for node in inside for name in node.output if name in wanted]
-        exchange = exchanges[index] if index < len(exchanges) else None
-        assert exchange is None or exchange.input[0] in outputs
+        exchanges = [node for node in here if is_exchange(node)]
+        writes = {node.input[1]: node.output[0] for node in here if is_border(node) and is_cache_write(node)}
+        assert len(exchanges) <= 1
+        assert {*writes, *(node.input[0] for node in exchanges)} <= set(outputs)
         segments.append(
             Segment(
                 model=onnx.utils.Extractor(model).extract_model(inputs, outputs),
-                sent=exchange.input[0] if exchange else None,
-                received=exchange.output[0] if exchange else None,
+                sent=exchanges[0].input[0] if exchanges else None,
+                received=exchanges[0].output[0] if exchanges else None,
+                writes=writes,
             )
         )
     return segments
 
 
-def _assign_segments(graph: onnx.GraphProto) -> dict[str, int]:
-    """Segment of every value, by name: after the exchanges that feed it, and no sooner than its first reader needs it."""
+def _assign_segments(graph: onnx.GraphProto, is_border: Callable[[onnx.NodeProto], bool]) -> dict[str, int]:
+    """Segment of every value, by name: after the borders that feed it, and no sooner than its first reader needs it.
+
+    A border belongs to the segment that it follows.
+    """
     earliest: dict[str, int] = {}
     for node in graph.node:
         fed = max((earliest.get(name, 0) for name in node.input), default=0)
         for name in node.output:
-            earliest[name] = fed + 1 if is_exchange(node) else fed
+            earliest[name] = fed + 1 if is_border(node) else fed
     readers: dict[str, int] = {}
     place: dict[str, int] = {}
     for node in reversed(graph.node):
-        if is_exchange(node):
+        if is_border(node):
             here = earliest[node.output[0]] - 1
         else:
             here = min((readers[name] for name in node.output if name in readers), default=earliest[node.output[0]])

@@ -1,0 +1,111 @@
+"""What differs between the two TensorRTs, and nothing else knows of it.
+
+| flavour        | builds                                   | runs on                        | timing cache | plugins |
+|----------------|------------------------------------------|--------------------------------|--------------|---------|
+| `tensorrt_rtx` | anywhere, without a GPU, for named targets | the targets it was built for | none needed  | no      |
+| `tensorrt`     | on a GPU, for GPUs of that kind          | that kind                      | yes          | yes     |
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from causalrt.errors import ExecutorError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flavour:
+    """One of the two TensorRTs.
+
+    Attributes:
+        name: of the executor.
+        module: what is imported.
+        package: what is installed from PyPI.
+        extra: the extra of this package that brings it.
+        targets: GPU architectures that it builds for without having one; none means that it builds for the GPU at hand.
+        timing_cache: measured kernel times can be kept for the next build.
+        plugins: it has a plugin registry.
+    """
+
+    name: str
+    module: str
+    package: str
+    extra: str
+    targets: tuple[str, ...]
+    timing_cache: bool
+    plugins: bool
+
+    def load(self) -> Any:
+        """Import the module.
+
+        Raises:
+            ExecutorError: it is not installed, or does not load.
+        """
+        try:
+            return importlib.import_module(self.module)
+        except Exception as error:  # a missing shared library is whatever the loader makes of it
+            raise ExecutorError(
+                f"{self.name} needs the Python module {self.module}, which does not import here "
+                f"({type(error).__name__}: {error}); install it with `pip install 'causalrt[{self.extra}]'`"
+            ) from error
+
+    def check_target(self, target: str | None) -> str:
+        """The architecture to build for, as `sm80`.
+
+        Raises:
+            ExecutorError: it cannot be built for here.
+        """
+        if self.targets:
+            if target not in self.targets:
+                wanted = "no --target was given" if target is None else f"{target} is not among them"
+                raise ExecutorError(
+                    f"{self.name} builds for {', '.join(self.targets)}, and {wanted}; A100 and A800 are sm80, RTX 4090 and L40 "
+                    f"sm89, RTX 5090 sm120{' (for H100 and H200, take executor tensorrt)' if target == 'sm90' else ''}"
+                )
+            return target
+        if not torch.cuda.is_available():
+            raise ExecutorError(
+                f"{self.name} builds only on a machine with the target GPU, and torch sees none here; build there, or take "
+                "executor tensorrt_rtx, which builds anywhere"
+            )
+        here = device_target(torch.device("cuda", 0))
+        if target not in (None, here):
+            raise ExecutorError(f"{self.name} builds for the GPU at hand, which is {here}, not for {target}")
+        return here
+
+    def select_target(self, trt: Any, config: Any, target: str) -> None:
+        """Have a builder config build for `target`."""
+        if self.targets:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
+
+
+FLAVOURS: Mapping[str, Flavour] = {
+    "tensorrt_rtx": Flavour(
+        name="tensorrt_rtx",
+        module="tensorrt_rtx",
+        package="tensorrt-rtx",
+        extra="tensorrt-rtx",
+        targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+        timing_cache=False,
+        plugins=False,
+    ),
+    "tensorrt": Flavour(
+        name="tensorrt",
+        module="tensorrt",
+        package="tensorrt",
+        extra="gpu",
+        targets=(),
+        timing_cache=True,
+        plugins=True,
+    ),
+}
+
+
+def device_target(device: torch.device) -> str:
+    """The architecture of a GPU, as `sm80`."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"

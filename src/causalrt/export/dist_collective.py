@@ -1,0 +1,30 @@
+"""Pass: all-to-alls become TensorRT's own collective, so that one engine holds the whole step: the lowering for engine
+collectives."""
+
+import onnx
+from onnx import helper
+
+from causalrt.export.segment import is_exchange
+
+OP = "DistCollective"
+
+
+def lower_exchanges_pass(model: onnx.ModelProto, *, world_size: int) -> int:
+    """Replace every AllToAll by a DistCollective over all ranks, in place; equal blocks along the first dimension.
+
+    Returns:
+        The number of collectives. A lossless pass.
+    """
+    hits = 0
+    for node in filter(is_exchange, model.graph.node):
+        node.op_type = OP
+        node.attribute.extend(
+            [
+                helper.make_attribute("collective_operation", "all_to_all"),
+                helper.make_attribute("reduce_op", "none"),
+                helper.make_attribute("root", -1),
+                helper.make_attribute("nb_rank", world_size),
+            ]
+        )
+        hits += 1
+    return hits

@@ -1,0 +1,188 @@
+"""TensorRT engines of a bundle: graphs in the form that TensorRT wants, one child process a target that builds them.
+
+    collectives `engine`    one engine for the whole step: DistCollective all-to-alls, KV slots whole, every size static
+    collectives `runtime`   segments, cut at all-to-alls and cache writes; one optimisation profile for each length of the slots
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from causalrt import errors
+from causalrt.config import Config
+from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH
+from causalrt.engines.tensorrt_flavour import Flavour
+from causalrt.errors import BuildError
+from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
+from causalrt.export.dist_collective import lower_exchanges_pass
+from causalrt.export.engine_worker import EngineRequest, request_json
+from causalrt.export.onnx import step_graph, write_segments
+from causalrt.export.progress import Progress
+from causalrt.export.scale_queries import scale_queries_pass
+from causalrt.export.split_lone_heads import split_lone_heads_pass
+from causalrt.layout import slots_from_config
+from causalrt.model.wan import Wan
+
+logger = logging.getLogger(__name__)
+
+CollectivesMode = Literal["engine", "runtime"]
+WHOLE_STEP = "whole-step.onnx"
+
+
+def write_engine_graphs(
+    wan: Wan,
+    config: Config,
+    folder: Path,
+    on_progress: Progress,
+    *,
+    collectives: CollectivesMode,
+    segmented: onnx.ModelProto | None,
+) -> list[dict[str, Any]]:
+    """Write the step in the lowering that TensorRT parses.
+
+    Args:
+        wan: the model over the bundle's weights.
+        config: of the bundle.
+        folder: of the bundle.
+        on_progress: told of each stage.
+        collectives: who exchanges.
+        segmented: the step graph over the filled prefix, if it is at hand.
+
+    Returns:
+        The step's parts in order, as the manifest has them.
+    """
+    if collectives == "runtime":
+        step = segmented or step_graph(wan, config, folder, on_progress, whole_slots=False)
+        prepare_attentions(step, config)
+        return write_segments(step, folder, "cut-step", on_progress, at_cache_writes=True)
+    step = step_graph(wan, config, folder, on_progress, whole_slots=True)
+    prepare_attentions(step, config)
+    exchanges = lower_exchanges_pass(step, world_size=config.build.world_size)
+    assert exchanges == (2 * config.model.num_layers if config.build.world_size > 1 else 0)
+    onnx.save(step, folder / WHOLE_STEP)
+    return [{"file": WHOLE_STEP, "sent": None, "received": None, "writes": {}}]
+
+
+def prepare_attentions(step: onnx.ModelProto, config: Config) -> None:
+    """The passes that both lowerings share, in place."""
+    split_lone_heads_pass(step)
+    scaled = scale_queries_pass(step, head_dim=config.model.head_dim)
+    assert scaled >= 2 * config.model.num_layers
+
+
+def kv_lengths(config: Config) -> tuple[int, ...]:
+    """Rows of the filled prefix that occur, in rising order."""
+    plan, frames = slots_from_config(config), range(0, config.video.horizon_frames, config.video.chunk_frames)
+    return tuple(sorted({plan.valid_frames(frame) * config.tokens_per_frame for frame in frames}))
+
+
+def build_engines(
+    config: Config,
+    folder: Path,
+    parts: Sequence[Mapping[str, Any]],
+    on_progress: Progress,
+    *,
+    flavour: Flavour,
+    target: str,
+    timing_cache: Path | None,
+) -> dict[str, Any]:
+    """Build the engines of one target in a child process; what the manifest says of them.
+
+    Raises:
+        BuildError: TensorRT refused a graph, or the child died.
+        ExecutorError: TensorRT is not installed.
+    """
+    prefix = f"{flavour.name}-{target}"
+    names = [PROMPT_GRAPH, TIME_GRAPH, *(part["file"] for part in parts)]
+    requests = [_request(config, folder, name, f"{prefix}-{Path(name).stem}.engine") for name in names]
+    answer = _run_child(request_json(flavour, target, folder, timing_cache, requests), target, on_progress)
+    networks = f"{prefix}-networks.json"
+    (folder / networks).write_text(json.dumps(answer["networks"], indent=1))
+    engines = [request.engine for request in requests]
+    return {
+        "version": answer["version"],
+        "networks": networks,
+        "prompt": engines[0],
+        "time": engines[1],
+        "step": engines[2:],
+    }
+
+
+def _request(config: Config, folder: Path, name: str, engine: str) -> EngineRequest:
+    model = onnx.load(folder / name, load_external_data=False)
+    ops = Counter(node.op_type for node in model.graph.node)
+    dynamic = any(d.dim_param for value in model.graph.input for d in value.type.tensor_type.shape.dim)
+    lengths = sum(node.op_type == "Attention" and len(node.input) > 6 for node in model.graph.node)
+    return EngineRequest(
+        onnx=name,
+        engine=engine,
+        profiles=kv_lengths(config) if dynamic else (),
+        expected={
+            "attentions": ops["Attention"],
+            "lengths": lengths,
+            "collectives": ops[DIST_COLLECTIVE],
+            "cache_updates": ops["TensorScatter"],
+        },
+    )
+
+
+def _run_child(request: str, target: str, on_progress: Progress) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="causalrt-engines-") as scratch:
+        file, log = Path(scratch) / "request.json", Path(scratch) / "stderr"
+        file.write_text(request)
+        command = [sys.executable, "-m", "causalrt.export.engine_worker", str(file)]
+        with log.open("w") as stderr:
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, text=True)
+            try:
+                answer = _follow(child, target, on_progress)
+            finally:
+                if child.poll() is None:
+                    child.kill()
+                child.wait()
+        if answer is None:
+            raise BuildError(
+                f"the process that builds engines for {target} ended without an answer (exit code {child.returncode}; "
+                f"-9 is a lack of memory, most often); its last words:\n{log.read_text()[-2000:]}"
+            )
+    if answer["kind"] == "error":
+        kind = getattr(errors, answer["error"], BuildError)
+        raise kind(answer["message"])
+    return answer
+
+
+def _follow(child: "subprocess.Popen[str]", target: str, on_progress: Progress) -> dict[str, Any] | None:
+    """Pass progress on until the child has said what came of it."""
+    assert child.stdout is not None
+    engines = 0
+    for line in child.stdout:
+        try:
+            message = json.loads(line)
+        except ValueError:
+            logger.info("engine build: %s", line.rstrip())
+            continue
+        if message["kind"] == "engine":
+            engines = message["total"]
+            on_progress(f"engines for {target}", message["done"], engines)
+        elif message["kind"] == "phase" and engines <= 3:
+            on_progress(f"{target}: {message['phase']}", message["done"], message["total"])
+        elif message["kind"] in ("done", "error"):
+            child.wait()
+            return dict(message)
+    return None
+
+
+def default_timing_cache(flavour: Flavour, target: str) -> Path | None:
+    """Where measured kernel times are kept between builds; None for a flavour that measures nothing."""
+    if not flavour.timing_cache:
+        return None
+    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return base / "causalrt" / "timing" / f"{flavour.name}-{flavour.load().__version__}-{target}.cache"

@@ -1,0 +1,144 @@
+"""A TensorRT network after the parse: what the parser leaves to be done, and what there is to say of the network.
+
+Everything is read from the network itself, before the build: an engine can be opened only on a GPU.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from causalrt.errors import BuildError
+
+KV_ROWS = "kv_rows"
+
+
+def finish_attentions(trt: Any, network: Any) -> None:
+    """Set what the parser leaves to be set.
+
+    Every attention over KV slots is given the number of filled rows (`nonpad_kv_seqlen`, which the parser drops). And every
+    attention reads its queries and keys directly: the parser multiplies both by the root of Attention's scale, which is 1 by
+    now (`scale_queries_pass`), and the product with all cached keys would be a pass over them at every step.
+    """
+    producers = {layer.get_output(i).name: layer for layer in layers(network) for i in range(layer.num_outputs)}
+    inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
+    rows = None
+    for attention in attentions(trt, network):
+        for index in (0, 1):
+            product = producers.get(attention.get_input(index).name)
+            if product is not None and product.type == trt.LayerType.ELEMENTWISE:
+                assert _is_one(trt, product.get_input(1), producers)
+                attention.set_input(index, product.get_input(0))
+        keys = producers.get(attention.get_input(1).name)
+        if keys is not None and keys.type == trt.LayerType.KV_CACHE_UPDATE:
+            rows = rows or network.add_cast(inputs[KV_ROWS], trt.int32).get_output(0)
+            attention.key_value_lengths = rows
+
+
+def _is_one(trt: Any, tensor: Any, producers: dict[str, Any]) -> bool:
+    layer = producers[tensor.name]
+    while layer.type in (trt.LayerType.CAST, trt.LayerType.SHUFFLE, trt.LayerType.UNSQUEEZE):
+        layer = producers[layer.get_input(0).name]
+    if layer.type != trt.LayerType.CONSTANT:
+        return False
+    layer.__class__ = trt.IConstantLayer
+    return bool(np.all(np.asarray(layer.weights).astype(np.float32) == 1))
+
+
+def layers(network: Any) -> Iterator[Any]:
+    """The layers, in order."""
+    return (network.get_layer(i) for i in range(network.num_layers))
+
+
+def attentions(trt: Any, network: Any) -> Iterator[Any]:
+    """The attentions; each is a boundary layer in the list, with the object that has the settings behind it."""
+    for layer in layers(network):
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            yield layer.attention
+
+
+def describe_network(trt: Any, network: Any) -> dict[str, Any]:
+    """What is in a network, in plain JSON types: layers by kind, attentions, collectives, constants, inputs and outputs."""
+    constants, weight_bytes = [], 0
+    collectives, cache_updates = [], 0
+    for layer in layers(network):
+        if layer.type == trt.LayerType.CONSTANT:
+            layer.__class__ = trt.IConstantLayer
+            output = layer.get_output(0)
+            size = _bytes(trt, output)
+            if output.dtype in (trt.bfloat16, trt.float16):
+                weight_bytes += size
+            elif np.prod(tuple(output.shape)) > 1:
+                values = np.ascontiguousarray(layer.weights)
+                constants.append(
+                    {
+                        "name": output.name,
+                        "shape": list(output.shape),
+                        "dtype": str(values.dtype),
+                        "bytes": values.nbytes,
+                        "sha256": hashlib.sha256(values).hexdigest(),
+                    }
+                )
+        elif layer.type == trt.LayerType.DIST_COLLECTIVE:
+            tensor = layer.get_input(0)
+            collectives.append({"name": layer.name, "ranks": layer.num_ranks, "shape": list(tensor.shape)})
+        elif layer.type == trt.LayerType.KV_CACHE_UPDATE:
+            cache_updates += 1
+    tensors = {
+        "inputs": [network.get_input(i) for i in range(network.num_inputs)],
+        "outputs": [network.get_output(i) for i in range(network.num_outputs)],
+    }
+    kinds = Counter(str(layer.type).removeprefix("LayerType.") for layer in layers(network))
+    return {
+        "layers": dict(sorted(kinds.items())),
+        "attentions": [_describe_attention(attention) for attention in attentions(trt, network)],
+        "collectives": collectives,
+        "cache_updates": cache_updates,
+        "constants": constants,
+        "weight_bytes": weight_bytes,
+        **{
+            kind: [{"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("DataType.")} for t in found]
+            for kind, found in tensors.items()
+        },
+    }
+
+
+def _describe_attention(attention: Any) -> dict[str, Any]:
+    lengths = attention.key_value_lengths
+    return {
+        "name": attention.name,
+        "query": list(attention.get_input(0).shape),
+        "key": list(attention.get_input(1).shape),
+        "key_tensor": attention.get_input(1).name,
+        "decomposable": bool(attention.decomposable),
+        "has_lengths": lengths is not None,
+    }
+
+
+def check_network(description: dict[str, Any], *, expected: dict[str, int], onnx_file: str) -> None:
+    """Refuse a network that is not what the step graph says.
+
+    Raises:
+        BuildError: an attention may be decomposed (and so run without a fused kernel), or something is missing.
+    """
+    loose = [attention["name"] for attention in description["attentions"] if attention["decomposable"]]
+    found = {
+        "attentions": len(description["attentions"]),
+        "lengths": sum(attention["has_lengths"] for attention in description["attentions"]),
+        "collectives": len(description["collectives"]),
+        "cache_updates": description["cache_updates"],
+    }
+    if loose or found != expected:
+        raise BuildError(
+            f"TensorRT's parser made something else of {onnx_file} than it says: found {found}, expected {expected}"
+            + (f", decomposable: {', '.join(loose)}" if loose else "")
+            + "; take the TensorRT version that this version of CausalRT names, or report it with that file"
+        )
+
+
+def _bytes(trt: Any, tensor: Any) -> int:
+    count = int(np.prod(tuple(tensor.shape)))
+    return count * int(tensor.dtype.itemsize)

@@ -1,0 +1,186 @@
+"""`python -m causalrt.export.engine_worker REQUEST`: parse saved ONNX files and build their engines, in a process of its own.
+
+The parent's traced model and this build then never lie in memory together. Reads a request (JSON, see `EngineRequest`),
+answers in JSON lines on stdout: progress, then what the networks hold, or the error.
+"""
+
+import json
+import sys
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from causalrt.engines.bundle import publish_file
+from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
+from causalrt.errors import BuildError, CausalRTError
+from causalrt.export.engine_network import check_network, describe_network, finish_attentions
+
+KEPT_MESSAGES = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRequest:
+    """One engine to build.
+
+    Attributes:
+        onnx: the graph's file.
+        engine: the file to write.
+        profiles: for a network with a dynamic size, its values, one optimisation profile each.
+        expected: what the network must hold (see `check_network`).
+    """
+
+    onnx: str
+    engine: str
+    profiles: tuple[int, ...]
+    expected: dict[str, int]
+
+
+def _say(kind: str, **content: Any) -> None:
+    print(json.dumps({"kind": kind, **content}), flush=True)
+
+
+def _make_logger(trt: Any) -> tuple[Any, deque[str]]:
+    """A TensorRT logger that keeps the last errors and warnings."""
+    kept: deque[str] = deque(maxlen=KEPT_MESSAGES)
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                kept.append(message)
+
+    return Logger(), kept
+
+
+def _make_monitor(trt: Any) -> Any:
+    """TensorRT's progress monitor; nested phases are told by their outermost one. A parent that has gone cancels the build."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, num_steps: int) -> None:
+            if parent is None:
+                self.steps[phase] = num_steps
+                self._tell(phase, 0)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return phase not in self.steps or self._tell(phase, min(step + 1, self.steps[phase]))
+
+        def phase_finish(self, phase: str) -> None:
+            if phase in self.steps:
+                self._tell(phase, self.steps.pop(phase))
+
+        def _tell(self, phase: str, done: int) -> bool:
+            try:
+                _say("phase", phase=phase, done=done, total=self.steps.get(phase, done))
+            except BrokenPipeError:
+                return False
+            return True
+
+    return Monitor()
+
+
+def parse(trt: Any, logger: Any, onnx: Path) -> Any:
+    """A strongly typed network from an ONNX file, and its builder (which must outlive it).
+
+    Raises:
+        BuildError: the parser refuses a node; it is named, with what to do.
+    """
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        lines = [
+            f"node {error.node_name() or error.node()!r}, op {error.node_operator()}: {error.desc()} ({error.code()})"
+            for error in errors
+        ]
+        raise BuildError(
+            f"{trt.__name__} {trt.__version__} cannot parse {onnx.name}:\n  "
+            + "\n  ".join(lines or ["no node was named; is the file whole?"])
+            + "\nTake the TensorRT version that this version of CausalRT names; if it is that one, run this model with "
+            "`--executor onnxruntime` and report the node"
+        )
+    return builder, network, parser
+
+
+def build_engine(flavour: Flavour, target: str, request: EngineRequest, folder: Path, cache: Path | None) -> dict[str, Any]:
+    """Build one engine; returns the description of its network."""
+    trt = flavour.load()
+    logger, messages = _make_logger(trt)
+    builder, network, parser = parse(trt, logger, folder / request.onnx)
+    finish_attentions(trt, network)
+    description = describe_network(trt, network)
+    check_network(description, expected=request.expected, onnx_file=request.onnx)
+    config = builder.create_builder_config()
+    flavour.select_target(trt, config, target)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    monitor = _make_monitor(trt)
+    config.progress_monitor = monitor
+    for rows in request.profiles:
+        profile = builder.create_optimization_profile()
+        for i in range(network.num_inputs):
+            tensor = network.get_input(i)
+            if -1 in tuple(tensor.shape):
+                shape = tuple(rows if size == -1 else size for size in tensor.shape)
+                profile.set_shape(tensor.name, shape, shape, shape)
+        config.add_optimization_profile(profile)
+    if cache is not None:
+        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise BuildError(
+            f"{trt.__name__} {trt.__version__} cannot build {request.onnx} for {target}:\n  "
+            + "\n  ".join(messages or ["it gave no reason"])
+            + "\nA fused attention kernel may be missing for this target, head size or precision: take bfloat16 or float16, "
+            "another --target, or `--executor onnxruntime`"
+        )
+    (folder / request.engine).write_bytes(memoryview(engine))
+    if cache is not None:
+        partial = cache.with_name(f".{cache.name}.partial")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        publish_file(partial, cache)
+    del parser
+    return description
+
+
+def main() -> int:
+    """Build what the request asks for."""
+    plain = json.loads(Path(sys.argv[1]).read_text())
+    flavour, folder = FLAVOURS[plain["flavour"]], Path(plain["folder"])
+    cache = Path(plain["timing_cache"]) if plain["timing_cache"] else None
+    requests = [EngineRequest(**{**entry, "profiles": tuple(entry["profiles"])}) for entry in plain["engines"]]
+    networks = {}
+    try:
+        for done, request in enumerate(requests):
+            _say("engine", name=request.engine, done=done, total=len(requests))
+            networks[request.engine] = build_engine(flavour, plain["target"], request, folder, cache)
+        _say("engine", name="", done=len(requests), total=len(requests))
+    except (CausalRTError, OSError) as error:
+        _say("error", error=type(error).__name__, message=str(error))
+        return 1
+    version = flavour.load().__version__
+    _say("done", version=version, networks=networks)
+    return 0
+
+
+def request_json(
+    flavour: Flavour, target: str, folder: Path, timing_cache: Path | None, engines: list[EngineRequest]
+) -> str:
+    """The request as the file that `main` reads."""
+    return json.dumps(
+        {
+            "flavour": flavour.name,
+            "target": target,
+            "folder": str(folder),
+            "timing_cache": None if timing_cache is None else str(timing_cache),
+            "engines": [asdict(engine) for engine in engines],
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

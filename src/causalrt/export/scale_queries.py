@@ -1,0 +1,47 @@
+"""Pass: softmax's 1 / sqrt(D) goes from Attention to its queries.
+
+TensorRT's parser multiplies queries and keys by the root of the scale, each: a pass over all cached keys at every step, and
+two roundings. Here the queries alone are multiplied, in float32, and Attention is told that the scale is 1.
+"""
+
+import math
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+import numpy as np
+
+
+def scale_queries_pass(model: onnx.ModelProto, *, head_dim: int) -> int:
+    """Multiply the queries of every Attention by 1 / sqrt(head_dim), in place.
+
+    Returns:
+        The number of attentions. Lossy in the last bit of a query.
+    """
+    graph = model.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    name = "attention_scale"
+    graph.initializer.append(numpy_helper.from_array(np.array(1 / math.sqrt(head_dim), dtype=np.float32), name))
+    nodes, hits = [], 0
+    for node in graph.node:
+        if node.op_type == "Attention" and node.domain == "":
+            assert not any(attribute.name == "scale" for attribute in node.attribute)
+            query = node.input[0]
+            kind = types[query]
+            wide, scaled = f"{query}.{hits}.wide", f"{query}.{hits}.scaled"
+            if kind == TensorProto.FLOAT:
+                nodes.append(helper.make_node("Mul", [query, name], [scaled], name=scaled))
+            else:
+                nodes += [
+                    helper.make_node("Cast", [query], [wide], name=wide, to=TensorProto.FLOAT),
+                    helper.make_node("Mul", [wide, name], [f"{wide}.scaled"], name=f"{wide}.scaled"),
+                    helper.make_node("Cast", [f"{wide}.scaled"], [scaled], name=scaled, to=kind),
+                ]
+            node.input[0] = scaled
+            node.attribute.append(helper.make_attribute("scale", 1.0))
+            hits += 1
+        nodes.append(node)
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    return hits
+

@@ -1,0 +1,66 @@
+"""Pass: an attention with a single head has its query rows told apart as several heads that share one head of keys.
+
+    q [1, 1, R, D], k [1, 1, L, D]  ->  q [1, g, R / g, D], k [1, 1, L, D]          g: smallest divisor of R, 2 as a rule
+
+TensorRT-RTX 1.7 has a fused kernel for a lone head only where R x L is large (found by trial: 2344 x 4680 is refused, 4680 x
+4680 taken; two heads are taken at any size), and at P ranks a share often is one head. The rows stay where they are: both
+reshapes are views.
+"""
+
+import onnx
+from onnx import helper, numpy_helper
+import numpy as np
+
+
+def split_lone_heads_pass(model: onnx.ModelProto) -> int:
+    """Split the query rows of every Attention with one head of queries, in place.
+
+    Returns:
+        The number of attentions that were split; there may be none. A lossless pass.
+    """
+    graph = model.graph
+    types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
+    nodes: list[onnx.NodeProto] = []
+    hits = 0
+    for node in graph.node:
+        if node.op_type != "Attention" or node.domain:
+            nodes.append(node)
+            continue
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        query = [size.dim_value for size in types[node.input[0]].shape.dim]
+        flat = len(query) == 3
+        heads = attributes["q_num_heads"].i if flat else query[1]
+        rows, dim = (query[1], query[2]) if flat else (query[2], query[3])
+        groups = next((g for g in range(2, rows + 1) if rows % g == 0), 1) if heads == 1 else 1
+        if groups == 1:
+            nodes.append(node)
+            continue
+        name = f"lone_head.{hits}"
+        shape = [1, groups, rows // groups, dim]
+        kind = types[node.input[0]].elem_type
+        graph.value_info.append(helper.make_tensor_value_info(f"{name}.q", kind, shape))
+        split = _constant(graph, f"{name}.split", shape)
+        whole = _constant(graph, f"{name}.whole", query)
+        inputs, output = list(node.input), node.output[0]
+        nodes.append(helper.make_node("Reshape", [inputs[0], split], [f"{name}.q"], name=f"{name}.q"))
+        inputs[0] = f"{name}.q"
+        if flat:
+            axis = _constant(graph, f"{name}.axis", [1])
+            for index in (1, 2):
+                nodes.append(helper.make_node("Unsqueeze", [inputs[index], axis], [f"{name}.{index}"], name=f"{name}.{index}"))
+                inputs[index] = f"{name}.{index}"
+        attended = helper.make_node("Attention", inputs, [f"{name}.out"], name=node.name)
+        kept = [value for key, value in attributes.items() if key not in ("q_num_heads", "kv_num_heads")]
+        attended.attribute.extend(kept)
+        nodes.append(attended)
+        nodes.append(helper.make_node("Reshape", [f"{name}.out", whole], [output], name=f"{name}.whole"))
+        hits += 1
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    return hits
+
+
+def _constant(graph: onnx.GraphProto, name: str, values: list[int]) -> str:
+    graph.initializer.append(numpy_helper.from_array(np.array(values, dtype=np.int64), name))
+    return name
