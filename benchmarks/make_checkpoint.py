@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from causalrt.config import RECIPES, ModelConfig, recipe
+from causalrt.config import RECIPES, ModelConfig, override, recipe
 from causalrt.export.checkpoint import model_shapes
 from causalrt.export.random_weights import random_weights
 
@@ -43,10 +43,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="wan_1_3b_480p", choices=list(RECIPES))
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as model.num_layers=2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    make_checkpoint(recipe(args.recipe).model, seed=args.seed, out=args.out)
+    changes = dict(change.split("=", 1) for change in args.set)
+    make_checkpoint(override(recipe(args.recipe), changes).model, seed=args.seed, out=args.out)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ class Collectives(Protocol):
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """Block p of `sent` `[P, rows, D]` goes to rank p; block p of `received` comes from rank p."""
 
+    def communicator(self) -> object:
+        """The ranks' NCCL communicator, as a PyCapsule named `ncclComm_t`, for an engine that exchanges by itself."""
+
     def gather(self, rows: torch.Tensor) -> torch.Tensor | None:
         """Local rows `[S, ...]` of every rank, in rank order `[P * S, ...]`, on rank 0; None elsewhere."""
 

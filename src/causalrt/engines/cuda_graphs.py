@@ -36,7 +36,7 @@ class CudaGraphs:
             self._graphs.move_to_end(key)
             graph.replay()
             return
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):  # lazy set-up (workspaces, compilation, communicators) must not be captured
             work()

@@ -21,9 +21,9 @@ from causalrt.plugins.rotate import rotate_pairs_real
 
 def functional_all_to_all(sent: torch.Tensor) -> torch.Tensor:
     """Block p of `[P, rows, D]` to rank p of the default process group, as an op that the compiler sees."""
-    received: torch.Tensor = functional.wait_tensor(
-        functional.all_to_all_single(sent.contiguous(), None, None, dist.group.WORLD)
-    )
+    group = dist.group.WORLD
+    assert group is not None
+    received: torch.Tensor = functional.all_to_all_single(sent.contiguous(), None, None, group)
     return received
 
 
@@ -73,7 +73,5 @@ class InductorExecutor(EagerExecutor):
         return self._flow
 
     def _work(self) -> None:
-        flow, _ = self._compiled(
-            self._x, self._e, self._e0, self._rank, self._first_frame, self._kv, self._cross_kv
-        )
+        flow, _ = self._compiled(self._x, self._e, self._e0, self._rank, self._first_frame, self._kv, self._cross_kv)
         self._flow.copy_(flow)

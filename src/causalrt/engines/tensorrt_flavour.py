@@ -1,9 +1,9 @@
 """What differs between the two TensorRTs, and nothing else knows of it.
 
-| flavour        | builds                                   | runs on                        | timing cache | plugins |
-|----------------|------------------------------------------|--------------------------------|--------------|---------|
+| flavour        | builds                                     | runs on                      | timing cache | plugins |
+|----------------|--------------------------------------------|------------------------------|--------------|---------|
 | `tensorrt_rtx` | anywhere, without a GPU, for named targets | the targets it was built for | none needed  | no      |
-| `tensorrt`     | on a GPU, for GPUs of that kind          | that kind                      | yes          | yes     |
+| `tensorrt`     | on a GPU, for GPUs of that kind            | that kind                    | yes          | yes     |
 """
 
 import importlib
@@ -28,6 +28,7 @@ class Flavour:
         targets: GPU architectures that it builds for without having one; none means that it builds for the GPU at hand.
         timing_cache: measured kernel times can be kept for the next build.
         plugins: it has a plugin registry.
+        compiles_late: engines are finished on the GPU that runs them; its runtime has settings for that.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Flavour:
     targets: tuple[str, ...]
     timing_cache: bool
     plugins: bool
+    compiles_late: bool
 
     def load(self) -> Any:
         """Import the module.
@@ -82,6 +84,22 @@ class Flavour:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
 
+    def engine_fault(self, trt: Any, runtime: Any, data: Any) -> str:
+        """Why a serialised engine cannot run here, or nothing; only `tensorrt_rtx` can tell before it tries."""
+        if not self.compiles_late:
+            return ""
+        validity, diagnostics = runtime.get_engine_validity(data)
+        return "" if validity != trt.EngineValidity.INVALID else f"invalid engine, {diagnostics}"
+
+    def create_context(self, trt: Any, engine: Any) -> Any:
+        """An execution context whose scratch memory is the caller's, and whose kernels are all there before it runs."""
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self.compiles_late:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the executor captures the whole step itself
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return engine.create_execution_context(config)
+
 
 FLAVOURS: Mapping[str, Flavour] = {
     "tensorrt_rtx": Flavour(
@@ -92,6 +110,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
         timing_cache=False,
         plugins=False,
+        compiles_late=True,
     ),
     "tensorrt": Flavour(
         name="tensorrt",
@@ -101,6 +120,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         targets=(),
         timing_cache=True,
         plugins=True,
+        compiles_late=False,
     ),
 }
 

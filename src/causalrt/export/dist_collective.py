@@ -1,5 +1,4 @@
-"""Pass: all-to-alls become TensorRT's own collective, so that one engine holds the whole step: the lowering for engine
-collectives."""
+"""Pass: all-to-alls become TensorRT's own collective, so that one engine holds the whole step."""
 
 import onnx
 from onnx import helper

@@ -1,7 +1,9 @@
 """TensorRT engines of a bundle: graphs in the form that TensorRT wants, one child process a target that builds them.
 
-    collectives `engine`    one engine for the whole step: DistCollective all-to-alls, KV slots whole, every size static
-    collectives `runtime`   segments, cut at all-to-alls and cache writes; one optimisation profile for each length of the slots
+| collectives | the step is | KV slots |
+|---|---|---|
+| `engine` | one engine, DistCollective all-to-alls inside | whole, updated in place; every size is static |
+| `runtime` | segments, cut at all-to-alls and cache writes | filled prefix; an optimisation profile for each length |
 """
 
 import json
@@ -141,7 +143,9 @@ def _run_child(request: str, target: str, on_progress: Progress) -> dict[str, An
         file.write_text(request)
         command = [sys.executable, "-m", "causalrt.export.engine_worker", str(file)]
         with log.open("w") as stderr:
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, text=True)
+            child = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, text=True
+            )
             try:
                 answer = _follow(child, target, on_progress)
             finally:

@@ -79,7 +79,7 @@ def describe_network(trt: Any, network: Any) -> dict[str, Any]:
                         "shape": list(output.shape),
                         "dtype": str(values.dtype),
                         "bytes": values.nbytes,
-                        "sha256": hashlib.sha256(values).hexdigest(),
+                        "sha256": hashlib.sha256(values.tobytes()).hexdigest(),
                     }
                 )
         elif layer.type == trt.LayerType.DIST_COLLECTIVE:
@@ -100,7 +100,9 @@ def describe_network(trt: Any, network: Any) -> dict[str, Any]:
         "constants": constants,
         "weight_bytes": weight_bytes,
         **{
-            kind: [{"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("DataType.")} for t in found]
+            kind: [
+                {"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("DataType.")} for t in found
+            ]
             for kind, found in tensors.items()
         },
     }

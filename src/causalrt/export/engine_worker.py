@@ -37,7 +37,8 @@ class EngineRequest:
 
 
 def _say(kind: str, **content: Any) -> None:
-    print(json.dumps({"kind": kind, **content}), flush=True)
+    sys.stdout.write(json.dumps({"kind": kind, **content}) + "\n")
+    sys.stdout.flush()
 
 
 def _make_logger(trt: Any) -> tuple[Any, deque[str]]:
@@ -106,7 +107,9 @@ def parse(trt: Any, logger: Any, onnx: Path) -> Any:
     return builder, network, parser
 
 
-def build_engine(flavour: Flavour, target: str, request: EngineRequest, folder: Path, cache: Path | None) -> dict[str, Any]:
+def build_engine(
+    flavour: Flavour, target: str, request: EngineRequest, folder: Path, cache: Path | None
+) -> dict[str, Any]:
     """Build one engine; returns the description of its network."""
     trt = flavour.load()
     logger, messages = _make_logger(trt)

@@ -6,9 +6,9 @@ two roundings. Here the queries alone are multiplied, in float32, and Attention 
 
 import math
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-import numpy as np
 
 
 def scale_queries_pass(model: onnx.ModelProto, *, head_dim: int) -> int:
@@ -44,4 +44,3 @@ def scale_queries_pass(model: onnx.ModelProto, *, head_dim: int) -> int:
     del graph.node[:]
     graph.node.extend(kept)
     return hits
-

@@ -7,9 +7,9 @@ TensorRT-RTX 1.7 has a fused kernel for a lone head only where R x L is large (f
 reshapes are views.
 """
 
+import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-import numpy as np
 
 
 def split_lone_heads_pass(model: onnx.ModelProto) -> int:
@@ -47,7 +47,9 @@ def split_lone_heads_pass(model: onnx.ModelProto) -> int:
         if flat:
             axis = _constant(graph, f"{name}.axis", [1])
             for index in (1, 2):
-                nodes.append(helper.make_node("Unsqueeze", [inputs[index], axis], [f"{name}.{index}"], name=f"{name}.{index}"))
+                nodes.append(
+                    helper.make_node("Unsqueeze", [inputs[index], axis], [f"{name}.{index}"], name=f"{name}.{index}")
+                )
                 inputs[index] = f"{name}.{index}"
         attended = helper.make_node("Attention", inputs, [f"{name}.out"], name=node.name)
         kept = [value for key, value in attributes.items() if key not in ("q_num_heads", "kv_num_heads")]

@@ -116,7 +116,7 @@ def kv_attention_whole(
     rows, filled = k_new.shape[1], int(kv_rows)
     k, v = k_slots.clone(), v_slots.clone()
     for slots, new in ((k, k_new), (v, v_new)):
-        slots[:, :, :rows] = new.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        slots[:, :, :rows] = new.view(1, rows, num_heads, -1).transpose(1, 2)
     k_prefix, v_prefix = (slots[:, :, :filled].transpose(1, 2).flatten(2) for slots in (k, v))
     return attend(q, k_prefix, v_prefix, num_heads).contiguous(), k, v
 

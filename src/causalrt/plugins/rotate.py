@@ -26,7 +26,7 @@ def rotate_pairs_real(
     x_BSC: torch.Tensor, cos_BSP: torch.Tensor, sin_BSP: torch.Tensor, num_heads: int
 ) -> torch.Tensor:
     """`rotate_pairs` without complex numbers, for compilers that do not fuse them."""
-    even, odd = x_BSC.float().unflatten(-1, (num_heads, -1, 2)).unbind(-1)
+    even, odd = x_BSC.float().view(*x_BSC.shape[:-1], num_heads, -1, 2).unbind(-1)
     cos, sin = cos_BSP.unsqueeze(2), sin_BSP.unsqueeze(2)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-3).to(x_BSC.dtype)

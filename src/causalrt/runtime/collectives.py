@@ -4,11 +4,23 @@ Both count what they put on the wire and how long the caller waited, so that `ro
 from the formula that it is checked against.
 """
 
+import ctypes
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from causalrt.errors import ExecutorError
+
+CAPSULE_NAME = b"ncclComm_t"
+
+
+def capsule(pointer: int, name: bytes) -> object:
+    """A PyCapsule around a pointer; `name` must outlive it, and nothing is freed with it."""
+    make = ctypes.pythonapi.PyCapsule_New
+    make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return make(pointer, name, None)
 
 
 @dataclass(slots=True)
@@ -28,6 +40,10 @@ class LocalCollectives:
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """Never called: a step graph for one rank has no exchange."""
         raise AssertionError("one rank has nothing to exchange")
+
+    def communicator(self) -> object:
+        """Never called: an engine for one rank has no collective."""
+        raise AssertionError("one rank has no communicator")
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor | None:
         """See `Collectives.gather`."""
@@ -54,6 +70,26 @@ class TorchCollectives:
         traffic.wait_s += time.perf_counter() - start
         traffic.all_to_all_calls += 1
         traffic.rows_sent += sent.shape[0] * sent.shape[1]
+
+    def communicator(self) -> object:
+        """See `Collectives.communicator`: that of torch's own NCCL back end, which keeps owning it.
+
+        Raises:
+            ExecutorError: the back end is not NCCL, or this torch does not tell its communicator.
+        """
+        if dist.get_backend() != "nccl":
+            raise ExecutorError(f"an engine's collectives need NCCL, and the ranks were joined by {dist.get_backend()}")
+        dist.barrier()  # the communicator is made by the first collective
+        group = dist.group.WORLD
+        assert group is not None
+        backend = group._get_backend(torch.device("cuda"))
+        pointer = backend._comm_ptr() if hasattr(backend, "_comm_ptr") else 0
+        if not pointer:
+            raise ExecutorError(
+                f"torch {torch.__version__} does not tell its NCCL communicator; install torch 2.9 or newer, or build with "
+                "`--collectives runtime`"
+            )
+        return capsule(pointer, CAPSULE_NAME)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor | None:
         """See `Collectives.gather`."""

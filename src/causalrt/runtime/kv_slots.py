@@ -4,7 +4,9 @@
     0                            F*T            ...                     W*T                   or [1, heads, W * T, D]
 
 Token by token, the filled rows are a contiguous prefix, and a view of it is bound. Heads slow, the slots are bound whole, as
-an engine with static shapes wants them. The class owns the memory and the commit. It does not write staging (executors do), does not rotate (keys arrive rotated by
+an engine with static shapes wants them.
+
+The class owns the memory and the commit. It does not write staging (executors do), does not rotate (keys arrive rotated by
 their absolute position), and does not know sessions.
 """
 

@@ -40,7 +40,7 @@ class CudaStopwatch:
 
     def mark(self) -> int:
         """See `Stopwatch.mark`."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         self._marks.append(event)
         return len(self._marks) - 1

@@ -104,6 +104,8 @@ class RankServer:
         device = torch.device(command.device, self._rank) if command.device == "cuda" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            torch.cuda.set_stream(stream)  # on the default one, TensorRT would wait for the device
         self._bundle = open_bundle(command.bundle, verify=False)
         if device.type == "cuda":
             check_device_memory(predict_memory(self._bundle.config, command.executor), device)

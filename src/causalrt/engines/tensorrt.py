@@ -1,0 +1,317 @@
+"""The TensorRT executor, for both flavours: engines over persistent buffers, the whole step replayed as one CUDA graph.
+
+    in the engine    x, e, e0, first_frame, kv_rows -> [ one engine ] -> flow       KV slots whole, updated in place
+    at runtime       x -> [ engine ] -> all_to_all -> [ engine ] -> staging -> [ engine ] -> all_to_all ... -> flow
+
+Every tensor has one address for as long as a session is bound; nothing in a step waits for the device. All execution contexts
+share one scratch buffer, since they run one after another. A segment with a dynamic number of KV rows has a context for each
+optimisation profile, so that a CUDA graph that was captured with one stays right when another is used.
+"""
+
+import json
+import logging
+import mmap
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from causalrt.engines.base import TORCH_DTYPES, Collectives
+from causalrt.engines.bundle import Bundle
+from causalrt.engines.cuda_graphs import CudaGraphs
+from causalrt.engines.tensorrt_flavour import Flavour, device_target
+from causalrt.errors import ExecutorError
+from causalrt.model.step import KVPair, KVTensors
+from causalrt.model.wan import sinusoid
+
+logger = logging.getLogger(__name__)
+KEPT_MESSAGES = 10
+
+
+class TensorRTExecutor:
+    """Runs the engines that a build made for this kind of GPU."""
+
+    def __init__(
+        self,
+        flavour: Flavour,
+        bundle: Bundle,
+        collectives: Collectives,
+        *,
+        device: torch.device,
+        cuda_graphs: bool = True,
+    ) -> None:
+        record = bundle.engines[flavour.name]
+        files = engine_files(flavour, record, device_target(device))
+        config = bundle.config
+        self.device = device
+        self.whole_slots = record["collectives"] == "engine"
+        self._config = config
+        self._dtype = TORCH_DTYPES[config.build.precision]
+        self._collectives = collectives
+        self._engines = EngineLoader(flavour, device)
+        self._prompt = self._engines.load(bundle.path / files["prompt"])
+        self._time = self._engines.load(bundle.path / files["time"])
+        self._step = [self._engines.load(bundle.path / name) for name in files["step"]]
+        self._parts = [_Part(entry) for entry in bundle.graphs.get("tensorrt", [{}])]
+        self._engines.share_scratch()
+        if self.whole_slots and config.build.world_size > 1:
+            self._step[0].set_communicator(collectives.communicator())
+        self._buffers = self._make_buffers()
+        self._buffers["rank"].fill_(collectives.rank)
+        self._graphs = CudaGraphs(device, enabled=cuda_graphs)
+        self._kv_rows = 0
+        self._key: tuple[int, ...] = ()
+        self._bound: dict[str, torch.Tensor] = {}
+
+    def _make_buffers(self) -> dict[str, torch.Tensor]:
+        """What passes into, between and out of the engines; KV slots and the prompt's keys and values are the session's."""
+        callers = {written for part in self._parts for written in part.writes}
+        buffers: dict[str, torch.Tensor] = {}
+        for engine, part in zip(self._step, self._parts, strict=True):
+            for name in engine.names:
+                if not is_callers(name) and name not in callers and name not in buffers:
+                    buffers[name] = engine.empty(name)
+            if part.sent is not None and part.received is not None:
+                buffers[part.received] = torch.empty_like(buffers[part.sent])
+        return buffers
+
+    def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
+        """See `Executor.encode_prompt`."""
+        made = self._prompt.run_alone({"text": text.to(self.device, self._dtype)})
+        return [(made[f"cross_k.{layer}"], made[f"cross_v.{layer}"]) for layer in range(self._config.model.num_layers)]
+
+    def embed_time(self, timestep: float) -> KVPair:
+        """See `Executor.embed_time`."""
+        features = sinusoid(timestep, self._config.model.freq_dim).to(self.device, self._dtype)
+        made = self._time.run_alone({"sinusoid": features})
+        return made["e"], made["e0"]
+
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+        """See `Executor.bind`."""
+        named: dict[str, torch.Tensor] = {}
+        staged = self._config.tokens_per_chunk
+        for layer, (shares, cross) in enumerate(zip(kv, cross_kv, strict=True)):
+            named[f"cross_k.{layer}"], named[f"cross_v.{layer}"] = cross
+            for share, pair in enumerate(shares):
+                for kind, slots in zip("kv", pair, strict=True):
+                    named[f"{kind}.{layer}.{share}"] = named[f"{kind}.{layer}.{share}.written"] = slots
+        for part in self._parts:
+            for output, written in part.writes.items():
+                named[output] = named[written][:, :staged]
+        self._bound = named  # engines and graphs hold addresses only
+        self._kv_rows = kv_rows
+        self._key = (kv_rows, *(tensor.data_ptr() for tensor in named.values()))
+        for engine in self._step:
+            engine.select_profile(kv_rows)
+            engine.bind({name: self._buffers[name] if name in self._buffers else named[name] for name in engine.names})
+
+    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+        """See `Executor.step`."""
+        buffers = self._buffers
+        for name, value in (("x", x), ("e", e), ("e0", e0)):
+            buffers[name].copy_(value, non_blocking=True)
+        buffers["first_frame"].fill_(first_frame)
+        if "kv_rows" in buffers:
+            buffers["kv_rows"].fill_(self._kv_rows)
+        self._graphs.run(self._key, self._run_parts)
+        return buffers["flow"]
+
+    def _run_parts(self) -> None:
+        for engine, part in zip(self._step, self._parts, strict=True):
+            engine.enqueue()
+            if part.sent is not None and part.received is not None:
+                self._collectives.all_to_all(self._buffers[part.received], self._buffers[part.sent])
+
+
+def is_callers(name: str) -> bool:
+    """KV slots (`k.0.0`, `v.0.0.written`) and the prompt's keys and values (`cross_k.0`)."""
+    return name.startswith(("k.", "v.", "cross_k.", "cross_v."))
+
+
+def engine_files(flavour: Flavour, record: Mapping[str, Any], target: str) -> Mapping[str, Any]:
+    """The files of the engines for `target`.
+
+    Raises:
+        ExecutorError: the bundle has none for it.
+    """
+    targets: Mapping[str, Mapping[str, Any]] = record["targets"]
+    if target not in targets:
+        raise ExecutorError(
+            f"the bundle has {flavour.name} engines for {', '.join(targets)}, and this GPU is {target}; build it again with "
+            f"`--executor {flavour.name} --target {target}`"
+            + (
+                ""
+                if not flavour.targets or target in flavour.targets
+                else f", which {flavour.name} cannot: use tensorrt"
+            )
+        )
+    return targets[target]
+
+
+class _Part:
+    """What follows a part of the step: an exchange, writes to staging, or nothing."""
+
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.sent: str | None = entry.get("sent")
+        self.received: str | None = entry.get("received")
+        self.writes: Mapping[str, str] = entry.get("writes", {})
+
+
+class EngineLoader:
+    """Deserialises engines for one device, and gives all of them one scratch buffer."""
+
+    def __init__(self, flavour: Flavour, device: torch.device) -> None:
+        self.flavour, self.device = flavour, device
+        self.trt = flavour.load()
+        self.messages: deque[str] = deque(maxlen=KEPT_MESSAGES)
+        self._logger = _make_logger(self.trt, self.messages)
+        self._runtime = self.trt.Runtime(self._logger)
+        self._loaded: list[LoadedEngine] = []
+        self._scratch: torch.Tensor | None = None
+
+    def load(self, path: Path) -> "LoadedEngine":
+        """Deserialise a file.
+
+        Raises:
+            ExecutorError: made by another version, for another GPU, or damaged; TensorRT's own words are in the message.
+        """
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            reason = self.flavour.engine_fault(self.trt, self._runtime, data)
+            engine = None if reason else self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise ExecutorError(
+                f"{self.flavour.name} {self.trt.__version__} cannot open {path.name} here: "
+                f"{reason or '; '.join(self.messages) or 'it gave no reason'}; build the bundle again with this version, for "
+                f"this GPU ({device_target(self.device)})"
+            )
+        loaded = LoadedEngine(self, path.name, engine)
+        self._loaded.append(loaded)
+        return loaded
+
+    def share_scratch(self) -> None:
+        """Allocate the scratch that the hungriest engine wants, once all are loaded, and hand it to all of them."""
+        size = max(engine.scratch_bytes for engine in self._loaded)
+        self._scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
+        for engine in self._loaded:
+            engine.set_scratch(self._scratch)
+        logger.info("%d engines, %.1f MiB of scratch", len(self._loaded), size / 2**20)
+
+    def stream(self) -> int:
+        """The current stream's handle; on a GPU it must not be the default stream, on which TensorRT would wait."""
+        return int(torch.cuda.current_stream(self.device).cuda_stream) if self.device.type == "cuda" else 0
+
+
+class LoadedEngine:
+    """An engine with one execution context for each optimisation profile, and the addresses of its tensors."""
+
+    def __init__(self, loader: EngineLoader, file: str, engine: Any) -> None:
+        self._loader, self._file, self._engine = loader, file, engine
+        trt = loader.trt
+        self.names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self._inputs = [name for name in self.names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self._types = {
+            trt.DataType.FLOAT: torch.float32,
+            trt.DataType.HALF: torch.float16,
+            trt.DataType.BF16: torch.bfloat16,
+            trt.DataType.INT64: torch.int64,
+            trt.DataType.INT32: torch.int32,
+        }
+        self._dynamic = [name for name in self._inputs if -1 in tuple(engine.get_tensor_shape(name))]
+        self._contexts = [self._make_context(index) for index in range(max(1, engine.num_optimization_profiles))]
+        self._profiles = {self._profile_rows(index): index for index in range(len(self._contexts))}
+        self._context = self._contexts[0]
+        self._aliases = {name: engine.get_aliased_input_tensor(name) for name in self.names if name not in self._inputs}
+
+    def _make_context(self, profile: int) -> Any:
+        context = self._loader.flavour.create_context(self._loader.trt, self._engine)
+        if context is None:
+            raise ExecutorError(f"{self._file}: no execution context: {'; '.join(self._loader.messages)}")
+        if profile and not context.set_optimization_profile_async(profile, self._loader.stream()):
+            raise ExecutorError(f"{self._file}: no optimisation profile {profile}: {'; '.join(self._loader.messages)}")
+        return context
+
+    def _profile_rows(self, index: int) -> int:
+        """Rows of the KV slots that a profile is for; 0 if all shapes are static."""
+        if not self._dynamic:
+            return 0
+        most = self._engine.get_tensor_profile_shape(self._dynamic[0], index)[2]
+        return int(tuple(most)[1])
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory that one inference wants beside its tensors."""
+        return int(self._engine.device_memory_size_v2)
+
+    def set_scratch(self, scratch: torch.Tensor) -> None:
+        """Use this memory; the contexts of all engines run one after another."""
+        for context in self._contexts:
+            context.set_device_memory(scratch.data_ptr(), scratch.numel())
+
+    def set_communicator(self, capsule: object) -> None:
+        """Hand over the NCCL communicator. Collective: returns when every rank has called it."""
+        for context in self._contexts:
+            if not context.set_communicator(capsule):
+                raise ExecutorError(f"{self._file} refused the NCCL communicator: {'; '.join(self._loader.messages)}")
+
+    def empty(self, name: str) -> torch.Tensor:
+        """Memory for a tensor of static shape."""
+        shape = tuple(self._engine.get_tensor_shape(name))
+        assert -1 not in shape, name
+        return torch.empty(shape, dtype=self._types[self._engine.get_tensor_dtype(name)], device=self._loader.device)
+
+    def select_profile(self, kv_rows: int) -> None:
+        """Use the context that was made for this many rows of the KV slots."""
+        if not self._dynamic:
+            return
+        if kv_rows not in self._profiles:
+            raise ExecutorError(f"{self._file} has profiles for {sorted(self._profiles)} KV rows, not for {kv_rows}")
+        self._context = self._contexts[self._profiles[kv_rows]]
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the address of every tensor; an output that aliases an input must be given the input's memory."""
+        for name, tensor in tensors.items():
+            assert tensor.is_contiguous()
+            assert tensor.dtype == self._types[self._engine.get_tensor_dtype(name)], name
+            source = self._aliases.get(name)
+            if source is not None and tensors[source].data_ptr() != tensor.data_ptr():
+                raise ExecutorError(f"{self._file}: {name} updates {source} in place and was given memory of its own")
+            if source is None and name.endswith(".written") and name not in self._inputs:
+                raise ExecutorError(f"{self._file}: {name} is not updated in place; build the bundle again")
+            if name in self._dynamic and not self._context.set_input_shape(name, tuple(tensor.shape)):
+                raise ExecutorError(f"{self._file}: shape {list(tensor.shape)} of {name} was refused")
+            if not self._context.set_tensor_address(name, tensor.data_ptr()):
+                raise ExecutorError(f"{self._file}: address of {name} was refused: {'; '.join(self._loader.messages)}")
+
+    def enqueue(self) -> None:
+        """Queue one inference on the current stream."""
+        if not self._context.execute_async_v3(self._loader.stream()):
+            raise ExecutorError(f"{self._file} failed: {'; '.join(self._loader.messages) or 'TensorRT gave no reason'}")
+
+    def run_alone(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Queue one inference with fresh outputs."""
+        outputs = {name: self.empty(name) for name in self.names if name not in inputs}
+        self.bind({**inputs, **outputs})
+        self.enqueue()
+        return outputs
+
+    def information(self) -> dict[str, Any]:
+        """The engine inspector's view, layer by layer."""
+        trt = self._loader.trt
+        text = self._engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        return {"scratch_bytes": self.scratch_bytes, **json.loads(text)}
+
+
+def _make_logger(trt: Any, messages: deque[str]) -> Any:
+    """TensorRT's messages: errors are kept for the exception to come, and all go to `logging`."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                messages.append(message)
+                logger.error("%s", message)
+            elif severity <= trt.ILogger.WARNING:
+                logger.warning("%s", message)
+
+    return Logger()
