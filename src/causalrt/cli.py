@@ -132,7 +132,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     latents, report = [], []
     with load(
-        arguments.bundle, executor=arguments.executor, num_threads=arguments.threads, timeout_s=arguments.timeout
+        arguments.bundle,
+        executor=arguments.executor,
+        device=arguments.device,
+        num_threads=arguments.threads,
+        timeout_s=arguments.timeout,
     ) as engine:
         loaded_s = time.perf_counter() - start
         with (
@@ -174,22 +178,52 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from causalrt.tools.compare import compare_recorded
+    if arguments.emulate:
+        result = _compare_emulated(arguments)
+    elif arguments.dtype or arguments.collectives:
+        raise ConfigError("--dtype and --collectives are for --emulate: recordings are float32, and so are their replays")
+    else:
+        from causalrt.tools.compare import compare_recorded
 
-    result = compare_recorded(
+        result = compare_recorded(
+            arguments.recorded,
+            executor=arguments.executor,
+            world_size=arguments.world_size,
+            head_plan=arguments.head_plan or "shares",
+        )
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        if "emulated" in result:
+            print(f"{result['emulated']}; {result['collectives']} collectives, {result['precision']}")
+        for name, error in result["max_abs_error"].items():
+            print(f"{name:8} {error:.2e}  at {result['worst'][name]}")
+        for name, error in result.get("rms_error", {}).items():
+            print(f"{name:8} {error:.2e}  relative rms; eager's {result['eager_rms_error'][name]:.2e}")
+        bound = (
+            f"tolerance {result['tolerance']:.0e}"
+            if "tolerance" in result
+            else f"at most {result['eager_ratio']} x eager's rms"
+        )
+        verdict = "passed" if result["passed"] else "FAILED"
+        print(f"{verdict}: {result['executor']}, {result['world_size']} rank(s), {bound}")
+    return 0 if result["passed"] else EXIT_FAILED
+
+
+def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
+    from causalrt.engines.tensorrt_flavour import FLAVOURS
+    from causalrt.tools.compare import compare_emulated
+
+    if arguments.executor not in FLAVOURS:
+        raise ConfigError(f"--emulate is for --executor {' or '.join(FLAVOURS)}; {arguments.executor} runs here as it is")
+    return compare_emulated(
         arguments.recorded,
         executor=arguments.executor,
         world_size=arguments.world_size,
         head_plan=arguments.head_plan or "shares",
+        collectives=arguments.collectives or "engine",
+        precision=arguments.dtype or "float32",
     )
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        for name, error in result["max_abs_error"].items():
-            print(f"{name:8} {error:.2e}  at {result['worst'][name]}")
-        verdict = "passed" if result["passed"] else "FAILED"
-        print(f"{verdict}: {result['executor']}, {result['world_size']} rank(s), tolerance {result['tolerance']:.0e}")
-    return 0 if result["passed"] else EXIT_FAILED
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -263,6 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     plans = ("shares", "pad", "mesh")
+    dtype: Any = {"type": lambda text: DTYPES.get(text, text), "choices": tuple(dict.fromkeys(DTYPES.values()))}
     made = command(
         "build",
         _build,
@@ -278,12 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, type=Path, help="folder of the bundle")
     made.add_argument("--world-size", type=int, help="ranks")
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks")
-    made.add_argument(
-        "--dtype",
-        type=lambda text: DTYPES.get(text, text),
-        choices=tuple(dict.fromkeys(DTYPES.values())),
-        help="of weights and activations; fp32, bf16 and fp16 are understood",
-    )
+    made.add_argument("--dtype", **dtype, help="of weights and activations; fp32, bf16 and fp16 are understood")
     made.add_argument("--executor", action="append", choices=EXECUTORS, help="may be given again; eager always works")
     made.add_argument(
         "--target",
@@ -327,6 +357,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     made.add_argument("--chunks", type=int, help="by default as many as the bundle's horizon holds")
     made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")
+    made.add_argument("--device", choices=("cuda", "cpu"), help="by default GPUs, where each rank has one")
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
     made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
 
@@ -334,12 +365,22 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         _compare,
         "Replay a recorded rollout and compare every forward with it; exit 0 only if it agrees.",
-        "  causalrt compare --recorded tests/data/golden/B.safetensors --executor onnxruntime --world-size 8",
+        "  causalrt compare --recorded tests/data/golden/B.safetensors --executor onnxruntime --world-size 8\n"
+        "  causalrt compare --recorded tests/data/golden/B.safetensors --executor tensorrt_rtx --world-size 8 --emulate",
     )
     made.add_argument("--recorded", required=True, type=Path, help="recorded rollout (safetensors)")
     made.add_argument("--executor", default="onnxruntime", choices=EXECUTORS, help="(onnxruntime)")
     made.add_argument("--world-size", type=int, default=1, help="ranks (1)")
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks (shares)")
+    made.add_argument(
+        "--emulate",
+        action="store_true",
+        help="TensorRT without a GPU: build its graphs, and run them with ONNX Runtime, all ranks in this process",
+    )
+    made.add_argument("--dtype", **dtype, help="with --emulate: of weights and activations (float32)")
+    made.add_argument(
+        "--collectives", choices=("engine", "runtime"), help="with --emulate: who exchanges between ranks (engine)"
+    )
 
     command("demo", _demo, "Build a small random model, run it on 2 ranks, compare with eager.", "  causalrt demo")
     command("doctor", _doctor, "Say what this machine can build and run, and why not.", "  causalrt doctor --json")

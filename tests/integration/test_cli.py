@@ -56,7 +56,7 @@ def test_build_reports_overrides(checkpoint, tmp_path, capsys):
         (["--set", "video.window_frames=3"], "the sink"),
         (["--set", "model.num_layers=3"], "--set model.num_layers=2"),
         (["--checkpoint", "/nowhere.pt"], "/nowhere.pt"),
-        (["--precision", "bfloat16", "--executor", "onnxruntime"], "float32"),
+        (["--dtype", "fp32", "--executor", "tensorrt_rtx", "--target", "sm80"], "bf16"),
     ],
 )
 def test_build_errors_say_what_to_do(checkpoint, tmp_path, capsys, flags, message):

@@ -21,7 +21,7 @@ SCRIPT = """
 
     bundle = open_bundle(sys.argv[1])
     config, model = bundle.config, bundle.config.model
-    executor = OnnxRuntimeExecutor(bundle, LocalCollectives(), num_threads=1)
+    executor = OnnxRuntimeExecutor(bundle, LocalCollectives(), num_threads=1, device=torch.device("cpu"))
     slots = KVSlots(config, bundle.layout, torch.float32)
     e, e0 = executor.embed_time(1000.0)
     kept = []  # bindings hold addresses only

@@ -138,7 +138,7 @@ def test_chunk_0_agrees_with_diffusers(pair: Pair, tolerance: float, timestep: f
         )
     expected = expected[0].transpose(0, 1)
 
-    executor = EagerExecutor(pair.bundle, LocalCollectives())
+    executor = EagerExecutor(pair.bundle, LocalCollectives(), device=torch.device("cpu"))
     slots = KVSlots(config, pair.bundle.layout, torch.float32)
     executor.bind(slots.filled(0), executor.encode_prompt(text), slots.filled_rows(0))
     rows = executor.step(tokens_from_latents(latents, config), *executor.embed_time(timestep), first_frame=0)

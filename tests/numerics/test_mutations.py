@@ -50,7 +50,7 @@ def replay_error(case: str, folder: Path) -> float:
     text = torch.zeros(config.model.text_len, config.model.text_dim)
     text[: len(recorded.prompt(0))] = recorded.prompt(0)
     session = Rollout(
-        eager.EagerExecutor(bundle, collectives),
+        eager.EagerExecutor(bundle, collectives, device=torch.device("cpu")),
         collectives,
         config,
         bundle.layout,

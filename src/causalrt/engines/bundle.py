@@ -28,7 +28,7 @@ SCHEMA = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 PROMPT_GRAPH, TIME_GRAPH = "prompt.onnx", "time.onnx"
-TOOLCHAIN = ("causalrt", "torch", "onnx", "onnxscript", "onnxruntime")
+TOOLCHAIN = ("causalrt", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt-rtx", "tensorrt")
 REBUILD = "build the bundle again with `causalrt build`"
 
 

@@ -1,28 +1,38 @@
-"""The ONNX Runtime executor: the step's segments, bound once to memory that this module owns.
+"""The ONNX Runtime executor: the step's segments, bound once to memory that this module owns, on a CPU or on a GPU.
 
     segment 0 -> all_to_all -> segment 1 -> all_to_all -> ... -> flow
 
 Every tensor between segments has one buffer for the life of the executor; bindings hold its address. The KV slots are the
 caller's: their filled prefix is bound as input and, under the same address, as output, so that staging is written in place.
-All sessions of the process share one pool of threads.
+On a CPU all sessions of the process share one pool of threads; on a GPU all share torch's stream, and no run waits for it.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
+from onnx import TensorProto
 
-from causalrt.engines.base import Collectives
+from causalrt.engines.base import TORCH_DTYPES, Collectives
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, Bundle
 from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors
 from causalrt.model.wan import sinusoid
 
-_NUMPY_TYPES = {torch.float32: np.float32, torch.int64: np.int64}
-_TORCH_TYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
+_ONNX_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float16: TensorProto.FLOAT16,
+    torch.int64: TensorProto.INT64,
+}
+_TORCH_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+}
 
 
 @functools.cache
@@ -35,31 +45,61 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2])
 
 
+def _providers(device: torch.device) -> list[Any]:
+    """ONNX Runtime's execution providers for a device; what the GPU has no kernel for runs on the CPU."""
+    if device.type == "cpu":
+        return ["CPUExecutionProvider"]
+    stream = torch.cuda.current_stream(device).cuda_stream
+    options = {"device_id": str(device.index), "user_compute_stream": str(stream), "use_tf32": "0"}
+    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+
+
 class _Segment:
     """A session with its bindings."""
 
-    def __init__(self, path: str, sent: str | None, received: str | None) -> None:
+    def __init__(self, path: str, device: torch.device, sent: str | None = None, received: str | None = None) -> None:
         options = ort.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = 2
-        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._device = device
+        self.session = ort.InferenceSession(path, options, providers=_providers(device))
         self.binding = self.session.io_binding()
         self.sent, self.received = sent, received
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
+        self._options = ort.RunOptions()
+        if device.type == "cuda":
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def bind(self, name: str, tensor: torch.Tensor, *, output: bool) -> None:
         """Bind the memory of `tensor`, which must be contiguous and must outlive the binding."""
         assert tensor.is_contiguous()
         bind = self.binding.bind_output if output else self.binding.bind_input
-        bind(name, "cpu", 0, _NUMPY_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+        kind, index = self._device.type, self._device.index or 0
+        bind(name, kind, index, _ONNX_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+
+    def empty(self, name: str) -> torch.Tensor:
+        """Memory for an input or output of static shape."""
+        value = self.inputs.get(name) or self.outputs[name]
+        return torch.empty(value.shape, dtype=_TORCH_TYPES[value.type], device=self._device)
 
     def run(self) -> None:
-        self.session.run_with_iobinding(self.binding)
+        """Run on what is bound; on a GPU, queue it."""
+        self.session.run_with_iobinding(self.binding, self._options)
+
+    def run_alone(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run with fresh outputs."""
+        outputs = {name: self.empty(name) for name in self.outputs}
+        for name, tensor in inputs.items():
+            self.bind(name, tensor, output=False)
+        for name, tensor in outputs.items():
+            self.bind(name, tensor, output=True)
+        self.run()
+        return outputs
 
 
 class OnnxRuntimeExecutor:
-    """Runs the bundle's ONNX graphs on the CPU."""
+    """Runs the bundle's ONNX graphs."""
 
     whole_slots = False
 
@@ -72,15 +112,17 @@ class OnnxRuntimeExecutor:
                 "install that version or newer, or build the bundle again here"
             )
         _start_thread_pool(num_threads)
+        self._dtype = TORCH_DTYPES[bundle.config.build.precision]
         self._freq_dim = bundle.config.model.freq_dim
         self._layers = range(bundle.config.model.num_layers)
         self._shares = range(len(bundle.layout.shares))
         self._collectives = collectives
         folder = bundle.path
-        self._prompt = _Segment(str(folder / PROMPT_GRAPH), None, None)
-        self._time = _Segment(str(folder / TIME_GRAPH), None, None)
+        self._prompt = _Segment(str(folder / PROMPT_GRAPH), device)
+        self._time = _Segment(str(folder / TIME_GRAPH), device)
         self._segments = [
-            _Segment(str(folder / part["file"]), part["sent"], part["received"]) for part in bundle.graphs["segments"]
+            _Segment(str(folder / part["file"]), device, part["sent"], part["received"])
+            for part in bundle.graphs["segments"]
         ]
         self._buffers: dict[str, torch.Tensor] = {}
         self._bind_buffers()
@@ -91,11 +133,11 @@ class OnnxRuntimeExecutor:
         """Allocate what passes between segments, once, and bind it; KV slots and the prompt are bound by `bind`."""
         for segment in self._segments:
             for output, values in ((False, segment.inputs), (True, segment.outputs)):
-                for name, value in values.items():
+                for name in values:
                     if _is_callers(name):
                         continue
                     if name not in self._buffers:
-                        self._buffers[name] = torch.empty(value.shape, dtype=_TORCH_TYPES[value.type])
+                        self._buffers[name] = segment.empty(name)
                     segment.bind(name, self._buffers[name], output=output)
             if segment.sent is not None:
                 assert segment.received is not None
@@ -103,15 +145,13 @@ class OnnxRuntimeExecutor:
 
     def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
         """See `Executor.encode_prompt`."""
-        values = [torch.from_numpy(value) for value in self._prompt.session.run(None, {"text": text.numpy()})]
-        named: dict[str, Any] = dict(zip(self._prompt.outputs, values, strict=True))
-        return [(named[f"cross_k.{layer}"], named[f"cross_v.{layer}"]) for layer in self._layers]
+        made = self._prompt.run_alone({"text": text.to(self.device, self._dtype)})
+        return [(made[f"cross_k.{layer}"], made[f"cross_v.{layer}"]) for layer in self._layers]
 
     def embed_time(self, timestep: float) -> KVPair:
         """See `Executor.embed_time`."""
-        feed = {"sinusoid": sinusoid(timestep, self._freq_dim).float().numpy()}
-        e, e0 = self._time.session.run(["e", "e0"], feed)
-        return torch.from_numpy(e), torch.from_numpy(e0)
+        made = self._time.run_alone({"sinusoid": sinusoid(timestep, self._freq_dim).to(self.device, self._dtype)})
+        return made["e"], made["e0"]
 
     def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
         """See `Executor.bind`."""

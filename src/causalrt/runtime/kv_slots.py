@@ -34,12 +34,13 @@ class KVSlots:
         self._tokens_per_frame = config.tokens_per_frame
         rows, dim = self.plan.capacity_frames * config.tokens_per_frame, config.model.head_dim
 
-        def empty(heads: int) -> torch.Tensor:
-            shape = (1, heads, rows, dim) if whole_slots else (1, rows, heads * dim)
-            return torch.empty(shape, dtype=dtype, device=device)
+        def slots(heads: int) -> torch.Tensor:
+            if whole_slots:  # unfilled rows are masked: they weigh zero, and zero times a NaN that lies there is NaN
+                return torch.zeros(1, heads, rows, dim, dtype=dtype, device=device)
+            return torch.empty(1, rows, heads * dim, dtype=dtype, device=device)
 
         self._pairs: list[list[KVPair]] = [
-            [(empty(share.num_heads), empty(share.num_heads)) for share in layout.shares]
+            [(slots(share.num_heads), slots(share.num_heads)) for share in layout.shares]
             for _ in range(config.model.num_layers)
         ]
         self.rows_moved = 0

@@ -1,20 +1,30 @@
-"""Replay a recorded rollout through a bundle and its ranks, free-running, and compare every forward with the recording."""
+"""Replay a recorded rollout, free-running, and compare every forward with the recording.
+
+Either through a bundle and its rank processes, or, emulated, through the graphs that TensorRT parses.
+"""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from causalrt.config import HeadPlanName
-from causalrt.export.build import build
-from causalrt.runtime.engine import Engine, load, tokens_from_latents
-from causalrt.tools.recording import Recording, open_recording
+from causalrt.config import HeadPlanName, Precision
+from causalrt.export.build import CollectivesMode, build
+from causalrt.runtime.engine import load
+from causalrt.tools.emulate import write_graphs
+from causalrt.tools.recording import open_recording
+from causalrt.tools.replay import Outputs, recorded_outputs, replay, replay_eager, replay_emulated
 
 TOLERANCE = 5e-5
 """Largest difference from a float32 recording: golden data agree with a float64 replay within 5e-6, and the smallest
 mistake worth the name (exact GELU for tanh) moves the latents by 3e-4."""
+EAGER_RATIO = 1.5
+"""How much further from a float32 recording than eager, both in a lower precision, emulated graphs may be: root mean square
+over a rollout, where rounding alone gives ratios from 0.9 to 1.2 (docs/precision.png)."""
+
+EMULATED = "emulated: the graph that TensorRT parses, run by ONNX Runtime"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,42 +75,54 @@ def compare_recorded(
     }
 
 
-Outputs = dict[tuple[int, str], torch.Tensor]
-"""By batch element and the recording's own name (`out.c0.s1.flow`, `out.c0.s1.x0`, `out.c0`: latents): `[N, 64]`."""
+def compare_emulated(
+    path: Path,
+    *,
+    executor: str,
+    world_size: int,
+    collectives: CollectivesMode,
+    precision: Precision = "float32",
+    head_plan: HeadPlanName = "shares",
+    tolerance: float = TOLERANCE,
+) -> dict[str, Any]:
+    """Replay a recording through the graphs that TensorRT parses, run by ONNX Runtime with all ranks in this process.
 
+    In float32 the errors are held against `tolerance`. In a lower precision the recording is further away than any tolerance
+    worth the name; then eager is replayed in that precision too, and the graphs pass if their error is no more than
+    `EAGER_RATIO` of eager's own.
 
-def replay(recording: Recording, engine: Engine) -> Outputs:
-    """Run every batch element as a session of its own, and keep what each forward computed."""
-    outputs: Outputs = {}
-    for element in range(recording.batch_size):
-        with engine.session(
-            recording.prompt(element), num_chunks=recording.num_chunks, noise=recording.noise(element), record=True
-        ) as session:
-            for chunk in session:
-                outputs[element, f"out.c{chunk.index}"] = tokens_from_latents(chunk.latents, recording.config)
-        assert len(session.records) == recording.num_chunks
-        for index, records in enumerate(session.records):
-            for k, record in enumerate(records):
-                if record.x0 is None:
-                    outputs[element, f"out.c{index}.ctx.flow"] = record.flow
-                else:
-                    outputs[element, f"out.c{index}.s{k}.flow"] = record.flow
-                    outputs[element, f"out.c{index}.s{k}.x0"] = record.x0
-    return outputs
+    Returns:
+        What `compare_recorded` returns, and `"emulated"` (what was run, in words), `"collectives"`, `"precision"`; in a lower
+        precision `"rms_error"` and `"eager_rms_error"` too, and no tolerance.
 
-
-def recorded_outputs(recording: Recording) -> Outputs:
-    """What the recording holds of the same outputs."""
-    expected: Outputs = {}
-    frames = recording.config.video.chunk_frames
-    for element in range(recording.batch_size):
-        for name, tensor in recording.tensors.items():
-            if name.startswith("out.c") and name.endswith((".flow", ".x0")):
-                expected[element, name] = tokens_from_latents(tensor[element], recording.config)
-        for chunk in range(recording.num_chunks):
-            latents = recording.tensors["out.latents"][element, chunk * frames : (chunk + 1) * frames]
-            expected[element, f"out.c{chunk}"] = tokens_from_latents(latents, recording.config)
-    return expected
+    Raises:
+        RecordingError: the recording cannot be replayed.
+    """
+    recording = open_recording(path, world_size=world_size, head_plan=head_plan)
+    config = replace(recording.config, build=replace(recording.config.build, precision=precision))
+    expected = recorded_outputs(recording)
+    result: dict[str, Any] = {
+        "executor": executor,
+        "emulated": EMULATED,
+        "world_size": world_size,
+        "collectives": collectives,
+        "precision": precision,
+    }
+    with tempfile.TemporaryDirectory(prefix="causalrt-emulate-") as name:
+        folder = Path(name)
+        checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
+        graphs = write_graphs(config, checkpoint=checkpoint, folder=folder, collectives=collectives)
+        outputs = replay_emulated(recording, graphs)
+        errors = largest_errors(outputs, expected)
+        result["max_abs_error"] = {kind: error.largest for kind, error in errors.items()}
+        result["worst"] = {kind: error.at for kind, error in errors.items()}
+        if precision == "float32":
+            passed = all(error.largest <= tolerance for error in errors.values())
+            return result | {"tolerance": tolerance, "passed": passed}
+        eager = replay_eager(recording, precision, checkpoint=checkpoint, folder=folder / "eager")
+    ours, theirs = rms_errors(outputs, expected), rms_errors(eager, expected)
+    passed = all(ours[kind] <= EAGER_RATIO * theirs[kind] for kind in ours)
+    return result | {"rms_error": ours, "eager_rms_error": theirs, "eager_ratio": EAGER_RATIO, "passed": passed}
 
 
 def largest_errors(got: Outputs, expected: Outputs) -> dict[str, Errors]:
@@ -108,6 +130,23 @@ def largest_errors(got: Outputs, expected: Outputs) -> dict[str, Errors]:
     assert got.keys() == expected.keys(), sorted(got.keys() ^ expected.keys())
     errors = {"flow": Errors(), "x0": Errors(), "latents": Errors()}
     for (element, name), tensor in got.items():
-        kind = name.rpartition(".")[2]
-        errors.get(kind, errors["latents"]).add(tensor, expected[element, name], f"element {element} {name}")
+        errors[_kind(name)].add(tensor, expected[element, name], f"element {element} {name}")
     return errors
+
+
+def rms_errors(got: Outputs, expected: Outputs) -> dict[str, float]:
+    """Root mean square of the difference over that of the expected values, of flow, x0 and latents; NaN stays NaN."""
+    assert got.keys() == expected.keys(), sorted(got.keys() ^ expected.keys())
+    errors = {}
+    for kind in ("flow", "x0", "latents"):
+        keys = [key for key in got if _kind(key[1]) == kind]
+        difference = torch.stack([(got[key].double() - expected[key].double()).square().sum() for key in keys]).sum()
+        size = torch.stack([expected[key].double().square().sum() for key in keys]).sum()
+        errors[kind] = float((difference / size).sqrt())
+    return errors
+
+
+def _kind(name: str) -> str:
+    """`flow`, `x0` or, for a name that ends with the chunk, `latents`."""
+    last = name.rpartition(".")[2]
+    return last if last in ("flow", "x0") else "latents"
