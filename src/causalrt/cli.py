@@ -109,12 +109,46 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for name, parts in found["bytes_per_rank"].items():
         sizes = ", ".join(f"{key.removesuffix('_bytes')} {value / 2**20:,.1f}" for key, value in parts.items())
         table.add_row(f"MiB a rank, {name}", sizes)
-    exchanges = sum(graph["exchange_after"] for graph in found["graphs"])
-    table.add_row("step graph", f"{len(found['graphs'])} segments, {exchanges} all-to-alls")
+    if found["graphs"]:
+        exchanges = sum(graph["exchange_after"] for graph in found["graphs"])
+        table.add_row("onnxruntime, step", f"{len(found['graphs'])} segments, {exchanges} all-to-alls")
+    for engines in found["engines"]:
+        _add_engine_rows(table, engines)
     table.add_row("toolchain", ", ".join(f"{key} {value}" for key, value in found["toolchain"].items()))
     table.add_row("files", f"{len(found['files'])}, {sum(found['files'].values()) / 2**20:,.1f} MiB")
-    Console().print(table)
+    Console(markup=False).print(table)
     return 0
+
+
+def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
+    step, name = engines["step"], f"{engines['flavour']} {engines['target']}"
+    files, sizes = engines["files"], engines["bytes_per_rank"]
+    where = "inside the engine" if engines["collectives"] == "engine" else "at runtime"
+    exchanges = step["collectives_in_engine"] + step["collectives_at_runtime"]
+    table.add_row(
+        name,
+        f"{engines['flavour']} {engines['version']}, {len(files)} files for every rank, "
+        f"{sum(files.values()) / 2**20:,.1f} MiB, by {engines['frontend']}",
+    )
+    table.add_row(
+        f"{name}, step",
+        f"{step['engines']} engine(s), {sum(step['layers'].values()):,} layers; {step['self_attentions']} self-attentions "
+        f"({step['self_attentions_with_lengths']} with KV lengths), {step['cross_attentions']} cross-attentions, "
+        f"{step['decomposable_attentions']} decomposable; {step['cache_updates']} KV updates in place; "
+        f"{exchanges} all-to-alls {where}"
+        + (f" of {step['ranks_of_collectives']} ranks" if step["ranks_of_collectives"] else ""),
+    )
+    tables = ", ".join(
+        f"{key} {'x'.join(map(str, entry['shape']))} {'equal' if entry['equal_constants'] else 'MISSING'}"
+        for key, entry in step["constants"].items()
+    )
+    table.add_row(f"{name}, constants", tables)
+    table.add_row(
+        f"MiB a rank, {name}",
+        ", ".join(f"{key.replace('_bytes', '')} {value / 2**20:,.1f}" for key, value in sizes.items()),
+    )
+    inspector = engines["inspector"]
+    table.add_row(f"{name}, inspector", inspector.get("unavailable") or f"see --json ({len(inspector)} engines)")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -181,7 +215,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.emulate:
         result = _compare_emulated(arguments)
     elif arguments.dtype or arguments.collectives:
-        raise ConfigError("--dtype and --collectives are for --emulate: recordings are float32, and so are their replays")
+        raise ConfigError(
+            "--dtype and --collectives are for --emulate: recordings are float32, and so are their replays"
+        )
     else:
         from causalrt.tools.compare import compare_recorded
 
@@ -215,7 +251,9 @@ def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
     from causalrt.tools.compare import compare_emulated
 
     if arguments.executor not in FLAVOURS:
-        raise ConfigError(f"--emulate is for --executor {' or '.join(FLAVOURS)}; {arguments.executor} runs here as it is")
+        raise ConfigError(
+            f"--emulate is for --executor {' or '.join(FLAVOURS)}; {arguments.executor} runs here as it is"
+        )
     return compare_emulated(
         arguments.recorded,
         executor=arguments.executor,
@@ -253,7 +291,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             str(row["kv_frames"]),
             f"{row['error']:.1e}",
         )
-    Console().print(table)
+    Console(markup=False).print(table)
     verdict = "agrees with eager" if result["passed"] else "DISAGREES with eager"
     print(
         f"{verdict}: largest error {result['max_abs_error']:.1e} (tolerance {result['tolerance']:.0e}). Built in "
@@ -275,7 +313,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         table.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
     for name, result in found["can"].items():
         table.add_row(name, ("yes: " if result["ok"] else "no: ") + result["detail"])
-    Console().print(table)
+    Console(markup=False).print(table)
     return 0
 
 

@@ -4,6 +4,8 @@ The path without TensorRT, and the baseline that an engine has to beat. All-to-a
 compiler keeps in order. On a GPU the compiled step is captured in CUDA graphs, one for each number of filled KV rows.
 """
 
+import os
+import shutil
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +16,7 @@ from causalrt.engines.base import Collectives
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.engines.eager import EagerExecutor
+from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors, StepOps
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs_real
@@ -35,12 +38,20 @@ COMPILED_OPS = StepOps(
 )
 
 
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a CPU; None if there is none."""
+    candidates = (os.environ.get("CXX"), "g++", "clang++")
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
 class InductorExecutor(EagerExecutor):
     """The eager executor with its step compiled."""
 
     def __init__(
         self, bundle: Bundle, collectives: Collectives, *, device: torch.device, cuda_graphs: bool = True
     ) -> None:
+        if device.type == "cpu" and cpp_compiler() is None:
+            raise ExecutorError("inductor needs a C++ compiler on a CPU; install g++, set CXX, or take executor eager")
         super().__init__(bundle, collectives, device=device, ops=COMPILED_OPS)
         self._compiled = torch.compile(self._step, fullgraph=True)
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)

@@ -94,7 +94,7 @@ def describe_network(trt: Any, network: Any) -> dict[str, Any]:
     kinds = Counter(str(layer.type).removeprefix("LayerType.") for layer in layers(network))
     return {
         "layers": dict(sorted(kinds.items())),
-        "attentions": [_describe_attention(attention) for attention in attentions(trt, network)],
+        "attentions": _describe_attentions(trt, network),
         "collectives": collectives,
         "cache_updates": cache_updates,
         "constants": constants,
@@ -108,16 +108,24 @@ def describe_network(trt: Any, network: Any) -> dict[str, Any]:
     }
 
 
-def _describe_attention(attention: Any) -> dict[str, Any]:
-    lengths = attention.key_value_lengths
-    return {
-        "name": attention.name,
-        "query": list(attention.get_input(0).shape),
-        "key": list(attention.get_input(1).shape),
-        "key_tensor": attention.get_input(1).name,
-        "decomposable": bool(attention.decomposable),
-        "has_lengths": lengths is not None,
-    }
+def _describe_attentions(trt: Any, network: Any) -> list[dict[str, Any]]:
+    producers = {layer.get_output(i).name: layer for layer in layers(network) for i in range(layer.num_outputs)}
+    described = []
+    for attention in attentions(trt, network):
+        key = source = attention.get_input(1)
+        while source.name in producers:
+            source = producers[source.name].get_input(0)
+        described.append(
+            {
+                "name": attention.name,
+                "query": list(attention.get_input(0).shape),
+                "key": list(key.shape),
+                "key_source": source.name,
+                "decomposable": bool(attention.decomposable),
+                "has_lengths": attention.key_value_lengths is not None,
+            }
+        )
+    return described
 
 
 def check_network(description: dict[str, Any], *, expected: dict[str, int], onnx_file: str) -> None:

@@ -1,6 +1,7 @@
 """What this machine can build and run, and why not."""
 
 import importlib
+import importlib.util
 import os
 import platform
 import sys
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from causalrt.engines.inductor import cpp_compiler
+from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour, device_target
+from causalrt.errors import ExecutorError
 from causalrt.runtime.memory import available_bytes
 
 
@@ -24,39 +28,67 @@ def _probe(module: str) -> tuple[bool, str]:
 def examine() -> dict[str, Any]:
     """The machine, and for each executor and builder whether it works here: `{"ok": bool, "detail": str}`."""
     memory = available_bytes()
-    has_onnx, onnx_detail = _probe("onnxruntime")
-    has_rtx, rtx_detail = _probe("tensorrt_rtx")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    both = {"onnxruntime", "onnxruntime-gpu"} <= {found.metadata["Name"] for found in metadata.distributions()}
     return {
         "machine": {
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_available_gib": None if memory is None else round(memory / 2**30, 1),
-            "gpus": gpus,
+            "gpus": [f"{name} ({device_target(torch.device('cuda', i))})" for i, name in enumerate(gpus)],
             "torch": torch.__version__,
         },
         "can": {
-            "run eager on a CPU": {"ok": True, "detail": f"torch {torch.__version__}"},
-            "build and run onnxruntime on a CPU": {
-                "ok": has_onnx,
-                "detail": onnx_detail
-                + (" (onnxruntime and onnxruntime-gpu are both installed; they overwrite each other)" if both else ""),
-            },
+            "run eager": {"ok": True, "detail": "on the CPU" + (" and on GPUs" if gpus else "")},
+            "run inductor": _inductor(bool(gpus)),
+            "build and run onnxruntime": _onnxruntime(),
             "run several ranks on CPUs": {
                 "ok": dist.is_available() and dist.is_gloo_available(),
                 "detail": "gloo" if dist.is_gloo_available() else "this torch has no gloo; install one that has",
             },
-            "run on GPUs": {
-                "ok": False,
-                "detail": (f"{len(gpus)} found, but " if gpus else "none found, and ")
-                + "this version of CausalRT runs on CPUs only",
+            "run several ranks on GPUs": {
+                "ok": len(gpus) > 1 and dist.is_nccl_available(),
+                "detail": f"{len(gpus)} GPUs, " + ("NCCL" if dist.is_nccl_available() else "this torch has no NCCL"),
             },
-            "build TensorRT engines": {
-                "ok": False,
-                "detail": "this version of CausalRT does not build them yet; "
-                + (f"tensorrt-rtx {rtx_detail} is installed" if has_rtx else "tensorrt-rtx is not installed"),
-            },
+            **{f"build {name} engines": _tensorrt(flavour, bool(gpus)) for name, flavour in FLAVOURS.items()},
+            "build engines by torch-tensorrt": _torch_tensorrt(),
         },
     }
+
+
+def _answer(ok: bool, detail: str) -> dict[str, Any]:
+    return {"ok": ok, "detail": detail}
+
+
+def _inductor(gpu: bool) -> dict[str, Any]:
+    compiler = cpp_compiler()
+    if gpu and not importlib.util.find_spec("triton"):
+        return _answer(False, "triton is not installed; `pip install triton`")
+    return _answer(gpu or compiler is not None, compiler or "no C++ compiler here; install g++ or set CXX")
+
+
+def _onnxruntime() -> dict[str, Any]:
+    ok, detail = _probe("onnxruntime")
+    names = {found.metadata["Name"] for found in metadata.distributions()}
+    if {"onnxruntime", "onnxruntime-gpu"} <= names:
+        detail += " (onnxruntime and onnxruntime-gpu are both installed; they overwrite each other)"
+    if ok:
+        providers = importlib.import_module("onnxruntime").get_available_providers()
+        detail += ", on GPUs" if "CUDAExecutionProvider" in providers else ", on the CPU only"
+    return _answer(ok, detail)
+
+
+def _tensorrt(flavour: Flavour, gpu: bool) -> dict[str, Any]:
+    try:
+        version = flavour.load().__version__
+    except ExecutorError as error:
+        return _answer(False, str(error))
+    if not flavour.targets and not gpu:
+        return _answer(False, f"{version}, but it builds only on a machine with the target GPU")
+    return _answer(True, f"{version}, for {', '.join(flavour.targets) or 'the GPU at hand'}")
+
+
+def _torch_tensorrt() -> dict[str, Any]:
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        return _answer(False, "torch_tensorrt is not installed; it comes with `pip install 'causalrt[gpu]'`")
+    return _answer(*_probe("torch_tensorrt"))

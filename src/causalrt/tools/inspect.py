@@ -1,4 +1,4 @@
-"""What is in a bundle: sizes, layout, graphs, bytes a rank."""
+"""What is in a bundle: sizes, layout, graphs, engines, bytes a rank."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -10,6 +10,7 @@ import onnx
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.model.wan import num_parameters
 from causalrt.runtime.memory import predict_memory
+from causalrt.tools.inspect_engines import describe_engines
 
 
 def inspect_bundle(path: Path) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         },
         "bytes_per_rank": {name: asdict(predict_memory(config, name)) for name in bundle.executors},
         "graphs": _describe_graphs(bundle),
+        "engines": describe_engines(bundle),
         "toolchain": dict(bundle.toolchain),
         "files": {file.name: file.stat().st_size for file in sorted(bundle.path.iterdir())},
     }
