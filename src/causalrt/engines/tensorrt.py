@@ -51,9 +51,11 @@ class TensorRTExecutor:
         self._dtype = TORCH_DTYPES[config.build.precision]
         self._collectives = collectives
         self._engines = EngineLoader(flavour, device)
-        self._prompt = self._engines.load(bundle.path / files["prompt"])
-        self._time = self._engines.load(bundle.path / files["time"])
-        self._step = [self._engines.load(bundle.path / name) for name in files["step"]]
+        names = files.get("names", {})
+        self._prompt, self._time, *self._step = (
+            self._engines.load(bundle.path / file, names.get(file))
+            for file in (files["prompt"], files["time"], *files["step"])
+        )
         self._parts = [_Part(entry) for entry in bundle.graphs.get("tensorrt", [{}])]
         self._engines.share_scratch()
         if self.whole_slots and config.build.world_size > 1:
@@ -102,7 +104,8 @@ class TensorRTExecutor:
                 named[output] = named[written][:, :staged]
         self._bound = named  # engines and graphs hold addresses only
         self._kv_rows = kv_rows
-        self._key = (kv_rows, *(tensor.data_ptr() for tensor in named.values()))
+        addresses = tuple(tensor.data_ptr() for tensor in named.values())
+        self._key = addresses if self.whole_slots else (kv_rows, *addresses)  # whole slots: `kv_rows` is read as a tensor
         for engine in self._step:
             engine.select_profile(kv_rows)
             engine.bind({name: self._buffers[name] if name in self._buffers else named[name] for name in engine.names})
@@ -171,22 +174,27 @@ class EngineLoader:
         self._loaded: list[LoadedEngine] = []
         self._scratch: torch.Tensor | None = None
 
-    def load(self, path: Path) -> "LoadedEngine":
+    def load(self, path: Path, names: Mapping[str, str] | None = None) -> "LoadedEngine":
         """Deserialise a file.
+
+        Args:
+            path: the engine.
+            names: our name of each of its tensors, if it was not made from ONNX, where they have ours.
 
         Raises:
             ExecutorError: made by another version, for another GPU, or damaged; TensorRT's own words are in the message.
         """
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            reason = self.flavour.engine_fault(self.trt, self._runtime, data)
-            engine = None if reason else self._runtime.deserialize_cuda_engine(data)
+            fault = self.flavour.engine_fault(self.trt, self._runtime, data)
+            engine = None if fault else self._runtime.deserialize_cuda_engine(data)
         if engine is None:
+            reasons = [fault, *self.messages] if fault else self.messages
             raise ExecutorError(
                 f"{self.flavour.name} {self.trt.__version__} cannot open {path.name} here: "
-                f"{reason or '; '.join(self.messages) or 'it gave no reason'}; build the bundle again with this version, for "
+                f"{'; '.join(reasons) or 'it gave no reason'}; build the bundle again with this version, for "
                 f"this GPU ({device_target(self.device)})"
             )
-        loaded = LoadedEngine(self, path.name, engine)
+        loaded = LoadedEngine(self, path.name, engine, names or {})
         self._loaded.append(loaded)
         return loaded
 
@@ -204,25 +212,36 @@ class EngineLoader:
 
 
 class LoadedEngine:
-    """An engine with one execution context for each optimisation profile, and the addresses of its tensors."""
+    """An engine with one execution context for each optimisation profile, and the addresses of its tensors.
 
-    def __init__(self, loader: EngineLoader, file: str, engine: Any) -> None:
+    Tensors go by our names; what the engine itself calls them (`_own`) is its own affair.
+    """
+
+    def __init__(self, loader: EngineLoader, file: str, engine: Any, names: Mapping[str, str]) -> None:
         self._loader, self._file, self._engine = loader, file, engine
         trt = loader.trt
-        self.names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        self._inputs = [name for name in self.names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self._types = {
+        found = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self._own = {names.get(own, own): own for own in found}
+        self.names = list(self._own)
+        self._inputs = [
+            name for name, own in self._own.items() if engine.get_tensor_mode(own) == trt.TensorIOMode.INPUT
+        ]
+        types = {
             trt.DataType.FLOAT: torch.float32,
             trt.DataType.HALF: torch.float16,
             trt.DataType.BF16: torch.bfloat16,
             trt.DataType.INT64: torch.int64,
             trt.DataType.INT32: torch.int32,
         }
-        self._dynamic = [name for name in self._inputs if -1 in tuple(engine.get_tensor_shape(name))]
+        self._shapes = {name: tuple(engine.get_tensor_shape(own)) for name, own in self._own.items()}
+        self._dtypes = {name: types[engine.get_tensor_dtype(own)] for name, own in self._own.items()}
+        self._dynamic = [name for name in self._inputs if -1 in self._shapes[name]]
         self._contexts = [self._make_context(index) for index in range(max(1, engine.num_optimization_profiles))]
         self._profiles = {self._profile_rows(index): index for index in range(len(self._contexts))}
         self._context = self._contexts[0]
-        self._aliases = {name: engine.get_aliased_input_tensor(name) for name in self.names if name not in self._inputs}
+        outputs = {name: own for name, own in self._own.items() if name not in self._inputs}
+        aliased = {name: engine.get_aliased_input_tensor(own) for name, own in outputs.items()}
+        self._aliases = {name: names.get(source, source) for name, source in aliased.items()}
 
     def _make_context(self, profile: int) -> Any:
         context = self._loader.flavour.create_context(self._loader.trt, self._engine)
@@ -236,7 +255,7 @@ class LoadedEngine:
         """Rows of the KV slots that a profile is for; 0 if all shapes are static."""
         if not self._dynamic:
             return 0
-        most = self._engine.get_tensor_profile_shape(self._dynamic[0], index)[2]
+        most = self._engine.get_tensor_profile_shape(self._own[self._dynamic[0]], index)[2]
         return int(tuple(most)[1])
 
     @property
@@ -257,9 +276,9 @@ class LoadedEngine:
 
     def empty(self, name: str) -> torch.Tensor:
         """Memory for a tensor of static shape."""
-        shape = tuple(self._engine.get_tensor_shape(name))
+        shape = self._shapes[name]
         assert -1 not in shape, name
-        return torch.empty(shape, dtype=self._types[self._engine.get_tensor_dtype(name)], device=self._loader.device)
+        return torch.empty(shape, dtype=self._dtypes[name], device=self._loader.device)
 
     def select_profile(self, kv_rows: int) -> None:
         """Use the context that was made for this many rows of the KV slots."""
@@ -270,18 +289,26 @@ class LoadedEngine:
         self._context = self._contexts[self._profiles[kv_rows]]
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set the address of every tensor; an output that aliases an input must be given the input's memory."""
+        """Set the address of every tensor; an output that aliases an input must be given the input's memory.
+
+        TensorRT is told an address and no size: memory that is smaller than its tensor would be read past its end.
+        """
         for name, tensor in tensors.items():
-            assert tensor.is_contiguous()
-            assert tensor.dtype == self._types[self._engine.get_tensor_dtype(name)], name
+            shape = tuple(tensor.shape)
+            assert tensor.is_contiguous(), name
+            assert tensor.dtype == self._dtypes[name], name
+            if -1 not in self._shapes[name] and shape != self._shapes[name]:
+                raise ExecutorError(f"{self._file}: {name} is {list(self._shapes[name])}, got {list(shape)}")
             source = self._aliases.get(name)
             if source is not None and tensors[source].data_ptr() != tensor.data_ptr():
                 raise ExecutorError(f"{self._file}: {name} updates {source} in place and was given memory of its own")
             if source is None and name.endswith(".written") and name not in self._inputs:
                 raise ExecutorError(f"{self._file}: {name} is not updated in place; build the bundle again")
-            if name in self._dynamic and not self._context.set_input_shape(name, tuple(tensor.shape)):
-                raise ExecutorError(f"{self._file}: shape {list(tensor.shape)} of {name} was refused")
-            if not self._context.set_tensor_address(name, tensor.data_ptr()):
+            if name in self._dynamic and not self._context.set_input_shape(self._own[name], shape):
+                raise ExecutorError(
+                    f"{self._file}: shape {list(shape)} of {name} was refused: {'; '.join(self._loader.messages)}"
+                )
+            if not self._context.set_tensor_address(self._own[name], tensor.data_ptr()):
                 raise ExecutorError(f"{self._file}: address of {name} was refused: {'; '.join(self._loader.messages)}")
 
     def enqueue(self) -> None:

@@ -88,8 +88,11 @@ class Flavour:
         """Why a serialised engine cannot run here, or nothing; only `tensorrt_rtx` can tell before it tries."""
         if not self.compiles_late:
             return ""
-        validity, diagnostics = runtime.get_engine_validity(data)
-        return "" if validity != trt.EngineValidity.INVALID else f"invalid engine, {diagnostics}"
+        validity, found = runtime.get_engine_validity(data)
+        if validity != trt.EngineValidity.INVALID:
+            return ""
+        kinds = trt.EngineInvalidityDiagnostics.__members__
+        return "invalid engine: " + (", ".join(name for name, kind in kinds.items() if found & kind.value) or "no diagnosis")
 
     def create_context(self, trt: Any, engine: Any) -> Any:
         """An execution context whose scratch memory is the caller's, and whose kernels are all there before it runs."""

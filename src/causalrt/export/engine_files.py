@@ -6,6 +6,7 @@
 | `runtime` | segments, cut at all-to-alls and cache writes | filled prefix; an optimisation profile for each length |
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 CollectivesMode = Literal["engine", "runtime"]
 WHOLE_STEP = "whole-step.onnx"
+END_S = 10.0
+"""How long the child may take to end once it has answered."""
+LOG_TAIL_BYTES = 2000
 
 
 def write_engine_graphs(
@@ -141,46 +145,62 @@ def _run_child(request: str, target: str, on_progress: Progress) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="causalrt-engines-") as scratch:
         file, log = Path(scratch) / "request.json", Path(scratch) / "stderr"
         file.write_text(request)
-        command = [sys.executable, "-m", "causalrt.export.engine_worker", str(file)]
-        with log.open("w") as stderr:
-            child = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, text=True
-            )
+        # Modules are found where the caller finds them, and not in its working directory (-P).
+        command = [sys.executable, "-P", "-m", "causalrt.export.engine_worker", str(file)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        with (
+            log.open("wb") as stderr,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, env=environment
+            ) as child,
+        ):
             try:
                 answer = _follow(child, target, on_progress)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(END_S)
             finally:
-                if child.poll() is None:
-                    child.kill()
-                child.wait()
+                child.kill()
         if answer is None:
             raise BuildError(
                 f"the process that builds engines for {target} ended without an answer (exit code {child.returncode}; "
-                f"-9 is a lack of memory, most often); its last words:\n{log.read_text()[-2000:]}"
+                f"-9 is a lack of memory, most often); its last words:\n{_tail(log)}"
             )
     if answer["kind"] == "error":
-        kind = getattr(errors, answer["error"], BuildError)
+        kind = getattr(errors, answer["error"], OSError)  # the disk is full, say: `new_bundle` tells
         raise kind(answer["message"])
     return answer
 
 
-def _follow(child: "subprocess.Popen[str]", target: str, on_progress: Progress) -> dict[str, Any] | None:
+def _tail(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def _message(line: bytes) -> dict[str, Any] | None:
+    """What the child says; None for a line that something else has printed."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) and "kind" in message else None
+
+
+def _follow(child: "subprocess.Popen[bytes]", target: str, on_progress: Progress) -> dict[str, Any] | None:
     """Pass progress on until the child has said what came of it."""
     assert child.stdout is not None
     engines = 0
     for line in child.stdout:
-        try:
-            message = json.loads(line)
-        except ValueError:
-            logger.info("engine build: %s", line.rstrip())
-            continue
-        if message["kind"] == "engine":
+        message = _message(line)
+        if message is None:
+            logger.info("engine build: %s", line.decode(errors="replace").rstrip())
+        elif message["kind"] == "engine":
             engines = message["total"]
             on_progress(f"engines for {target}", message["done"], engines)
         elif message["kind"] == "phase" and engines <= 3:
             on_progress(f"{target}: {message['phase']}", message["done"], message["total"])
         elif message["kind"] in ("done", "error"):
-            child.wait()
-            return dict(message)
+            return message
     return None
 
 

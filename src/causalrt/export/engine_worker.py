@@ -5,6 +5,7 @@ answers in JSON lines on stdout: progress, then what the networks hold, or the e
 """
 
 import json
+import os
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -39,6 +40,13 @@ class EngineRequest:
 def _say(kind: str, **content: Any) -> None:
     sys.stdout.write(json.dumps({"kind": kind, **content}) + "\n")
     sys.stdout.flush()
+
+
+def _keep_answers_apart() -> None:
+    """What libraries print goes to stderr, answers alone to stdout."""
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(answers, "w")
 
 
 def _make_logger(trt: Any) -> tuple[Any, deque[str]]:
@@ -152,6 +160,7 @@ def build_engine(
 
 def main() -> int:
     """Build what the request asks for."""
+    _keep_answers_apart()
     plain = json.loads(Path(sys.argv[1]).read_text())
     flavour, folder = FLAVOURS[plain["flavour"]], Path(plain["folder"])
     cache = Path(plain["timing_cache"]) if plain["timing_cache"] else None

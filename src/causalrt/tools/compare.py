@@ -15,15 +15,14 @@ from causalrt.export.build import CollectivesMode, build
 from causalrt.runtime.engine import load
 from causalrt.tools.emulate import write_graphs
 from causalrt.tools.recording import open_recording
-from causalrt.tools.replay import Outputs, recorded_outputs, replay, replay_eager, replay_emulated
+from causalrt.tools.replay import Outputs, eager_player, emulated_player, recorded_outputs, replay, replay_here
 
 TOLERANCE = 5e-5
 """Largest difference from a float32 recording: golden data agree with a float64 replay within 5e-6, and the smallest
 mistake worth the name (exact GELU for tanh) moves the latents by 3e-4."""
-EAGER_RATIO = 1.5
-"""How much further from a float32 recording than eager, both in a lower precision, emulated graphs may be: root mean square
-over a rollout, where rounding alone gives ratios from 0.9 to 1.2 (docs/precision.png)."""
-
+EAGER_RATIO = 1.25
+"""How much further from a recording than eager, both in a lower precision, emulated graphs may be, by root mean square over a
+rollout: over the recorded cases A to D, L, N1, N2 and R, bfloat16 and float16, the ratio lies between 0.89 and 1.08."""
 EMULATED = "emulated: the graph that TensorRT parses, run by ONNX Runtime"
 
 
@@ -112,14 +111,14 @@ def compare_emulated(
         folder = Path(name)
         checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
         graphs = write_graphs(config, checkpoint=checkpoint, folder=folder, collectives=collectives)
-        outputs = replay_emulated(recording, graphs)
+        outputs = replay_here(recording, emulated_player(graphs))
         errors = largest_errors(outputs, expected)
         result["max_abs_error"] = {kind: error.largest for kind, error in errors.items()}
         result["worst"] = {kind: error.at for kind, error in errors.items()}
         if precision == "float32":
             passed = all(error.largest <= tolerance for error in errors.values())
             return result | {"tolerance": tolerance, "passed": passed}
-        eager = replay_eager(recording, precision, checkpoint=checkpoint, folder=folder / "eager")
+        eager = replay_here(recording, eager_player(config, checkpoint=checkpoint, folder=folder / "eager"))
     ours, theirs = rms_errors(outputs, expected), rms_errors(eager, expected)
     passed = all(ours[kind] <= EAGER_RATIO * theirs[kind] for kind in ours)
     return result | {"rms_error": ours, "eager_rms_error": theirs, "eager_ratio": EAGER_RATIO, "passed": passed}

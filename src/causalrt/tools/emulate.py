@@ -1,0 +1,211 @@
+"""The graphs that TensorRT parses, written as a build writes them and run by ONNX Runtime, all ranks in this process.
+
+    checkpoint -> weights, prompt.onnx, time.onnx, whole-step.onnx or cut-step-*.onnx      the build's own functions
+               -> DistCollective to Split and Concat, low precision to rounded float32     emulated_graph
+               -> an executor that plays all P ranks                                       here
+
+To the rollout it is an executor on one rank: it takes and returns all N rows, and the KV slots of all ranks are bound to it,
+rank after rank. Rows that pad the last ranks are NaN here, so that one that is read anywhere shows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import torch
+
+from causalrt.config import Config
+from causalrt.engines.base import TORCH_DTYPES
+from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
+from causalrt.export.build import CollectivesMode
+from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
+from causalrt.export.engine_files import write_engine_graphs
+from causalrt.export.onnx import KV_ROWS, write_small_graphs
+from causalrt.export.trace import wan_from_file
+from causalrt.layout import Layout, layout_from_config
+from causalrt.model.step import KVPair, KVTensors
+from causalrt.model.wan import sinusoid
+from causalrt.tools.emulated_graph import emulate_precision, emulate_ranks, rank_name
+
+Arrays = dict[str, npt.NDArray[Any]]
+"""Tensors by their name in a graph; float32 or int64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineGraphs:
+    """Graphs as TensorRT parses them, weights beside them.
+
+    Attributes:
+        folder: that holds them; a bundle's will do.
+        config: that they were written from.
+        collectives: who exchanges.
+        parts: of the step, in order, as the manifest has them.
+    """
+
+    folder: Path
+    config: Config
+    collectives: CollectivesMode
+    parts: Sequence[Mapping[str, Any]]
+
+
+def write_graphs(config: Config, *, checkpoint: Path, folder: Path, collectives: CollectivesMode) -> EngineGraphs:
+    """What a build for TensorRT writes before it builds engines, in any precision.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is not of this config.
+    """
+
+    def on_progress(stage: str, done: int, total: int) -> None: ...
+
+    opened = open_checkpoint(checkpoint)
+    check_checkpoint(opened, config.model)
+    write_weights(
+        opened,
+        config.model,
+        dtype=TORCH_DTYPES[config.build.precision],
+        out=folder / WEIGHTS,
+        on_progress=lambda done, total: None,
+    )
+    wan = wan_from_file(config, folder / WEIGHTS)
+    write_small_graphs(wan, config, folder, on_progress)
+    parts = write_engine_graphs(wan, config, folder, on_progress, collectives=collectives, segmented=None)
+    return EngineGraphs(folder=folder, config=config, collectives=collectives, parts=parts)
+
+
+class _Graph:
+    """One graph of the folder, in one session."""
+
+    def __init__(self, folder: Path, file: str, *, num_threads: int, world_size: int | None = None) -> None:
+        model = onnx.load(folder / file, load_external_data=False)
+        if world_size is not None:
+            model = emulate_ranks(model, world_size)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        options.log_severity_level = 3  # TensorScatter warns of every cache that is not bound in place
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        source = emulate_precision(model).SerializeToString()
+        self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def run(self, values: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """All outputs; `values` may hold more than the graph reads."""
+        results = self._session.run(self._outputs, {name: values[name] for name in self._inputs})
+        return dict(zip(self._outputs, results, strict=True))
+
+
+class _AllRanks:
+    """What both lowerings share: prompt and time, and what each rank's step is given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, graphs: EngineGraphs, *, num_threads: int) -> None:
+        self._config, self._layout = graphs.config, layout_from_config(graphs.config)
+        self._prompt = _Graph(graphs.folder, PROMPT_GRAPH, num_threads=num_threads)
+        self._time = _Graph(graphs.folder, TIME_GRAPH, num_threads=num_threads)
+        self._layers = range(graphs.config.model.num_layers)
+        self._ranks = range(self._layout.world_size)
+        self._bound: list[Arrays] = []
+
+    def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
+        """See `Executor.encode_prompt`."""
+        named = {name: torch.from_numpy(value) for name, value in self._prompt.run({"text": text.numpy()}).items()}
+        return [(named[f"cross_k.{layer}"], named[f"cross_v.{layer}"]) for layer in self._layers]
+
+    def embed_time(self, timestep: float) -> KVPair:
+        """See `Executor.embed_time`."""
+        made = self._time.run({"sinusoid": sinusoid(timestep, self._config.model.freq_dim).float().numpy()})
+        return torch.from_numpy(made["e"]), torch.from_numpy(made["e0"])
+
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+        """See `Executor.bind`; a layer's pairs are those of rank 0's shares, of rank 1's, and so on."""
+        shares = len(self._layout.shares)
+        self._bound = []
+        for rank in self._ranks:
+            values: Arrays = {"rank": np.array([rank]), KV_ROWS: np.array([kv_rows])}
+            for layer in self._layers:
+                for kind, whole in zip("kv", cross_kv[layer], strict=True):
+                    values[f"cross_{kind}.{layer}"] = whole.numpy()
+                for share, pair in enumerate(kv[layer][rank * shares : (rank + 1) * shares]):
+                    values |= {f"{kind}.{layer}.{share}": slots.numpy() for kind, slots in zip("kv", pair, strict=True)}
+            self._bound.append(values)
+
+    def _given(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> list[Arrays]:
+        """What each rank's step reads: its rows, padding NaN, and all that is bound."""
+        rows = torch.full((len(self._ranks) * self._layout.local_tokens, x.shape[1]), torch.nan)
+        rows[: len(x)] = x
+        common = {"e": e.numpy(), "e0": e0.numpy(), "first_frame": np.array([first_frame])}
+        return [
+            values | common | {"x": own.numpy()}
+            for values, own in zip(self._bound, rows.chunk(len(self._ranks)), strict=True)
+        ]
+
+    def _flow(self, values: Sequence[Mapping[str, npt.NDArray[Any]]]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([own["flow"] for own in values])[: self._layout.num_tokens])
+
+
+class EmulatedEngine(_AllRanks):
+    """Engine collectives: the whole step of all ranks in one graph."""
+
+    whole_slots = True
+
+    def __init__(self, graphs: EngineGraphs, *, num_threads: int) -> None:
+        super().__init__(graphs, num_threads=num_threads)
+        (part,) = graphs.parts
+        ranks = self._layout.world_size
+        self._step = _Graph(graphs.folder, part["file"], num_threads=num_threads, world_size=ranks)
+
+    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+        """See `Executor.step`."""
+        given = self._given(x, e, e0, first_frame)
+        feed = {rank_name(rank, name): value for rank in self._ranks for name, value in given[rank].items()}
+        made = self._step.run(feed)
+        for rank in self._ranks:
+            for name, slots in self._bound[rank].items():
+                if name.startswith(("k.", "v.")):
+                    slots[:] = made[rank_name(rank, f"{name}.written")]
+        return self._flow([{"flow": made[rank_name(rank, "flow")]} for rank in self._ranks])
+
+
+class EmulatedSegments(_AllRanks):
+    """Runtime collectives: segment by segment on all ranks; between them, exchanges and writes to staging."""
+
+    whole_slots = False
+
+    def __init__(self, graphs: EngineGraphs, *, num_threads: int) -> None:
+        super().__init__(graphs, num_threads=num_threads)
+        self._segments = [(part, _Graph(graphs.folder, part["file"], num_threads=num_threads)) for part in graphs.parts]
+
+    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+        """See `Executor.step`."""
+        ranks = self._given(x, e, e0, first_frame)
+        for part, segment in self._segments:
+            for values in ranks:
+                values |= segment.run(values)
+                for source, target in part["writes"].items():
+                    slots = values[target.removesuffix(".written")]
+                    slots[:, : values[source].shape[1]] = values[source]
+                    values[target] = slots  # only now: a segment that reads it sooner fails
+            if part["sent"] is not None:
+                for rank, values in enumerate(ranks):
+                    values[part["received"]] = np.stack([other[part["sent"]][rank] for other in ranks])
+        return self._flow(ranks)
+
+
+def emulated_executor(graphs: EngineGraphs, *, num_threads: int) -> EmulatedEngine | EmulatedSegments:
+    """The executor that plays all ranks of `graphs`; a rollout on it has `rollout_view` of the config."""
+    kind = EmulatedEngine if graphs.collectives == "engine" else EmulatedSegments
+    return kind(graphs, num_threads=num_threads)
+
+
+def rollout_view(config: Config) -> tuple[Config, Layout]:
+    """Config and layout for a rollout on an emulated executor: one rank with all rows and every rank's KV slots, float32."""
+    layout = layout_from_config(config)
+    build = replace(config.build, world_size=1, precision="float32")
+    every = replace(layout, world_size=1, shares=layout.shares * layout.world_size)
+    return replace(config, build=build), every

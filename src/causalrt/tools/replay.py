@@ -1,0 +1,117 @@
+"""Run recorded rollouts again, free-running: through rank processes, or in this process by a `Player`.
+
+Whatever runs it, a replay gives every forward's outputs under the recording's own names.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from causalrt.config import Config
+from causalrt.engines.base import Executor
+from causalrt.engines.bundle import open_bundle
+from causalrt.engines.eager import EagerExecutor
+from causalrt.export.build import build
+from causalrt.layout import Layout
+from causalrt.runtime.collectives import LocalCollectives
+from causalrt.runtime.engine import Engine, tokens_from_latents
+from causalrt.runtime.noise import RecordedNoise
+from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord
+from causalrt.tools.emulate import EngineGraphs, emulated_executor, rollout_view
+from causalrt.tools.recording import Recording
+
+Outputs = dict[tuple[int, str], torch.Tensor]
+"""By batch element and the recording's own name (`out.c0.s1.flow`, `out.c0.s1.x0`, `out.c0`: latents): `[N, 64]`."""
+
+
+def replay(recording: Recording, engine: Engine) -> Outputs:
+    """Run every batch element as a session of its own, and keep what each forward computed."""
+    outputs: Outputs = {}
+    for element in range(recording.batch_size):
+        with engine.session(
+            recording.prompt(element), num_chunks=recording.num_chunks, noise=recording.noise(element), record=True
+        ) as session:
+            for chunk in session:
+                outputs[element, f"out.c{chunk.index}"] = tokens_from_latents(chunk.latents, recording.config)
+        assert len(session.records) == recording.num_chunks
+        for index, records in enumerate(session.records):
+            outputs |= _outputs_of_chunk(element, index, records)
+    return outputs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Player:
+    """What a rollout in this process runs on.
+
+    Attributes:
+        executor: of all rows of a chunk, whatever number of ranks it stands for.
+        config: that the rollout sees; its precision is that of the KV slots.
+        layout: that the rollout sees; its shares are those whose KV slots are bound.
+    """
+
+    executor: Executor
+    config: Config
+    layout: Layout
+
+
+def emulated_player(graphs: EngineGraphs, *, num_threads: int = 1) -> Player:
+    """The graphs that TensorRT parses, all ranks of them."""
+    config, layout = rollout_view(graphs.config)
+    return Player(executor=emulated_executor(graphs, num_threads=num_threads), config=config, layout=layout)
+
+
+def eager_player(config: Config, *, checkpoint: Path, folder: Path) -> Player:
+    """Eager on one rank, in the precision of `config`; its bundle is left in `folder`."""
+    config = replace(config, build=replace(config.build, world_size=1))
+    bundle = open_bundle(build(config, checkpoint=checkpoint, out=folder, executors=["eager"]))
+    executor = EagerExecutor(bundle, LocalCollectives(), device=torch.device("cpu"))
+    return Player(executor=executor, config=config, layout=bundle.layout)
+
+
+def replay_here(recording: Recording, player: Player) -> Outputs:
+    """`replay` in this process."""
+    outputs: Outputs = {}
+    model = player.config.model
+    for element in range(recording.batch_size):
+        prompt, noise = recording.prompt(element), RecordedNoise(recording.noise(element))
+        text = torch.cat([prompt, torch.zeros(model.text_len - len(prompt), model.text_dim)])
+        session = Rollout(player.executor, LocalCollectives(), player.config, player.layout, text=text, noise=noise)
+        for index in range(recording.num_chunks):
+            latents: list[torch.Tensor] = []
+            deliver = functools.partial(_keep, latents)
+            _, records = session.chunk(index, refresh=True, record=True, deliver=deliver)
+            (outputs[element, f"out.c{index}"],) = latents
+            outputs |= _outputs_of_chunk(element, index, records)
+    return outputs
+
+
+def _keep(latents: list[torch.Tensor], rows: torch.Tensor, times: ChunkTimes) -> None:
+    latents.append(rows)
+
+
+def _outputs_of_chunk(element: int, index: int, records: Sequence[StepRecord]) -> Outputs:
+    outputs: Outputs = {}
+    for k, record in enumerate(records):
+        if record.x0 is None:
+            outputs[element, f"out.c{index}.ctx.flow"] = record.flow
+        else:
+            outputs[element, f"out.c{index}.s{k}.flow"] = record.flow
+            outputs[element, f"out.c{index}.s{k}.x0"] = record.x0
+    return outputs
+
+
+def recorded_outputs(recording: Recording) -> Outputs:
+    """What the recording holds of the same outputs."""
+    expected: Outputs = {}
+    frames = recording.config.video.chunk_frames
+    for element in range(recording.batch_size):
+        for name, tensor in recording.tensors.items():
+            if name.startswith("out.c") and name.endswith((".flow", ".x0")):
+                expected[element, name] = tokens_from_latents(tensor[element], recording.config)
+        for chunk in range(recording.num_chunks):
+            latents = recording.tensors["out.latents"][element, chunk * frames : (chunk + 1) * frames]
+            expected[element, f"out.c{chunk}"] = tokens_from_latents(latents, recording.config)
+    return expected

@@ -1,0 +1,178 @@
+"""When a step is captured and when it is replayed, told by a recorder in the place of `torch.cuda`."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from causalrt.engines import cuda_graphs
+from causalrt.engines.cuda_graphs import MAX_GRAPHS, CudaGraphs
+
+GPU = torch.device("cuda", 0)
+
+
+class Recorder:
+    """What is done to streams and graphs, in order; streams and graphs go by number."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.alive: set[int] = set()
+        self.stream = "main"
+        self.capturing: int | None = None
+        self._streams, self._graphs = itertools.count(), itertools.count()
+        recorder = self
+
+        class Stream:
+            def __init__(self, device: torch.device) -> None:
+                assert device == GPU
+                self.name = f"side {next(recorder._streams)}"
+
+            def wait_stream(self, other: Any) -> None:
+                recorder.events.append((self.name, "waits for", other.name))
+
+        class Main(Stream):
+            def __init__(self) -> None:
+                self.name = "main"
+
+        class CUDAGraph:
+            def __init__(self) -> None:
+                self.number = next(recorder._graphs)
+                recorder.alive.add(self.number)
+
+            def replay(self) -> None:
+                assert recorder.capturing is None
+                recorder.events.append((recorder.stream, "replays", self.number))
+
+            def __del__(self) -> None:
+                recorder.alive.discard(self.number)
+
+        @contextlib.contextmanager
+        def stream(chosen: Stream) -> Iterator[None]:
+            before, recorder.stream = recorder.stream, chosen.name
+            try:
+                yield
+            finally:
+                recorder.stream = before
+
+        @contextlib.contextmanager
+        def graph(captured: CUDAGraph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+            assert capture_error_mode == "thread_local"  # other threads (NCCL's watchdog) may call CUDA meanwhile
+            before, recorder.stream = recorder.stream, stream.name
+            recorder.capturing = captured.number
+            try:
+                yield
+            finally:
+                recorder.stream, recorder.capturing = before, None
+
+        self.functions: dict[str, Any] = {
+            "Stream": Stream,
+            "CUDAGraph": CUDAGraph,
+            "stream": stream,
+            "graph": graph,
+            "current_stream": lambda device: Main(),
+        }
+
+    def work(self) -> None:
+        what = "runs" if self.capturing is None else f"captures into {self.capturing}"
+        self.events.append((self.stream, what, "work"))
+
+    def take(self) -> list[Any]:
+        taken, self.events = self.events, []
+        return taken
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder()
+    for name, function in made.functions.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    return made
+
+
+def test_a_new_key_is_run_aside_then_captured_then_replayed(recorder: Recorder) -> None:
+    graphs = CudaGraphs(GPU)
+    graphs.run("a", recorder.work)
+    assert recorder.take() == [
+        ("side 0", "waits for", "main"),
+        ("side 0", "runs", "work"),
+        ("main", "waits for", "side 0"),
+        ("side 0", "captures into 0", "work"),
+        ("main", "replays", 0),
+    ]
+
+
+def test_a_known_key_is_replayed_and_nothing_else(recorder: Recorder) -> None:
+    graphs = CudaGraphs(GPU)
+    for key in ("a", "b"):
+        graphs.run(key, recorder.work)
+    recorder.take()
+    for key in ("a", "b", "a"):
+        graphs.run(key, recorder.work)
+    assert recorder.take() == [("main", "replays", number) for number in (0, 1, 0)]
+
+
+def test_keys_are_equal_by_value(recorder: Recorder) -> None:
+    graphs = CudaGraphs(GPU)
+    graphs.run((1, 2), recorder.work)
+    recorder.take()
+    graphs.run(tuple(range(1, 3)), recorder.work)
+    assert recorder.take() == [("main", "replays", 0)]
+
+
+def test_the_least_recently_used_graph_is_dropped(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 3)
+    graphs = CudaGraphs(GPU)
+    for key in "abc":
+        graphs.run(key, recorder.work)
+    graphs.run("a", recorder.work)
+    graphs.run("d", recorder.work)
+    assert recorder.alive == {0, 2, 3}, "b is gone, and its memory with it"
+    recorder.take()
+    for key in "acd":
+        graphs.run(key, recorder.work)
+    assert [what for _, what, _ in recorder.take()] == ["replays"] * 3
+    graphs.run("b", recorder.work)
+    assert ("side 4", "captures into 4", "work") in recorder.take()
+    assert recorder.alive == {2, 3, 4}
+
+
+def test_as_many_are_kept_as_is_said(recorder: Recorder) -> None:
+    graphs = CudaGraphs(GPU)
+    for key in range(MAX_GRAPHS + 5):
+        graphs.run(key, recorder.work)
+    assert recorder.alive == set(range(5, MAX_GRAPHS + 5))
+
+
+@pytest.mark.parametrize("fails_on", [1, 2], ids=["warm-up", "capture"])
+def test_work_that_fails_leaves_no_graph(recorder: Recorder, fails_on: int) -> None:
+    graphs, calls = CudaGraphs(GPU), itertools.count(1)
+
+    def fail() -> None:
+        if next(calls) == fails_on:
+            raise RuntimeError("out of memory, say")
+        recorder.work()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graphs.run("a", fail)
+    assert not any(what == "replays" for _, what, _ in recorder.take())
+    graphs.run("a", recorder.work)
+    assert [what for _, what, _ in recorder.take()][-2:] == [f"captures into {fails_on - 1}", "replays"]
+
+
+@pytest.mark.parametrize(("device", "enabled"), [(torch.device("cpu"), True), (GPU, False)])
+def test_without_graphs_work_is_run_each_time(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, enabled: bool
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> Callable[[], None]:
+        raise AssertionError("no stream and no graph is wanted here")
+
+    for name in ("Stream", "CUDAGraph", "graph", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    graphs, count = CudaGraphs(device, enabled=enabled), itertools.count()
+    assert not graphs.enabled
+    for _ in range(3):
+        graphs.run("a", lambda: next(count))
+    assert next(count) == 3
