@@ -204,3 +204,15 @@ def test_filled_is_a_view():
 def test_no_two_tensors_share_memory():
     pointers = [t.data_ptr() for layer in make_slots(2).filled(0) for pair in layer for t in pair]
     assert len(pointers) == len(set(pointers)) == 2 * 2 * 2
+
+
+def test_slots_bound_whole_hold_no_leftovers(monkeypatch):
+    # Rows that are not filled are masked, but a mask multiplies by zero, and zero times a NaN left in memory is NaN.
+    config = override(recipe("tiny"), {"build.world_size": "2"})
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options))
+    slots = KVSlots(config, layout_from_config(config), torch.bfloat16, whole_slots=True)
+    for layer in slots.filled(0):
+        for share, pair in zip(layout_from_config(config).shares, layer, strict=True):
+            for tensor in pair:
+                assert tensor.shape == (1, share.num_heads, config.slot_rows, config.model.head_dim)
+                assert not tensor.any()

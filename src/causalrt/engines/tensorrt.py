@@ -221,6 +221,10 @@ class LoadedEngine:
         self._loader, self._file, self._engine = loader, file, engine
         trt = loader.trt
         found = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        if names and set(names) != set(found):
+            raise ExecutorError(
+                f"{file} has the tensors {', '.join(found)}, and the bundle names {', '.join(names)}; build the bundle again"
+            )
         self._own = {names.get(own, own): own for own in found}
         self.names = list(self._own)
         self._inputs = [

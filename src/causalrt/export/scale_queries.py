@@ -20,7 +20,6 @@ def scale_queries_pass(model: onnx.ModelProto, *, head_dim: int) -> int:
     graph = model.graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
     name = "attention_scale"
-    graph.initializer.append(numpy_helper.from_array(np.array(1 / math.sqrt(head_dim), dtype=np.float32), name))
     nodes, hits = [], 0
     for node in graph.node:
         if node.op_type == "Attention" and node.domain == "":
@@ -43,4 +42,6 @@ def scale_queries_pass(model: onnx.ModelProto, *, head_dim: int) -> int:
     kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(kept)
+    if hits:
+        graph.initializer.append(numpy_helper.from_array(np.array(1 / math.sqrt(head_dim), dtype=np.float32), name))
     return hits

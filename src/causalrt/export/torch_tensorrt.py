@@ -71,10 +71,9 @@ def check_torch_tensorrt(flavours: tuple[str, ...], collectives: str) -> None:
     driven = driven_flavour(load_torch_tensorrt())
     refused = [name for name in flavours if name != driven]
     if refused:
-        package = {"tensorrt": "torch-tensorrt", "tensorrt_rtx": "torch-tensorrt-rtx"}
         raise ExecutorError(
             f"the torch_tensorrt that is installed here drives {driven}, not {refused[0]}; build with `--executor {driven}`, "
-            f"or with `--frontend onnx`, or install {package[refused[0]]} in place of {package[driven]}"
+            "or with `--frontend onnx`"
         )
 
 
@@ -124,7 +123,7 @@ def build_with_torch_tensorrt(
             names[file] = tensor_names(program, inputs, outputs)
             expected, known = expected_layers(program), describe_program(program)  # the conversion changes the program
             (folder / file).write_bytes(_convert(torch_tensorrt, program, stem, cache))
-            network = describe_network(trt, contexts[0].net) if contexts else known
+            network = describe_network(trt, contexts[0].net) if contexts else known  # the context keeps constants alive
             contexts.clear()
             check_network(network, expected=expected, onnx_file=f"the traced {stem}")
             networks[file] = rename_tensors(network, names[file])
@@ -157,7 +156,8 @@ def registered_converters(trt: Any) -> Iterator[list[Any]]:
     Its registry is the process's and takes nothing back, so every call goes before the last one's converters.
 
     Yields:
-        The contexts of the conversions that met one of our ops: each holds its network, and what its constants point to.
+        The context of the conversion at hand, once it has met one of our ops: it holds the network, and the memory that the
+        network's constants point to.
     """
     conversion = importlib.import_module("torch_tensorrt.dynamo.conversion")
     contexts: list[Any] = []
@@ -166,7 +166,8 @@ def registered_converters(trt: Any) -> Iterator[list[Any]]:
         def convert(context: Any, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:
             if not contexts:
                 contexts.append(context)
-            return add(trt, context.net, name, *args, **kwargs)
+            assert not kwargs
+            return add(trt, context.net, name, *args)
 
         return convert
 

@@ -149,7 +149,7 @@ def test_what_breaks_in_its_import_is_told(monkeypatch, tmp_path):
     [
         (False, ("tensorrt_rtx",), "drives tensorrt, not tensorrt_rtx"),
         (False, ("tensorrt_rtx", "tensorrt"), "drives tensorrt, not tensorrt_rtx"),
-        (True, ("tensorrt",), "install torch-tensorrt in place of torch-tensorrt-rtx"),
+        (True, ("tensorrt",), "drives tensorrt_rtx, not tensorrt; build with `--executor tensorrt_rtx`"),
     ],
 )
 def test_the_other_tensorrt_is_refused(monkeypatch, rtx, flavours, told):
@@ -384,6 +384,8 @@ def test_an_engine_goes_by_our_names(monkeypatch, tmp_path):
     with pytest.raises(ExecutorError, match=r"k\.0\.0\.written updates k\.0\.0 in place"):
         loaded.bind({**tensors, "k.0.0.written": loaded.empty("k.0.0.written")})
     loaded.bind({**tensors, "k.0.0.written": tensors["k.0.0"]})
+    with pytest.raises(ExecutorError, match=r"step\.engine has the tensors kv_0_0_0, .*the bundle names rank"):
+        loader.load(tmp_path / "step.engine", {"rank": "rank"})
     assert engine.addresses == {
         "kv_0_0_0": tensors["k.0.0"].data_ptr(),
         "rank": tensors["rank"].data_ptr(),
@@ -402,4 +404,7 @@ def test_engines_of_the_true_torch_tensorrt(checkpoint, tmp_path):
     loaded = loader.load(bundle.path / files["step"][0], files["names"][files["step"][0]])
     inputs, outputs = step_names(bundle.config, whole_slots=True)
     assert sorted(loaded.names) == sorted([*inputs, *outputs])
-    loaded.bind({name: loaded.empty(name.removesuffix(".written")) for name in [*inputs, "flow"]} | {})
+    tensors = {name: loaded.empty(name) for name in [*inputs, "flow"]}
+    loaded.bind(
+        tensors | {name: tensors[name.removesuffix(".written")] for name in outputs[1:]}
+    )  # in place, or refused

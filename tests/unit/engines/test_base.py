@@ -1,0 +1,92 @@
+import sys
+from types import SimpleNamespace
+
+import onnxruntime
+import pytest
+import torch
+
+from causalrt.engines.base import EXECUTORS, choose_device, executor_kind, make_executor
+from causalrt.errors import ExecutorError
+
+BOTH, GPU_ONLY = ("eager", "inductor"), ("tensorrt_rtx", "tensorrt")
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """`gpus(2, onnxruntime_cuda=False)`: what is installed here, as far as anyone asks."""
+
+    def pretend(count, *, onnxruntime_cuda=True):
+        providers = ["CUDAExecutionProvider"] * onnxruntime_cuda + ["CPUExecutionProvider"]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+
+    return pretend
+
+
+def test_unknown_executor_is_refused_with_the_known_ones():
+    for call in (
+        lambda: executor_kind("cuda"),
+        lambda: choose_device("cuda", asked=None, world_size=1),
+        lambda: make_executor("cuda", None, None, num_threads=1, device=torch.device("cpu")),
+    ):
+        with pytest.raises(ExecutorError, match=f"no executor 'cuda'; this version has: {', '.join(EXECUTORS)}$"):
+            call()
+
+
+@pytest.mark.parametrize("name", [*BOTH, "onnxruntime", *GPU_ONLY])
+def test_gpus_are_taken_where_each_rank_has_one(gpus, name):
+    gpus(2)
+    for asked in (None, "cuda"):
+        assert choose_device(name, asked=asked, world_size=2) == "cuda"
+
+
+@pytest.mark.parametrize("name", [*BOTH, "onnxruntime"])
+def test_a_cpu_will_do_where_there_are_too_few(gpus, name):
+    gpus(2)
+    assert choose_device(name, asked=None, world_size=3) == "cpu"
+    assert choose_device(name, asked="cpu", world_size=1) == "cpu"
+
+
+@pytest.mark.parametrize("name", GPU_ONLY)
+def test_tensorrt_does_not_run_on_a_cpu(gpus, name):
+    gpus(1)
+    with pytest.raises(ExecutorError, match=f"{name} runs on cuda, not on cpu"):
+        choose_device(name, asked="cpu", world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [*((name, None) for name in GPU_ONLY), *((name, "cuda") for name in EXECUTORS)]
+)
+def test_too_few_gpus_are_refused(gpus, name, asked):
+    gpus(1)
+    said = (
+        rf"{name} needs a GPU for each of 2 rank\(s\), and torch sees 1 here; .*take an executor that runs on a CPU "
+        r"\(eager, inductor, onnxruntime\)"
+    )
+    with pytest.raises(ExecutorError, match=said):
+        choose_device(name, asked=asked, world_size=2)
+
+
+def test_onnxruntime_without_cuda(gpus):
+    gpus(1, onnxruntime_cuda=False)
+    assert choose_device("onnxruntime", asked=None, world_size=1) == "cpu"
+    with pytest.raises(ExecutorError, match="has no CUDA; install onnxruntime-gpu in its place"):
+        choose_device("onnxruntime", asked="cuda", world_size=1)
+
+
+@pytest.mark.parametrize("asked", ["gpu", "cuda:0", "CPU", ""])
+def test_device_that_is_none(gpus, asked):
+    gpus(1)
+    with pytest.raises(ExecutorError, match=f"device must be cuda or cpu, got {asked!r}; rank r runs on GPU r"):
+        choose_device("eager", asked=asked, world_size=1)
+
+
+@pytest.mark.parametrize("name", GPU_ONLY)
+def test_library_that_is_missing_is_named(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    record = {"collectives": "engine", "targets": {"sm80": {"prompt": "p", "time": "t", "step": ["s"]}}}
+    config = SimpleNamespace(build=SimpleNamespace(precision="bfloat16", world_size=1))
+    bundle = SimpleNamespace(engines={name: record}, config=config)
+    with pytest.raises(ExecutorError, match=rf"{name} needs the Python module {name}, .*pip install 'causalrt\["):
+        make_executor(name, bundle, None, num_threads=1, device=torch.device("cpu"))
