@@ -21,7 +21,7 @@ from causalrt.engines.base import EXECUTORS
 from causalrt.errors import CausalRTError, ConfigError
 
 if TYPE_CHECKING:
-    from causalrt.export.progress import Progress as OnProgress
+    from causalrt.export.options import Progress as OnProgress
 
 DTYPES = {
     "float32": "float32",

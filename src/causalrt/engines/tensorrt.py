@@ -105,7 +105,9 @@ class TensorRTExecutor:
         self._bound = named  # engines and graphs hold addresses only
         self._kv_rows = kv_rows
         addresses = tuple(tensor.data_ptr() for tensor in named.values())
-        self._key = addresses if self.whole_slots else (kv_rows, *addresses)  # whole slots: `kv_rows` is read as a tensor
+        self._key = (
+            addresses if self.whole_slots else (kv_rows, *addresses)
+        )  # whole slots: `kv_rows` is read as a tensor
         for engine in self._step:
             engine.select_profile(kv_rows)
             engine.bind({name: self._buffers[name] if name in self._buffers else named[name] for name in engine.names})

@@ -92,7 +92,9 @@ class Flavour:
         if validity != trt.EngineValidity.INVALID:
             return ""
         kinds = trt.EngineInvalidityDiagnostics.__members__
-        return "invalid engine: " + (", ".join(name for name, kind in kinds.items() if found & kind.value) or "no diagnosis")
+        return "invalid engine: " + (
+            ", ".join(name for name, kind in kinds.items() if found & kind.value) or "no diagnosis"
+        )
 
     def create_context(self, trt: Any, engine: Any) -> Any:
         """An execution context whose scratch memory is the caller's, and whose kernels are all there before it runs."""

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from causalrt.config import Config
 from causalrt.engines.base import EXECUTORS, TORCH_DTYPES, executor_kind
@@ -13,12 +13,9 @@ from causalrt.engines.bundle import WEIGHTS, new_bundle, write_manifest
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
-from causalrt.export.progress import Progress
+from causalrt.export.options import CollectivesMode, FrontEnd, Progress
 
 logger = logging.getLogger(__name__)
-
-CollectivesMode = Literal["engine", "runtime"]
-FrontEnd = Literal["onnx", "torch-tensorrt"]
 
 GRAPH_BYTES = 64 * 2**20
 """Disk that the graph files may take beside the weights; they hold tables and structure only."""

@@ -16,7 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 
@@ -29,7 +29,7 @@ from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
 from causalrt.export.dist_collective import lower_exchanges_pass
 from causalrt.export.engine_worker import EngineRequest, request_json
 from causalrt.export.onnx import step_graph, write_segments
-from causalrt.export.progress import Progress
+from causalrt.export.options import CollectivesMode, Progress
 from causalrt.export.scale_queries import scale_queries_pass
 from causalrt.export.split_lone_heads import split_lone_heads_pass
 from causalrt.layout import slots_from_config
@@ -37,7 +37,6 @@ from causalrt.model.wan import Wan
 
 logger = logging.getLogger(__name__)
 
-CollectivesMode = Literal["engine", "runtime"]
 WHOLE_STEP = "whole-step.onnx"
 END_S = 10.0
 """How long the child may take to end once it has answered."""

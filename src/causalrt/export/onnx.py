@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
-from causalrt.export.progress import Progress
+from causalrt.export.options import Progress
 from causalrt.export.segment import cut_exchanges_pass
 from causalrt.export.share_weights import share_weights_pass
 from causalrt.export.trace import trace_prompt, trace_step, trace_time

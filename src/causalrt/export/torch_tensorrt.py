@@ -28,7 +28,7 @@ from causalrt.errors import BuildError, ConfigError, ExecutorError
 from causalrt.export.engine_network import check_network, describe_network
 from causalrt.export.onnx import cross_kv_names, step_names
 from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
-from causalrt.export.progress import Progress
+from causalrt.export.options import Progress
 from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
 
 DEVICE = torch.device("cuda", 0)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from causalrt.config import HeadPlanName, Precision
-from causalrt.export.build import CollectivesMode, build
+from causalrt.export.build import build
+from causalrt.export.options import CollectivesMode
 from causalrt.runtime.engine import load
 from causalrt.tools.emulate import write_graphs
 from causalrt.tools.recording import open_recording

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from causalrt.config import override, recipe
 from causalrt.export.build import build
-from causalrt.export.progress import Progress
+from causalrt.export.options import Progress
 from causalrt.export.random_weights import random_weights
 from causalrt.runtime.engine import Engine, load
 from causalrt.tools.compare import TOLERANCE

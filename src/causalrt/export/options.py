@@ -1,0 +1,13 @@
+"""What a build can be asked for beside its config, and how it says how far it is."""
+
+from collections.abc import Callable
+from typing import Literal
+
+CollectivesMode = Literal["engine", "runtime"]
+"""Who exchanges between ranks under TensorRT: one engine for the whole step, or the runtime between segments."""
+
+FrontEnd = Literal["onnx", "torch-tensorrt"]
+"""What makes TensorRT's network of the traced step."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
