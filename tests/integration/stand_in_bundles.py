@@ -14,9 +14,9 @@ from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS, new_bundle, write_manifest
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.export import engine_files
-from causalrt.export.options import CollectivesMode
 from causalrt.export.checkpoint import open_checkpoint, write_weights
 from causalrt.export.onnx import write_small_graphs
+from causalrt.export.options import CollectivesMode
 from causalrt.export.trace import wan_from_file
 
 TARGET, CAPABILITY = "sm80", (8, 0)

@@ -21,12 +21,14 @@ class CudaGraphs:
         self._device = device
         self.enabled = enabled and device.type == "cuda"
         self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle() if self.enabled else None  # one after another: they can share memory
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Do `work`: on a new key run it, then capture it; on a known one replay.
 
         Collective: `work` may hold collectives, for every rank sees the same keys in the same order. It must read and write
-        memory at fixed addresses only, must give the same result when run twice, and must not wait for the device.
+        memory at fixed addresses only, must give the same result when run twice, must leave nothing in memory that it
+        allocates (the graphs share it), and must not wait for the device.
         """
         if not self.enabled:
             work()
@@ -42,7 +44,7 @@ class CudaGraphs:
             work()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             work()
         self._graphs[key] = graph
         if len(self._graphs) > MAX_GRAPHS:

@@ -12,6 +12,7 @@ from causalrt.engines import cuda_graphs
 from causalrt.engines.cuda_graphs import MAX_GRAPHS, CudaGraphs
 
 GPU = torch.device("cuda", 0)
+POOL = 7
 
 
 class Recorder:
@@ -58,7 +59,8 @@ class Recorder:
                 recorder.stream = before
 
         @contextlib.contextmanager
-        def graph(captured: CUDAGraph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        def graph(captured: CUDAGraph, *, pool: int, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+            assert pool == POOL  # one for all graphs
             assert capture_error_mode == "thread_local"  # other threads (NCCL's watchdog) may call CUDA meanwhile
             before, recorder.stream = recorder.stream, stream.name
             recorder.capturing = captured.number
@@ -73,6 +75,7 @@ class Recorder:
             "stream": stream,
             "graph": graph,
             "current_stream": lambda device: Main(),
+            "graph_pool_handle": lambda: POOL,
         }
 
     def work(self) -> None:

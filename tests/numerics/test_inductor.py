@@ -1,0 +1,69 @@
+"""The inductor executor on a CPU: what torch.compile makes of the step, against the reference's recording.
+
+Only one recording and few ranks, for compiling takes its time; `test_golden.py` has eager, which is what is compiled.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from causalrt.engines.bundle import open_bundle
+from causalrt.engines.inductor import InductorExecutor, cpp_compiler
+from causalrt.export.build import build
+from causalrt.runtime.collectives import LocalCollectives
+from causalrt.runtime.engine import load
+from causalrt.tools.compare import TOLERANCE, largest_errors
+from causalrt.tools.recording import open_recording
+from causalrt.tools.replay import Player, recorded_outputs, replay, replay_here
+
+pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="inductor needs a C++ compiler on a CPU: install g++")
+RECORDING = Path(__file__).parents[1] / "data" / "golden" / "B.safetensors"
+
+
+def recording_and_bundle(world_size, folder):
+    recording = open_recording(RECORDING, world_size=world_size)
+    checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
+    return recording, build(recording.config, checkpoint=checkpoint, out=folder / "bundle", executors=["inductor"])
+
+
+def check(outputs, recording):
+    for name, error in largest_errors(outputs, recorded_outputs(recording)).items():
+        assert error.largest <= TOLERANCE, f"{name}: {error.largest:.2e} at {error.at}"
+
+
+@pytest.fixture
+def compiled_graphs():
+    """How often something was compiled."""
+    torch.compiler.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+
+
+def test_compiled_once_for_all_chunks_and_sessions(tmp_path, compiled_graphs):
+    """The number of filled KV rows is symbolic from the first chunk on, and no tensor of a session is part of the code."""
+    recording, path = recording_and_bundle(1, tmp_path)
+    bundle = open_bundle(path)
+    executor = InductorExecutor(bundle, LocalCollectives(), device=torch.device("cpu"))
+    assert compiled_graphs() == 0
+    lengths = []
+    bind = executor.bind
+
+    def bind_and_tell(kv, cross_kv, kv_rows):
+        lengths.append(kv_rows)
+        bind(kv, cross_kv, kv_rows)
+
+    executor.bind = bind_and_tell
+    player = Player(executor=executor, config=bundle.config, layout=bundle.layout)
+    for _ in range(2):
+        check(replay_here(recording, player), recording)
+        assert compiled_graphs() == 1
+    assert lengths == [48, 96, 144] * 2
+
+
+def test_exchanges_are_part_of_the_compiled_step(tmp_path):
+    recording, path = recording_and_bundle(2, tmp_path)
+    with load(path, executor="inductor", device="cpu", timeout_s=300) as engine:
+        check(replay(recording, engine), recording)
