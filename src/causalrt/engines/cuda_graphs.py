@@ -21,7 +21,9 @@ class CudaGraphs:
         self._device = device
         self.enabled = enabled and device.type == "cuda"
         self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if self.enabled else None  # one after another: they can share memory
+        # They run one after another, and can share memory: that of one pool, which torch keeps by the stream it was taken on.
+        self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
+        self._side = torch.cuda.Stream(device) if self.enabled else None  # type: ignore[no-untyped-call]
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Do `work`: on a new key run it, then capture it; on a known one replay.
@@ -30,7 +32,8 @@ class CudaGraphs:
         memory at fixed addresses only, must give the same result when run twice, must leave nothing in memory that it
         allocates (the graphs share it), and must not wait for the device.
         """
-        if not self.enabled:
+        side = self._side
+        if side is None:
             work()
             return
         graph = self._graphs.get(key)
@@ -38,7 +41,6 @@ class CudaGraphs:
             self._graphs.move_to_end(key)
             graph.replay()
             return
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):  # lazy set-up (workspaces, compilation, communicators) must not be captured
             work()
