@@ -77,7 +77,7 @@ class Session:
     def bind(self, first_frame: int) -> None:
         """Take up a chunk."""
         rows = self.slots.filled_rows(first_frame)
-        self.executor.bind(self.slots.filled(first_frame), self.cross_kv, rows)
+        self.executor.bind(self.slots.filled(first_frame), self.cross_kv, kv_rows=rows, memory=0)
 
 
 def wait(device: torch.device) -> None:

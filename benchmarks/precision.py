@@ -68,9 +68,9 @@ class Forced:
         self.encode_prompt, self.embed_time = executor.encode_prompt, executor.embed_time
         self._executor, self._inputs = executor, iter(inputs)
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
         """See `Executor.bind`."""
-        self._executor.bind(kv, cross_kv, kv_rows)
+        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory)
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""

@@ -13,6 +13,7 @@ from causalrt.export.build import build
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session_memory import SessionMemories
 from causalrt.tools.recording import Recording, open_recording
 from causalrt.tools.replay import Outputs, Player, replay_here
 
@@ -54,9 +55,11 @@ def ready_to_step(case: Case, executor: Executor) -> tuple[Callable[[], object],
     model, prompt = config.model, recording.prompt(0)
     text = torch.cat([prompt, torch.zeros(model.text_len - len(prompt), model.text_dim)])
     noise = RecordedNoise(recording.noise(0))
-    session = Rollout(executor, LocalCollectives(), config, case.bundle.layout, text=text, noise=noise)
+    memory = SessionMemories(executor, config, case.bundle.layout).take()
+    layout = case.bundle.layout
+    session = Rollout(executor, LocalCollectives(), config, layout, text=text, noise=noise, memory=memory)
     slots = session.slots
-    executor.bind(slots.filled(0), session._cross_kv, slots.filled_rows(0))
+    executor.bind(slots.filled(0), memory.cross_kv, kv_rows=slots.filled_rows(0), memory=memory.number)
     x = session._local_noise(0, 0)
     e, e0 = session._times[0]
     return lambda: executor.step(x, e, e0, 0), lambda: session._local_noise(0, 1)

@@ -29,7 +29,7 @@ SCRIPT = """
     for first_frame in (0, 3, 6):
         kv = slots.filled(first_frame)
         before = kv[0][0][0].clone()
-        executor.bind(kv, cross, slots.filled_rows(first_frame))
+        executor.bind(kv, cross, kv_rows=slots.filled_rows(first_frame), memory=0)
         if sys.argv[2] == "elsewhere":
             for segment in executor._segments:
                 for name in segment.outputs:

@@ -33,6 +33,7 @@ from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, capsule
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise, SeededNoise
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session_memory import SessionMemories
 from causalrt.tools.compare import TOLERANCE, largest_errors
 from causalrt.tools.recording import Recording, open_recording
 from causalrt.tools.replay import Outputs, recorded_outputs
@@ -82,13 +83,19 @@ def make(bundle: Bundle, collectives: Any) -> TensorRTExecutor:
     return TensorRTExecutor(STAND_INS[name], bundle, collectives, device=CPU)
 
 
+MEMORIES: weakref.WeakKeyDictionary[TensorRTExecutor, SessionMemories] = weakref.WeakKeyDictionary()
+"""Of each executor, as a rank keeps them."""
+
+
 def open_session(
     executor: TensorRTExecutor, collectives: Any, bundle: Bundle, *, text: torch.Tensor, noise: Any
 ) -> Rollout:
     model = bundle.config.model
     padded = torch.zeros(model.text_len, model.text_dim)
     padded[: len(text)] = text
-    return Rollout(executor, collectives, bundle.config, bundle.layout, text=padded, noise=noise)
+    memories = MEMORIES.setdefault(executor, SessionMemories(executor, bundle.config, bundle.layout))
+    memory = memories.take()
+    return Rollout(executor, collectives, bundle.config, bundle.layout, text=padded, noise=noise, memory=memory)
 
 
 def play(session: Rollout, index: int) -> dict[str, torch.Tensor]:
@@ -206,10 +213,10 @@ def test_a_step_allocates_nothing_and_writes_staging_alone(replays: Replays, col
         )
         for index in range(2):
             play(session, index)
-        slots = session.slots
-        executor.bind(slots.filled(first_frame), session._cross_kv, slots.filled_rows(first_frame))
+        slots, cross_kv = session.slots, session.memory.cross_kv
+        executor.bind(slots.filled(first_frame), cross_kv, kv_rows=slots.filled_rows(first_frame), memory=0)
         bound, before = addresses(executor), [tensor.clone() for tensor in all_slots(slots)]
-        cross = [tensor.clone() for pair in session._cross_kv for tensor in pair]
+        cross = [tensor.clone() for pair in cross_kv for tensor in pair]
         x = torch.randn(bundle.layout.local_tokens, config.model.patch_features)
         flows, written = [], []
         for k in (0, 1):
@@ -228,7 +235,7 @@ def test_a_step_allocates_nothing_and_writes_staging_alone(replays: Replays, col
             rows = [tensor[..., :staged, :] for tensor in (old, once, twice)]
             assert not torch.equal(rows[0], rows[1])
             assert not torch.equal(rows[1], rows[2])
-        assert all(torch.equal(a, b) for a, b in zip(cross, (t for p in session._cross_kv for t in p), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(cross, (t for p in cross_kv for t in p), strict=True))
         ours = {tensor.data_ptr() for tensor in all_slots(slots)}
         for engine, at in zip(executor._step, bound, strict=True):
             for name in engine.names:
@@ -262,7 +269,7 @@ def test_what_is_bound_lives_as_long_as_it_is_bound(replays: Replays, collective
         slots = KVSlots(bundle.config, bundle.layout, torch.float32, whole_slots=executor.whole_slots)
         cross = executor.encode_prompt(torch.zeros(bundle.config.model.text_len, bundle.config.model.text_dim))
         kv = slots.filled(0)
-        executor.bind(kv, cross, slots.filled_rows(0))
+        executor.bind(kv, cross, kv_rows=slots.filled_rows(0), memory=0)
         tensors = [tensor for pair in (*cross, *(pair for layer in kv for pair in layer)) for tensor in pair]
         return [weakref.ref(tensor) for tensor in tensors]
 
@@ -280,6 +287,10 @@ class KeptKeys:
 
     def __init__(self) -> None:
         self.keys: list[tuple[int, ...]] = []
+        self.addresses: dict[int, set[tuple[int, ...]]] = {}
+
+    def bind(self, memory: int, addresses: tuple[int, ...]) -> None:
+        self.addresses.setdefault(memory, set()).add(addresses)
 
     def run(self, key: tuple[int, ...], work: Callable[[], None]) -> None:
         self.keys.append(key)
@@ -317,6 +328,10 @@ def test_graphs_are_kept_by_session_and_kv_length(replays: Replays, collectives:
         for i in range(5):
             for j in range(5):
                 assert (of_session[i] == of_session[j]) == (collectives == "engine" or lengths[i] == lengths[j])
+    # Keys are numbers that every rank gives alike; a number means one set of addresses.
+    assert {key[0] for key in of_one} == {0}
+    assert {key[0] for key in of_other} == {1}
+    assert all(len(addresses) == 1 for addresses in graphs.addresses.values())
 
 
 # What TensorRT refuses
@@ -341,7 +356,7 @@ class Bound:
     cross: Any
 
     def bind(self) -> None:
-        self.executor.bind(self.slots.filled(0), self.cross, self.slots.filled_rows(0))
+        self.executor.bind(self.slots.filled(0), self.cross, kv_rows=self.slots.filled_rows(0), memory=0)
 
     def step(self) -> None:
         layout = self.executor._buffers["x"].shape
@@ -368,7 +383,7 @@ def test_step_before_bind(whole: Bundle, cut: Bundle) -> None:
 def test_kv_rows_without_a_profile(cut: Bundle) -> None:
     bound = ready(cut)
     with pytest.raises(ExecutorError, match=r"cut-step-001\.engine has profiles for \[24, 48, 72\] KV rows, not for 7"):
-        bound.executor.bind(bound.slots.filled(0), bound.cross, 7)
+        bound.executor.bind(bound.slots.filled(0), bound.cross, kv_rows=7, memory=0)
 
 
 def test_slots_of_another_length_than_said(cut: Bundle) -> None:
@@ -377,7 +392,7 @@ def test_slots_of_another_length_than_said(cut: Bundle) -> None:
         ExecutorError,
         match=r"shape \[1, 48, 96\] of [kv]\.0\.0\.written was refused: .*does not satisfy any optimization profiles.*24",
     ):
-        bound.executor.bind(bound.slots.filled(3), bound.cross, bound.slots.filled_rows(0))
+        bound.executor.bind(bound.slots.filled(3), bound.cross, kv_rows=bound.slots.filled_rows(0), memory=0)
 
 
 def test_tensors_of_another_size_than_the_engine_reads(whole: Bundle) -> None:
@@ -389,7 +404,7 @@ def test_tensors_of_another_size_than_the_engine_reads(whole: Bundle) -> None:
         bound.executor.encode_prompt(torch.zeros(5, model.text_dim))
     short = [[(k[:, :, :24].contiguous(), v) for k, v in layer] for layer in bound.slots.filled(0)]
     with pytest.raises(ExecutorError, match=r"k\.0\.0 is \[1, 6, 72, 16\], got \[1, 6, 24, 16\]"):
-        bound.executor.bind(short, bound.cross, 24)
+        bound.executor.bind(short, bound.cross, kv_rows=24, memory=0)
 
 
 def test_scratch_memory_that_is_missing_or_too_small(whole: Bundle) -> None:
@@ -452,10 +467,10 @@ def test_memory_that_torch_must_not_hand_over(whole: Bundle) -> None:
         [(k.transpose(1, 2).contiguous().transpose(1, 2), v) for k, v in layer] for layer in bound.slots.filled(0)
     ]
     with pytest.raises(AssertionError, match=r"k\.0\.0"):
-        bound.executor.bind(turned, bound.cross, 24)
+        bound.executor.bind(turned, bound.cross, kv_rows=24, memory=0)
     wide = [(k.double(), v) for k, v in bound.cross]
     with pytest.raises(AssertionError, match=r"cross_k\.0"):
-        bound.executor.bind(bound.slots.filled(0), wide, 24)
+        bound.executor.bind(bound.slots.filled(0), wide, kv_rows=24, memory=0)
 
 
 def test_communicator_missing_or_refused(replays: Replays, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_chunk_0_agrees_with_diffusers(pair: Pair, tolerance: float, timestep: f
 
     executor = EagerExecutor(pair.bundle, LocalCollectives(), device=torch.device("cpu"))
     slots = KVSlots(config, pair.bundle.layout, torch.float32)
-    executor.bind(slots.filled(0), executor.encode_prompt(text), slots.filled_rows(0))
+    executor.bind(slots.filled(0), executor.encode_prompt(text), kv_rows=slots.filled_rows(0), memory=0)
     rows = executor.step(tokens_from_latents(latents, config), *executor.embed_time(timestep), first_frame=0)
     flow = latents_from_tokens(rows, config)
 

@@ -26,6 +26,7 @@ from causalrt.runtime.engine import latents_from_tokens
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session_memory import SessionMemories
 from causalrt.tools.recording import Recording, open_recording
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -49,13 +50,15 @@ def replay_error(case: str, folder: Path) -> float:
     collectives = LocalCollectives()
     text = torch.zeros(config.model.text_len, config.model.text_dim)
     text[: len(recorded.prompt(0))] = recorded.prompt(0)
+    executor = eager.EagerExecutor(bundle, collectives, device=torch.device("cpu"))
     session = Rollout(
-        eager.EagerExecutor(bundle, collectives, device=torch.device("cpu")),
+        executor,
         collectives,
         config,
         bundle.layout,
         text=text,
         noise=RecordedNoise(recorded.noise(0)),
+        memory=SessionMemories(executor, config, bundle.layout).take(),
     )
     latents: list[torch.Tensor] = []
     for chunk in range(recorded.num_chunks):

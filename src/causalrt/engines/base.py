@@ -52,13 +52,15 @@ class Executor(Protocol):
     def embed_time(self, timestep: float) -> KVPair:
         """Timestep -> (e `[C]`, e0 `[6, C]`); the caller keeps them."""
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
         """Use these KV slots (views into the session's memory) and this prompt until bound again.
 
         Args:
             kv: the filled prefix, or the slots whole (`whole_slots`); staging comes first.
-            cross_kv: what `encode_prompt` returned.
+            cross_kv: what `encode_prompt` returned, or a copy.
             kv_rows: filled rows, staging included.
+            memory: number of the memory that `kv` and `cross_kv` lie in. Equal numbers mean equal addresses on this rank, and
+                all ranks give the same numbers in the same order: by them CUDA graphs are found again.
         """
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:

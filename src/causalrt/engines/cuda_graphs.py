@@ -1,17 +1,20 @@
-"""CUDA graphs of a step: captured once for each set of addresses, replayed afterwards.
+"""CUDA graphs of a step: captured once for each memory and number of KV rows, replayed afterwards.
 
-A graph holds addresses, not tensors. It stays right for as long as the same memory means the same things, so it is kept under
-the addresses that it was captured with; memory that is freed and handed out again to the next session finds its graph again.
+A graph holds addresses, not tensors, and stays right for as long as the same memory means the same things. It is kept under a
+key that is the same on every rank, and not under its addresses: a capture runs the step's collectives twice and a replay once,
+so ranks that decided differently would wait for each other for ever.
 """
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 
 logger = logging.getLogger(__name__)
 MAX_GRAPHS = 64
+Key = tuple[int, int]
+"""Number of the session's memory, and what else tells two graphs apart: the rows of its filled prefix."""
 
 
 class CudaGraphs:
@@ -20,12 +23,20 @@ class CudaGraphs:
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
         self._device = device
         self.enabled = enabled and device.type == "cuda"
-        self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
+        self._graphs: OrderedDict[Key, torch.cuda.CUDAGraph] = OrderedDict()
+        self._addresses: dict[int, tuple[int, ...]] = {}
         # They run one after another, and can share memory: that of one pool, which torch keeps by the stream it was taken on.
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
         self._side = torch.cuda.Stream(device) if self.enabled else None  # type: ignore[no-untyped-call]
 
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+    def bind(self, memory: int, addresses: tuple[int, ...]) -> None:
+        """Say where the memory of this number lies; graphs of another one that had the number are dropped."""
+        if self._addresses.get(memory, addresses) != addresses:
+            for key in [key for key in self._graphs if key[0] == memory]:
+                del self._graphs[key]
+        self._addresses[memory] = addresses
+
+    def run(self, key: Key, work: Callable[[], None]) -> None:
         """Do `work`: on a new key run it, then capture it; on a known one replay.
 
         Collective: `work` may hold collectives, for every rank sees the same keys in the same order. It must read and write
@@ -45,11 +56,25 @@ class CudaGraphs:
         with torch.cuda.stream(side):  # lazy set-up (workspaces, compilation, communicators) must not be captured
             work()
         torch.cuda.current_stream(self._device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            work()
+        graph = self._capture(work, side)
         self._graphs[key] = graph
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         logger.info("captured CUDA graph %d", len(self._graphs))
         graph.replay()
+
+    def _capture(self, work: Callable[[], None], side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        failure: BaseException | None = None
+        # A capture that fails leaves torch on the side stream, and ends in an error of its own that hides the first.
+        with torch.cuda.stream(torch.cuda.current_stream(self._device)):
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                    try:
+                        work()
+                    except BaseException as error:
+                        failure = error
+                        raise
+            except RuntimeError as error:
+                raise failure or error from None
+        return graph

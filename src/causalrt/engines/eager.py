@@ -56,7 +56,7 @@ class EagerExecutor:
         e, e0 = self._time(sinusoid(timestep, self._freq_dim).to(self.device, self._dtype))
         return e, e0
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
         """See `Executor.bind`."""
         self._kv, self._cross_kv = kv, cross_kv
 

@@ -61,17 +61,18 @@ class InductorExecutor(EagerExecutor):
         self._e0 = torch.zeros(6, model.dim, dtype=self._dtype, device=device)
         self._flow = torch.zeros_like(self._x)
         self._rows = range(bundle.config.tokens_per_chunk, bundle.config.slot_rows + 1)
-        self._key: tuple[int, ...] = ()
+        self._key = (-1, 0)
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
         """See `Executor.bind`."""
-        super().bind(kv, cross_kv, kv_rows)
+        super().bind(kv, cross_kv, kv_rows=kv_rows, memory=memory)
         tensors = [tensor for layer in kv for pair in layer for tensor in pair]
         if len(self._rows) > 1:
             for tensor in tensors:
                 torch._dynamo.mark_dynamic(tensor, 1, min=self._rows[0], max=self._rows[-1])
         crossing = [tensor for pair in cross_kv for tensor in pair]
-        self._key = (kv_rows, *(tensor.data_ptr() for tensor in [*tensors, *crossing]))
+        self._graphs.bind(memory, tuple(tensor.data_ptr() for tensor in [*tensors, *crossing]))
+        self._key = (memory, kv_rows)
 
     @torch.no_grad()
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:

@@ -153,7 +153,7 @@ class OnnxRuntimeExecutor:
         made = self._time.run_alone({"sinusoid": sinusoid(timestep, self._freq_dim).to(self.device, self._dtype)})
         return made["e"], made["e0"]
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
         """See `Executor.bind`."""
         named: dict[str, torch.Tensor] = {}
         for layer in self._layers:

@@ -64,7 +64,7 @@ class TensorRTExecutor:
         self._buffers["rank"].fill_(collectives.rank)
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)
         self._kv_rows = 0
-        self._key: tuple[int, ...] = ()
+        self._key = (-1, 0)
         self._bound: dict[str, torch.Tensor] = {}
 
     def _make_buffers(self) -> dict[str, torch.Tensor]:
@@ -90,7 +90,7 @@ class TensorRTExecutor:
         made = self._time.run_alone({"sinusoid": features})
         return made["e"], made["e0"]
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
         """See `Executor.bind`."""
         named: dict[str, torch.Tensor] = {}
         staged = self._config.tokens_per_chunk
@@ -104,10 +104,8 @@ class TensorRTExecutor:
                 named[output] = named[written][:, :staged]
         self._bound = named  # engines and graphs hold addresses only
         self._kv_rows = kv_rows
-        addresses = tuple(tensor.data_ptr() for tensor in named.values())
-        self._key = (
-            addresses if self.whole_slots else (kv_rows, *addresses)
-        )  # whole slots: `kv_rows` is read as a tensor
+        self._graphs.bind(memory, tuple(tensor.data_ptr() for tensor in named.values()))
+        self._key = (memory, 0 if self.whole_slots else kv_rows)  # whole slots: `kv_rows` is read as a tensor
         for engine in self._step:
             engine.select_profile(kv_rows)
             engine.bind({name: self._buffers[name] if name in self._buffers else named[name] for name in engine.names})

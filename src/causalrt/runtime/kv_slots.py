@@ -45,6 +45,15 @@ class KVSlots:
         ]
         self.rows_moved = 0
 
+    def clear(self) -> None:
+        """Forget an earlier session: its rows are never read as filled ones, but must be finite where they are masked."""
+        self.rows_moved = 0
+        if self.whole_slots:
+            for layer in self._pairs:
+                for pair in layer:
+                    for tensor in pair:
+                        tensor.zero_()
+
     def filled_rows(self, first_frame: int) -> int:
         """Rows that are filled, staging included, while the chunk at `first_frame` is generated."""
         return self.plan.valid_frames(first_frame) * self._tokens_per_frame

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.base import TORCH_DTYPES, Executor
+from causalrt.engines.base import Executor
 from causalrt.layout import Layout
 from causalrt.model.schedule import schedule_from_config
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
-from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import Noise
+from causalrt.runtime.session_memory import SessionMemory
 from causalrt.runtime.stopwatch import stopwatch_for
 
 
@@ -65,17 +65,17 @@ class Rollout:
         *,
         text: torch.Tensor,
         noise: Noise,
+        memory: SessionMemory,
     ) -> None:
         self._executor, self._collectives = executor, collectives
         self._config, self._layout = config, layout
         self._noise = noise
-        self._cross_kv = executor.encode_prompt(text)
+        self.memory, self.slots = memory, memory.slots
+        memory.begin(executor.encode_prompt(text))
         self._schedule = schedule_from_config(config.sampler)
         self._times = [executor.embed_time(t) for t in self._schedule.timesteps]
         self._context_time = executor.embed_time(self._schedule.context_timestep)
         self._device = executor.device
-        dtype = TORCH_DTYPES[config.build.precision]
-        self.slots = KVSlots(config, layout, dtype, whole_slots=executor.whole_slots, device=self._device)
 
     def chunk(
         self, index: int, *, refresh: bool, record: bool, deliver: Callable[[torch.Tensor, ChunkTimes], None]
@@ -90,7 +90,12 @@ class Rollout:
         """
         first_frame = index * self._config.video.chunk_frames
         slots, watch = self.slots, stopwatch_for(self._device)
-        self._executor.bind(slots.filled(first_frame), self._cross_kv, slots.filled_rows(first_frame))
+        self._executor.bind(
+            slots.filled(first_frame),
+            self.memory.cross_kv,
+            kv_rows=slots.filled_rows(first_frame),
+            memory=self.memory.number,
+        )
         times = ChunkTimes(kv_frames=slots.plan.valid_frames(first_frame))
         records: list[StepRecord] = []
         sigmas = self._schedule.sigmas

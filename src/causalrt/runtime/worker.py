@@ -40,6 +40,7 @@ from causalrt.runtime.messages import (
     send,
 )
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session_memory import SessionMemories
 
 logger = logging.getLogger("causalrt.worker")
 PR_SET_PDEATHSIG = 1
@@ -58,6 +59,7 @@ class RankServer:
         self._bundle: Bundle
         self._executor: Executor
         self._collectives: LocalCollectives | TorchCollectives
+        self._memories: SessionMemories
 
     def serve(self) -> int:
         """Answer commands until the caller hangs up (0) or one of them raises (1)."""
@@ -85,6 +87,7 @@ class RankServer:
                     self._bundle.layout,
                     text=command.text,
                     noise=command.noise,
+                    memory=self._memories.take(),
                 )
             case ChunkCommand():
                 rollout = self._sessions[command.session]
@@ -96,7 +99,9 @@ class RankServer:
                 )
                 return Done(times=times, records=tuple(records), kv_rows_moved=rollout.slots.rows_moved)
             case CloseCommand():
-                self._sessions.pop(command.session, None)
+                closed = self._sessions.pop(command.session, None)
+                if closed is not None:
+                    self._memories.give_back(closed.memory)
         return Done()
 
     def _load(self, command: LoadCommand) -> None:
@@ -124,6 +129,7 @@ class RankServer:
         self._executor = make_executor(
             command.executor, self._bundle, self._collectives, num_threads=command.num_threads, device=device
         )
+        self._memories = SessionMemories(self._executor, self._bundle.config, self._bundle.layout)
         logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
 
 

@@ -122,7 +122,7 @@ class _AllRanks:
         made = self._time.run({"sinusoid": sinusoid(timestep, self._config.model.freq_dim).float().numpy()})
         return torch.from_numpy(made["e"]), torch.from_numpy(made["e0"])
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], kv_rows: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
         """See `Executor.bind`; a layer's pairs are those of rank 0's shares, of rank 1's, and so on."""
         shares = len(self._layout.shares)
         self._bound = []

@@ -20,6 +20,7 @@ from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.engine import Engine, tokens_from_latents
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord
+from causalrt.runtime.session_memory import SessionMemories
 from causalrt.tools.emulate import EngineGraphs, emulated_executor, rollout_view
 from causalrt.tools.recording import Recording
 
@@ -75,10 +76,19 @@ def replay_here(recording: Recording, player: Player) -> Outputs:
     """`replay` in this process."""
     outputs: Outputs = {}
     model = player.config.model
+    memories = SessionMemories(player.executor, player.config, player.layout)
     for element in range(recording.batch_size):
         prompt, noise = recording.prompt(element), RecordedNoise(recording.noise(element))
         text = torch.cat([prompt, torch.zeros(model.text_len - len(prompt), model.text_dim)])
-        session = Rollout(player.executor, LocalCollectives(), player.config, player.layout, text=text, noise=noise)
+        session = Rollout(
+            player.executor,
+            LocalCollectives(),
+            player.config,
+            player.layout,
+            text=text,
+            noise=noise,
+            memory=memories.take(),
+        )
         for index in range(recording.num_chunks):
             latents: list[torch.Tensor] = []
             deliver = functools.partial(_keep, latents)

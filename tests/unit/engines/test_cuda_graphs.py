@@ -125,6 +125,23 @@ def test_keys_are_equal_by_value(recorder: Recorder) -> None:
     assert recorder.take() == [("main", "replays", 0)]
 
 
+def test_graphs_of_a_memory_that_has_moved_are_dropped(recorder: Recorder) -> None:
+    graphs = CudaGraphs(GPU)
+    for memory in (0, 1):
+        graphs.bind(memory, (memory, 10))
+        graphs.run((memory, 7), recorder.work)
+    graphs.bind(0, (0, 10))
+    recorder.take()
+    graphs.run((0, 7), recorder.work)
+    assert recorder.take() == [("main", "replays", 0)]
+    graphs.bind(0, (99, 10))
+    assert recorder.alive == {1}
+    graphs.run((1, 7), recorder.work)
+    assert recorder.take() == [("main", "replays", 1)]
+    graphs.run((0, 7), recorder.work)
+    assert ("side 0", "captures into 2", "work") in recorder.take()
+
+
 def test_all_are_captured_on_one_stream(recorder: Recorder) -> None:
     """torch gives memory that was freed on one stream to no other, one pool or not."""
     graphs = CudaGraphs(GPU)

@@ -1,0 +1,63 @@
+"""The memory of sessions on one rank: KV slots and the prompt's keys and values, at addresses that stay.
+
+On a GPU the memory of a closed session is kept for the next one, last closed first, so that CUDA graphs that were captured with
+it can be replayed. Memories are numbered in the order in which they are first made. Sessions are opened and closed in the same
+order on every rank, so a number means the same session everywhere, whatever the addresses are: ranks that decide by it whether
+to capture or to replay decide alike.
+"""
+
+from collections.abc import Sequence
+
+from causalrt.config import Config
+from causalrt.engines.base import TORCH_DTYPES, Executor
+from causalrt.layout import Layout
+from causalrt.model.step import KVPair
+from causalrt.runtime.kv_slots import KVSlots
+
+
+class SessionMemory:
+    """What one session at a time lives in.
+
+    Attributes:
+        number: of this memory, the same on every rank.
+        slots: KV slots.
+        cross_kv: the prompt's keys and values, by layer.
+    """
+
+    def __init__(self, number: int, slots: KVSlots) -> None:
+        self.number = number
+        self.slots = slots
+        self.cross_kv: Sequence[KVPair] = ()
+
+    def begin(self, cross_kv: Sequence[KVPair]) -> None:
+        """Start a session with this prompt: nothing of an earlier one is left."""
+        self.slots.clear()
+        if not self.cross_kv:
+            self.cross_kv = cross_kv
+            return
+        for kept, new in zip(self.cross_kv, cross_kv, strict=True):
+            for target, source in zip(kept, new, strict=True):
+                target.copy_(source)
+
+
+class SessionMemories:
+    """Makes memories for one executor, and keeps free ones on a GPU."""
+
+    def __init__(self, executor: Executor, config: Config, layout: Layout) -> None:
+        self._executor, self._config, self._layout = executor, config, layout
+        self._made = 0
+        self._free: list[SessionMemory] = []
+
+    def take(self) -> SessionMemory:
+        """The memory that was given back last, or a new one."""
+        if self._free:
+            return self._free.pop()
+        executor, dtype = self._executor, TORCH_DTYPES[self._config.build.precision]
+        slots = KVSlots(self._config, self._layout, dtype, whole_slots=executor.whole_slots, device=executor.device)
+        self._made += 1
+        return SessionMemory(self._made - 1, slots)
+
+    def give_back(self, memory: SessionMemory) -> None:
+        """The session has ended."""
+        if self._executor.device.type == "cuda":
+            self._free.append(memory)
