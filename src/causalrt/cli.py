@@ -1,8 +1,10 @@
 """The command line: `causalrt COMMAND --help`. Thin: every command reads arguments, calls one function, prints."""
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,7 @@ from rich.table import Table
 
 from causalrt import __version__
 from causalrt.config import RECIPES, Config, override, recipe
-from causalrt.engines.base import EXECUTORS
+from causalrt.engines.kinds import EXECUTORS
 from causalrt.errors import CausalRTError, ConfigError
 
 if TYPE_CHECKING:
@@ -94,9 +96,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from causalrt.tools.inspect import inspect_bundle
 
     found = inspect_bundle(arguments.bundle)
+    tables = [table for engines in found["engines"] for table in engines["step"]["constants"].values()]
+    code = 0 if all(table["equal_constants"] for table in tables) else EXIT_FAILED
     if arguments.json:
         print(json.dumps(found))
-        return 0
+        return code
     config, layout = found["config"], found["layout"]
     table = Table(title=found["path"], show_header=False, title_justify="left")
     table.add_row("executors", ", ".join(found["executors"]))
@@ -117,7 +121,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     table.add_row("toolchain", ", ".join(f"{key} {value}" for key, value in found["toolchain"].items()))
     table.add_row("files", f"{len(found['files'])}, {sum(found['files'].values()) / 2**20:,.1f} MiB")
     Console(markup=False).print(table)
-    return 0
+    return code
 
 
 def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
@@ -128,7 +132,7 @@ def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
     table.add_row(
         name,
         f"{engines['flavour']} {engines['version']}, {len(files)} files for every rank, "
-        f"{sum(files.values()) / 2**20:,.1f} MiB, by {engines['frontend']}",
+        f"{sum(file['bytes'] for file in files.values()) / 2**20:,.1f} MiB, by {engines['frontend']}",
     )
     table.add_row(
         f"{name}, step",
@@ -143,6 +147,9 @@ def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
         for key, entry in step["constants"].items()
     )
     table.add_row(f"{name}, constants", tables)
+    if engines["collectives"] == "engine":
+        step_file, entry = next((file, entry) for file, entry in files.items() if "step" in file)
+        table.add_row(f"{name}, one for all ranks", f"{step_file}, sha256 {entry['sha256'][:16]}...")
     table.add_row(
         f"MiB a rank, {name}",
         ", ".join(f"{key.replace('_bytes', '')} {value / 2**20:,.1f}" for key, value in sizes.items()),
@@ -425,6 +432,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does, so that nothing is left half-written."""
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -432,6 +444,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a comparison failed, 2 an error, 130 interrupted, 141 the reader of the output has left.
     """
     arguments = _parser().parse_args(argv)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         code: int = arguments.function(arguments)
         sys.stdout.flush()

@@ -608,15 +608,16 @@ def test_made_by_name(whole: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_with_names_of_their_own(damaged: tuple[Bundle, Path], replays: Replays) -> None:
     """A front end other than ONNX names tensors as it likes; the record says which is which."""
     bundle, _ = damaged
-    record = bundle.engines["tensorrt_rtx"]["targets"][TARGET]
+    flavour = bundle.engines["tensorrt_rtx"]
+    record = flavour.targets[TARGET]
     names = {}
-    for graph, engine in (("prompt", record["prompt"]), ("time", record["time"]), ("whole-step", *record["step"])):
+    for graph, engine in (("prompt", record.prompt), ("time", record.time), ("whole-step", *record.step)):
         model = onnx.compose.add_prefix(onnx.load(bundle.path / f"{graph}.onnx"), "own/")
         renamed = bundle.path / "renamed.onnx"
         onnx.save(model, renamed)
         tensorrt_stand_in.write_engine(renamed, bundle.path / engine, profiles=(), target=TARGET)
         names[engine] = {v.name: v.name.removeprefix("own/") for v in (*model.graph.input, *model.graph.output)}
-    flavour = {**bundle.engines["tensorrt_rtx"], "targets": {TARGET: {**record, "names": names}}}
+    flavour = dataclasses.replace(flavour, targets={TARGET: dataclasses.replace(record, names=names)})
     outputs = []
     for opened in (replays("R", 1, "engine")[1], dataclasses.replace(bundle, engines={"tensorrt_rtx": flavour})):
         executor, ranks = make(opened, LocalCollectives()), LocalCollectives()

@@ -1,18 +1,17 @@
-"""What an executor is, what it needs from its caller, and how one is found by name.
+"""What an executor is, what it needs from its caller, and how one is made.
 
 An executor runs the three graphs of one rank (prompt, time, step). It owns no KV memory and knows no session: the caller
 binds the filled prefix of a session's KV slots once a chunk, then steps. Collectives are handed in, so that executors and
 the runtime that drives them stay apart.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from causalrt.engines.bundle import Bundle
-from causalrt.errors import ExecutorError
+from causalrt.engines.kinds import executor_kind
 from causalrt.model.step import KVPair, KVTensors
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,71 +64,6 @@ class Executor(Protocol):
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """Flow `[S, 64]` of the rank's noisy rows `[S, 64]`; valid until the next step. Writes the staging slots."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExecutorKind:
-    """What is known of an executor before it is made.
-
-    Attributes:
-        devices: kinds of device that it runs on, the preferred one first.
-        compiled: it runs what a build has put into the bundle for it; if not, the weights are all it needs.
-    """
-
-    devices: tuple[str, ...]
-    compiled: bool
-
-
-EXECUTORS: Mapping[str, ExecutorKind] = {
-    "eager": ExecutorKind(devices=("cuda", "cpu"), compiled=False),
-    "inductor": ExecutorKind(devices=("cuda", "cpu"), compiled=False),
-    "onnxruntime": ExecutorKind(devices=("cuda", "cpu"), compiled=True),
-    "tensorrt_rtx": ExecutorKind(devices=("cuda",), compiled=True),
-    "tensorrt": ExecutorKind(devices=("cuda",), compiled=True),
-}
-"""By name, the one to prefer last."""
-
-
-def executor_kind(name: str) -> ExecutorKind:
-    """The kind of executor `name`.
-
-    Raises:
-        ExecutorError: there is none of that name; the known ones are listed.
-    """
-    if name not in EXECUTORS:
-        raise ExecutorError(f"no executor {name!r}; this version has: {', '.join(EXECUTORS)}")
-    return EXECUTORS[name]
-
-
-def choose_device(name: str, *, asked: str | None, world_size: int) -> str:
-    """`cuda` or `cpu` for the ranks of executor `name`; without a wish, GPUs where there is one for each rank.
-
-    Raises:
-        ExecutorError: the executor does not run on the device asked for, or there are too few GPUs.
-    """
-    kind, gpus = executor_kind(name), torch.cuda.device_count()
-    if asked not in (None, "cuda", "cpu"):
-        raise ExecutorError(f"device must be cuda or cpu, got {asked!r}; rank r runs on GPU r")
-    if asked is not None and asked not in kind.devices:
-        raise ExecutorError(f"{name} runs on {' or '.join(kind.devices)}, not on {asked}")
-    wanted = asked or next((device for device in kind.devices if device == "cpu" or gpus >= world_size), "cuda")
-    if wanted == "cuda" and name == "onnxruntime" and not _onnxruntime_has_cuda():
-        if asked == "cuda":
-            raise ExecutorError("the onnxruntime installed here has no CUDA; install onnxruntime-gpu in its place")
-        wanted = "cpu"
-    if wanted == "cuda" and gpus < world_size:
-        others = [other for other, its in EXECUTORS.items() if "cpu" in its.devices]
-        raise ExecutorError(
-            f"{name} needs a GPU for each of {world_size} rank(s), and torch sees {gpus} here; run it on a machine that has "
-            f"them, or take an executor that runs on a CPU ({', '.join(others)})"
-        )
-    return wanted
-
-
-def _onnxruntime_has_cuda() -> bool:
-    import onnxruntime
-
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def make_executor(

@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from causalrt.config import Config, config_from_dict
+from causalrt.engines.kinds import EXECUTORS
+from causalrt.engines.step_record import FlavourEngines, StepPart, files_of, parse_engines, parse_parts
+from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, ConfigError
 from causalrt.layout import Layout, layout_from_config
 
@@ -41,8 +44,11 @@ class Bundle:
         config: what it was built from.
         layout: who holds what, derived from `config`.
         executors: names of the executors that it holds everything for.
-        graphs: what the executors need to know of the graph files.
-        engines: TensorRT's engines by flavour: collectives, frontend, and by target the files of prompt, time and step.
+        graphs: what the manifest says of the graph files.
+        segments: onnxruntime's parts of the step.
+        engine_parts: the parts of the step that TensorRT's engines were built from; none if no ONNX file was.
+        engines: TensorRT's engines by flavour.
+        hashes: sha256 of every file.
         toolchain: package versions at build time.
     """
 
@@ -51,7 +57,10 @@ class Bundle:
     layout: Layout
     executors: tuple[str, ...]
     graphs: Mapping[str, Any]
-    engines: Mapping[str, Any]
+    segments: tuple[StepPart, ...]
+    engine_parts: tuple[StepPart, ...]
+    engines: Mapping[str, FlavourEngines]
+    hashes: Mapping[str, str]
     toolchain: Mapping[str, str]
 
 
@@ -137,34 +146,54 @@ def _layout_record(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _check_manifest(manifest: Mapping[str, Any], layout: Layout) -> None:
-    """What the digest cannot tell: types, a layout that this version would not plan, graphs that no hash covers."""
-    for key, kind in (
-        ("files", dict),
-        ("graphs", dict),
-        ("engines", dict),
-        ("toolchain", dict),
-        ("executors", list),
-    ):
+def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
+    """What the digest cannot tell: types, a layout that this version would not plan, files that no hash covers.
+
+    Raises:
+        ConfigError, KeyError, TypeError: the manifest is not one that a build writes.
+    """
+    config = config_from_dict(manifest["config"])
+    layout = layout_from_config(config)
+    for key, kind in (("files", dict), ("graphs", dict), ("toolchain", dict), ("executors", list)):
         if not isinstance(manifest[key], kind):
             raise TypeError(f"{key} must be a {kind.__name__}, got {manifest[key]!r}")
     for name, entry in manifest["files"].items():
-        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= set(entry):
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("bytes")) is not int
+            or not isinstance(entry.get("sha256"), str)
+        ):
             raise TypeError(f"files: {name} has no bytes and sha256")
-    if "eager" not in manifest["executors"] or not all(isinstance(name, str) for name in manifest["executors"]):
-        raise TypeError(f"executors must be names, eager among them, got {manifest['executors']!r}")
+    executors, graphs = manifest["executors"], manifest["graphs"]
+    if "eager" not in executors or not all(isinstance(name, str) and name in EXECUTORS for name in executors):
+        raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
     if manifest["layout"] != _layout_record(layout):
         raise TypeError(f"it has the layout {manifest['layout']}, this version plans {_layout_record(layout)}")
-    needed = [WEIGHTS]
-    if "onnxruntime" in manifest["executors"]:
-        segments = manifest["graphs"]["segments"]
-        needed += [PROMPT_GRAPH, TIME_GRAPH, segments[0]["file"], *(part["file"] for part in segments)]
-    for flavour in manifest["engines"].values():
-        for files in flavour["targets"].values():
-            needed += [files["prompt"], files["time"], files["networks"], *files["step"]]
+    segments = parse_parts(graphs.get("segments", []), "graphs.segments")
+    engine_parts = parse_parts(graphs.get("tensorrt", []), "graphs.tensorrt")
+    engines = parse_engines(manifest["engines"], engine_parts)
+    if {name for name in executors if name in FLAVOURS} != set(engines) or ("onnxruntime" in executors) != bool(
+        segments
+    ):
+        raise TypeError(f"executors {executors} do not fit the graphs and engines")
+    needed = [WEIGHTS, *(part.file for part in segments), *files_of(engines, engine_parts)]
+    if segments:
+        needed += [PROMPT_GRAPH, TIME_GRAPH]
     unlisted = [name for name in needed if name not in manifest["files"]]
     if unlisted:
         raise TypeError(f"it does not list files that its executors need: {', '.join(map(repr, unlisted))}")
+    return Bundle(
+        path=path,
+        config=config,
+        layout=layout,
+        executors=tuple(executors),
+        graphs=graphs,
+        segments=segments,
+        engine_parts=engine_parts,
+        engines=engines,
+        hashes={name: entry["sha256"] for name, entry in manifest["files"].items()},
+        toolchain={str(name): str(version) for name, version in manifest["toolchain"].items()},
+    )
 
 
 def publish_file(partial: Path, out: Path) -> None:
@@ -230,22 +259,10 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
     if manifest.get("digest") != _manifest_digest(manifest):
         raise BundleError(f"{path / MANIFEST} was changed after the build; {REBUILD}")
     try:
-        config = config_from_dict(manifest["config"])
-        layout = layout_from_config(config)
-        _check_manifest(manifest, layout)
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        bundle = Bundle(
-            path=path,
-            config=config,
-            layout=layout,
-            executors=tuple(manifest["executors"]),
-            graphs=manifest["graphs"],
-            engines=manifest["engines"],
-            toolchain=manifest["toolchain"],
-        )
-    except (ConfigError, KeyError, IndexError, TypeError, AttributeError) as error:
+        bundle = _bundle_from_manifest(path, manifest)
+    except (ConfigError, KeyError, TypeError) as error:
         raise BundleError(f"{path / MANIFEST} is not valid: {error}; {REBUILD}") from error
-    _check_files(path, files, verify=verify)
+    _check_files(path, manifest["files"], verify=verify)
     return bundle
 
 

@@ -63,6 +63,11 @@ class _Segment:
         options.log_severity_level = 2
         self._device = device
         self.session = ort.InferenceSession(path, options, providers=_providers(device))
+        if device.type == "cuda" and "CUDAExecutionProvider" not in self.session.get_providers():
+            raise ExecutorError(
+                "onnxruntime could not start CUDA and fell back to the CPU; its CUDA or cuDNN libraries do not load here: "
+                "install the onnxruntime-gpu that fits this CUDA, or load with device='cpu'"
+            )
         self.binding = self.session.io_binding()
         self.sent, self.received = sent, received
         self.inputs = {value.name: value for value in self.session.get_inputs()}
@@ -121,8 +126,7 @@ class OnnxRuntimeExecutor:
         self._prompt = _Segment(str(folder / PROMPT_GRAPH), device)
         self._time = _Segment(str(folder / TIME_GRAPH), device)
         self._segments = [
-            _Segment(str(folder / part["file"]), device, part["sent"], part["received"])
-            for part in bundle.graphs["segments"]
+            _Segment(str(folder / part.file), device, part.sent, part.received) for part in bundle.segments
         ]
         self._buffers: dict[str, torch.Tensor] = {}
         self._bind_buffers()

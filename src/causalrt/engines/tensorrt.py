@@ -21,6 +21,7 @@ import torch
 from causalrt.engines.base import TORCH_DTYPES, Collectives
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.cuda_graphs import CudaGraphs
+from causalrt.engines.step_record import StepPart, TargetEngines
 from causalrt.engines.tensorrt_flavour import Flavour, device_target
 from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors
@@ -43,20 +44,18 @@ class TensorRTExecutor:
         cuda_graphs: bool = True,
     ) -> None:
         record = bundle.engines[flavour.name]
-        files = engine_files(flavour, record, device_target(device))
+        files = engine_files(flavour, record.targets, device_target(device))
         config = bundle.config
         self.device = device
-        self.whole_slots = record["collectives"] == "engine"
+        self.whole_slots = record.collectives == "engine"
         self._config = config
         self._dtype = TORCH_DTYPES[config.build.precision]
         self._collectives = collectives
         self._engines = EngineLoader(flavour, device)
-        names = files.get("names", {})
         self._prompt, self._time, *self._step = (
-            self._engines.load(bundle.path / file, names.get(file))
-            for file in (files["prompt"], files["time"], *files["step"])
+            self._engines.load(bundle.path / file, files.names.get(file)) for file in files.engine_files
         )
-        self._parts = [_Part(entry) for entry in bundle.graphs.get("tensorrt", [{}])]
+        self._parts = bundle.engine_parts or (StepPart(file=files.step[0]),)
         self._engines.share_scratch()
         if self.whole_slots and config.build.world_size > 1:
             self._step[0].set_communicator(collectives.communicator())
@@ -133,13 +132,12 @@ def is_callers(name: str) -> bool:
     return name.startswith(("k.", "v.", "cross_k.", "cross_v."))
 
 
-def engine_files(flavour: Flavour, record: Mapping[str, Any], target: str) -> Mapping[str, Any]:
+def engine_files(flavour: Flavour, targets: Mapping[str, TargetEngines], target: str) -> TargetEngines:
     """The files of the engines for `target`.
 
     Raises:
         ExecutorError: the bundle has none for it.
     """
-    targets: Mapping[str, Mapping[str, Any]] = record["targets"]
     if target not in targets:
         raise ExecutorError(
             f"the bundle has {flavour.name} engines for {', '.join(targets)}, and this GPU is {target}; build it again with "
@@ -151,15 +149,6 @@ def engine_files(flavour: Flavour, record: Mapping[str, Any], target: str) -> Ma
             )
         )
     return targets[target]
-
-
-class _Part:
-    """What follows a part of the step: an exchange, writes to staging, or nothing."""
-
-    def __init__(self, entry: Mapping[str, Any]) -> None:
-        self.sent: str | None = entry.get("sent")
-        self.received: str | None = entry.get("received")
-        self.writes: Mapping[str, str] = entry.get("writes", {})
 
 
 class EngineLoader:

@@ -23,7 +23,6 @@ class Flavour:
     Attributes:
         name: of the executor.
         module: what is imported.
-        package: what is installed from PyPI.
         extra: the extra of this package that brings it.
         targets: GPU architectures that it builds for without having one; none means that it builds for the GPU at hand.
         timing_cache: measured kernel times can be kept for the next build.
@@ -33,7 +32,6 @@ class Flavour:
 
     name: str
     module: str
-    package: str
     extra: str
     targets: tuple[str, ...]
     timing_cache: bool
@@ -110,7 +108,6 @@ FLAVOURS: Mapping[str, Flavour] = {
     "tensorrt_rtx": Flavour(
         name="tensorrt_rtx",
         module="tensorrt_rtx",
-        package="tensorrt-rtx",
         extra="tensorrt-rtx",
         targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
         timing_cache=False,
@@ -120,7 +117,6 @@ FLAVOURS: Mapping[str, Flavour] = {
     "tensorrt": Flavour(
         name="tensorrt",
         module="tensorrt",
-        package="tensorrt",
         extra="gpu",
         targets=(),
         timing_cache=True,

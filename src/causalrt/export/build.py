@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from causalrt.config import Config
-from causalrt.engines.base import EXECUTORS, TORCH_DTYPES, executor_kind
+from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import WEIGHTS, new_bundle, write_manifest
+from causalrt.engines.kinds import EXECUTORS, executor_kind
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
@@ -57,7 +58,7 @@ def build(
         ExecutorError: an executor is unknown, or what it needs to build is missing here.
         BuildError: the bundle cannot be written, or a compiler refuses the graph.
     """
-    flavours = _checked_options(config, executors, targets, collectives, frontend)
+    flavours = _checked_options(config, executors, targets, collectives, frontend, timing_cache)
     progress = on_progress or (lambda stage, done, total: None)
     opened = open_checkpoint(Path(checkpoint))
     check_checkpoint(opened, config.model)
@@ -92,16 +93,26 @@ def build(
 
 
 def _checked_options(
-    config: Config, executors: Sequence[str], targets: Sequence[str], collectives: str, frontend: str
+    config: Config,
+    executors: Sequence[str],
+    targets: Sequence[str],
+    collectives: str,
+    frontend: str,
+    timing_cache: str | Path | None,
 ) -> dict[str, list[str]]:
     """TensorRT flavours and their targets, everything that can be refused before work begins having been refused."""
     for name in executors:
         executor_kind(name)
     flavours = {name: FLAVOURS[name] for name in executors if name in FLAVOURS}
     if not flavours:
-        if targets or frontend != "onnx":
-            raise ConfigError("--target and --frontend are for TensorRT; add `--executor tensorrt_rtx` or `tensorrt`")
+        if targets or frontend != "onnx" or collectives != "engine" or timing_cache is not None:
+            raise ConfigError(
+                "--target, --frontend, --collectives and --timing-cache are for TensorRT; add `--executor tensorrt_rtx` or "
+                "`--executor tensorrt`"
+            )
         return {}
+    if timing_cache is not None and not any(flavour.timing_cache for flavour in flavours.values()):
+        raise ConfigError("--timing-cache is for `--executor tensorrt`: tensorrt_rtx measures nothing while it builds")
     for option, value, choices in (
         ("collectives", collectives, ("engine", "runtime")),
         ("frontend", frontend, ("onnx", "torch-tensorrt")),
@@ -119,7 +130,8 @@ def _checked_options(
         check_torch_tensorrt(tuple(flavours), collectives)
     for flavour in flavours.values():
         flavour.load()
-    return {name: [flavour.check_target(target) for target in targets or (None,)] for name, flavour in flavours.items()}
+    wanted: list[str | None] = list(dict.fromkeys(target.lower() for target in targets)) or [None]
+    return {name: [flavour.check_target(target) for target in wanted] for name, flavour in flavours.items()}
 
 
 def _write_graphs(

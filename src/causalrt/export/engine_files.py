@@ -188,7 +188,7 @@ def _message(line: bytes) -> dict[str, Any] | None:
 def _follow(child: "subprocess.Popen[bytes]", target: str, on_progress: Progress) -> dict[str, Any] | None:
     """Pass progress on until the child has said what came of it."""
     assert child.stdout is not None
-    engines = 0
+    engines, stem = 0, target
     for line in child.stdout:
         message = _message(line)
         if message is None:
@@ -196,8 +196,11 @@ def _follow(child: "subprocess.Popen[bytes]", target: str, on_progress: Progress
         elif message["kind"] == "engine":
             engines = message["total"]
             on_progress(f"engines for {target}", message["done"], engines)
+            stem = Path(message["name"]).stem.removeprefix("tensorrt_rtx-").removeprefix("tensorrt-")
         elif message["kind"] == "phase" and engines <= 3:
-            on_progress(f"{target}: {message['phase']}", message["done"], message["total"])
+            on_progress(f"{stem}: {message['phase']}", message["done"], message["total"])
+        elif message["kind"] == "warning":
+            logger.warning("%s", message["text"])
         elif message["kind"] in ("done", "error"):
             return message
     return None

@@ -29,7 +29,11 @@ def finish_attentions(trt: Any, network: Any) -> None:
         for index in (0, 1):
             product = producers.get(attention.get_input(index).name)
             if product is not None and product.type == trt.LayerType.ELEMENTWISE:
-                assert _is_one(trt, product.get_input(1), producers)
+                if not _is_one(trt, product.get_input(1), producers):
+                    raise BuildError(
+                        f"TensorRT's parser multiplies input {index} of {attention.name} by something that is not 1; take the "
+                        "TensorRT version that this version of CausalRT names, or report it"
+                    )
                 attention.set_input(index, product.get_input(0))
         keys = producers.get(attention.get_input(1).name)
         if keys is not None and keys.type == trt.LayerType.KV_CACHE_UPDATE:
@@ -38,10 +42,10 @@ def finish_attentions(trt: Any, network: Any) -> None:
 
 
 def _is_one(trt: Any, tensor: Any, producers: dict[str, Any]) -> bool:
-    layer = producers[tensor.name]
-    while layer.type in (trt.LayerType.CAST, trt.LayerType.SHUFFLE, trt.LayerType.UNSQUEEZE):
-        layer = producers[layer.get_input(0).name]
-    if layer.type != trt.LayerType.CONSTANT:
+    layer = producers.get(tensor.name)
+    while layer is not None and layer.type in (trt.LayerType.CAST, trt.LayerType.SHUFFLE, trt.LayerType.UNSQUEEZE):
+        layer = producers.get(layer.get_input(0).name)
+    if layer is None or layer.type != trt.LayerType.CONSTANT:
         return False
     layer.__class__ = trt.IConstantLayer
     return bool(np.all(np.asarray(layer.weights).astype(np.float32) == 1))

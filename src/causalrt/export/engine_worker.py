@@ -4,8 +4,10 @@ The parent's traced model and this build then never lie in memory together. Read
 answers in JSON lines on stdout: progress, then what the networks hold, or the error.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from causalrt.errors import BuildError, CausalRTError
 from causalrt.export.engine_network import check_network, describe_network, finish_attentions
 
 KEPT_MESSAGES = 20
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +53,7 @@ def _keep_answers_apart() -> None:
 
 
 def _make_logger(trt: Any) -> tuple[Any, deque[str]]:
-    """A TensorRT logger that keeps the last errors and warnings."""
+    """A TensorRT logger that keeps the last errors."""
     kept: deque[str] = deque(maxlen=KEPT_MESSAGES)
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -150,17 +153,26 @@ def build_engine(
         )
     (folder / request.engine).write_bytes(memoryview(engine))
     if cache is not None:
-        partial = cache.with_name(f".{cache.name}.partial")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
-        publish_file(partial, cache)
+        _keep_timings(cache, memoryview(config.get_timing_cache().serialize()))
     del parser
     return description
+
+
+def _keep_timings(cache: Path, timings: memoryview) -> None:
+    """Keep measured kernel times for the next build; a build does not fail for want of them."""
+    try:
+        partial = cache.with_name(f".{cache.name}.partial")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(timings)
+        publish_file(partial, cache)
+    except OSError as error:
+        _say("warning", text=f"the timing cache {cache} could not be written: {error}")
 
 
 def main() -> int:
     """Build what the request asks for."""
     _keep_answers_apart()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would read the answer
     plain = json.loads(Path(sys.argv[1]).read_text())
     flavour, folder = FLAVOURS[plain["flavour"]], Path(plain["folder"])
     cache = Path(plain["timing_cache"]) if plain["timing_cache"] else None

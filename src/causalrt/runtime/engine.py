@@ -27,8 +27,8 @@ import numpy.typing as npt
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.base import choose_device, executor_kind
 from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.errors import BundleError, EngineClosedError, ExecutorError, PromptError, RequestError
 from causalrt.runtime.memory import check_memory, predict_memory
 from causalrt.runtime.messages import ChunkCommand, CloseCommand, Done, Latents, LoadCommand, OpenCommand, Reply

@@ -60,10 +60,10 @@ def run_demo(*, on_progress: Progress, on_stage: Callable[[str], None]) -> dict[
         build_s = time.perf_counter() - start
         on_stage("Starting 2 rank processes and generating")
         start = time.perf_counter()
-        with load(two, executor="onnxruntime") as engine:
+        with load(two, executor="onnxruntime", device="cpu") as engine:
             rows, latents, first_ms = _generate(engine, prompt, start, "onnxruntime, 2 ranks", on_progress)
         on_stage("The same with eager torch on 1 rank, to compare")
-        with load(one, executor="eager") as engine:
+        with load(one, executor="eager", device="cpu") as engine:
             _, expected, _ = _generate(engine, prompt, start, "eager, 1 rank", on_progress)
     for row, got, want in zip(rows, latents, expected, strict=True):
         row["error"] = float((got - want).abs().max())

@@ -51,6 +51,7 @@ def examine() -> dict[str, Any]:
                 "detail": f"{len(gpus)} GPUs, " + ("NCCL" if dist.is_nccl_available() else "this torch has no NCCL"),
             },
             **{f"build {name} engines": _tensorrt(flavour, bool(gpus)) for name, flavour in FLAVOURS.items()},
+            **{f"run {name} engines": _run_tensorrt(flavour, bool(gpus)) for name, flavour in FLAVOURS.items()},
             "build engines by torch-tensorrt": _torch_tensorrt(),
         },
     }
@@ -86,6 +87,16 @@ def _tensorrt(flavour: Flavour, gpu: bool) -> dict[str, Any]:
     if not flavour.targets and not gpu:
         return _answer(False, f"{version}, but it builds only on a machine with the target GPU")
     return _answer(True, f"{version}, for {', '.join(flavour.targets) or 'the GPU at hand'}")
+
+
+def _run_tensorrt(flavour: Flavour, gpu: bool) -> dict[str, Any]:
+    if not gpu:
+        return _answer(False, "no GPU here")
+    built = _tensorrt(flavour, gpu)
+    here = device_target(torch.device("cuda", 0))
+    if built["ok"] and flavour.targets and here not in flavour.targets:
+        return _answer(False, f"this GPU is {here}, and {flavour.name} has {', '.join(flavour.targets)}; take tensorrt")
+    return built
 
 
 def _torch_tensorrt() -> dict[str, Any]:

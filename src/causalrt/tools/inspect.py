@@ -44,10 +44,8 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
 
 def _describe_graphs(bundle: Bundle) -> list[dict[str, Any]]:
     described = []
-    for part in bundle.graphs.get("segments", []):
-        model = onnx.load(bundle.path / part["file"], load_external_data=False)
+    for part in bundle.segments:
+        model = onnx.load(bundle.path / part.file, load_external_data=False)
         ops = Counter(node.op_type for node in model.graph.node)
-        described.append(
-            {"file": part["file"], "exchange_after": part["sent"] is not None, "ops": dict(sorted(ops.items()))}
-        )
+        described.append({"file": part.file, "exchange_after": part.sent is not None, "ops": dict(sorted(ops.items()))})
     return described

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from causalrt.engines.bundle import Bundle
+from causalrt.engines.bundle import REBUILD, Bundle
+from causalrt.engines.step_record import TargetEngines
 from causalrt.engines.tensorrt import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
-from causalrt.errors import ExecutorError
+from causalrt.errors import BundleError, ExecutorError
 from causalrt.model.rope import rope_tables
 from causalrt.runtime.memory import predict_memory
 
@@ -20,23 +21,27 @@ DTYPE_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8, "INT32": 4}
 
 
 def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
-    """Every flavour and target of a bundle, in plain JSON types."""
+    """Every flavour and target of a bundle, in plain JSON types.
+
+    Raises:
+        BundleError: the file that says what is in the engines is not one that a build writes.
+    """
     found = []
     for flavour, record in bundle.engines.items():
-        for target, files in record["targets"].items():
-            networks = json.loads((bundle.path / files["networks"]).read_text())
+        for target, files in record.targets.items():
+            networks = _read_networks(bundle, files)
             found.append(
                 {
                     "flavour": flavour,
                     "target": target,
-                    "collectives": record["collectives"],
-                    "frontend": record["frontend"],
-                    "version": files["version"],
+                    "collectives": record.collectives,
+                    "frontend": record.frontend,
+                    "version": files.version,
                     "files": {
-                        name: (bundle.path / name).stat().st_size
-                        for name in (files["prompt"], files["time"], *files["step"])
+                        name: {"bytes": (bundle.path / name).stat().st_size, "sha256": bundle.hashes[name]}
+                        for name in files.engine_files
                     },
-                    "step": describe_step(bundle, [networks[name] for name in files["step"]]),
+                    "step": describe_step(bundle, [networks[name] for name in files.step]),
                     "bytes_per_rank": _bytes_per_rank(bundle, flavour, networks),
                     "inspector": inspect_on_gpu(bundle, flavour, target, files),
                 }
@@ -44,12 +49,34 @@ def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
     return found
 
 
+def _read_networks(bundle: Bundle, files: TargetEngines) -> dict[str, dict[str, Any]]:
+    """What the build wrote of each engine's network, by engine file."""
+    path = bundle.path / files.networks
+    try:
+        networks = json.loads(path.read_text())
+        for name in files.engine_files:
+            described = networks[name]
+            for attention in described["attentions"]:
+                attention["key_source"].startswith(""), attention["has_lengths"], attention["decomposable"]
+            for constant in described["constants"]:
+                constant["sha256"].lower(), int(constant["bytes"])
+            for entry in described["inputs"]:
+                DTYPE_BYTES[entry["dtype"]], entry["name"].lower(), [int(size) for size in entry["shape"]]
+            dict(described["layers"]), int(described["weight_bytes"]), int(described["cache_updates"])
+            [int(collective["ranks"]) for collective in described["collectives"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"{path} does not say what is in the engines ({type(error).__name__}: {error}); {REBUILD}"
+        ) from error
+    return dict(networks)
+
+
 def describe_step(bundle: Bundle, networks: list[Mapping[str, Any]]) -> dict[str, Any]:
     """The step's engines, taken together."""
     attentions = [attention for network in networks for attention in network["attentions"]]
     own = [attention for attention in attentions if not attention["key_source"].startswith("cross_k.")]
     collectives = [collective for network in networks for collective in network["collectives"]]
-    exchanges = sum(part["sent"] is not None for part in bundle.graphs.get("tensorrt", []))
+    exchanges = sum(part.sent is not None for part in bundle.engine_parts)
     layers: Counter[str] = Counter()
     for network in networks:
         layers.update(network["layers"])
@@ -113,7 +140,7 @@ def _bytes_per_rank(bundle: Bundle, flavour: str, networks: Mapping[str, Mapping
     }
 
 
-def inspect_on_gpu(bundle: Bundle, flavour: str, target: str, files: Mapping[str, Any]) -> dict[str, Any]:
+def inspect_on_gpu(bundle: Bundle, flavour: str, target: str, files: TargetEngines) -> dict[str, Any]:
     """The engine inspector's view of each engine, or why it cannot be had here."""
     if not torch.cuda.is_available():
         return {"unavailable": "an engine can be opened only on a GPU, and torch sees none here"}
@@ -122,7 +149,6 @@ def inspect_on_gpu(bundle: Bundle, flavour: str, target: str, files: Mapping[str
         return {"unavailable": f"the engines are for {target}, and this GPU is {device_target(device)}"}
     try:
         loader = EngineLoader(FLAVOURS[flavour], device)
-        names = (files["prompt"], files["time"], *files["step"])
-        return {name: loader.load(bundle.path / name).information() for name in names}
+        return {name: loader.load(bundle.path / name).information() for name in files.engine_files}
     except ExecutorError as error:
         return {"unavailable": str(error)}

@@ -5,7 +5,9 @@ import onnxruntime
 import pytest
 import torch
 
-from causalrt.engines.base import EXECUTORS, choose_device, executor_kind, make_executor
+from causalrt.engines.base import make_executor
+from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind
+from causalrt.engines.step_record import FlavourEngines, TargetEngines
 from causalrt.errors import ExecutorError
 
 BOTH, GPU_ONLY = ("eager", "inductor"), ("tensorrt_rtx", "tensorrt")
@@ -85,7 +87,8 @@ def test_device_that_is_none(gpus, asked):
 def test_library_that_is_missing_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    record = {"collectives": "engine", "targets": {"sm80": {"prompt": "p", "time": "t", "step": ["s"]}}}
+    files = TargetEngines(version="1", prompt="p", time="t", step=("s",), networks="n", names={})
+    record = FlavourEngines(collectives="engine", frontend="onnx", targets={"sm80": files})
     config = SimpleNamespace(build=SimpleNamespace(precision="bfloat16", world_size=1))
     bundle = SimpleNamespace(engines={name: record}, config=config)
     with pytest.raises(ExecutorError, match=rf"{name} needs the Python module {name}, .*pip install 'causalrt\["):

@@ -4,7 +4,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from causalrt.engines.base import EXECUTORS
+from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.tensorrt import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError

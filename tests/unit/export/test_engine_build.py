@@ -76,9 +76,9 @@ class Built:
         )
         self.bundle = open_bundle(self.path)
         self.layout = self.bundle.layout
-        self.record = self.bundle.engines["tensorrt_rtx"]["targets"][target]
-        self.networks = json.loads((self.path / self.record["networks"]).read_text())
-        self.step = [self.networks[name] for name in self.record["step"]]
+        self.record = self.bundle.engines["tensorrt_rtx"].targets[target]
+        self.networks = json.loads((self.path / self.record.networks).read_text())
+        self.step = [self.networks[name] for name in self.record.step]
         self.parts = self.bundle.graphs["tensorrt"]
 
     def all(self, key):
@@ -151,7 +151,7 @@ def test_networks_hold_what_the_step_is_made_of(built):
         assert [(entry["ranks"], entry["shape"]) for entry in found] == [(ranks, shape) for shape in rows] * layers
     else:
         assert built.all("collectives") == []
-    small = {name: built.networks[built.record[name]] for name in ("prompt", "time")}
+    small = {name: built.networks[getattr(built.record, name)] for name in ("prompt", "time")}
     for network in small.values():
         assert (network["attentions"], network["collectives"], network["cache_updates"]) == ([], [], 0)
     weight_bytes = sum(network["weight_bytes"] for network in built.networks.values())
@@ -182,7 +182,7 @@ def test_networks_have_the_steps_own_inputs_and_outputs(built):
                 assert (entry["shape"], built.collectives) == (rotation, "runtime"), entry
             else:
                 assert entry["dtype"] == kind, entry
-    prompt = built.networks[built.record["prompt"]]
+    prompt = built.networks[built.record.prompt]
     assert [entry["name"] for entry in prompt["outputs"]] == cross_kv_names(config)
 
 
@@ -201,10 +201,10 @@ def test_constants_are_the_tables_bit_for_bit(built):
 
 
 def test_one_set_of_engines_serves_every_rank_and_chunk(built):
-    names = [built.record["prompt"], built.record["time"], *built.record["step"]]
+    names = [built.record.prompt, built.record.time, *built.record.step]
     assert sorted(file.name for file in built.path.glob("*.engine")) == sorted(names)
-    assert len(built.record["step"]) == len(built.parts)
-    assert built.record["version"] == trt.__version__
+    assert len(built.record.step) == len(built.parts)
+    assert built.record.version == trt.__version__
     graphs = {part["file"] for part in built.parts} | {"prompt.onnx", "time.onnx"}
     assert {file.name for file in built.path.glob("*.onnx")} == graphs
 
@@ -223,8 +223,8 @@ def test_built_again_it_holds_the_same(small, tmp_path):
     """The networks, that is: of the 5 MB of this step's engine some hundred bytes differ, where TensorRT-RTX 1.7.1 writes down
     tensors in an order that changes."""
     again = small.again(tmp_path / "again")
-    assert json.loads((again / small.record["networks"]).read_text()) == small.networks
-    for name in (small.record["prompt"], small.record["time"], *small.record["step"]):
+    assert json.loads((again / small.record.networks).read_text()) == small.networks
+    for name in (small.record.prompt, small.record.time, *small.record.step):
         assert (again / name).stat().st_size == (small.path / name).stat().st_size, name
 
 
@@ -407,7 +407,7 @@ def test_full_disk_in_the_child(small, tmp_path):
     """There is room for the graphs, and none for an engine."""
     room = 400_000
     graphs = max(file.stat().st_size for file in small.path.iterdir() if file.suffix != ".engine")
-    assert graphs < room < (small.path / small.record["prompt"]).stat().st_size
+    assert graphs < room < (small.path / small.record.prompt).stat().st_size
     place = tmp_path / "place"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))

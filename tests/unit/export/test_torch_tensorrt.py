@@ -215,9 +215,9 @@ def build_tiny(checkpoint, folder, world_size=1):
 def test_build(torch_tensorrt, checkpoint, tmp_path, world_size):
     bundle, cache, told = build_tiny(checkpoint, tmp_path, world_size)
     record = bundle.engines["tensorrt"]
-    assert (record["frontend"], record["collectives"]) == ("torch-tensorrt", "engine")
-    files = record["targets"]["sm80"]
-    engines = [files["prompt"], files["time"], *files["step"]]
+    assert (record.frontend, record.collectives) == ("torch-tensorrt", "engine")
+    files = record.targets["sm80"]
+    engines = [files.prompt, files.time, *files.step]
     assert engines == [f"tensorrt-sm80-{stem}.engine" for stem in ("prompt", "time", "whole-step")]
     assert all((bundle.path / engine).read_bytes() == b"an engine" for engine in engines)
     assert "tensorrt" not in bundle.graphs
@@ -230,9 +230,9 @@ def test_build(torch_tensorrt, checkpoint, tmp_path, world_size):
     assert cache.read_bytes() == b"+++"
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
-    networks = json.loads((bundle.path / files["networks"]).read_text())
+    networks = json.loads((bundle.path / files.networks).read_text())
     inputs, outputs = step_names(bundle.config, whole_slots=True)
-    step = networks[files["step"][0]]
+    step = networks[files.step[0]]
     layers, shares = bundle.config.model.num_layers, len(bundle.layout.shares)
     assert [entry["name"] for entry in step["inputs"]] == inputs
     assert [entry["name"] for entry in step["outputs"]] == outputs
@@ -241,13 +241,13 @@ def test_build(torch_tensorrt, checkpoint, tmp_path, world_size):
     assert not any(entry["decomposable"] for entry in step["attentions"])
     assert [entry["ranks"] for entry in step["collectives"]] == [world_size] * (0 if world_size == 1 else 2 * layers)
     assert step["cache_updates"] == 2 * layers * shares
-    assert [entry["name"] for entry in networks[files["prompt"]]["outputs"]] == cross_kv_names(bundle.config)
-    assert networks[files["time"]]["inputs"] == [{"name": "sinusoid", "shape": [32], "dtype": "BF16"}]
+    assert [entry["name"] for entry in networks[files.prompt]["outputs"]] == cross_kv_names(bundle.config)
+    assert networks[files.time]["inputs"] == [{"name": "sinusoid", "shape": [32], "dtype": "BF16"}]
     assert json.dumps(inspect_bundle(bundle.path))
 
 
 def _inputs(files, engine):
-    return [theirs for theirs in files["names"][engine] if not theirs.startswith("output")]
+    return [theirs for theirs in files.names[engine] if not theirs.startswith("output")]
 
 
 def test_a_kept_timing_cache_is_read(torch_tensorrt, checkpoint, tmp_path):
@@ -262,7 +262,7 @@ def test_a_second_build_uses_its_own_converters(torch_tensorrt, checkpoint, tmp_
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         bundle, _, _ = build_tiny(checkpoint, tmp_path / name)
-    networks = json.loads((bundle.path / bundle.engines["tensorrt"]["targets"]["sm80"]["networks"]).read_text())
+    networks = json.loads((bundle.path / bundle.engines["tensorrt"].targets["sm80"].networks).read_text())
     assert networks["tensorrt-sm80-whole-step.engine"]["attentions"]
 
 
@@ -399,9 +399,9 @@ def test_an_engine_goes_by_our_names(monkeypatch, tmp_path):
 def test_engines_of_the_true_torch_tensorrt(checkpoint, tmp_path):
     pytest.importorskip("torch_tensorrt")
     bundle, _, _ = build_tiny(checkpoint, tmp_path)
-    ((_, files),) = bundle.engines["tensorrt"]["targets"].items()
+    ((_, files),) = bundle.engines["tensorrt"].targets.items()
     loader = EngineLoader(FLAVOURS["tensorrt"], torch.device("cuda", 0))
-    loaded = loader.load(bundle.path / files["step"][0], files["names"][files["step"][0]])
+    loaded = loader.load(bundle.path / files.step[0], files.names[files.step[0]])
     inputs, outputs = step_names(bundle.config, whole_slots=True)
     assert sorted(loaded.names) == sorted([*inputs, *outputs])
     tensors = {name: loaded.empty(name) for name in [*inputs, "flow"]}

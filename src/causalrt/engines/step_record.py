@@ -1,0 +1,158 @@
+"""What a manifest says of the step's parts and of TensorRT's engines, as types, checked once when a bundle is opened.
+
+graphs.segments    onnxruntime's parts of the step, in order
+graphs.tensorrt    the parts that TensorRT's engines were built from, in order (torch-tensorrt leaves none)
+engines            {flavour: {collectives, frontend, targets: {target: {version, prompt, time, step: [...], networks, names}}}}
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from causalrt.engines.tensorrt_flavour import FLAVOURS
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPart:
+    """A part of the step, and what follows it.
+
+    Attributes:
+        file: its graph.
+        sent: the output to exchange when it has run, or None if no exchange follows.
+        received: the name under which later parts read what the exchange brought.
+        writes: outputs that go to staging, and the name under which later parts read the slots that hold them.
+    """
+
+    file: str
+    sent: str | None = None
+    received: str | None = None
+    writes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetEngines:
+    """Engines for one GPU architecture.
+
+    Attributes:
+        version: of TensorRT that built them.
+        prompt: file of the prompt's engine.
+        time: file of the time's engine.
+        step: files of the step's engines, in order.
+        networks: file that says what is in them.
+        names: by file, our name of each tensor that the engine calls something else.
+    """
+
+    version: str
+    prompt: str
+    time: str
+    step: tuple[str, ...]
+    networks: str
+    names: Mapping[str, Mapping[str, str]]
+
+    @property
+    def engine_files(self) -> tuple[str, ...]:
+        """All engines."""
+        return (self.prompt, self.time, *self.step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlavourEngines:
+    """Engines of one flavour.
+
+    Attributes:
+        collectives: who exchanges between ranks, `engine` or `runtime`.
+        frontend: what handed the step to TensorRT, `onnx` or `torch-tensorrt`.
+        targets: engines by architecture, as `sm80`.
+    """
+
+    collectives: str
+    frontend: str
+    targets: Mapping[str, TargetEngines]
+
+
+def parse_parts(plain: Any, where: str) -> tuple[StepPart, ...]:
+    """The parts of a step.
+
+    Raises:
+        TypeError: something is missing or of a wrong type.
+    """
+    parts = []
+    for number, entry in enumerate(_a(list, plain, where)):
+        at = f"{where}[{number}]"
+        _a(dict, entry, at)
+        sent, received = (entry.get(key) for key in ("sent", "received"))
+        if (sent is None) != (received is None) or not all(isinstance(v, str | None) for v in (sent, received)):
+            raise TypeError(f"{at}: sent and received must both be names, or both null")
+        writes = _names(entry.get("writes", {}), f"{at}.writes")
+        parts.append(
+            StepPart(file=_a(str, entry.get("file"), f"{at}.file"), sent=sent, received=received, writes=writes)
+        )
+    return tuple(parts)
+
+
+def parse_engines(plain: Any, parts: tuple[StepPart, ...]) -> dict[str, FlavourEngines]:
+    """Engines by flavour; `parts` are those of the graphs they were built from.
+
+    Raises:
+        TypeError: something is missing, of a wrong type, or does not fit the rest.
+    """
+    found = {}
+    for flavour, entry in _a(dict, plain, "engines").items():
+        at = f"engines.{flavour}"
+        if flavour not in FLAVOURS:
+            raise TypeError(f"{at}: no such flavour; this version has {', '.join(FLAVOURS)}")
+        collectives, frontend = (_a(dict, entry, at).get(key) for key in ("collectives", "frontend"))
+        if collectives not in ("engine", "runtime") or frontend not in ("onnx", "torch-tensorrt"):
+            raise TypeError(f"{at}: collectives {collectives!r} or frontend {frontend!r} is not known")
+        if collectives == "runtime" and frontend != "onnx":
+            raise TypeError(f"{at}: {frontend} leaves no graphs for collectives at runtime")
+        count = len(parts) if frontend == "onnx" else 1
+        targets = {
+            target: _parse_target(files, f"{at}.targets.{target}", count)
+            for target, files in _a(dict, entry.get("targets"), f"{at}.targets").items()
+        }
+        wrong = [target for target in targets if not re.fullmatch(r"sm\d{2,3}", target)]
+        if wrong or not targets:
+            raise TypeError(f"{at}.targets must be architectures as sm80, got {wrong or 'none'}")
+        if collectives == "engine" and count != 1:
+            raise TypeError(f"{at}: the whole step is one engine, and graphs.tensorrt has {count}")
+        found[flavour] = FlavourEngines(collectives=collectives, frontend=frontend, targets=targets)
+    return found
+
+
+def _parse_target(plain: Any, at: str, count: int) -> TargetEngines:
+    _a(dict, plain, at)
+    texts = {key: _a(str, plain.get(key), f"{at}.{key}") for key in ("version", "prompt", "time", "networks")}
+    step = tuple(_a(str, name, f"{at}.step") for name in _a(list, plain.get("step"), f"{at}.step"))
+    if len(step) != count or not step:
+        raise TypeError(f"{at}.step has {len(step)} engines for {count} parts of the step")
+    names = {
+        file: _names(mapping, f"{at}.names.{file}")
+        for file, mapping in _a(dict, plain.get("names", {}), f"{at}.names").items()
+    }
+    return TargetEngines(**texts, step=step, names=names)
+
+
+def files_of(engines: Mapping[str, FlavourEngines], parts: tuple[StepPart, ...]) -> Iterator[str]:
+    """Every file that engines and their parts name."""
+    yield from (part.file for part in parts)
+    for flavour in engines.values():
+        for target in flavour.targets.values():
+            yield from (*target.engine_files, target.networks)
+
+
+def _names(plain: Any, at: str) -> dict[str, str]:
+    """A mapping between names that can be turned round."""
+    mapping = {key: _a(str, value, at) for key, value in _a(dict, plain, at).items()}
+    if len(set(mapping.values())) != len(mapping):
+        raise TypeError(f"{at} gives one name to two tensors")
+    return mapping
+
+
+def _a(kind: type[T], value: Any, at: str) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"{at} must be a {kind.__name__}, got {value!r:.80}")
+    return value
