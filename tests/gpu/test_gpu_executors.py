@@ -17,7 +17,8 @@ from gpu_rollouts import (
 from causalrt.engines.base import make_executor
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor
-from causalrt.engines.tensorrt import EngineLoader, TensorRTExecutor
+from causalrt.engines.tensorrt import TensorRTExecutor
+from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError
 from causalrt.runtime.collectives import LocalCollectives

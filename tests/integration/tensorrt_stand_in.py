@@ -317,9 +317,26 @@ class IRuntimeConfig:
         self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
         self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
 
+    def create_runtime_cache(self) -> "IRuntimeCache":
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache: "IRuntimeCache") -> bool:
+        assert isinstance(cache, IRuntimeCache)
+        return True
+
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         assert isinstance(strategy, ExecutionContextAllocationStrategy)
         self._strategy = strategy
+
+
+class IRuntimeCache:
+    """Kernels that were compiled when contexts were made: here, that some were."""
+
+    def deserialize(self, blob: bytes) -> bool:
+        return bytes(blob) == b"kernels"
+
+    def serialize(self) -> bytes:
+        return b"kernels"
 
 
 class EngineInspector:

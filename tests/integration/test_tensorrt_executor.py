@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 from causalrt.engines import tensorrt_flavour
 from causalrt.engines.base import make_executor
 from causalrt.engines.bundle import Bundle, open_bundle
-from causalrt.engines.tensorrt import EngineLoader, LoadedEngine, TensorRTExecutor
+from causalrt.engines.tensorrt import TensorRTExecutor
+from causalrt.engines.tensorrt_engine import EngineLoader, LoadedEngine
 from causalrt.errors import ExecutorError
 from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, capsule
 from causalrt.runtime.kv_slots import KVSlots

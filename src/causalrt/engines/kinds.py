@@ -18,18 +18,20 @@ class ExecutorKind:
     Attributes:
         devices: kinds of device that it runs on, the preferred one first.
         compiled: it runs what a build has put into the bundle for it; if not, the weights are all it needs.
+        warms_up: it compiles or captures what it first meets, and is made to meet everything before it serves.
     """
 
     devices: tuple[str, ...]
     compiled: bool
+    warms_up: bool
 
 
 EXECUTORS: Mapping[str, ExecutorKind] = {
-    "eager": ExecutorKind(devices=("cuda", "cpu"), compiled=False),
-    "inductor": ExecutorKind(devices=("cuda", "cpu"), compiled=False),
-    "onnxruntime": ExecutorKind(devices=("cuda", "cpu"), compiled=True),
-    "tensorrt_rtx": ExecutorKind(devices=("cuda",), compiled=True),
-    "tensorrt": ExecutorKind(devices=("cuda",), compiled=True),
+    "eager": ExecutorKind(devices=("cuda", "cpu"), compiled=False, warms_up=False),
+    "inductor": ExecutorKind(devices=("cuda", "cpu"), compiled=False, warms_up=True),
+    "onnxruntime": ExecutorKind(devices=("cuda", "cpu"), compiled=True, warms_up=False),
+    "tensorrt_rtx": ExecutorKind(devices=("cuda",), compiled=True, warms_up=True),
+    "tensorrt": ExecutorKind(devices=("cuda",), compiled=True, warms_up=True),
 }
 """By name, the one to prefer last."""
 

@@ -94,14 +94,14 @@ class Flavour:
             ", ".join(name for name, kind in kinds.items() if found & kind.value) or "no diagnosis"
         )
 
-    def create_context(self, trt: Any, engine: Any) -> Any:
-        """An execution context whose scratch memory is the caller's, and whose kernels are all there before it runs."""
+    def make_runtime_config(self, trt: Any, engine: Any) -> Any:
+        """For a context whose scratch memory is the caller's, and whose kernels are all there before it runs."""
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self.compiles_late:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the executor captures the whole step itself
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        return engine.create_execution_context(config)
+        return config
 
 
 FLAVOURS: Mapping[str, Flavour] = {

@@ -24,6 +24,7 @@ from causalrt import errors
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH
 from causalrt.engines.tensorrt_flavour import Flavour
+from causalrt.engines.user_cache import cache_file
 from causalrt.errors import BuildError
 from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
 from causalrt.export.dist_collective import lower_exchanges_pass
@@ -210,5 +211,4 @@ def default_timing_cache(flavour: Flavour, target: str) -> Path | None:
     """Where measured kernel times are kept between builds; None for a flavour that measures nothing."""
     if not flavour.timing_cache:
         return None
-    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return base / "causalrt" / "timing" / f"{flavour.name}-{flavour.load().__version__}-{target}.cache"
+    return cache_file("timing", f"{flavour.name}-{flavour.load().__version__}-{target}.cache")

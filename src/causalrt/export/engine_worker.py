@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from causalrt.engines.bundle import publish_file
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
+from causalrt.engines.user_cache import keep_in_cache, read_cache
 from causalrt.errors import BuildError, CausalRTError
 from causalrt.export.engine_network import check_network, describe_network, finish_attentions
 
@@ -142,7 +142,7 @@ def build_engine(
                 profile.set_shape(tensor.name, shape, shape, shape)
         config.add_optimization_profile(profile)
     if cache is not None:
-        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
+        config.set_timing_cache(config.create_timing_cache(read_cache(cache)), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BuildError(
@@ -153,20 +153,11 @@ def build_engine(
         )
     (folder / request.engine).write_bytes(memoryview(engine))
     if cache is not None:
-        _keep_timings(cache, memoryview(config.get_timing_cache().serialize()))
+        timings = memoryview(config.get_timing_cache().serialize())
+        if not keep_in_cache(cache, timings):
+            _say("warning", text=f"the timing cache {cache} could not be written; the next build measures again")
     del parser
     return description
-
-
-def _keep_timings(cache: Path, timings: memoryview) -> None:
-    """Keep measured kernel times for the next build; a build does not fail for want of them."""
-    try:
-        partial = cache.with_name(f".{cache.name}.partial")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(timings)
-        publish_file(partial, cache)
-    except OSError as error:
-        _say("warning", text=f"the timing cache {cache} could not be written: {error}")
 
 
 def main() -> int:

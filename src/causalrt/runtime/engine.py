@@ -33,7 +33,7 @@ from causalrt.errors import BundleError, EngineClosedError, ExecutorError, Promp
 from causalrt.runtime.memory import check_memory, predict_memory
 from causalrt.runtime.messages import ChunkCommand, CloseCommand, Done, Latents, LoadCommand, OpenCommand, Reply
 from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
-from causalrt.runtime.ranks import START_S, RankPool
+from causalrt.runtime.ranks import START_S, WARM_START_S, RankPool
 from causalrt.runtime.rollout import ChunkTimes, StepRecord
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -109,7 +109,8 @@ def load(
         world_size: ranks that the caller expects; must be what the bundle was built for.
         device: `cuda` (rank r on GPU r) or `cpu`; by default GPUs, where the executor can use them and each rank has one.
         num_threads: CPU threads of each rank; by default the cores shared among the ranks.
-        timeout_s: a rank that gives no answer for so long has failed; starting may take two minutes however short it is.
+        timeout_s: a rank that gives no answer for so long has failed; starting may take two minutes however short it is, and
+            half an hour with an executor that compiles.
 
     Raises:
         BundleError: damaged, or built for another world size or executor.
@@ -159,6 +160,7 @@ class Engine:
         self.device = device
         world_size = bundle.config.build.world_size
         self.num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+        self._start_s = WARM_START_S if executor_kind(executor).warms_up else START_S
         self._lock = threading.RLock()
         self._numbers = itertools.count()
         self._dropped: deque[int] = deque()
@@ -172,7 +174,7 @@ class Engine:
                     executor=executor,
                     device=device,
                     num_threads=self.num_threads,
-                    timeout_s=max(timeout_s, START_S),
+                    timeout_s=max(timeout_s, self._start_s),
                 )
             )
 
@@ -259,7 +261,7 @@ class Engine:
 
     def _run(self, command: LoadCommand | OpenCommand | CloseCommand) -> None:
         self._pool.send(command)
-        for _ in self._pool.replies(starting=isinstance(command, LoadCommand)):
+        for _ in self._pool.replies(at_least_s=self._start_s if isinstance(command, LoadCommand) else 0.0):
             pass
 
     def _settle(self) -> None:

@@ -28,6 +28,7 @@ from causalrt.runtime.messages import Command, Done, Failed, Reply, receive, sen
 logger = logging.getLogger(__name__)
 LOG_TAIL_LINES = 40
 START_S = 120.0
+WARM_START_S = 1800.0
 """How long the ranks may take to import, load weights and prepare graphs, however short `timeout_s` is."""
 HANG_UP_S = 5.0
 """How long the ranks may take to end by themselves, and the keeper to end them."""
@@ -109,18 +110,18 @@ class RankPool:
             except OSError:
                 self._fail(rank, None)
 
-    def replies(self, *, starting: bool = False) -> Iterator[tuple[int, Reply]]:
+    def replies(self, *, at_least_s: float = 0.0) -> Iterator[tuple[int, Reply]]:
         """Replies as they come, until every rank has sent `Done`; may be left and taken up again in between.
 
         Args:
-            starting: the ranks have yet to import and load, for which they have at least `START_S`.
+            at_least_s: time that the ranks have for this answer, however short `timeout_s` is.
 
         Raises:
             RankError: a rank died, or nothing came for `timeout_s`.
             CausalRTError: the type that a rank raised, if it was one of ours.
         """
         waiting = {channel: rank for rank, channel in enumerate(self._channels)}
-        timeout_s = max(self.timeout_s, START_S) if starting else self.timeout_s
+        timeout_s = max(self.timeout_s, at_least_s)
         while waiting:
             self.check_open()
             ready = wait(list(waiting), timeout=timeout_s)

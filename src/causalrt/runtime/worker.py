@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from causalrt.engines.base import Executor, make_executor
 from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.engines.kinds import executor_kind
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
 from causalrt.runtime.memory import check_device_memory, predict_memory
 from causalrt.runtime.messages import (
@@ -41,6 +42,7 @@ from causalrt.runtime.messages import (
 )
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
+from causalrt.runtime.warm_up import warm_up
 
 logger = logging.getLogger("causalrt.worker")
 PR_SET_PDEATHSIG = 1
@@ -130,6 +132,8 @@ class RankServer:
             command.executor, self._bundle, self._collectives, num_threads=command.num_threads, device=device
         )
         self._memories = SessionMemories(self._executor, self._bundle.config, self._bundle.layout)
+        if executor_kind(command.executor).warms_up:
+            warm_up(self._executor, self._bundle.config, self._bundle.layout, self._memories)
         logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
 
 

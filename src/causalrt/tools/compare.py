@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from causalrt.config import HeadPlanName, Precision
+from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.errors import ConfigError
 from causalrt.export.build import build
 from causalrt.export.options import CollectivesMode
 from causalrt.runtime.engine import load
@@ -59,6 +61,11 @@ def compare_recorded(
         RecordingError: the recording cannot be replayed.
         CausalRTError: whatever `build` and `load` raise.
     """
+    if executor in FLAVOURS:
+        raise ConfigError(
+            f"recordings are float32, and {executor} has fused attention kernels in bfloat16 and float16 only; add --emulate to "
+            "replay the graphs that it is built from"
+        )
     recording = open_recording(path, world_size=world_size, head_plan=head_plan)
     with tempfile.TemporaryDirectory(prefix="causalrt-compare-") as folder:
         checkpoint = recording.write_checkpoint(Path(folder) / "checkpoint.safetensors")

@@ -11,7 +11,7 @@ import torch
 
 from causalrt.engines.bundle import REBUILD, Bundle
 from causalrt.engines.step_record import TargetEngines
-from causalrt.engines.tensorrt import EngineLoader
+from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import BundleError, ExecutorError
 from causalrt.model.rope import rope_tables

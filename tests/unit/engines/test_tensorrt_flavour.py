@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from causalrt.engines.kinds import EXECUTORS
-from causalrt.engines.tensorrt import EngineLoader
+from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError
 from causalrt.export.engine_files import default_timing_cache
@@ -136,7 +136,7 @@ def test_context_has_the_callers_scratch_and_its_kernels_at_once(flavour, late):
     engine = SimpleNamespace(
         create_runtime_config=lambda: settings, create_execution_context=lambda given: ("context", given)
     )
-    assert flavour.create_context(TRT, engine) == ("context", settings)
+    assert flavour.make_runtime_config(TRT, engine) is settings
     assert settings.calls == [("set_execution_context_allocation_strategy", "user's")]
     kept = {name: value for name, value in vars(settings).items() if name != "calls"}
     wanted = {"cuda_graph_strategy": "none", "dynamic_shapes_kernel_specialization_strategy": "eager"}

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from causalrt import build, override, recipe
 from causalrt.cli import main
 from causalrt.engines.bundle import open_bundle
-from causalrt.engines.tensorrt import EngineLoader
+from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 from causalrt.errors import BuildError, ConfigError, ExecutorError
 from causalrt.export.onnx import cross_kv_names, step_names

@@ -1,0 +1,36 @@
+"""What TensorRT has worked out once and can be spared the next time: files in the user's cache, written whole or not at all."""
+
+import logging
+import os
+from pathlib import Path
+
+from causalrt.engines.bundle import publish_file
+
+logger = logging.getLogger(__name__)
+
+
+def cache_file(kind: str, name: str) -> Path:
+    """Where `name` is kept, under `$XDG_CACHE_HOME/causalrt/<kind>`."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "causalrt" / kind / name
+
+
+def read_cache(path: Path) -> bytes:
+    """What is kept there; nothing if there is nothing, or it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def keep_in_cache(path: Path, data: bytes | memoryview) -> bool:
+    """Keep it for the next time; nothing fails for want of a cache."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_bytes(data)
+        publish_file(partial, path)
+    except OSError as error:
+        logger.warning("%s could not be written: %s", path, error)
+        return False
+    return True
