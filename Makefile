@@ -21,6 +21,7 @@ fresh:
 	. .venv/bin/activate && pip install '.[test]' && pytest
 	. .venv/bin/activate && pip install -q '.[dev]' && $(MAKE) lint types
 
-bench:
+bench:  # engines of full size: see benchmarks/engine_build.py
 	python benchmarks/executors.py
 	python benchmarks/executors.py --ranks
+	python benchmarks/precision.py

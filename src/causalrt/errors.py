@@ -41,6 +41,14 @@ class ExecutorError(CausalRTError, RuntimeError):
     """An executor cannot run here: a library, a device or a precision is missing."""
 
 
+class OperandError(CausalRTError, ValueError):
+    """A fused kernel was given tensors whose shapes, types or strides do not fit together."""
+
+
+class KernelError(CausalRTError, RuntimeError):
+    """A fused kernel cannot be compiled or run: Triton or a device is missing, or it does not take such shapes or types."""
+
+
 class OutOfMemoryError(CausalRTError, RuntimeError):
     """The predicted memory does not fit, found before anything was allocated."""
 

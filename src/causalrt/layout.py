@@ -139,6 +139,21 @@ class Layout:
             blocks.append(np.concatenate([part.ravel() for part in parts]))
         return np.stack(blocks).astype(np.int64)
 
+    def scatter_destinations(self) -> npt.NDArray[np.int32]:
+        """`[3, S, H, M]`: `scatter_index` seen from the source: where each row and head of q, k, v goes.
+
+        Places are rows of the blocks stacked as `[P * scatter_rows]`, ascending, each of them named once over the whole
+        table; M is the most that one row and head has, and -1 fills the rest. Keys and values of a cut head go to each rank
+        that shares it, and padding repeats what it is padded with.
+        """
+        source = self.scatter_index().ravel()
+        counts = np.bincount(source, minlength=3 * self.local_tokens * self.num_heads)
+        by_source = np.argsort(source, kind="stable")
+        first_of_source = np.repeat(np.cumsum(counts) - counts, counts)
+        table = np.full((counts.size, counts.max()), -1, dtype=np.int32)
+        table[source[by_source], np.arange(source.size) - first_of_source] = by_source
+        return table.reshape(3, self.local_tokens, self.num_heads, -1)
+
     def gather_index(self) -> Index:
         """`[S * H]`: for each local row and head, its place in the received blocks stacked as `[P * gather_rows]`."""
         index = np.full((self.local_tokens, self.num_heads), -1, dtype=np.int64)

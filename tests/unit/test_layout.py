@@ -169,6 +169,39 @@ def test_twelve_heads_on_eight_ranks(plan, out, back, kv_heads):
     assert layout.scatter_rows + layout.gather_rows == total[plan]
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@settings(max_examples=100, deadline=None)
+@given(**sizes)
+@example(num_heads=12, world_size=8, num_tokens=4680)
+@example(num_heads=12, world_size=8, num_tokens=4677)
+@example(num_heads=12, world_size=1, num_tokens=7)
+@example(num_heads=5, world_size=7, num_tokens=1)
+@example(num_heads=1, world_size=16, num_tokens=17)
+def test_destinations_are_the_scatter_index_from_the_other_side(plan, num_heads, world_size, num_tokens):
+    layout = make_layout(plan, num_heads, world_size, num_tokens)
+    index = layout.scatter_index().ravel()
+    table = layout.scatter_destinations()
+    assert table.dtype == np.int32
+    assert table.shape[:3] == (3, layout.local_tokens, num_heads)
+    used = table >= 0
+    assert (table[~used] == -1).all()
+    assert used.any(axis=(0, 1, 2)).all(), "a column that nothing uses"
+    assert used[..., 0].all(), "a row and head that goes nowhere"
+    assert (np.diff(used.astype(int), axis=-1) <= 0).all(), "a place after -1"
+    # Whatever lies at a source arrives where the index would have fetched it, and every place is written once.
+    source = np.broadcast_to(np.arange(table[..., 0].size).reshape(*table.shape[:3], 1), table.shape)
+    written = np.full(index.shape, -1)
+    written[table[used]] = source[used]
+    np.testing.assert_array_equal(written, index)
+    assert used.sum() == index.size
+
+
+@pytest.mark.parametrize(("plan", "places"), [("shares", 2), ("pad", 5), ("mesh", 2)])
+def test_most_places_of_a_row_of_twelve_heads_on_eight_ranks(plan, places):
+    # shares: keys of a cut head go to both of its ranks; pad: the last head stands in for four more; mesh: to both halves.
+    assert make_layout(plan, 12, 8, 4680).scatter_destinations().shape == (3, 585, 12, places)
+
+
 def test_half_a_head_goes_to_each_of_two_neighbours():
     layout = make_layout("shares", 12, 8, 4680)
     whole, cut = layout.shares

@@ -63,8 +63,8 @@ def compare_recorded(
     """
     if executor in FLAVOURS:
         raise ConfigError(
-            f"recordings are float32, and {executor} has fused attention kernels in bfloat16 and float16 only; add --emulate to "
-            "replay the graphs that it is built from"
+            f"recordings are float32, and {executor} has fused attention kernels in bfloat16 and float16 only; add --emulate "
+            "to replay the graphs that it is built from"
         )
     recording = open_recording(path, world_size=world_size, head_plan=head_plan)
     with tempfile.TemporaryDirectory(prefix="causalrt-compare-") as folder:

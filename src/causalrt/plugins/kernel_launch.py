@@ -1,0 +1,100 @@
+"""One launch of a Triton kernel as data: what torch launches, the interpreter runs and `ptx.py` compiles ahead of time.
+
+The plan of a kernel (`*_launch.plan`) derives it from shapes and types alone; no tensor, no device::
+
+    plan(shapes, types) -> KernelLaunch --+-> run(tensors)                         CUDA, or Triton's interpreter
+                                          +-> ptx.compile_kernel(launch, target)   PTX, for a plugin of an engine
+
+This module does not import Triton, so that the ops can be registered where it is missing; `require_triton` comes before the
+import of a plan or a kernel.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from causalrt.errors import KernelError
+
+TRITON_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def require_triton() -> None:
+    """Raise unless Triton can be imported.
+
+    Raises:
+        KernelError: Triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise KernelError(
+            "the fused kernels need Triton, which is not installed: `pip install 'triton>=3.6,<3.8'` "
+            "on Linux, or run without plugins"
+        )
+
+
+def pointer_to(dtype: torch.dtype) -> str:
+    """Triton's name of a pointer to `dtype`: `*bf16`.
+
+    Raises:
+        KernelError: our kernels do not take `dtype`.
+    """
+    if dtype not in TRITON_TYPES:
+        raise KernelError(f"no kernel takes {dtype}: convert to one of {', '.join(map(str, TRITON_TYPES))}")
+    return f"*{TRITON_TYPES[dtype]}"
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Whether a `triton.jit` function is one for the interpreter: TRITON_INTERPRET=1 was set when it was defined."""
+    return type(kernel).__name__ == "InterpretedFunction"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelLaunch:
+    """A kernel with everything that a launch fixes but the addresses.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        signature: its run-time arguments, in order, each with Triton's name of its type (`*bf16`, `i32`, `fp32`).
+        constexprs: its compile-time arguments; None for a run-time one that this launch does without.
+        grid: programs along x, y and z.
+        num_warps: warps of a program.
+        num_stages: depth of its software pipelines.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, int | float | bool | None]
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        names = list(self.kernel.arg_names)
+        assert [name for name in names if name not in self.constexprs] == list(self.signature), (names, self.signature)
+        assert set(self.constexprs) <= set(names), self.constexprs
+
+    def run(self, *arguments: torch.Tensor | int | float) -> None:
+        """Launch on CUDA tensors; interpret on CPU tensors, in a process that was started with TRITON_INTERPRET=1.
+
+        Args:
+            *arguments: as in `signature`. A tensor is handed over as its address: shape and strides are the plan's affair.
+
+        Raises:
+            KernelError: tensors on a CPU in a process that does not interpret.
+        """
+        devices = {argument.device.type for argument in arguments if isinstance(argument, torch.Tensor)}
+        if devices != {"cuda"} and not is_interpreted(self.kernel):
+            raise KernelError(
+                f"{self.kernel.__name__} is given tensors on {', '.join(sorted(devices))}, and runs on CUDA; to interpret it "
+                "on a CPU, start the process with TRITON_INTERPRET=1"
+            )
+        named = dict(zip(self.signature, arguments, strict=True))
+        self.kernel[self.grid](**named, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)

@@ -1,0 +1,220 @@
+"""Ahead-of-time compilation of our Triton kernels: a launch plan to PTX for a GPU architecture, with no GPU at hand.
+
+    KernelLaunch, target --> cache by content hash --hit--> CompiledKernel
+                                     | miss
+                                     +--> triton.compile -> PTX --> ptxas -v -> registers, spills --> cache
+
+The PTX takes the run-time arguments of the launch's signature in order, and nothing else: the two scratch pointers that
+Triton adds for kernels that want them are taken off, so that an engine launches the kernel with exactly what it declares.
+Pointers are assumed to be aligned to 16 bytes, as whole tensors are. What the assembler says holds for the assembler that
+Triton ships; a driver that translates the PTX anew may allot registers differently.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from causalrt.errors import KernelError
+from causalrt.plugins.kernel_launch import KernelLaunch, is_interpreted, require_triton
+
+logger = logging.getLogger(__name__)
+
+PTX_VERSIONS = {80: 80, 90: 80, 120: 87}
+"""By compute capability (A100 and A800, H100 and its kin, RTX Blackwell), ten times the version of PTX to write: an old one
+that has all that is wanted there, since a driver refuses PTX that is newer than itself. Elsewhere it is Triton's newest."""
+
+TARGETS = tuple(PTX_VERSIONS)
+
+POINTER_ALIGNMENT_BYTES = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompiledKernel:
+    """A kernel as an engine embeds it.
+
+    Attributes:
+        name: entry point in the PTX.
+        target: compute capability, 80 for sm_80.
+        ptx: its text.
+        num_warps: warps of a program: threads of a block / 32.
+        shared_bytes: dynamic shared memory of a program.
+        registers: registers of a thread.
+        spill_bytes: bytes of registers that a thread stores to and loads from local memory.
+    """
+
+    name: str
+    target: int
+    ptx: str
+    num_warps: int
+    shared_bytes: int
+    registers: int
+    spill_bytes: int
+
+
+def default_cache() -> Path:
+    """Folder of compiled kernels: `$XDG_CACHE_HOME/causalrt/ptx`."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "causalrt" / "ptx"
+
+
+def compile_kernel(launch: KernelLaunch, *, target: int, cache: Path) -> CompiledKernel:
+    """Compile the kernel of `launch`, or take it from `cache`.
+
+    Args:
+        launch: what to compile; its grid does not matter.
+        target: compute capability, such as one of `TARGETS`.
+        cache: folder of compiled kernels, made where it is missing; `default_cache()` is the usual one.
+
+    Raises:
+        KernelError: no Triton here, a process that interprets kernels, or a kernel that Triton or its assembler refuses.
+    """
+    require_triton()
+    if is_interpreted(launch.kernel):
+        raise KernelError(
+            f"{launch.kernel.__name__} was defined for Triton's interpreter: compile in a process that was started without "
+            "TRITON_INTERPRET=1"
+        )
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    ptxas = get_ptxas(target)
+    path = cache / f"{_content_hash(launch, target, ptxas.version)}.json"
+    kept = _read(path)
+    if kept is not None:
+        return kept
+    name, ptx, shared_bytes = _ptx_from_launch(launch, target)
+    registers, spill_bytes = _resources_from_log(_assembler_log(ptx, ptxas.path))
+    compiled = CompiledKernel(
+        name=name,
+        target=target,
+        ptx=ptx,
+        num_warps=launch.num_warps,
+        shared_bytes=shared_bytes,
+        registers=registers,
+        spill_bytes=spill_bytes,
+    )
+    _write(path, compiled)
+    logger.info("compiled %s for sm_%d: %d registers, %d bytes spilled", name, target, registers, spill_bytes)
+    return compiled
+
+
+def _content_hash(launch: KernelLaunch, target: int, assembler: str) -> str:
+    """Of everything that the result depends on; the kernel's own key covers its source and the functions it calls."""
+    import triton
+
+    content = {
+        "this": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "kernel": [launch.kernel.__name__, launch.kernel.cache_key],
+        "signature": list(launch.signature.items()),
+        "constexprs": sorted(launch.constexprs.items()),
+        "options": [launch.num_warps, launch.num_stages],
+        "tools": [triton.__version__, assembler],
+        "target": target,
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _read(path: Path) -> CompiledKernel | None:
+    try:
+        return CompiledKernel(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        logger.warning("%s is damaged (%s): compiling anew", path, error)
+        return None
+
+
+def _write(path: Path, compiled: CompiledKernel) -> None:
+    """Readers, in other processes too, see the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(asdict(compiled)))
+    os.replace(partial, path)
+
+
+def _ptx_from_launch(launch: KernelLaunch, target: int) -> tuple[str, str, int]:
+    """(name, PTX, bytes of shared memory)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = [name for name, kind in launch.signature.items() if kind.startswith("*")]
+    pointers = [launch.kernel.arg_names.index(name) for name in names]
+    source = ASTSource(
+        launch.kernel,
+        {**launch.signature, **dict.fromkeys(launch.constexprs, "constexpr")},
+        constexprs=dict(launch.constexprs),
+        attrs={(index,): [["tt.divisibility", POINTER_ALIGNMENT_BYTES]] for index in pointers},
+    )
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "ptx_version": PTX_VERSIONS.get(target),
+    }
+    try:
+        built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    except Exception as error:
+        raise KernelError(f"Triton cannot compile {launch.kernel.__name__} for sm_{target}: {error}") from error
+    ptx = _without_scratch(built.asm["ptx"], built.metadata, num_arguments=len(launch.signature))
+    return built.metadata.name, _without_lines(ptx), built.metadata.shared
+
+
+def _without_scratch(ptx: str, metadata: Any, *, num_arguments: int) -> str:
+    """The PTX without the parameters past `num_arguments`: pointers to global scratch memory, which nothing reads."""
+    entry = re.search(rf"(\.entry {metadata.name}\()([^)]*)(\))", ptx)
+    assert entry is not None
+    parameters = entry[2].split(",")
+    added = [parameter.split()[-1] for parameter in parameters[num_arguments:]]
+    if metadata.global_scratch_size or metadata.profile_scratch_size or any(f"[{name}" in ptx for name in added):
+        raise KernelError(
+            f"{metadata.name} wants scratch memory on the device, which no engine gives it: {metadata.global_scratch_size} "
+            "bytes; write it without atomics on tiles, device-side descriptors and profiling"
+        )
+    kept = ",".join(parameters[:num_arguments]) + "\n"
+    return ptx[: entry.start()] + entry[1] + kept + entry[3] + ptx[entry.end() :]
+
+
+def _without_lines(ptx: str) -> str:
+    """The PTX without line numbers, which name files of the machine that it was compiled on."""
+    code, _, debug = ptx.partition("\n\t.file\t")
+    assert ".entry" not in debug
+    return re.sub(r"^\t\.loc\b.*\n", "", code, flags=re.MULTILINE).rstrip() + "\n"
+
+
+def _assembler_log(ptx: str, assembler: str) -> str:
+    """What `ptxas -v` says of it."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command: Sequence[str | Path] = (
+            assembler,
+            "-v",
+            f"--gpu-name={target[1]}",
+            source,
+            "-o",
+            f"{folder}/kernel.cubin",
+        )
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise KernelError(f"{assembler} refuses PTX for {target[1]}: {getattr(error, 'stderr', error)}") from error
+    return done.stderr
+
+
+def _resources_from_log(log: str) -> tuple[int, int]:
+    """(registers, bytes spilled) of the one kernel in what `ptxas -v` says."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    if registers is None or len(spills) != 2:
+        raise KernelError(
+            f"ptxas speaks in a way that this version does not know: {log!r}; use the Triton that it pins"
+        )
+    return int(registers[1]), sum(map(int, spills))

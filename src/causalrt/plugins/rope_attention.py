@@ -1,0 +1,163 @@
+"""`causalrt::rope_attention`: everything between the two all-to-alls of a layer, for all of a rank's shares at once.
+
+    received [P, scatter_rows, D] --+--> k, v of the chunk --> slots, rows [0, N): staging
+                                    +--> q --> attend over staging and history --> out [P, gather_rows, D]
+    slots, rows [N, kv_rows): history ---------^
+
+`share_blocks` draws the blocks. Slots come as k and v of each share in turn, token by token `[1, rows, heads * D]` or heads
+slow `[1, heads, rows, D]`. Rows past `kv_rows` are neither read nor written.
+
+Rotation in here, where the caller hands over `rotation` (rank, cos, sin): q arrives and k is kept as they were normalised,
+and both are turned when they are read. cos and sin `[rows, D / 2]`, float32, have a row for each slot row; the first N are the
+chunk's tokens, so queries take theirs there too. Only differences of angles matter, so time may count from any origin near
+the chunk (`causalrt.model.relative_rope`), and no rollout is too long. Without it, `rotation` is empty and q and k arrive
+rotated.
+
+This module owns the op and its meaning in eager torch. Its ONNX form is in `onnx_rope_attention`, the kernel in
+`triton_rope_attention`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from causalrt.plugins.attention import attend
+from causalrt.plugins.rotate import rotate_pairs_real
+from causalrt.plugins.share_blocks import ShareBlocks, ShareRows, blocks_from_shares
+
+
+def share_parts(received: torch.Tensor, blocks: ShareBlocks, share: ShareRows) -> Iterator[torch.Tensor]:
+    """The rows of q `[1, P * query_rows, heads * D]`, then of k and v `[1, N, heads * D]`."""
+    ranks, width = blocks.world_size, share.num_heads * blocks.head_dim
+    starts = (share.q_start, share.k_start, share.v_start)
+    lengths = (share.query_rows, blocks.local_tokens, blocks.local_tokens)
+    for start, rows in zip(starts, lengths, strict=True):
+        part = received[:, start : start + rows * share.num_heads].reshape(1, ranks * rows, width)
+        yield part if start == share.q_start else part[:, : blocks.num_tokens]
+
+
+def rope_attention_rows(
+    received: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    kv_rows: torch.Tensor,
+    rotation: Sequence[torch.Tensor],
+    blocks: ShareBlocks,
+) -> torch.Tensor:
+    """Write the chunk to staging, attend for every share; the slots are written in place.
+
+    Args:
+        received: `[P, scatter_rows, D]`.
+        slots: k and v of each share, in either form.
+        kv_rows: `[1]` int64, filled rows, staging included; at least N.
+        rotation: empty, or rank `[1]` int64, cos and sin `[rows, D / 2]` float32.
+        blocks: where the shares lie.
+
+    Returns:
+        `[P, gather_rows, D]`.
+    """
+    filled, outputs = int(kv_rows), []
+    for share, k_slots, v_slots in zip(blocks.shares, slots[::2], slots[1::2], strict=True):
+        q, k_new, v_new = share_parts(received, blocks, share)
+        k, v = (_write_and_read(*pair, share, filled) for pair in ((k_slots, k_new), (v_slots, v_new)))
+        if rotation:
+            rank, cos, sin = rotation
+            tokens = query_tokens(rank, blocks, share)
+            q = rotate_pairs_real(q, cos[None, tokens], sin[None, tokens], share.num_heads)
+            k = rotate_pairs_real(k, cos[None, :filled], sin[None, :filled], share.num_heads)
+        outputs.append(attend(q, k, v, share.num_heads).reshape(blocks.world_size, -1, blocks.head_dim))
+    return torch.cat(outputs, dim=1)
+
+
+def _write_and_read(slots: torch.Tensor, new: torch.Tensor, share: ShareRows, filled: int) -> torch.Tensor:
+    """Write `new` to staging; `[1, filled, heads * D]`."""
+    rows = new.shape[1]
+    if slots.dim() == 3:
+        slots[:, :rows] = new
+        return slots[:, :filled]
+    slots[:, :, :rows] = new.view(1, rows, share.num_heads, -1).transpose(1, 2)
+    return slots[:, :, :filled].transpose(1, 2).flatten(2)
+
+
+def query_tokens(rank: torch.Tensor, blocks: ShareBlocks, share: ShareRows) -> torch.Tensor:
+    """`[P * query_rows]`: the chunk's token that each query row is; padding repeats the last."""
+    first = rank % share.split * blocks.local_tokens // share.split
+    place, source = query_places(blocks, share, rank.device)
+    return (source + (first + place).clamp(max=blocks.local_tokens - 1)).clamp(max=blocks.num_tokens - 1)
+
+
+def query_places(
+    blocks: ShareBlocks, share: ShareRows, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[P * query_rows]` twice: of each query row, its place among its source's rows, and its source's first token."""
+    row = torch.arange(blocks.world_size * share.query_rows, device=device)
+    return row % share.query_rows, row // share.query_rows * blocks.local_tokens
+
+
+@torch.library.custom_op("causalrt::rope_attention_in_place", mutates_args=("slots",))
+def rope_attention_in_place(
+    received: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    kv_rows: torch.Tensor,
+    rotation: Sequence[torch.Tensor],
+    num_heads: Sequence[int],
+    splits: Sequence[int],
+    num_tokens: int,
+) -> torch.Tensor:
+    """`rope_attention` with the chunk written into `slots` themselves, as executors want it; returns the output alone."""
+    blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
+    return rope_attention_rows(received, slots, kv_rows, rotation, blocks)
+
+
+@rope_attention_in_place.register_fake
+def _(
+    received: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    kv_rows: torch.Tensor,
+    rotation: Sequence[torch.Tensor],
+    num_heads: Sequence[int],
+    splits: Sequence[int],
+    num_tokens: int,
+) -> torch.Tensor:
+    blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
+    return received.new_empty(blocks.world_size, blocks.gather_rows, blocks.head_dim)
+
+
+@torch.library.custom_op("causalrt::rope_attention", mutates_args=())
+def rope_attention(
+    received: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    kv_rows: torch.Tensor,
+    rotation: Sequence[torch.Tensor],
+    num_heads: Sequence[int],
+    splits: Sequence[int],
+    num_tokens: int,
+) -> list[torch.Tensor]:
+    """The op as a trace keeps it: returns the output, then the slots with the chunk written, and writes no input.
+
+    Args:
+        received: `[P, scatter_rows, D]`, what `scatter_heads` brought.
+        slots: k and v of each share in turn: `[1, rows, heads * D]`, or `[1, heads, rows, D]`.
+        kv_rows: `[1]` int64, filled rows, staging included; at least N.
+        rotation: empty, or rank `[1]` int64, cos and sin `[rows, D / 2]` float32.
+        num_heads: heads of each share.
+        splits: for each share, the ranks that divide its query rows.
+        num_tokens: N, tokens of the chunk.
+    """
+    written = [tensor.clone() for tensor in slots]
+    blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
+    return [rope_attention_rows(received, written, kv_rows, rotation, blocks), *written]
+
+
+@rope_attention.register_fake
+def _(
+    received: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    kv_rows: torch.Tensor,
+    rotation: Sequence[torch.Tensor],
+    num_heads: Sequence[int],
+    splits: Sequence[int],
+    num_tokens: int,
+) -> list[torch.Tensor]:
+    blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
+    out = received.new_empty(blocks.world_size, blocks.gather_rows, blocks.head_dim)
+    return [out, *(torch.empty_like(tensor) for tensor in slots)]

@@ -1,0 +1,342 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from onnxscript.values import Opset
+from torch import nn
+
+from causalrt.errors import KernelError, OperandError
+from causalrt.export import translate
+from causalrt.layout import Layout, plan_shares
+from causalrt.model.step import HeadExchange
+from causalrt.plugins.attention import kv_attention_in_place
+from causalrt.plugins.onnx_rope_attention import onnx_rope_attention
+from causalrt.plugins.rope_attention import rope_attention, rope_attention_in_place
+from causalrt.plugins.share_blocks import blocks_from_shares
+
+# Worst error of the kernel beside float64, relative to the largest value of the output.
+KERNEL_ERRORS = {"float32": 6e-6, "float16": 1e-3, "bfloat16": 8e-3}
+
+# plan, heads, ranks, tokens, history: odd rows, cut heads, more ranks than heads, ranks without a token, first chunk
+LAYOUTS = [
+    ("shares", 12, 8, 37, 20),
+    ("shares", 3, 2, 13, 8),
+    ("shares", 2, 5, 11, 3),
+    ("shares", 3, 8, 3, 7),
+    ("pad", 5, 3, 8, 0),
+    ("mesh", 6, 4, 9, 5),
+    ("shares", 4, 1, 6, 9),
+]
+
+
+def make_layout(plan, heads, ranks, tokens):
+    shares = plan_shares(plan, num_heads=heads, world_size=ranks, local_tokens=math.ceil(tokens / ranks))
+    return Layout(world_size=ranks, num_tokens=tokens, num_heads=heads, shares=shares)
+
+
+def make_arguments(layout, dim, history, *, whole=False, rotate=False, spare=0, dtype=torch.float32, seed=0):
+    """Arguments of `rope_attention` as one rank has them."""
+    random = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=random).to(dtype)
+
+    rows = layout.num_tokens + history + spare
+    slots = [
+        randn(1, share.num_heads, rows, dim) if whole else randn(1, rows, share.num_heads * dim)
+        for share in layout.shares
+        for _ in "kv"
+    ]
+    angle = 10 * randn(rows, dim // 2).float()
+    rotation = [torch.tensor([layout.world_size - 1]), angle.cos(), angle.sin()] if rotate else []
+    return (
+        randn(layout.world_size, layout.scatter_rows, dim),
+        slots,
+        torch.tensor([layout.num_tokens + history]),
+        rotation,
+        [share.num_heads for share in layout.shares],
+        [share.split for share in layout.shares],
+        layout.num_tokens,
+    )
+
+
+# ---- the kernel, in Triton's interpreter
+
+
+class Interpreter:
+    """A process that interprets kernels: Triton asks for its mode once, when it is imported."""
+
+    def __init__(self):
+        script = Path(__file__).with_name("interpreted_rope_attention.py")
+        self.process = subprocess.Popen(
+            [sys.executable, script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+        )
+
+    def run(self, case):
+        self.process.stdin.write(json.dumps(case) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, "the interpreting process died; its traceback is above"
+        return json.loads(answer)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    pytest.importorskip("triton")
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+CASES = {
+    "plan": st.sampled_from(["shares", "pad", "mesh"]),
+    "heads": st.integers(1, 7),
+    "ranks": st.integers(1, 9),
+    "tokens": st.integers(1, 40),
+    "history": st.one_of(st.just(0), st.integers(1, 70)),
+    "spare": st.integers(0, 9),
+    "dim": st.sampled_from([16, 24, 64, 128]),
+    "whole": st.booleans(),
+    "rotate": st.booleans(),
+    "rank": st.integers(0, 8),
+    "kv_splits": st.integers(1, 3),
+    "block_m": st.sampled_from([16, 32]),
+    "block_n": st.sampled_from([16, 32]),
+    "dtype": st.sampled_from(sorted(KERNEL_ERRORS)),
+    "spread": st.sampled_from([1.0, 3.0]),
+    "seed": st.integers(0, 2**31),
+}
+CUT_HEADS = {"plan": "shares", "heads": 12, "ranks": 8, "tokens": 37, "history": 75, "spare": 3, "dim": 128}
+CUT_HEADS |= {"whole": True, "rotate": True, "rank": 5, "kv_splits": 2, "block_m": 32, "block_n": 32}
+CUT_HEADS |= {"spread": 1.0, "seed": 1}
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=st.fixed_dictionaries(CASES))
+@example(case=CUT_HEADS | {"dtype": "bfloat16"})
+@example(case=CUT_HEADS | {"dtype": "float16", "rotate": False, "whole": False})
+@example(case=CUT_HEADS | {"dtype": "float32", "history": 0, "spare": 0, "kv_splits": 3})
+@example(case=CUT_HEADS | {"dtype": "float32", "heads": 3, "tokens": 5, "rank": 7, "dim": 24})  # ranks without a token
+def test_kernel_against_float64(interpreter, case):
+    # Outputs, staging, unfilled rows and padding tokens are NaN beforehand.
+    got = interpreter.run(case | {"rank": case["rank"] % case["ranks"]})
+    assert got["problems"] == []
+    assert got["error"] <= KERNEL_ERRORS[case["dtype"]], got["worst"]
+
+
+# ---- the launch plan
+
+
+def plan_at_1_3b(head_plan, capability, **options):
+    launch = pytest.importorskip("causalrt.plugins.rope_attention_launch")
+    layout = make_layout(head_plan, 12, 8, 4680)
+    heads, splits = [s.num_heads for s in layout.shares], [s.split for s in layout.shares]
+    blocks = blocks_from_shares((8, layout.scatter_rows, 128), num_tokens=4680, num_heads=heads, splits=splits)
+    dtype, rotate = torch.bfloat16, options.pop("rotate", False)
+    return launch.plan(
+        blocks,
+        dtype=dtype,
+        slot_rows=options.pop("slot_rows", 32760),
+        whole_slots=True,
+        rotate=rotate,
+        tiles=launch.tiles_for(capability, dtype=dtype, rotate=rotate),
+        num_multiprocessors=108,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_nothing_spills_at_1_3b(capability, rotate, tmp_path):
+    ptx = pytest.importorskip("causalrt.plugins.ptx")
+    plan = plan_at_1_3b("shares", capability, rotate=rotate)
+    for launch in (plan.attend, plan.combine):
+        compiled = ptx.compile_kernel(launch, target=capability, cache=tmp_path)
+        assert compiled.spill_bytes == 0
+        assert compiled.shared_bytes <= {80: 163, 90: 227}[capability] * 1024
+
+
+def test_one_launch_covers_all_tiles_of_all_shares():
+    plan = plan_at_1_3b("shares", 80, kv_splits=1)
+    assert plan.combine is None
+    assert plan.attend.grid == (37 + 19 + 2 * math.ceil(4680 / 64), 1, 1)
+
+
+def test_keys_are_split_where_waves_are_ragged():
+    launch = pytest.importorskip("causalrt.plugins.rope_attention_launch")
+    choose = launch.choose_kv_splits
+    assert choose(num_tiles=108, key_blocks=512, num_multiprocessors=108) == 1
+    assert choose(num_tiles=54, key_blocks=512, num_multiprocessors=108) == 2
+    assert choose(num_tiles=54, key_blocks=2, num_multiprocessors=108) == 1, "a range costs more than it saves"
+    assert choose(num_tiles=56, key_blocks=512, num_multiprocessors=108) == 7  # 392 programs: 4 waves of a seventh
+
+
+def test_plan_refuses_what_the_kernel_cannot_address():
+    with pytest.raises(KernelError, match="shorter window"):
+        plan_at_1_3b("shares", 80, slot_rows=2**24)
+    with pytest.raises(KernelError, match="cannot stage"):
+        plan_at_1_3b("shares", 80, slot_rows=4679)
+
+
+# ---- the op as torch sees it
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype, whole, rotate):
+    arguments = make_arguments(make_layout("shares", 3, 2, 13), 16, 8, whole=whole, rotate=rotate, dtype=dtype)
+    torch.library.opcheck(rope_attention, arguments)
+    torch.library.opcheck(rope_attention_in_place, arguments)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_functional_form_is_the_one_in_place_and_writes_no_input(sizes, whole):
+    *layout, history = sizes
+    arguments = make_arguments(make_layout(*layout), 8, history, whole=whole, rotate=True, spare=4)
+    slots = arguments[1]
+    before = [x.clone() for x in slots]
+    out, *written = rope_attention(*arguments)
+    assert all(torch.equal(x, y) for x, y in zip(slots, before, strict=True))
+    assert torch.equal(out, rope_attention_in_place(*arguments))
+    for x, y, old in zip(slots, written, before, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(x[..., arguments[-1] :, :], old[..., arguments[-1] :, :]), "history was written"
+
+
+def test_blocks_of_another_layout_are_refused():
+    received, *rest = make_arguments(make_layout("shares", 3, 2, 13), 16, 8)
+    with pytest.raises(OperandError, match="take both from one Layout"):
+        rope_attention(received[:, 1:], *rest)
+
+
+# ---- its meaning: the unfused graph
+
+
+def all_to_all(sent):
+    """`[P, P, rows, D]`: block p of rank r arrives as block r of rank p."""
+    return sent.transpose(0, 1).contiguous()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_a_layer_equals_the_unfused_one(sizes, whole):
+    """scatter_heads, attention share by share and gather_heads on P ranks, and the op between the same exchanges."""
+    *layout, history = sizes
+    layout, dim = make_layout(*layout), 8
+    ranks, rows = layout.world_size, layout.local_tokens
+    qkv = torch.randn(ranks, 3, 1, rows, layout.num_heads * dim, generator=torch.Generator().manual_seed(0))
+    received = all_to_all(qkv.view(ranks, -1, dim)[:, torch.from_numpy(layout.scatter_index())])
+    slots = [make_arguments(layout, dim, history, whole=whole, seed=rank)[1] for rank in range(ranks)]
+    others = make_arguments(layout, dim, history)[2:]
+    fused = torch.stack([rope_attention(received[rank], slots[rank], *others)[0] for rank in range(ranks)])
+
+    outputs = []
+    for rank in range(ranks):
+        exchange = HeadExchange(layout, dim, lambda sent, rank=rank: received[rank])
+        pairs = zip(layout.shares, exchange.scatter_heads(*qkv[rank]), slots[rank][::2], slots[rank][1::2], strict=True)
+        outputs.append(
+            [
+                kv_attention_in_place(
+                    *new, *(x.transpose(1, 2).flatten(2) if whole else x for x in (k, v)), share.num_heads
+                )[0]
+                for share, new, k, v in pairs
+            ]
+        )
+    sent = torch.stack([torch.cat([x.reshape(ranks, -1, dim) for x in shares], dim=1) for shares in outputs])
+    torch.testing.assert_close(fused, sent, rtol=0, atol=2e-6)
+    for rank in range(ranks):
+        exchange = HeadExchange(layout, dim, lambda _, rank=rank: all_to_all(sent)[rank])
+        got = all_to_all(fused)[rank].view(-1, dim)[torch.from_numpy(layout.gather_index())].view(1, rows, -1)
+        torch.testing.assert_close(got, exchange.gather_heads(outputs[rank]), rtol=0, atol=2e-6)
+
+
+# ---- its ONNX form
+
+
+class Op(nn.Module):
+    def __init__(self, heads, splits, tokens):
+        super().__init__()
+        self.descriptors = heads, splits, tokens
+
+    def forward(self, received, slots, kv_rows, rotation):
+        return rope_attention(received, slots, kv_rows, rotation, *self.descriptors)
+
+
+@pytest.fixture
+def with_onnx_form(monkeypatch):
+    translations = translate._translations()
+
+    def form(received, slots, kv_rows, rotation, num_heads, splits, num_tokens):
+        op = Opset("", translate.OPSET)
+        return onnx_rope_attention(op, received, slots, kv_rows, rotation, num_heads, splits, num_tokens)
+
+    translations[torch.ops.causalrt.rope_attention.default] = form
+    monkeypatch.setattr(translate, "_translations", lambda: translations)
+
+
+def export_op(arguments, path, dynamic_shapes=None):
+    """An ONNX Runtime session of the op, and the names of its inputs."""
+    inputs = [f"in{i}" for i in range(len(flattened(arguments)))]
+    outputs = [f"out{i}" for i in range(len(arguments[1]) + 1)]
+    program = torch.export.export(Op(*arguments[4:]), arguments[:4], dynamic_shapes=dynamic_shapes)
+    model = translate.onnx_from_program(program, input_names=inputs, output_names=outputs)
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    assert {node.domain for node in model.graph} == {""}
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]), inputs
+
+
+def flattened(arguments):
+    received, slots, kv_rows, rotation, *_ = arguments
+    return [received, *slots, kv_rows, *rotation]
+
+
+def assert_equals_the_op(session, inputs, arguments):
+    wanted = {x.name for x in session.get_inputs()}  # token by token, kv_rows is not asked for
+    fed = {name: x.numpy() for name, x in zip(inputs, flattened(arguments), strict=True) if name in wanted}
+    got = [torch.from_numpy(x) for x in session.run(None, fed)]
+    out, *written = rope_attention(*arguments)
+    torch.testing.assert_close(got[0], out, rtol=0, atol=3e-6)
+    assert all(torch.equal(x, y) for x, y in zip(got[1:], written, strict=True))
+
+
+@pytest.mark.usefixtures("with_onnx_form")
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("sizes", LAYOUTS[:5], ids=str)
+def test_onnx_form(sizes, whole, rotate, tmp_path):
+    *layout, history = sizes
+    arguments = make_arguments(make_layout(*layout), 8, history, whole=whole, rotate=rotate, spare=4 if whole else 0)
+    assert_equals_the_op(*export_op(arguments, tmp_path / "op.onnx"), arguments)
+
+
+@pytest.mark.usefixtures("with_onnx_form")
+@pytest.mark.parametrize("rotate", [False, True])
+def test_onnx_form_of_a_prefix_takes_any_length(rotate, tmp_path):
+    layout = make_layout("shares", 3, 2, 13)
+    arguments = make_arguments(layout, 8, 8, rotate=rotate)
+    rows = torch.export.Dim("rows", min=14, max=99)
+    tables = [None, {0: rows}, {0: rows}] if rotate else []
+    session, inputs = export_op(arguments, tmp_path / "op.onnx", (None, [{1: rows}] * 4, None, tables))
+    for history in (8, 30):
+        assert_equals_the_op(session, inputs, make_arguments(layout, 8, history, rotate=rotate, seed=history))
