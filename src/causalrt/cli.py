@@ -176,6 +176,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         arguments.bundle,
         executor=arguments.executor,
         device=arguments.device,
+        plugins=arguments.plugins == "on",
         num_threads=arguments.threads,
         timeout_s=arguments.timeout,
     ) as engine:
@@ -233,6 +234,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             executor=arguments.executor,
             world_size=arguments.world_size,
             head_plan=arguments.head_plan or "shares",
+            plugins=arguments.plugins == "on",
         )
     if arguments.json:
         print(json.dumps(result))
@@ -403,6 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--chunks", type=int, help="by default as many as the bundle's horizon holds")
     made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")
     made.add_argument("--device", choices=("cuda", "cpu"), help="by default GPUs, where each rank has one")
+    made.add_argument("--plugins", choices=("on", "off"), default="off", help="fused ops in eager and inductor (off)")
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
     made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
 
@@ -417,6 +420,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--executor", default="onnxruntime", choices=EXECUTORS, help="(onnxruntime)")
     made.add_argument("--world-size", type=int, default=1, help="ranks (1)")
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks (shares)")
+    made.add_argument("--plugins", choices=("on", "off"), default="off", help="fused ops in eager and inductor (off)")
     made.add_argument(
         "--emulate",
         action="store_true",

@@ -100,7 +100,7 @@ def test_onnxruntime_on_cuda(cases):
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime with CUDA: pip install onnxruntime-gpu in onnxruntime's place")
     case = cases("float32", "onnxruntime")
-    executor = make_executor("onnxruntime", case.bundle, LocalCollectives(), num_threads=1, device=DEVICE)
+    executor = make_executor("onnxruntime", case.bundle, LocalCollectives(), num_threads=1, device=DEVICE, plugins=False)
     check(play(case, executor), recorded_outputs(case.recording), TOLERANCE)
 
 

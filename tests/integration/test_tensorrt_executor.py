@@ -599,7 +599,7 @@ def test_truncated_or_foreign_engine(damaged: tuple[Bundle, Path], damage: Calla
 
 def test_made_by_name(whole: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tensorrt_flavour.FLAVOURS, "tensorrt_rtx", STAND_INS["tensorrt_rtx"])  # type: ignore[arg-type]
-    executor = make_executor("tensorrt_rtx", whole, LocalCollectives(), num_threads=1, device=CPU)
+    executor = make_executor("tensorrt_rtx", whole, LocalCollectives(), num_threads=1, device=CPU, plugins=False)
     assert isinstance(executor, TensorRTExecutor)
     told = executor._step[0].information()
     assert told["scratch_bytes"] > 0

@@ -67,9 +67,11 @@ class Executor(Protocol):
 
 
 def make_executor(
-    name: str, bundle: Bundle, collectives: Collectives, *, num_threads: int, device: torch.device
+    name: str, bundle: Bundle, collectives: Collectives, *, num_threads: int, device: torch.device, plugins: bool
 ) -> Executor:
     """The executor `name` over an opened bundle, with its weights loaded.
+
+    `plugins` has eager and inductor run self-attention by the fused ops of `causalrt.plugins`; the others run what was built.
 
     Raises:
         ExecutorError: unknown name, or something that it needs is missing here or in the bundle.
@@ -78,11 +80,11 @@ def make_executor(
     if name == "eager":
         from causalrt.engines.eager import EagerExecutor
 
-        return EagerExecutor(bundle, collectives, device=device)
+        return EagerExecutor(bundle, collectives, device=device, plugins=plugins)
     if name == "inductor":
         from causalrt.engines.inductor import InductorExecutor
 
-        return InductorExecutor(bundle, collectives, device=device)
+        return InductorExecutor(bundle, collectives, device=device, plugins=plugins)
     if name == "onnxruntime":
         from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
 

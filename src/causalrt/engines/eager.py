@@ -5,16 +5,22 @@ does, so that what it is compared with wins by compilation alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file
 
 from causalrt.engines.base import Collectives
 from causalrt.engines.bundle import WEIGHTS, Bundle
-from causalrt.model.step import ChunkStep, KVPair, KVTensors, StepOps
+from causalrt.model.step import ChunkStep, FusedOps, KVPair, KVTensors, StepOps
 from causalrt.model.wan import PromptGraph, TimeGraph, sinusoid, wan_from_weights
 from causalrt.plugins.attention import attend, kv_attention_in_place
+from causalrt.plugins.qk_norm_rope import qk_norm_rope
+from causalrt.plugins.rope_attention import rope_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
+
+
+FUSED_OPS = FusedOps(qk_norm_rope=qk_norm_rope, rope_attention_in_place=rope_attention_in_place)
 
 
 class EagerExecutor:
@@ -23,7 +29,13 @@ class EagerExecutor:
     whole_slots = False
 
     def __init__(
-        self, bundle: Bundle, collectives: Collectives, *, device: torch.device, ops: StepOps | None = None
+        self,
+        bundle: Bundle,
+        collectives: Collectives,
+        *,
+        device: torch.device,
+        plugins: bool = False,
+        ops: StepOps | None = None,
     ) -> None:
         self.device = device
         self._wan = wan_from_weights(bundle.config.model, load_file(bundle.path / WEIGHTS, device=str(device)))
@@ -34,9 +46,12 @@ class EagerExecutor:
         ops = ops or StepOps(
             all_to_all=self._all_to_all, rotate=rotate_pairs, attention=attend, kv_attention=kv_attention_in_place
         )
+        if plugins:
+            ops = replace(ops, fused=FUSED_OPS)
         self._step = ChunkStep(self._wan, bundle.config, bundle.layout, ops).eval().to(device)
         self._rank = torch.tensor([collectives.rank], device=device)
         self._first_frame = torch.zeros(1, dtype=torch.int64, device=device)
+        self._kv_rows = torch.zeros(1, dtype=torch.int64, device=device)
         self._kv: KVTensors = ()
         self._cross_kv: Sequence[KVPair] = ()
 
@@ -59,11 +74,14 @@ class EagerExecutor:
     def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
         """See `Executor.bind`."""
         self._kv, self._cross_kv = kv, cross_kv
+        self._kv_rows.fill_(kv_rows)
 
     @torch.inference_mode()
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         self._first_frame.fill_(first_frame)
         flow: torch.Tensor
-        flow, _ = self._step(x.to(self._dtype), e, e0, self._rank, self._first_frame, self._kv, self._cross_kv)
+        flow, _ = self._step(
+            x.to(self._dtype), e, e0, self._rank, self._first_frame, self._kv, self._cross_kv, self._kv_rows
+        )
         return flow

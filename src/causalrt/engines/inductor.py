@@ -48,11 +48,17 @@ class InductorExecutor(EagerExecutor):
     """The eager executor with its step compiled."""
 
     def __init__(
-        self, bundle: Bundle, collectives: Collectives, *, device: torch.device, cuda_graphs: bool = True
+        self,
+        bundle: Bundle,
+        collectives: Collectives,
+        *,
+        device: torch.device,
+        plugins: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         if device.type == "cpu" and cpp_compiler() is None:
             raise ExecutorError("inductor needs a C++ compiler on a CPU; install g++, set CXX, or take executor eager")
-        super().__init__(bundle, collectives, device=device, ops=COMPILED_OPS)
+        super().__init__(bundle, collectives, device=device, plugins=plugins, ops=COMPILED_OPS)
         self._compiled = torch.compile(self._step, fullgraph=True)
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)
         layout, model = bundle.layout, bundle.config.model
@@ -85,5 +91,7 @@ class InductorExecutor(EagerExecutor):
         return self._flow
 
     def _work(self) -> None:
-        flow, _ = self._compiled(self._x, self._e, self._e0, self._rank, self._first_frame, self._kv, self._cross_kv)
+        flow, _ = self._compiled(
+            self._x, self._e, self._e0, self._rank, self._first_frame, self._kv, self._cross_kv, self._kv_rows
+        )
         self._flow.copy_(flow)

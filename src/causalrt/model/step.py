@@ -27,7 +27,8 @@ KVTensors = Sequence[Sequence[KVPair]]
 class StepOps:
     """How rows meet: the exchange between ranks, rotation, and the attentions (signatures: `causalrt.plugins`).
 
-    `kv_attention_whole` is wanted only where the slots are bound whole.
+    `kv_attention_whole` is wanted only where the slots are bound whole. `fused`, if given, replaces rotation, packing, exchange
+    order and self-attention by two ops.
     """
 
     all_to_all: Callable[[torch.Tensor], torch.Tensor]
@@ -44,6 +45,15 @@ class StepOps:
         ]
         | None
     ) = None
+    fused: "FusedOps | None" = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedOps:
+    """The two ops that a layer's self-attention is made of (signatures: `causalrt.plugins`); the second writes the slots."""
+
+    qk_norm_rope: Callable[..., torch.Tensor]
+    rope_attention_in_place: Callable[..., torch.Tensor]
 
 
 class HeadExchange(nn.Module):
@@ -51,14 +61,32 @@ class HeadExchange(nn.Module):
 
     scatter_index: torch.Tensor
     gather_index: torch.Tensor
+    scatter_destinations: torch.Tensor
 
-    def __init__(self, layout: Layout, head_dim: int, all_to_all: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, layout: Layout, head_dim: int, all_to_all: Callable[[torch.Tensor], torch.Tensor], *, fused: bool = False
+    ) -> None:
         super().__init__()
         self.layout = layout
         self.head_dim = head_dim
         self.all_to_all = all_to_all
         self.register_buffer("scatter_index", torch.from_numpy(layout.scatter_index()).flatten(), persistent=False)
         self.register_buffer("gather_index", torch.from_numpy(layout.gather_index()), persistent=False)
+        if fused:
+            self.register_buffer(
+                "scatter_destinations", torch.from_numpy(layout.scatter_destinations()), persistent=False
+            )
+
+    def swap_blocks(self, sent: torch.Tensor) -> torch.Tensor:
+        """`[P, rows, D]` -> `[P, rows, D]`, block p to and from rank p; nothing to do on one rank."""
+        return sent if self.layout.world_size == 1 else self.all_to_all(sent)
+
+    def own_rows(self, returned: torch.Tensor) -> torch.Tensor:
+        """What the ranks sent back `[P, gather_rows, D]` -> `[S, H*D]`, this rank's tokens with all heads."""
+        rows = returned.view(-1, self.head_dim)
+        if self.layout.world_size > 1:
+            rows = rows.index_select(0, self.gather_index)
+        return rows.view(self.layout.local_tokens, -1)
 
     def scatter_heads(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -113,7 +141,8 @@ class ChunkStep(nn.Module):
         self.ops = ops
         self.layout = layout
         self.num_heads = config.model.num_heads
-        self.exchange = HeadExchange(layout, config.model.head_dim, ops.all_to_all)
+        self.eps = config.model.eps
+        self.exchange = HeadExchange(layout, config.model.head_dim, ops.all_to_all, fused=ops.fused is not None)
         for name, table in rope_tables(config, layout).constants().items():
             self.register_buffer(name, table, persistent=False)
 
@@ -138,7 +167,7 @@ class ChunkStep(nn.Module):
             first_frame: `[1]` int64, global time index of the chunk's first frame.
             kv: filled prefix of the KV slots; its first N rows are staging, and are written.
             cross_kv: per layer (k, v), `[1, text_len, C]`.
-            kv_rows: `[1]` int64, filled rows, where `kv` holds the slots whole, `[1, heads, W * T, D]`.
+            kv_rows: `[1]` int64, filled rows: where `kv` holds the slots whole, `[1, heads, W * T, D]`, and for fused ops.
 
         Returns:
             flow `[S, 64]`, and the KV slots with the chunk written.
@@ -179,20 +208,47 @@ class ChunkStep(nn.Module):
         kv_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[KVPair]]:
         """`[S, C]` -> `[S, C]`: rotate locally, then each share attends for its heads and rows."""
+        if self.ops.fused is not None:
+            return self.fused_self_attention(self.ops.fused, weights, y, cos, sin, kv, kv_rows)
         q = self.ops.rotate(weights.norm_q(weights.q(y))[None], cos, sin, self.num_heads)
         k = self.ops.rotate(weights.norm_k(weights.k(y))[None], cos, sin, self.num_heads)
         outputs, written = [], []
         scattered = self.exchange.scatter_heads(q, k, weights.v(y)[None])
         for share, (q_rows, k_rows, v_rows), (k_slots, v_slots) in zip(self.layout.shares, scattered, kv, strict=True):
             rows, heads = (q_rows, k_rows, v_rows), share.num_heads
-            if kv_rows is None:
+            if k_slots.dim() == 3:
                 out, k_slots, v_slots = self.ops.kv_attention(*rows, k_slots, v_slots, heads)
             else:
                 assert self.ops.kv_attention_whole is not None
+                assert kv_rows is not None
                 out, k_slots, v_slots = self.ops.kv_attention_whole(*rows, k_slots, v_slots, kv_rows, heads)
             outputs.append(out)
             written.append((k_slots, v_slots))
         return weights.o(self.exchange.gather_heads(outputs)[0]), written
+
+    def fused_self_attention(
+        self,
+        fused: FusedOps,
+        weights: AttentionWeights,
+        y: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: Sequence[KVPair],
+        kv_rows: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, list[KVPair]]:
+        """The same by two ops; `kv_rows` is wanted however the slots are bound."""
+        assert kv_rows is not None
+        exchange, shares = self.exchange, self.layout.shares
+        norms = (weights.norm_q.weight, weights.norm_k.weight)
+        order = (exchange.scatter_index, exchange.scatter_destinations)
+        sent = fused.qk_norm_rope(
+            weights.q(y), weights.k(y), weights.v(y), *norms, cos, sin, *order, self.num_heads, self.eps
+        ).view(self.layout.world_size, -1, exchange.head_dim)
+        slots = [tensor for pair in kv for tensor in pair]
+        heads, splits = [share.num_heads for share in shares], [share.split for share in shares]
+        received = exchange.swap_blocks(sent)
+        attended = fused.rope_attention_in_place(received, slots, kv_rows, [], heads, splits, self.layout.num_tokens)
+        return weights.o(exchange.own_rows(exchange.swap_blocks(attended))), list(kv)
 
     def cross_attention(self, weights: AttentionWeights, y: torch.Tensor, kv: KVPair) -> torch.Tensor:
         """`[S, C]` -> `[S, C]` over all text rows, padding rows included; local, for text is on every rank."""

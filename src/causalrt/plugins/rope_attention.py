@@ -17,11 +17,13 @@ This module owns the op and its meaning in eager torch. Its ONNX form is in `onn
 `triton_rope_attention`.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from causalrt.plugins.attention import attend
+from causalrt.plugins.kernel_launch import require_triton
 from causalrt.plugins.rotate import rotate_pairs_real
 from causalrt.plugins.share_blocks import ShareBlocks, ShareRows, blocks_from_shares
 
@@ -120,6 +122,60 @@ def _(
 ) -> torch.Tensor:
     blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
     return received.new_empty(blocks.world_size, blocks.gather_rows, blocks.head_dim)
+
+
+@rope_attention_in_place.register_kernel("cuda")
+def _(
+    received: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    kv_rows: torch.Tensor,
+    rotation: Sequence[torch.Tensor],
+    num_heads: Sequence[int],
+    splits: Sequence[int],
+    num_tokens: int,
+) -> torch.Tensor:
+    return run_kernel(received, slots, kv_rows, rotation, num_heads, splits, num_tokens)
+
+
+def run_kernel(
+    received: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    kv_rows: torch.Tensor,
+    rotation: Sequence[torch.Tensor],
+    num_heads: Sequence[int],
+    splits: Sequence[int],
+    num_tokens: int,
+) -> torch.Tensor:
+    """`rope_attention_in_place` by the Triton kernel: on CUDA, or interpreted where the process was started for that.
+
+    Raises:
+        KernelError: no Triton here, shapes that the kernel does not take, or CPU tensors in a process that does not interpret.
+    """
+    require_triton()
+    from causalrt.plugins.rope_attention_launch import plan, tiles_for
+
+    blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
+    whole = slots[0].dim() == 4
+    capability, multiprocessors = _device_facts(received.device)
+    made = plan(
+        blocks,
+        dtype=received.dtype,
+        slot_rows=slots[0].shape[2 if whole else 1],
+        whole_slots=whole,
+        rotate=bool(rotation),
+        tiles=tiles_for(capability, dtype=received.dtype, rotate=bool(rotation)),
+        num_multiprocessors=multiprocessors,
+    )
+    return made.run(received, slots, kv_rows, rotation, made.buffers(received.device))
+
+
+@functools.cache
+def _device_facts(device: torch.device) -> tuple[int, int]:
+    """Compute capability (80, 90, 120) and multiprocessors; those of an A100 for a CPU that interprets."""
+    if device.type != "cuda":
+        return 80, 108
+    found = torch.cuda.get_device_properties(device)
+    return 10 * found.major + found.minor, found.multi_processor_count
 
 
 @torch.library.custom_op("causalrt::rope_attention", mutates_args=())

@@ -98,6 +98,7 @@ def load(
     executor: str | None = None,
     world_size: int | None = None,
     device: str | None = None,
+    plugins: bool = False,
     num_threads: int | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> "Engine":
@@ -108,6 +109,8 @@ def load(
         executor: one of `EXECUTORS`; by default the best that the bundle was built for.
         world_size: ranks that the caller expects; must be what the bundle was built for.
         device: `cuda` (rank r on GPU r) or `cpu`; by default GPUs, where the executor can use them and each rank has one.
+        plugins: have `eager` and `inductor` run self-attention by the fused ops (Triton kernels on a GPU). Off, for on no GPU
+            have they been measured yet.
         num_threads: CPU threads of each rank; by default the cores shared among the ranks.
         timeout_s: a rank that gives no answer for so long has failed; starting may take two minutes however short it is, and
             half an hour with an executor that compiles.
@@ -136,6 +139,8 @@ def load(
         raise BundleError(
             f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {chosen}` to run it so"
         )
+    if plugins and kind.compiled:
+        raise ExecutorError(f"{chosen} runs what was built, without fused ops; plugins are for eager and inductor")
     where = choose_device(chosen, asked=device, world_size=built_for)
     if where == "cpu":
         precision = opened.config.build.precision
@@ -145,14 +150,21 @@ def load(
                 "on a GPU with onnxruntime-gpu, or build it again with `--dtype float32`"
             )
         check_memory(predict_memory(opened.config, chosen), ranks=built_for, shared_weights=not kind.compiled)
-    return Engine(opened, chosen, device=where, num_threads=num_threads, timeout_s=timeout_s)
+    return Engine(opened, chosen, device=where, plugins=plugins, num_threads=num_threads, timeout_s=timeout_s)
 
 
 class Engine:
     """A loaded bundle; made by `load`, ended by `close` or a `with` block."""
 
     def __init__(
-        self, bundle: Bundle, executor: str, *, device: str, num_threads: int | None, timeout_s: float
+        self,
+        bundle: Bundle,
+        executor: str,
+        *,
+        device: str,
+        plugins: bool,
+        num_threads: int | None,
+        timeout_s: float,
     ) -> None:
         self.bundle = bundle
         self.config = bundle.config
@@ -173,6 +185,7 @@ class Engine:
                     bundle=bundle.path,
                     executor=executor,
                     device=device,
+                    plugins=plugins,
                     num_threads=self.num_threads,
                     timeout_s=max(timeout_s, self._start_s),
                 )

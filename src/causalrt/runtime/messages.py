@@ -21,6 +21,7 @@ class LoadCommand:
         bundle: its folder, verified by the caller.
         executor: its name.
         device: `cpu` or `cuda`; rank r takes GPU r.
+        plugins: run the fused ops.
         num_threads: CPU threads of each rank.
         timeout_s: of a collective; the caller's own time-out on answers is the shorter one.
     """
@@ -28,6 +29,7 @@ class LoadCommand:
     bundle: Path
     executor: str
     device: str
+    plugins: bool
     num_threads: int
     timeout_s: float
 

@@ -129,7 +129,12 @@ class RankServer:
         else:
             self._collectives = LocalCollectives()
         self._executor = make_executor(
-            command.executor, self._bundle, self._collectives, num_threads=command.num_threads, device=device
+            command.executor,
+            self._bundle,
+            self._collectives,
+            num_threads=command.num_threads,
+            device=device,
+            plugins=command.plugins,
         )
         self._memories = SessionMemories(self._executor, self._bundle.config, self._bundle.layout)
         if executor_kind(command.executor).warms_up:

@@ -49,6 +49,7 @@ def compare_recorded(
     executor: str,
     world_size: int,
     head_plan: HeadPlanName = "shares",
+    plugins: bool = False,
     num_threads: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def compare_recorded(
     with tempfile.TemporaryDirectory(prefix="causalrt-compare-") as folder:
         checkpoint = recording.write_checkpoint(Path(folder) / "checkpoint.safetensors")
         bundle = build(recording.config, checkpoint=checkpoint, out=Path(folder) / "bundle", executors=[executor])
-        with load(bundle, executor=executor, num_threads=num_threads) as engine:
+        with load(bundle, executor=executor, plugins=plugins, num_threads=num_threads) as engine:
             errors = largest_errors(replay(recording, engine), recorded_outputs(recording))
     return {
         "executor": executor,

@@ -29,7 +29,7 @@ def test_unknown_executor_is_refused_with_the_known_ones():
     for call in (
         lambda: executor_kind("cuda"),
         lambda: choose_device("cuda", asked=None, world_size=1),
-        lambda: make_executor("cuda", None, None, num_threads=1, device=torch.device("cpu")),
+        lambda: make_executor("cuda", None, None, num_threads=1, device=torch.device("cpu"), plugins=False),
     ):
         with pytest.raises(ExecutorError, match=f"no executor 'cuda'; this version has: {', '.join(EXECUTORS)}$"):
             call()
@@ -92,4 +92,4 @@ def test_library_that_is_missing_is_named(name, monkeypatch):
     config = SimpleNamespace(build=SimpleNamespace(precision="bfloat16", world_size=1))
     bundle = SimpleNamespace(engines={name: record}, config=config)
     with pytest.raises(ExecutorError, match=rf"{name} needs the Python module {name}, .*pip install 'causalrt\["):
-        make_executor(name, bundle, None, num_threads=1, device=torch.device("cpu"))
+        make_executor(name, bundle, None, num_threads=1, device=torch.device("cpu"), plugins=False)

@@ -213,7 +213,7 @@ def test_progress_is_told(built):
     stage = f"engines for {built.target}"
     count = 2 + len(built.parts)
     assert [told for told in built.progress if told[0] == stage] == [(stage, done, count) for done in range(count + 1)]
-    phases = [told for told in built.progress if told[0].startswith(f"{built.target}: ")]
+    phases = [told for told in built.progress if told[0].startswith(f"{built.target}-")]
     assert bool(phases) == (count <= 3), "many small engines are told one by one, few large ones by their phases"
     assert all(0 <= done <= total for _, done, total in phases)
     assert built.progress[-1] == ("hashes", 1, 1)

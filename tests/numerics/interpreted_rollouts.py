@@ -1,0 +1,58 @@
+"""Run by test_plugins.py in a process that interprets Triton: whole recorded rollouts on one rank, by the kernels themselves.
+
+    TRITON_INTERPRET=1 python tests/numerics/interpreted_rollouts.py RECORDING FOLDER        prints {"flow": error, ...}
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from causalrt.engines.bundle import open_bundle
+from causalrt.engines.eager import EagerExecutor
+from causalrt.export.build import build
+from causalrt.model.step import FusedOps, StepOps
+from causalrt.plugins.attention import attend, kv_attention_in_place
+from causalrt.plugins.qk_norm_rope import write_rows
+from causalrt.plugins.rope_attention import run_kernel
+from causalrt.plugins.rotate import rotate_pairs
+from causalrt.runtime.collectives import LocalCollectives
+from causalrt.tools.compare import largest_errors
+from causalrt.tools.recording import open_recording
+from causalrt.tools.replay import Player, recorded_outputs, replay_here
+
+
+def packed_rows(q: Any, k: Any, v: Any, norm_q: Any, norm_k: Any, cos: Any, sin: Any, index: Any, *rest: Any) -> Any:
+    destinations, num_heads, eps = rest
+    out = torch.full((index.shape[0], q.shape[1] // num_heads), torch.nan)
+    write_rows(out, q, k, v, norm_q, norm_k, cos, sin, destinations, eps)
+    return out
+
+
+def no_exchange(sent: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("one rank exchanges nothing")
+
+
+KERNELS = StepOps(
+    all_to_all=no_exchange,
+    rotate=rotate_pairs,
+    attention=attend,
+    kv_attention=kv_attention_in_place,
+    fused=FusedOps(qk_norm_rope=packed_rows, rope_attention_in_place=run_kernel),
+)
+
+
+def main() -> None:
+    recording, folder = open_recording(Path(sys.argv[1]), world_size=1), Path(sys.argv[2])
+    checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
+    bundle = open_bundle(build(recording.config, checkpoint=checkpoint, out=folder / "bundle", executors=["eager"]))
+    executor = EagerExecutor(bundle, LocalCollectives(), device=torch.device("cpu"), ops=KERNELS)
+    outputs = replay_here(recording, Player(executor=executor, config=bundle.config, layout=bundle.layout))
+    errors = largest_errors(outputs, recorded_outputs(recording))
+    sys.stdout.write(json.dumps({name: error.largest for name, error in errors.items()}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
