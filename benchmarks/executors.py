@@ -81,7 +81,10 @@ def main() -> None:
         if arguments.ranks:
             two = build_random(override(config, {"build.world_size": "2"}), Path(folder), "two")
             sides = ("1 rank x 2 threads", "2 ranks x 1 thread")
-            engines = {sides[0]: load(one, device="cpu", num_threads=2), sides[1]: load(two, device="cpu", num_threads=1)}
+            engines = {
+                sides[0]: load(one, device="cpu", num_threads=2),
+                sides[1]: load(two, device="cpu", num_threads=1),
+            }
         else:
             sides = ("eager", "onnxruntime")
             engines = {name: load(one, executor=name, device="cpu", num_threads=2) for name in sides}

@@ -50,10 +50,13 @@ def random_bundle(config: Config, folder: Path) -> Bundle:
 
 
 def make(side: str, bundle: Bundle, device: torch.device) -> Executor:
-    """`eager`, `inductor`, or `inductor-nograph`."""
-    if side == "eager":
-        return EagerExecutor(bundle, LocalCollectives(), device=device)
-    return InductorExecutor(bundle, LocalCollectives(), device=device, cuda_graphs=side == "inductor")
+    """`eager` or `inductor`, with `-plugins` (fused ops) or `-nograph` (no CUDA graph) behind it."""
+    name, *options = side.split("-")
+    plugins = "plugins" in options
+    if name == "eager":
+        return EagerExecutor(bundle, LocalCollectives(), device=device, plugins=plugins)
+    graphs = "nograph" not in options
+    return InductorExecutor(bundle, LocalCollectives(), device=device, plugins=plugins, cuda_graphs=graphs)
 
 
 class Session:
@@ -109,7 +112,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="wan_1_3b_480p")
-    parser.add_argument("--executors", nargs="+", default=["eager", "inductor", "inductor-nograph"])
+    parser.add_argument(
+        "--executors", nargs="+", default=["eager", "eager-plugins", "inductor", "inductor-nograph", "inductor-plugins"]
+    )
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--repeats", type=int, default=5)

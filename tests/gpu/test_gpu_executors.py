@@ -95,12 +95,31 @@ def test_float32_is_the_recording_and_the_cpu(cases, kind):
     check(outputs, on_cpu, TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", [EagerExecutor, InductorExecutor])
+def test_fused_kernels_in_float32(cases, kind):
+    pytest.importorskip("triton", reason="the fused kernels need Triton")
+    case = cases("float32")
+    outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE, plugins=True))
+    check(outputs, recorded_outputs(case.recording), TOLERANCE)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", [EagerExecutor, InductorExecutor])
+def test_fused_kernels_in_low_precision(cases, kind, precision):
+    pytest.importorskip("triton", reason="the fused kernels need Triton")
+    case = cases(precision)
+    outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE, plugins=True))
+    check_low(outputs, eager_outputs(case), recorded_outputs(case.recording), EAGER_RATIO)
+
+
 def test_onnxruntime_on_cuda(cases):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime with CUDA: pip install onnxruntime-gpu in onnxruntime's place")
     case = cases("float32", "onnxruntime")
-    executor = make_executor("onnxruntime", case.bundle, LocalCollectives(), num_threads=1, device=DEVICE, plugins=False)
+    executor = make_executor(
+        "onnxruntime", case.bundle, LocalCollectives(), num_threads=1, device=DEVICE, plugins=False
+    )
     check(play(case, executor), recorded_outputs(case.recording), TOLERANCE)
 
 

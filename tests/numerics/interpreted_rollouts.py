@@ -1,6 +1,6 @@
 """Run by test_plugins.py in a process that interprets Triton: whole recorded rollouts on one rank, by the kernels themselves.
 
-    TRITON_INTERPRET=1 python tests/numerics/interpreted_rollouts.py RECORDING FOLDER        prints {"flow": error, ...}
+TRITON_INTERPRET=1 python tests/numerics/interpreted_rollouts.py RECORDING FOLDER        prints {"flow": error, ...}
 """
 
 import json

@@ -19,7 +19,6 @@ from causalrt.plugins.qk_norm_rope import qk_norm_rope
 from causalrt.plugins.rope_attention import rope_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
 
-
 FUSED_OPS = FusedOps(qk_norm_rope=qk_norm_rope, rope_attention_in_place=rope_attention_in_place)
 
 
