@@ -17,6 +17,7 @@ from onnx import TensorProto
 
 from causalrt.engines.base import TORCH_DTYPES, Collectives
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, Bundle
+from causalrt.engines.tensor_names import is_callers
 from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors
 from causalrt.model.wan import sinusoid
@@ -138,7 +139,7 @@ class OnnxRuntimeExecutor:
         for segment in self._segments:
             for output, values in ((False, segment.inputs), (True, segment.outputs)):
                 for name in values:
-                    if _is_callers(name):
+                    if is_callers(name):
                         continue
                     if name not in self._buffers:
                         self._buffers[name] = segment.empty(name)
@@ -165,9 +166,9 @@ class OnnxRuntimeExecutor:
             for share in self._shares:
                 named[f"k.{layer}.{share}"], named[f"v.{layer}.{share}"] = kv[layer][share]
         for segment in self._segments:
-            for name in filter(_is_callers, segment.inputs):
+            for name in filter(is_callers, segment.inputs):
                 segment.bind(name, named[name], output=False)
-            for name in filter(_is_callers, segment.outputs):
+            for name in filter(is_callers, segment.outputs):
                 segment.bind(name, named[name.removesuffix(".written")], output=True)
         self._bound = list(named.values())  # the bindings hold addresses only
 
@@ -182,8 +183,3 @@ class OnnxRuntimeExecutor:
             if segment.sent is not None and segment.received is not None:
                 self._collectives.all_to_all(buffers[segment.received], buffers[segment.sent])
         return buffers["flow"]
-
-
-def _is_callers(name: str) -> bool:
-    """KV slots (`k.0.0`, `v.0.0.written`) and the prompt's keys and values (`cross_k.0`)."""
-    return name.startswith(("k.", "v.", "cross_k.", "cross_v."))

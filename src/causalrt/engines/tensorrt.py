@@ -15,6 +15,7 @@ from causalrt.engines.base import TORCH_DTYPES, Collectives
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.engines.step_record import StepPart, TargetEngines
+from causalrt.engines.tensor_names import KV_ROWS, is_callers
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import Flavour, device_target
 from causalrt.errors import ExecutorError
@@ -108,8 +109,8 @@ class TensorRTExecutor:
         for name, value in (("x", x), ("e", e), ("e0", e0)):
             buffers[name].copy_(value, non_blocking=True)
         buffers["first_frame"].fill_(first_frame)
-        if "kv_rows" in buffers:
-            buffers["kv_rows"].fill_(self._kv_rows)
+        if KV_ROWS in buffers:
+            buffers[KV_ROWS].fill_(self._kv_rows)
         self._graphs.run(self._key, self._run_parts)
         return buffers["flow"]
 
@@ -132,11 +133,6 @@ def check_one_nccl(maps: str) -> None:
             f"TensorRT and torch have each loaded an NCCL ({', '.join(found)}); put the folder of torch's first in "
             "LD_LIBRARY_PATH, or build with `--collectives runtime`"
         )
-
-
-def is_callers(name: str) -> bool:
-    """KV slots (`k.0.0`, `v.0.0.written`) and the prompt's keys and values (`cross_k.0`)."""
-    return name.startswith(("k.", "v.", "cross_k.", "cross_v."))
 
 
 def engine_files(flavour: Flavour, targets: Mapping[str, TargetEngines], target: str) -> TargetEngines:

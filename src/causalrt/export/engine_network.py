@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.errors import BuildError
-
-KV_ROWS = "kv_rows"
 
 
 def finish_attentions(trt: Any, network: Any) -> None:

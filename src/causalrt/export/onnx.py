@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
+from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.export.options import Progress
 from causalrt.export.segment import cut_exchanges_pass
 from causalrt.export.share_weights import share_weights_pass
@@ -15,8 +16,6 @@ from causalrt.export.trace import trace_prompt, trace_step, trace_time
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
 from causalrt.model.wan import Wan
-
-KV_ROWS = "kv_rows"
 
 
 def cross_kv_names(config: Config) -> list[str]:

@@ -22,9 +22,10 @@ import torch
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
+from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
 from causalrt.export.engine_files import write_engine_graphs
-from causalrt.export.onnx import KV_ROWS, write_small_graphs
+from causalrt.export.onnx import write_small_graphs
 from causalrt.export.options import CollectivesMode
 from causalrt.export.trace import wan_from_file
 from causalrt.layout import Layout, layout_from_config
