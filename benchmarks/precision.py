@@ -68,6 +68,10 @@ class Forced:
         self.encode_prompt, self.embed_time = executor.encode_prompt, executor.embed_time
         self._executor, self._inputs = executor, iter(inputs)
 
+    def warmed_up(self) -> None:
+        """See `Executor.warmed_up`."""
+        self._executor.warmed_up()
+
     def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
         """See `Executor.bind`."""
         self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory)

@@ -148,7 +148,7 @@ def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
     )
     table.add_row(f"{name}, constants", tables)
     if engines["collectives"] == "engine":
-        step_file, entry = next((file, entry) for file, entry in files.items() if "step" in file)
+        step_file, entry = list(files.items())[-1]
         table.add_row(f"{name}, one for all ranks", f"{step_file}, sha256 {entry['sha256'][:16]}...")
     table.add_row(
         f"MiB a rank, {name}",
@@ -221,6 +221,10 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     if arguments.emulate:
+        if arguments.plugins == "on":
+            raise ConfigError(
+                "--plugins is for eager and inductor; the graphs that --emulate replays have no fused ops"
+            )
         result = _compare_emulated(arguments)
     elif arguments.dtype or arguments.collectives:
         raise ConfigError(
@@ -437,7 +441,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """SIGTERM ends a command as Ctrl-C does, so that nothing is left half-written."""
+    """SIGTERM ends a command as Ctrl-C does, so that nothing is left half-written; a second one does not disturb that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -448,8 +453,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a comparison failed, 2 an error, 130 interrupted, 141 the reader of the output has left.
     """
     arguments = _parser().parse_args(argv)
+    before = None
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, _interrupt)
+        before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code: int = arguments.function(arguments)
         sys.stdout.flush()
@@ -462,6 +468,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return code
 
 

@@ -342,7 +342,7 @@ def run_script(script: str, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     ("stage", "executor", "occupied"),
-    [("weights", "eager", False), ("weights", "eager", True), ("graphs", "onnxruntime", False)],
+    [("weights", "eager", False), ("weights", "eager", True), ("prompt and time graph", "onnxruntime", False)],
 )
 def test_disk_fills_up_in_the_middle_of_a_build(tmp_path: Path, stage: str, executor: str, occupied: bool) -> None:
     """No file may grow past 10,000 bytes from some stage on; what was at the target stays, and nothing else."""

@@ -35,6 +35,7 @@ from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise, SeededNoise
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
+from causalrt.runtime.warm_up import warm_up
 from causalrt.tools.compare import TOLERANCE, largest_errors
 from causalrt.tools.recording import Recording, open_recording
 from causalrt.tools.replay import Outputs, recorded_outputs
@@ -82,6 +83,13 @@ def replays(tmp_path_factory: pytest.TempPathFactory) -> Replays:
 def make(bundle: Bundle, collectives: Any) -> TensorRTExecutor:
     (name,) = bundle.engines
     return TensorRTExecutor(STAND_INS[name], bundle, collectives, device=CPU)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Kernels of the stand-in do not go into the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "causalrt" / "kernels"
 
 
 MEMORIES: weakref.WeakKeyDictionary[TensorRTExecutor, SessionMemories] = weakref.WeakKeyDictionary()
@@ -281,6 +289,21 @@ def test_what_is_bound_lives_as_long_as_it_is_bound(replays: Replays, collective
     gc.collect()
     assert all(tensor() is None for tensor in first)
     assert all(tensor() is not None for tensor in second)
+
+
+def test_kernels_are_kept_once_everything_has_run(replays: Replays, own_cache: Path) -> None:
+    """Those of `tensorrt_rtx`, which finishes engines where they run; written anew only if there are new ones."""
+    for collectives, files in (("engine", 1), ("runtime", 1)):
+        _, bundle = replays("R", 1, collectives)
+        executor = make(bundle, LocalCollectives())
+        memories = SessionMemories(executor, bundle.config, bundle.layout)
+        warm_up(executor, bundle.config, bundle.layout, memories)
+        (kept,) = own_cache.iterdir()
+        assert kept.read_bytes() == b"kernels"
+        assert len(list(own_cache.iterdir())) == files
+    before = kept.stat().st_mtime_ns
+    executor.warmed_up()
+    assert kept.stat().st_mtime_ns == before
 
 
 class KeptKeys:

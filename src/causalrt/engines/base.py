@@ -62,6 +62,9 @@ class Executor(Protocol):
                 all ranks give the same numbers in the same order: by them CUDA graphs are found again.
         """
 
+    def warmed_up(self) -> None:
+        """Every kind of step has been run once; there is time to keep what that took."""
+
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """Flow `[S, 64]` of the rank's noisy rows `[S, 64]`; valid until the next step. Writes the staging slots."""
 

@@ -28,6 +28,8 @@ from causalrt.errors import BuildError, BundleError, ConfigError
 from causalrt.layout import Layout, layout_from_config
 
 SCHEMA = 2
+MAX_NAME = 200
+"""Characters of a file's name in a bundle; no build writes longer ones, and a file system may not take them."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 PROMPT_GRAPH, TIME_GRAPH = "prompt.onnx", "time.onnx"
@@ -129,7 +131,8 @@ def _replace(target: Path, work: Path) -> None:
         try:
             os.rename(work, target)
         except BaseException:
-            os.rename(retired / "bundle", target)
+            if not target.exists():
+                os.rename(retired / "bundle", target)
             raise
         shutil.rmtree(retired / "bundle", ignore_errors=True)
     finally:
@@ -164,6 +167,8 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
             or not isinstance(entry.get("sha256"), str)
         ):
             raise TypeError(f"files: {name} has no bytes and sha256")
+    if not all(isinstance(version, str) for version in manifest["toolchain"].values()):
+        raise TypeError(f"toolchain must hold versions, got {manifest['toolchain']!r:.200}")
     executors, graphs = manifest["executors"], manifest["graphs"]
     if "eager" not in executors or not all(isinstance(name, str) and name in EXECUTORS for name in executors):
         raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
@@ -179,6 +184,9 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     needed = [WEIGHTS, *(part.file for part in segments), *files_of(engines, engine_parts)]
     if segments:
         needed += [PROMPT_GRAPH, TIME_GRAPH]
+    empty = [name for name in files_of(engines, ()) if manifest["files"].get(name, {}).get("bytes") == 0]
+    if empty:
+        raise TypeError(f"engines without a byte: {', '.join(empty)}")
     unlisted = [name for name in needed if name not in manifest["files"]]
     if unlisted:
         raise TypeError(f"it does not list files that its executors need: {', '.join(map(repr, unlisted))}")
@@ -192,7 +200,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         engine_parts=engine_parts,
         engines=engines,
         hashes={name: entry["sha256"] for name, entry in manifest["files"].items()},
-        toolchain={str(name): str(version) for name, version in manifest["toolchain"].items()},
+        toolchain=manifest["toolchain"],
     )
 
 
@@ -251,7 +259,7 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
         raise BundleError(f"{path} is no bundle: it has no {MANIFEST}; make one with `causalrt build`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path / MANIFEST} cannot be read ({error}); {REBUILD}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -270,7 +278,7 @@ def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, verify: 
     problems = []
     for name, expected in files.items():
         file = path / name
-        if Path(name).name != name or file.is_symlink() or not file.is_file():
+        if len(name) > MAX_NAME or Path(name).name != name or file.is_symlink() or not file.is_file():
             problems.append(f"{name}: missing, or not a plain file of the bundle")
         elif file.stat().st_size != expected["bytes"]:
             problems.append(f"{name}: {file.stat().st_size:,} bytes, expected {expected['bytes']:,}")

@@ -75,6 +75,9 @@ class EagerExecutor:
         self._kv, self._cross_kv = kv, cross_kv
         self._kv_rows.fill_(kv_rows)
 
+    def warmed_up(self) -> None:
+        """Nothing to keep."""
+
     @torch.inference_mode()
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""

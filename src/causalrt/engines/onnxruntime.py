@@ -8,6 +8,7 @@ On a CPU all sessions of the process share one pool of threads; on a GPU all sha
 """
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def _start_thread_pool(num_threads: int) -> None:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
+    """Major and minor; a text that is no version counts as older than all."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def _providers(device: torch.device) -> list[Any]:
@@ -171,6 +173,9 @@ class OnnxRuntimeExecutor:
             for name in filter(is_callers, segment.outputs):
                 segment.bind(name, named[name.removesuffix(".written")], output=True)
         self._bound = list(named.values())  # the bindings hold addresses only
+
+    def warmed_up(self) -> None:
+        """Nothing to keep."""
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""

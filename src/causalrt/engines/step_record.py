@@ -80,15 +80,15 @@ def parse_parts(plain: Any, where: str) -> tuple[StepPart, ...]:
         TypeError: something is missing or of a wrong type.
     """
     parts = []
-    for number, entry in enumerate(_a(list, plain, where)):
+    for number, entry in enumerate(expect(list, plain, where)):
         at = f"{where}[{number}]"
-        _a(dict, entry, at)
+        expect(dict, entry, at)
         sent, received = (entry.get(key) for key in ("sent", "received"))
         if (sent is None) != (received is None) or not all(isinstance(v, str | None) for v in (sent, received)):
             raise TypeError(f"{at}: sent and received must both be names, or both null")
         writes = _names(entry.get("writes", {}), f"{at}.writes")
         parts.append(
-            StepPart(file=_a(str, entry.get("file"), f"{at}.file"), sent=sent, received=received, writes=writes)
+            StepPart(file=expect(str, entry.get("file"), f"{at}.file"), sent=sent, received=received, writes=writes)
         )
     return tuple(parts)
 
@@ -100,11 +100,11 @@ def parse_engines(plain: Any, parts: tuple[StepPart, ...]) -> dict[str, FlavourE
         TypeError: something is missing, of a wrong type, or does not fit the rest.
     """
     found = {}
-    for flavour, entry in _a(dict, plain, "engines").items():
+    for flavour, entry in expect(dict, plain, "engines").items():
         at = f"engines.{flavour}"
         if flavour not in FLAVOURS:
             raise TypeError(f"{at}: no such flavour; this version has {', '.join(FLAVOURS)}")
-        collectives, frontend = (_a(dict, entry, at).get(key) for key in ("collectives", "frontend"))
+        collectives, frontend = (expect(dict, entry, at).get(key) for key in ("collectives", "frontend"))
         if collectives not in ("engine", "runtime") or frontend not in ("onnx", "torch-tensorrt"):
             raise TypeError(f"{at}: collectives {collectives!r} or frontend {frontend!r} is not known")
         if collectives == "runtime" and frontend != "onnx":
@@ -112,26 +112,26 @@ def parse_engines(plain: Any, parts: tuple[StepPart, ...]) -> dict[str, FlavourE
         count = len(parts) if frontend == "onnx" else 1
         targets = {
             target: _parse_target(files, f"{at}.targets.{target}", count)
-            for target, files in _a(dict, entry.get("targets"), f"{at}.targets").items()
+            for target, files in expect(dict, entry.get("targets"), f"{at}.targets").items()
         }
         wrong = [target for target in targets if not re.fullmatch(r"sm\d{2,3}", target)]
         if wrong or not targets:
             raise TypeError(f"{at}.targets must be architectures as sm80, got {wrong or 'none'}")
-        if collectives == "engine" and count != 1:
-            raise TypeError(f"{at}: the whole step is one engine, and graphs.tensorrt has {count}")
+        if collectives == "engine" and (count != 1 or any(part.sent or part.writes for part in parts)):
+            raise TypeError(f"{at}: the whole step is one engine, and graphs.tensorrt says otherwise")
         found[flavour] = FlavourEngines(collectives=collectives, frontend=frontend, targets=targets)
     return found
 
 
 def _parse_target(plain: Any, at: str, count: int) -> TargetEngines:
-    _a(dict, plain, at)
-    texts = {key: _a(str, plain.get(key), f"{at}.{key}") for key in ("version", "prompt", "time", "networks")}
-    step = tuple(_a(str, name, f"{at}.step") for name in _a(list, plain.get("step"), f"{at}.step"))
+    expect(dict, plain, at)
+    texts = {key: expect(str, plain.get(key), f"{at}.{key}") for key in ("version", "prompt", "time", "networks")}
+    step = tuple(expect(str, name, f"{at}.step") for name in expect(list, plain.get("step"), f"{at}.step"))
     if len(step) != count or not step:
         raise TypeError(f"{at}.step has {len(step)} engines for {count} parts of the step")
     names = {
         file: _names(mapping, f"{at}.names.{file}")
-        for file, mapping in _a(dict, plain.get("names", {}), f"{at}.names").items()
+        for file, mapping in expect(dict, plain.get("names", {}), f"{at}.names").items()
     }
     return TargetEngines(**texts, step=step, names=names)
 
@@ -146,13 +146,18 @@ def files_of(engines: Mapping[str, FlavourEngines], parts: tuple[StepPart, ...])
 
 def _names(plain: Any, at: str) -> dict[str, str]:
     """A mapping between names that can be turned round."""
-    mapping = {key: _a(str, value, at) for key, value in _a(dict, plain, at).items()}
+    mapping = {key: expect(str, value, at) for key, value in expect(dict, plain, at).items()}
     if len(set(mapping.values())) != len(mapping):
         raise TypeError(f"{at} gives one name to two tensors")
     return mapping
 
 
-def _a(kind: type[T], value: Any, at: str) -> T:
-    if not isinstance(value, kind):
+def expect(kind: type[T], value: Any, at: str) -> T:
+    """`value`, if it is of just this type (a truth value is no number).
+
+    Raises:
+        TypeError: it is not; `at` says where.
+    """
+    if type(value) is not kind:
         raise TypeError(f"{at} must be a {kind.__name__}, got {value!r:.80}")
     return value

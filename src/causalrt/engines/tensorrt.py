@@ -49,7 +49,6 @@ class TensorRTExecutor:
         )
         self._parts = bundle.engine_parts or (StepPart(file=files.step[0]),)
         self._engines.share_scratch()
-        self._engines.keep_kernels()
         if self.whole_slots and config.build.world_size > 1:
             self._step[0].set_communicator(collectives.communicator())
             check_one_nccl(Path("/proc/self/maps").read_text())
@@ -113,6 +112,10 @@ class TensorRTExecutor:
             buffers[KV_ROWS].fill_(self._kv_rows)
         self._graphs.run(self._key, self._run_parts)
         return buffers["flow"]
+
+    def warmed_up(self) -> None:
+        """Every kind of step has run: what was compiled for them is kept for the next start."""
+        self._engines.keep_kernels()
 
     def _run_parts(self) -> None:
         for engine, part in zip(self._step, self._parts, strict=True):

@@ -7,6 +7,7 @@ was captured with one stays right when another is used. Contexts run one after a
 import json
 import logging
 import mmap
+import re
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,29 +36,33 @@ class EngineLoader:
         self._loaded: list[LoadedEngine] = []
         self._scratch: torch.Tensor | None = None
         self._cache: Any = None
+        self._kept = b""
 
     def _open_kernel_cache(self) -> Path | None:
         """The file with the kernels that engines are finished with on this kind of GPU; None if they come finished."""
         if not self.flavour.compiles_late:
             return None
-        return cache_file("kernels", f"{self.flavour.name}-{self.trt.__version__}-{device_target(self.device)}.cache")
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        device = re.sub(r"\W+", "-", name)  # one kind's kernels do not serve another
+        return cache_file("kernels", f"{self.flavour.name}-{self.trt.__version__}-{device}.cache")
 
     def make_context(self, engine: Any) -> Any:
-        """An execution context; its kernels are compiled now, or found in the cache."""
+        """An execution context; its kernels are compiled now, or when its shapes are first met, or found in the cache."""
         config = self.flavour.make_runtime_config(self.trt, engine)
         if self.kernels is not None:
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
-                kept = read_cache(self.kernels)
-                if kept and not self._cache.deserialize(kept):
+                self._kept = read_cache(self.kernels)
+                if self._kept and not self._cache.deserialize(self._kept):
                     logger.info("%s is of another environment, and is made anew", self.kernels)
             config.set_runtime_cache(self._cache)
         return engine.create_execution_context(config)
 
     def keep_kernels(self) -> None:
-        """Write what was compiled for the next start."""
-        if self.kernels is not None and self._cache is not None:
-            keep_in_cache(self.kernels, memoryview(self._cache.serialize()))
+        """Write what was compiled for the next start, if anything was."""
+        found = self._cache.serialize() if self.kernels is not None and self._cache is not None else None
+        if self.kernels is not None and found is not None and (data := bytes(memoryview(found))) != self._kept:
+            keep_in_cache(self.kernels, data)
 
     def load(self, path: Path, names: Mapping[str, str] | None = None) -> "LoadedEngine":
         """Deserialise a file.

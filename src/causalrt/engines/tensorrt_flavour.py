@@ -95,7 +95,7 @@ class Flavour:
         )
 
     def make_runtime_config(self, trt: Any, engine: Any) -> Any:
-        """For a context whose scratch memory is the caller's, and whose kernels are all there before it runs."""
+        """For a context whose scratch memory is the caller's, and whose kernels are compiled before they are wanted again."""
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self.compiles_late:

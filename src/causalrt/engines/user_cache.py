@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 from causalrt.engines.bundle import publish_file
@@ -10,9 +11,12 @@ logger = logging.getLogger(__name__)
 
 
 def cache_file(kind: str, name: str) -> Path:
-    """Where `name` is kept, under `$XDG_CACHE_HOME/causalrt/<kind>`."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "causalrt" / kind / name
+    """Where `name` is kept, under `$XDG_CACHE_HOME/causalrt/<kind>`; without a home folder, beside temporary files."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "causalrt"
+    except RuntimeError:
+        base = Path(tempfile.gettempdir()) / f"causalrt-{os.getuid()}"
+    return base / kind / name
 
 
 def read_cache(path: Path) -> bytes:
@@ -26,10 +30,15 @@ def read_cache(path: Path) -> bytes:
 def keep_in_cache(path: Path, data: bytes | memoryview) -> bool:
     """Keep it for the next time; nothing fails for want of a cache."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(data)
-        publish_file(partial, path)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            publish_file(Path(name), path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
     except OSError as error:
         logger.warning("%s could not be written: %s", path, error)
         return False

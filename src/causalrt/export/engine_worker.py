@@ -4,6 +4,7 @@ The parent's traced model and this build then never lie in memory together. Read
 answers in JSON lines on stdout: progress, then what the networks hold, or the error.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -175,7 +176,8 @@ def main() -> int:
             networks[request.engine] = build_engine(flavour, plain["target"], request, folder, cache)
         _say("engine", name="", done=len(requests), total=len(requests))
     except (CausalRTError, OSError) as error:
-        _say("error", error=type(error).__name__, message=str(error))
+        with contextlib.suppress(BrokenPipeError):  # the parent has gone
+            _say("error", error=type(error).__name__, message=str(error))
         return 1
     version = flavour.load().__version__
     _say("done", version=version, networks=networks)

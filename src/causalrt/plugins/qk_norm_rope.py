@@ -92,7 +92,7 @@ def write_rows(
     require_triton()
     from causalrt.plugins.qk_norm_rope_launch import plan
 
-    _check_operands(out, q, k, v, norm_q, norm_k, cos, sin, destinations)
+    check_operands(out, q, k, v, norm_q, norm_k, cos, sin, destinations)
     _, num_rows, num_heads, num_places = destinations.shape
     launch = plan(
         num_rows=num_rows,
@@ -106,7 +106,7 @@ def write_rows(
     launch.run(q, k, v, norm_q, norm_k, cos, sin, destinations, out)
 
 
-def _check_operands(
+def check_operands(
     out: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,

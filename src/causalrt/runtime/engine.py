@@ -30,6 +30,7 @@ from causalrt.config import Config
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.errors import BundleError, EngineClosedError, ExecutorError, PromptError, RequestError
+from causalrt.plugins.kernel_launch import require_triton
 from causalrt.runtime.memory import check_memory, predict_memory
 from causalrt.runtime.messages import ChunkCommand, CloseCommand, Done, Latents, LoadCommand, OpenCommand, Reply
 from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
@@ -118,6 +119,7 @@ def load(
     Raises:
         BundleError: damaged, or built for another world size or executor.
         ExecutorError: the executor cannot run here.
+        KernelError: `plugins` on GPUs, and Triton is missing.
         OutOfMemoryError: the ranks would not fit.
         RankError: a rank process failed to start.
         RequestError: `timeout_s` or `num_threads` is out of range.
@@ -142,6 +144,8 @@ def load(
     if plugins and kind.compiled:
         raise ExecutorError(f"{chosen} runs what was built, without fused ops; plugins are for eager and inductor")
     where = choose_device(chosen, asked=device, world_size=built_for)
+    if plugins and where == "cuda":
+        require_triton()
     if where == "cpu":
         precision = opened.config.build.precision
         if chosen == "onnxruntime" and precision != "float32":

@@ -28,8 +28,9 @@ from causalrt.runtime.messages import Command, Done, Failed, Reply, receive, sen
 logger = logging.getLogger(__name__)
 LOG_TAIL_LINES = 40
 START_S = 120.0
-WARM_START_S = 1800.0
 """How long the ranks may take to import, load weights and prepare graphs, however short `timeout_s` is."""
+WARM_START_S = 1800.0
+"""The same with an executor that compiles what it runs."""
 HANG_UP_S = 5.0
 """How long the ranks may take to end by themselves, and the keeper to end them."""
 CAUSE_S = 0.2

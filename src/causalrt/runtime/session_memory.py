@@ -8,6 +8,8 @@ to capture or to replay decide alike.
 
 from collections.abc import Sequence
 
+import torch
+
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES, Executor
 from causalrt.layout import Layout
@@ -29,6 +31,7 @@ class SessionMemory:
         self.slots = slots
         self.cross_kv: Sequence[KVPair] = ()
 
+    @torch.inference_mode()  # an executor may have made the tensors in it, and they take no writes outside
     def begin(self, cross_kv: Sequence[KVPair]) -> None:
         """Start a session with this prompt: nothing of an earlier one is left."""
         self.slots.clear()

@@ -29,3 +29,4 @@ def warm_up(executor: Executor, config: Config, layout: Layout, memories: Sessio
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     memories.give_back(memory)
+    executor.warmed_up()

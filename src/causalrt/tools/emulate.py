@@ -113,6 +113,9 @@ class _AllRanks:
         self._ranks = range(self._layout.world_size)
         self._bound: list[Arrays] = []
 
+    def warmed_up(self) -> None:
+        """Nothing to keep."""
+
     def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
         """See `Executor.encode_prompt`."""
         named = {name: torch.from_numpy(value) for name, value in self._prompt.run({"text": text.numpy()}).items()}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +11,13 @@ import numpy as np
 import torch
 
 from causalrt.engines.bundle import REBUILD, Bundle
-from causalrt.engines.step_record import TargetEngines
+from causalrt.engines.step_record import TargetEngines, expect
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import BundleError, ExecutorError
 from causalrt.model.rope import rope_tables
 from causalrt.runtime.memory import predict_memory
-
-DTYPE_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8, "INT32": 4}
+from causalrt.tools.network_record import DTYPE_BYTES, NetworkRecord, parse_network
 
 
 def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
@@ -49,48 +49,35 @@ def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
     return found
 
 
-def _read_networks(bundle: Bundle, files: TargetEngines) -> dict[str, dict[str, Any]]:
+def _read_networks(bundle: Bundle, files: TargetEngines) -> dict[str, NetworkRecord]:
     """What the build wrote of each engine's network, by engine file."""
     path = bundle.path / files.networks
     try:
-        networks = json.loads(path.read_text())
-        for name in files.engine_files:
-            described = networks[name]
-            for attention in described["attentions"]:
-                attention["key_source"].startswith(""), attention["has_lengths"], attention["decomposable"]
-            for constant in described["constants"]:
-                constant["sha256"].lower(), int(constant["bytes"])
-            for entry in described["inputs"]:
-                DTYPE_BYTES[entry["dtype"]], entry["name"].lower(), [int(size) for size in entry["shape"]]
-            dict(described["layers"]), int(described["weight_bytes"]), int(described["cache_updates"])
-            [int(collective["ranks"]) for collective in described["collectives"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(
-            f"{path} does not say what is in the engines ({type(error).__name__}: {error}); {REBUILD}"
-        ) from error
-    return dict(networks)
+        networks = expect(dict, json.loads(path.read_text()), files.networks)
+        return {name: parse_network(networks.get(name), name) for name in files.engine_files}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BundleError(f"{path} does not say what is in the engines: {error}; {REBUILD}") from error
 
 
-def describe_step(bundle: Bundle, networks: list[Mapping[str, Any]]) -> dict[str, Any]:
+def describe_step(bundle: Bundle, networks: list[NetworkRecord]) -> dict[str, Any]:
     """The step's engines, taken together."""
-    attentions = [attention for network in networks for attention in network["attentions"]]
-    own = [attention for attention in attentions if not attention["key_source"].startswith("cross_k.")]
-    collectives = [collective for network in networks for collective in network["collectives"]]
-    exchanges = sum(part.sent is not None for part in bundle.engine_parts)
+    attentions = [attention for network in networks for attention in network.attentions]
+    own = [attention for attention in attentions if not attention.key_source.startswith("cross_k.")]
+    ranks = [count for network in networks for count in network.collective_ranks]
     layers: Counter[str] = Counter()
     for network in networks:
-        layers.update(network["layers"])
+        layers.update(network.layers)
     return {
         "engines": len(networks),
         "layers": dict(sorted(layers.items())),
         "self_attentions": len(own),
         "cross_attentions": len(attentions) - len(own),
-        "decomposable_attentions": sum(a["decomposable"] for a in attentions),
-        "self_attentions_with_lengths": sum(a["has_lengths"] for a in own),
-        "cache_updates": sum(network["cache_updates"] for network in networks),
-        "collectives_in_engine": len(collectives),
-        "collectives_at_runtime": exchanges,
-        "ranks_of_collectives": sorted({collective["ranks"] for collective in collectives}),
+        "decomposable_attentions": sum(attention.decomposable for attention in attentions),
+        "self_attentions_with_lengths": sum(attention.has_lengths for attention in own),
+        "cache_updates": sum(network.cache_updates for network in networks),
+        "collectives_in_engine": len(ranks),
+        "collectives_at_runtime": sum(part.sent is not None for part in bundle.engine_parts),
+        "ranks_of_collectives": sorted(set(ranks)),
         "constants": check_constants(bundle, networks),
     }
 
@@ -105,9 +92,9 @@ def expected_constants(bundle: Bundle) -> dict[str, np.ndarray[Any, Any]]:
     return tables
 
 
-def check_constants(bundle: Bundle, networks: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def check_constants(bundle: Bundle, networks: list[NetworkRecord]) -> dict[str, dict[str, Any]]:
     """For each table its shape, type, size, and how many constants of the networks equal it, bit for bit."""
-    digests = Counter(constant["sha256"] for network in networks for constant in network["constants"])
+    digests = Counter(digest for network in networks for digest in network.constant_digests)
     return {
         name: {
             "shape": list(table.shape),
@@ -119,24 +106,23 @@ def check_constants(bundle: Bundle, networks: list[Mapping[str, Any]]) -> dict[s
     }
 
 
-def _bytes_per_rank(bundle: Bundle, flavour: str, networks: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+def _bytes_per_rank(bundle: Bundle, flavour: str, networks: Mapping[str, NetworkRecord]) -> dict[str, int]:
     """Bytes of one rank with one session; the activations are an estimate, which only a GPU can replace."""
-    inputs = {entry["name"]: entry for network in networks.values() for entry in network["inputs"]}
-    predicted = predict_memory(bundle.config, flavour)
+    inputs = {entry.name: entry for network in networks.values() for entry in network.inputs}
     rows = bundle.config.slot_rows
 
     def total(*prefixes: str) -> int:
         named = [entry for name, entry in inputs.items() if name.startswith(prefixes)]
-        shapes = [[rows if size < 0 else size for size in entry["shape"]] for entry in named]
-        kinds = [DTYPE_BYTES[entry["dtype"]] for entry in named]
-        return sum(size * int(np.prod(shape)) for size, shape in zip(kinds, shapes, strict=True))
+        return sum(
+            DTYPE_BYTES[entry.dtype] * math.prod(rows if size < 0 else size for size in entry.shape) for entry in named
+        )
 
     return {
-        "weights_bytes": sum(network["weight_bytes"] for network in networks.values()),
-        "constants_bytes": sum(c["bytes"] for network in networks.values() for c in network["constants"]),
+        "weights_bytes": sum(network.weight_bytes for network in networks.values()),
+        "constants_bytes": sum(network.constant_bytes for network in networks.values()),
         "kv_bytes": total("k.", "v."),
         "cross_kv_bytes": total("cross_k.", "cross_v."),
-        "activation_bytes_estimated": predicted.activation_bytes,
+        "activation_bytes_estimated": predict_memory(bundle.config, flavour).activation_bytes,
     }
 
 

@@ -251,7 +251,12 @@ def test_profiles_are_the_lengths_that_occur():
         ({}, {"targets": []}, ExecutorError, r"builds for sm75, .*no --target was given"),
         ({}, {"targets": ["sm80", "sm90"]}, ExecutorError, "sm90 is not among them"),
         ({"build.precision": "float32"}, {}, ConfigError, "build.precision is float32; build with `--dtype bf16`"),
-        ({}, {"executors": ["onnxruntime"]}, ConfigError, "--target and --frontend are for TensorRT"),
+        (
+            {},
+            {"executors": ["onnxruntime"]},
+            ConfigError,
+            "--target, --frontend, --collectives and --timing-cache are for TensorRT",
+        ),
         ({}, {"collectives": "both"}, ConfigError, "collectives must be engine or runtime, got 'both'"),
     ],
 )
@@ -372,7 +377,7 @@ def children():
 @pytest.mark.parametrize("when", ["begins", "builds"])
 def test_child_killed_in_the_middle(small, tmp_path, when):
     def kill(stage, done, total):
-        if stage.startswith("sm80: " if when == "builds" else "engines for"):
+        if stage.startswith("sm80-" if when == "builds" else "engines for"):
             for pid in children():
                 os.kill(pid, signal.SIGKILL)
 
@@ -392,7 +397,7 @@ def test_interrupt_ends_the_child(small, tmp_path, error):
 
     def interrupt(stage, done, total):
         seen.extend(children())
-        if stage.startswith("sm80: "):
+        if stage.startswith("sm80-"):
             raise error
 
     place = tmp_path / "place"

@@ -371,7 +371,7 @@ def test_an_engine_goes_by_our_names(monkeypatch, tmp_path):
         TensorIOMode=SimpleNamespace(INPUT="INPUT"),
     )
     monkeypatch.setattr(Flavour, "load", lambda self: trt)
-    monkeypatch.setattr(Flavour, "create_context", lambda self, trt, engine: engine)
+    monkeypatch.setattr(EngineLoader, "make_context", lambda self, engine: engine)
     (tmp_path / "step.engine").write_bytes(b"an engine")
     names = {"kv_0_0_0": "k.0.0", "rank": "rank", "output0": "flow", "output1": "k.0.0.written"}
     loader = EngineLoader(FLAVOURS["tensorrt"], torch.device("cpu"))

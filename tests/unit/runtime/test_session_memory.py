@@ -4,10 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from causalrt.config import recipe
+from causalrt.engines.bundle import open_bundle
+from causalrt.engines.eager import EagerExecutor
+from causalrt.export.build import build
+from causalrt.export.random_weights import random_weights
 from causalrt.layout import layout_from_config
+from causalrt.runtime.collectives import LocalCollectives
+from causalrt.runtime.noise import SeededNoise
+from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories, SessionMemory
+from causalrt.runtime.warm_up import warm_up
 
 
 def make(device: str, monkeypatch: pytest.MonkeyPatch) -> SessionMemories:
@@ -28,7 +37,9 @@ def addresses(memory: SessionMemory) -> list[int]:
     return [tensor.data_ptr() for pair in pairs for tensor in pair]
 
 
+@torch.inference_mode()
 def prompt(value: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """As eager makes it: inference tensors."""
     return [(torch.full((2,), value), torch.full((2,), value))]
 
 
@@ -67,3 +78,32 @@ def test_the_next_session_finds_the_addresses_and_nothing_else(monkeypatch):
     assert float(memory.cross_kv[0][0][0]) == 2.0
     assert memory.slots.rows_moved == 0
     assert all(bool((tensor == 0).all()) for layer in memory.slots.filled(0) for pair in layer for tensor in pair)
+
+
+@pytest.mark.parametrize("plugins", [False, True])
+def test_sessions_one_after_another_in_one_memory(tmp_path, plugins):
+    """As on a GPU: warmed up, then two sessions in the memory that the warm-up used; each is what it is alone."""
+    config = recipe("tiny")
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    save_file({f"model.{name}": tensor for name, tensor in random_weights(config.model, seed=0)}, checkpoint)
+    bundle = open_bundle(build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"]))
+    executor = EagerExecutor(bundle, LocalCollectives(), device=torch.device("cpu"), plugins=plugins)
+    memories = SessionMemories(executor, config, bundle.layout)
+    memory = memories.take()
+    memories.take = lambda: memory  # kept, as on a GPU
+    warm_up(executor, config, bundle.layout, memories)
+
+    def latents(seed: int, memory: SessionMemory) -> torch.Tensor:
+        text = torch.randn(config.model.text_len, config.model.text_dim, generator=torch.Generator().manual_seed(seed))
+        session = Rollout(
+            executor, LocalCollectives(), config, bundle.layout, text=text, noise=SeededNoise(seed), memory=memory
+        )
+        rows: list[torch.Tensor] = []
+        for index in range(3):
+            session.chunk(index, refresh=True, record=False, deliver=lambda latents, times: rows.append(latents))
+        return torch.cat(rows)
+
+    kept = [latents(seed, memory) for seed in (1, 2)]
+    fresh = [latents(seed, SessionMemories(executor, config, bundle.layout).take()) for seed in (1, 2)]
+    assert all(torch.equal(one, other) for one, other in zip(kept, fresh, strict=True))
+    assert not torch.equal(*kept)

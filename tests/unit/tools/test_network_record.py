@@ -1,0 +1,64 @@
+"""What a build says of an engine's network, read back: strict, since a bundle may come from anywhere."""
+
+import copy
+
+import pytest
+
+from causalrt.tools.network_record import parse_network
+
+NETWORK = {
+    "layers": {"CAST": 2},
+    "attentions": [{"key_source": "k.0.0", "decomposable": False, "has_lengths": True}],
+    "collectives": [{"name": "a", "ranks": 8}],
+    "constants": [{"sha256": "00", "bytes": 4}],
+    "weight_bytes": 10,
+    "cache_updates": 2,
+    "inputs": [{"name": "k.0.0", "shape": [1, -1, 16], "dtype": "BF16"}],
+}
+
+
+def test_what_a_build_writes():
+    record = parse_network(NETWORK, "step.engine")
+    assert (record.weight_bytes, record.constant_bytes, record.collective_ranks) == (10, 4, (8,))
+    assert record.attentions[0].has_lengths
+    assert record.inputs[0].shape == (1, -1, 16)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("layers",), [["A", 1]]),
+        (("layers", "CAST"), "b"),
+        (("layers", "CAST"), None),
+        (("attentions",), {}),
+        (("attentions", 0), None),
+        (("attentions", 0, "decomposable"), "x"),
+        (("attentions", 0, "has_lengths"), []),
+        (("attentions", 0, "key_source"), 1),
+        (("collectives", 0, "ranks"), "2"),
+        (("collectives", 0, "ranks"), 2.5),
+        (("constants", 0, "bytes"), "4"),
+        (("constants", 0, "bytes"), float("inf")),
+        (("constants", 0, "sha256"), None),
+        (("weight_bytes",), True),
+        (("cache_updates",), None),
+        (("inputs", 0, "shape"), "12"),
+        (("inputs", 0, "shape"), [1.5]),
+        (("inputs", 0, "dtype"), "FP8"),
+        (("inputs", 0, "name"), 3),
+    ],
+)
+def test_broken(path, value):
+    network = copy.deepcopy(NETWORK)
+    place = network
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(TypeError, match=r"step\.engine"):
+        parse_network(network, "step.engine")
+
+
+@pytest.mark.parametrize("plain", [None, [], {}, "x"])
+def test_no_network_at_all(plain):
+    with pytest.raises(TypeError, match=r"step\.engine"):
+        parse_network(plain, "step.engine")
