@@ -124,8 +124,7 @@ def play(session: Rollout, index: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("collectives", LOWERINGS)
-@pytest.mark.parametrize("world_size", [1, 2, 8])
-@pytest.mark.parametrize("case", ["B", "D", "R"])
+@pytest.mark.parametrize(("case", "world_size"), [("B", 1), ("B", 2), ("B", 8), ("D", 8), ("R", 1), ("R", 2), ("R", 8)])
 def test_rollout_is_the_recorded_one(replays: Replays, case: str, world_size: int, collectives: str) -> None:
     """B: 12 heads, so that 8 ranks cut some. D: one frame a chunk, padded ranks. R: a sink and a ring that goes round."""
     recording, bundle = replays(case, world_size, collectives)
