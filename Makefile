@@ -12,6 +12,7 @@ types:
 
 test:
 	pytest
+	pytest -m slow
 
 # The README's two commands in a fresh virtual environment, with the CPU build of torch where one is at hand.
 fresh:
@@ -19,6 +20,7 @@ fresh:
 	. .venv/bin/activate && pip install -q 'torch>=2.13,<2.14'
 	. .venv/bin/activate && pip install . && causalrt demo
 	. .venv/bin/activate && pip install '.[test]' && pytest
+	. .venv/bin/activate && pytest -m slow
 	. .venv/bin/activate && pip install -q '.[dev]' && $(MAKE) lint types
 
 bench:  # engines of full size: see benchmarks/engine_build.py

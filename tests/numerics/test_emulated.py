@@ -21,8 +21,11 @@ from causalrt.tools.replay import eager_player, emulated_player, recorded_output
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 # `tests/integration/test_tensorrt_executor.py` replays B, D and R on more ranks, through the same graphs.
-ENGINE = [*((case, 8, "engine") for case in "ABCDR"), *((case, 1, "engine") for case in "AC"), ("B", 3, "engine")]
-RUNTIME = [("B", 8, "runtime"), ("R", 1, "runtime")]
+ENGINE = [
+    *((case, 8, "engine") for case in "ABCDR"),
+    *(pytest.param(case, world_size, "engine", marks=pytest.mark.slow) for case in "ABCDR" for world_size in (1, 2, 3)),
+]
+RUNTIME = [("B", 8, "runtime"), *(pytest.param("R", ranks, "runtime", marks=pytest.mark.slow) for ranks in (1, 2, 8))]
 
 
 @pytest.mark.parametrize(("case", "world_size", "collectives"), ENGINE + RUNTIME)

@@ -20,7 +20,12 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
 @pytest.mark.parametrize(
-    ("case", "world_size"), [*(("B", ranks) for ranks in (1, 2, 3)), *((case, 8) for case in "ABCDR")]
+    ("case", "world_size"),
+    [
+        *(("B", ranks) for ranks in (1, 2, 3, 8)),
+        ("R", 8),
+        *(pytest.param(case, 8, marks=pytest.mark.slow) for case in "ACD"),
+    ],
 )
 def test_references_in_eager(case, world_size):
     result = compare_recorded(
@@ -29,6 +34,7 @@ def test_references_in_eager(case, world_size):
     assert result["passed"], result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_plan", ["pad", "mesh"])
 def test_other_head_plans(head_plan):
     result = compare_recorded(

@@ -111,7 +111,10 @@ def test_the_replay_is_the_reference(golden):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("executor", "world_size"), [("eager", 1), ("onnxruntime", 5), ("onnxruntime", 8)])
+@pytest.mark.parametrize(
+    ("executor", "world_size"),
+    [("eager", 1), pytest.param("onnxruntime", 5, marks=pytest.mark.slow), ("onnxruntime", 8)],
+)
 def test_any_sizes(golden, tmp_path, case, executor, world_size):
     path = tmp_path / "recording.safetensors"
     float64_replay.record(golden[0] | SMALL | CASES[case], path)

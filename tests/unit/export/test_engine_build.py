@@ -108,7 +108,12 @@ def builds(tmp_path_factory):
     return get
 
 
-@pytest.fixture(params=BUILDS, ids=lambda key: "-".join(map(str, key)))
+def _marked(key):
+    slow = key[0] in (2, 3) or key[:2] == (1, "runtime")
+    return pytest.param(key, id="-".join(map(str, key)), marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.fixture(params=map(_marked, BUILDS))
 def built(builds, request):
     return builds(*request.param)
 
