@@ -22,8 +22,9 @@ import torch
 from torch.export import ExportedProgram
 
 from causalrt.config import Config
-from causalrt.engines.bundle import WEIGHTS, publish_file
+from causalrt.engines.bundle import WEIGHTS
 from causalrt.engines.tensorrt_flavour import Flavour, device_target
+from causalrt.engines.user_cache import keep_in_cache
 from causalrt.errors import BuildError, ConfigError, ExecutorError
 from causalrt.export.engine_network import check_network, describe_network
 from causalrt.export.onnx import cross_kv_names, step_names
@@ -195,10 +196,7 @@ def _scratch_cache(kept: Path | None) -> Iterator[Path]:
             shutil.copyfile(kept, cache)
         yield cache
         if kept is not None and cache.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_name(f".{kept.name}.partial")
-            shutil.copyfile(cache, partial)
-            publish_file(partial, kept)
+            keep_in_cache(kept, cache.read_bytes())
 
 
 def _convert(torch_tensorrt: Any, program: ExportedProgram, stem: str, cache: Path) -> bytes:
