@@ -24,11 +24,15 @@ from causalrt.tools.recording import open_recording
 from causalrt.tools.replay import Player, recorded_outputs, replay_here
 
 
-def packed_rows(q: Any, k: Any, v: Any, norm_q: Any, norm_k: Any, cos: Any, sin: Any, index: Any, *rest: Any) -> Any:
-    destinations, num_heads, eps = rest
-    out = torch.full((index.shape[0], q.shape[1] // num_heads), torch.nan)
-    write_rows(out, q, k, v, norm_q, norm_k, cos, sin, destinations, eps)
+def packed_rows(q: Any, *operands: Any) -> Any:
+    *others, num_heads, eps, out_rows = operands
+    out = torch.full((out_rows, q.shape[1] // num_heads), torch.nan)
+    write_rows(out, q, *others, eps)
     return out
+
+
+def attend_by_kernel(received: Any, slots: Any, *rest: Any) -> Any:
+    return run_kernel(received, slots, *rest), slots
 
 
 def no_exchange(sent: torch.Tensor) -> torch.Tensor:
@@ -40,7 +44,7 @@ KERNELS = StepOps(
     rotate=rotate_pairs,
     attention=attend,
     kv_attention=kv_attention_in_place,
-    fused=FusedOps(qk_norm_rope=packed_rows, rope_attention_in_place=run_kernel),
+    fused=FusedOps(qk_norm_rope=packed_rows, rope_attention=attend_by_kernel),
 )
 
 

@@ -16,10 +16,10 @@ from causalrt.model.step import ChunkStep, FusedOps, KVPair, KVTensors, StepOps
 from causalrt.model.wan import PromptGraph, TimeGraph, sinusoid, wan_from_weights
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.qk_norm_rope import qk_norm_rope
-from causalrt.plugins.rope_attention import rope_attention_in_place
+from causalrt.plugins.rope_attention import attend_in_place
 from causalrt.plugins.rotate import rotate_pairs
 
-FUSED_OPS = FusedOps(qk_norm_rope=qk_norm_rope, rope_attention_in_place=rope_attention_in_place)
+FUSED_OPS = FusedOps(qk_norm_rope=qk_norm_rope, rope_attention=attend_in_place)
 
 
 class EagerExecutor:

@@ -50,10 +50,13 @@ class StepOps:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedOps:
-    """The two ops that a layer's self-attention is made of (signatures: `causalrt.plugins`); the second writes the slots."""
+    """The two ops that a layer's self-attention is made of (signatures: `causalrt.plugins`).
+
+    The second returns its output, and the slots with the chunk written.
+    """
 
     qk_norm_rope: Callable[..., torch.Tensor]
-    rope_attention_in_place: Callable[..., torch.Tensor]
+    rope_attention: Callable[..., tuple[torch.Tensor, Sequence[torch.Tensor]]]
 
 
 class HeadExchange(nn.Module):
@@ -240,15 +243,16 @@ class ChunkStep(nn.Module):
         assert kv_rows is not None
         exchange, shares = self.exchange, self.layout.shares
         norms = (weights.norm_q.weight, weights.norm_k.weight)
-        order = (exchange.scatter_index, exchange.scatter_destinations)
+        numbers = (self.num_heads, self.eps, self.layout.world_size * self.layout.scatter_rows)
         sent = fused.qk_norm_rope(
-            weights.q(y), weights.k(y), weights.v(y), *norms, cos, sin, *order, self.num_heads, self.eps
+            weights.q(y), weights.k(y), weights.v(y), *norms, cos, sin, exchange.scatter_destinations, *numbers
         ).view(self.layout.world_size, -1, exchange.head_dim)
         slots = [tensor for pair in kv for tensor in pair]
         heads, splits = [share.num_heads for share in shares], [share.split for share in shares]
         received = exchange.swap_blocks(sent)
-        attended = fused.rope_attention_in_place(received, slots, kv_rows, [], heads, splits, self.layout.num_tokens)
-        return weights.o(exchange.own_rows(exchange.swap_blocks(attended))), list(kv)
+        attended, written = fused.rope_attention(received, slots, kv_rows, [], heads, splits, self.layout.num_tokens)
+        pairs = list(zip(written[::2], written[1::2], strict=True))
+        return weights.o(exchange.own_rows(exchange.swap_blocks(attended))), pairs
 
     def cross_attention(self, weights: AttentionWeights, y: torch.Tensor, kv: KVPair) -> torch.Tensor:
         """`[S, C]` -> `[S, C]` over all text rows, padding rows included; local, for text is on every rank."""

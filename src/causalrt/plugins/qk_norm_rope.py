@@ -4,21 +4,25 @@
     v    [S, C] ---------------------------------------------------------------------------+--> rows [P * scatter_rows, D]
                                                in the order in which `scatter_heads` sends them (layout.py)
 
-The exchange order comes twice, as the two sides need it, both derived from the layout: `scatter_index` says for each row
-of the output where it comes from (the reference and the ONNX form gather), `destinations` for each row and head of the
-input where it goes (the kernel scatters). With one rank the rows are those of q, then of k, then of v, unmoved.
+The exchange order is `destinations`: for each row and head of the input, where it goes. The kernel scatters by it; the
+reference and the ONNX form turn it round and gather (in a graph it is a constant, so that is done once, when the graph is
+loaded). With one rank the rows are those of q, then of k, then of v, unmoved.
 
 Statistics, weight and rotation are float32 whatever the type of the rows, and each value is rounded once, at the end.
 """
 
+import math
 from typing import Any
 
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
 from causalrt.errors import OperandError
 from causalrt.plugins.kernel_launch import require_triton
 from causalrt.plugins.rotate import rotate_pairs_real
+
+INT64 = ir.DataType.INT64
 
 
 def qk_norm_rope_rows(
@@ -29,9 +33,10 @@ def qk_norm_rope_rows(
     norm_k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    scatter_index: torch.Tensor,
+    destinations: torch.Tensor,
     num_heads: int,
     eps: float,
+    out_rows: int,
 ) -> torch.Tensor:
     """The reference, in plain torch.
 
@@ -43,9 +48,10 @@ def qk_norm_rope_rows(
         norm_k: `[C]`.
         cos: `[1, S, D / 2]`, float32, shared by all heads.
         sin: `[1, S, D / 2]`, float32.
-        scatter_index: `[P * scatter_rows]`, places in q, k, v stacked as `[3 * S * H]` (`Layout.scatter_index`).
+        destinations: `[3, S, H, M]` int32, rows of the output, -1 for none (`Layout.scatter_destinations`).
         num_heads: H.
         eps: added to the mean square.
+        out_rows: P * scatter_rows.
 
     Returns:
         `[P * scatter_rows, D]` in the dtype of `q`.
@@ -56,7 +62,15 @@ def qk_norm_rope_rows(
         return rotate_pairs_real(normed[None], cos, sin, num_heads)[0].to(x.dtype)
 
     stacked = torch.cat([turned(q, norm_q), turned(k, norm_k), v])
-    return stacked.view(-1, q.shape[1] // num_heads).index_select(0, scatter_index)
+    return stacked.view(-1, q.shape[1] // num_heads).index_select(0, sources(destinations, out_rows))
+
+
+def sources(destinations: torch.Tensor, out_rows: int) -> torch.Tensor:
+    """`[out_rows]`: `destinations` turned round: of each row of the output its place in q, k, v stacked as `[3 * S * H]`."""
+    source = torch.arange(destinations[..., 0].numel(), device=destinations.device)
+    index = source.new_zeros(out_rows + 1)
+    index[destinations.flatten().long() % len(index)] = source.repeat_interleave(destinations.shape[3])  # -1: the last
+    return index[:out_rows]
 
 
 def write_rows(
@@ -158,13 +172,13 @@ def qk_norm_rope(
     norm_k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    scatter_index: torch.Tensor,
     destinations: torch.Tensor,
     num_heads: int,
     eps: float,
+    out_rows: int,
 ) -> torch.Tensor:
     """`qk_norm_rope_rows` as an op that a trace keeps whole; the kernel on CUDA, the reference elsewhere."""
-    return qk_norm_rope_rows(q, k, v, norm_q, norm_k, cos, sin, scatter_index, num_heads, eps)
+    return qk_norm_rope_rows(q, k, v, norm_q, norm_k, cos, sin, destinations, num_heads, eps, out_rows)
 
 
 @qk_norm_rope.register_kernel("cuda")
@@ -176,12 +190,12 @@ def _(
     norm_k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    scatter_index: torch.Tensor,
     destinations: torch.Tensor,
     num_heads: int,
     eps: float,
+    out_rows: int,
 ) -> torch.Tensor:
-    out = q.new_empty(scatter_index.shape[0], q.shape[1] // num_heads)
+    out = q.new_empty(out_rows, q.shape[1] // num_heads)
     write_rows(out, q, k, v, norm_q, norm_k, cos, sin, destinations, eps)
     return out
 
@@ -195,12 +209,12 @@ def _(
     norm_k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    scatter_index: torch.Tensor,
     destinations: torch.Tensor,
     num_heads: int,
     eps: float,
+    out_rows: int,
 ) -> torch.Tensor:
-    return q.new_empty(scatter_index.shape[0], q.shape[1] // num_heads)
+    return q.new_empty(out_rows, q.shape[1] // num_heads)
 
 
 def onnx_qk_norm_rope(
@@ -212,9 +226,10 @@ def onnx_qk_norm_rope(
     norm_k: Any,
     cos: Any,
     sin: Any,
-    scatter_index: Any,
+    destinations: Any,
     num_heads: int,
     eps: float,
+    out_rows: int,
 ) -> Any:
     """ONNX form: RMSNormalization and RotaryEmbedding in float32 between casts, then one Gather for q, k and v."""
     head_rows = op.Constant(value_ints=[-1, q.shape[-1] // num_heads])
@@ -229,4 +244,23 @@ def onnx_qk_norm_rope(
         return rotated if x.dtype == cos.dtype else op.Cast(rotated, to=x.dtype)
 
     stacked = op.Concat(turned(q, norm_q), turned(k, norm_k), op.Reshape(v, head_rows), axis=0)
-    return op.Gather(stacked, scatter_index, axis=0)
+    return op.Gather(stacked, _onnx_sources(op, destinations, out_rows), axis=0)
+
+
+def _onnx_sources(op: Any, destinations: Any, out_rows: int) -> Any:
+    """`sources` in standard ops."""
+
+    def constant(*values: int) -> Any:
+        return op.Constant(value_ints=values)
+
+    *source_shape, places = (int(size) for size in destinations.shape)
+    count = places * math.prod(source_shape)
+    flat = op.Reshape(op.Cast(destinations, to=INT64), constant(-1))
+    numbered = op.Range(op.Constant(value_int=0), op.Constant(value_int=count), op.Constant(value_int=1))
+    index = op.ScatterElements(
+        op.Expand(constant(0), constant(out_rows + 1)),
+        op.Mod(flat, constant(out_rows + 1)),
+        op.Div(numbered, constant(places)),
+        axis=0,
+    )
+    return op.Slice(index, constant(0), constant(out_rows), constant(0))

@@ -19,6 +19,7 @@ This module owns the op and its meaning in eager torch. Its ONNX form is in `onn
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -124,6 +125,13 @@ def _(
     return received.new_empty(blocks.world_size, blocks.gather_rows, blocks.head_dim)
 
 
+def attend_in_place(
+    received: torch.Tensor, slots: Sequence[torch.Tensor], *rest: Any
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """`rope_attention_in_place`; (output, the slots)."""
+    return rope_attention_in_place(received, slots, *rest), slots
+
+
 @rope_attention_in_place.register_kernel("cuda")
 def _(
     received: torch.Tensor,
@@ -217,3 +225,9 @@ def _(
     blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
     out = received.new_empty(blocks.world_size, blocks.gather_rows, blocks.head_dim)
     return [out, *(torch.empty_like(tensor) for tensor in slots)]
+
+
+def attend_to_copies(*arguments: Any) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """`rope_attention`; (output, the written copies of the slots)."""
+    out, *written = rope_attention(*arguments)
+    return out, written

@@ -53,7 +53,7 @@ def test_qk_norm_rope(run, case):
     given = operands(case, torch.float32)
     names = ("sin", "cos", "norm_k", "norm_q", "v", "k", "q", "destinations")
     tensors = {name: getattr(given, name).contiguous() for name in names}
-    attributes = {"num_heads": given.num_heads, "eps": given.eps, "out_rows": len(given.scatter_index)}
+    attributes = {"num_heads": given.num_heads, "eps": given.eps, "out_rows": given.out_rows}
     (out,) = run("qk_norm_rope", tensors, attributes)
     check(out, given, TOLERANCE[torch.float32])
 

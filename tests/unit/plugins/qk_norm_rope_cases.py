@@ -37,7 +37,7 @@ CASES = [
 
 
 class Operands(NamedTuple):
-    """As the op takes them."""
+    """As the op takes them, and the exchange order from the receiver's side."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -46,10 +46,15 @@ class Operands(NamedTuple):
     norm_k: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
-    scatter_index: torch.Tensor
     destinations: torch.Tensor
     num_heads: int
     eps: float
+    out_rows: int
+    scatter_index: torch.Tensor
+
+    @property
+    def arguments(self):
+        return self[:-1]
 
 
 def operands(case, dtype, seed=0):
@@ -75,10 +80,11 @@ def operands(case, dtype, seed=0):
         *(randn(width).to(dtype) for _ in "qk"),
         angle.cos(),
         angle.sin(),
-        torch.from_numpy(layout.scatter_index()).flatten(),
         torch.from_numpy(layout.scatter_destinations()),
         case.num_heads,
         case.eps,
+        case.world_size * layout.scatter_rows,
+        torch.from_numpy(layout.scatter_index()).flatten(),
     )
 
 

@@ -26,20 +26,20 @@ OPSET = 24
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_against_float64(case, dtype):
     given = operands(case, dtype)
-    got = qk_norm_rope(*given)
+    got = qk_norm_rope(*given.arguments)
     check(got, given, TOLERANCE[dtype])
     assert got.dtype == dtype
-    assert torch.equal(got, qk_norm_rope_rows(*given[:8], given.num_heads, given.eps))
+    assert torch.equal(got, qk_norm_rope_rows(*given.arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
-    torch.library.opcheck(qk_norm_rope, operands(CASES[0], dtype))
+    torch.library.opcheck(qk_norm_rope, operands(CASES[0], dtype).arguments)
 
 
 def test_one_rank_gets_its_own_rows():
     given = operands(CASES[-1], torch.float32)
-    q, k, v = qk_norm_rope(*given).view(3, *given.q.shape)
+    q, k, v = qk_norm_rope(*given.arguments).view(3, *given.q.shape)
     assert torch.equal(v, given.v)
     assert torch.equal(q[0], torch.zeros_like(q[0]))  # a row of zeros stays one
     normed = given.k * (given.k.square().mean(1, keepdim=True) + given.eps).rsqrt() * given.norm_k
@@ -53,9 +53,9 @@ def test_one_rank_gets_its_own_rows():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_on_a_gpu_against_float64(case, dtype):
     given = operands(case, dtype)
-    on_gpu = [x.cuda() if isinstance(x, torch.Tensor) else x for x in given]
-    out = torch.full((len(given.scatter_index), case.head_dim), float("nan"), dtype=dtype, device="cuda")
-    write_rows(out, *on_gpu[:7], on_gpu[8], given.eps)
+    on_gpu = [x.cuda() if isinstance(x, torch.Tensor) else x for x in given.arguments]
+    out = torch.full((given.out_rows, case.head_dim), float("nan"), dtype=dtype, device="cuda")
+    write_rows(out, *on_gpu[:8], given.eps)
     check(out.cpu(), given, TOLERANCE[dtype])
     assert torch.equal(qk_norm_rope(*on_gpu), out)
 
@@ -69,7 +69,7 @@ def test_kernel_in_the_interpreter():
 
 def write(given, **changed):
     given = given._replace(**changed)
-    out = given.q.new_empty(len(given.scatter_index), 2 * given.cos.shape[-1])
+    out = given.q.new_empty(given.out_rows, 2 * given.cos.shape[-1])
     write_rows(out, *given[:7], given.destinations, given.eps)
 
 
@@ -117,19 +117,18 @@ def test_odd_heads_are_refused():
 class Rows(nn.Module):
     def __init__(self, given):
         super().__init__()
-        self.register_buffer("scatter_index", given.scatter_index)
         self.register_buffer("destinations", given.destinations)
-        self.rest = (given.num_heads, given.eps)
+        self.rest = (given.num_heads, given.eps, given.out_rows)
 
     def forward(self, *operands):
-        return qk_norm_rope(*operands, self.scatter_index, self.destinations, *self.rest)
+        return qk_norm_rope(*operands, self.destinations, *self.rest)
 
 
 def model_from_operands(given):
     op = Opset("", OPSET)
 
-    def translated(q, k, v, norm_q, norm_k, cos, sin, scatter_index, destinations, num_heads: int, eps: float):
-        return onnx_qk_norm_rope(op, q, k, v, norm_q, norm_k, cos, sin, scatter_index, num_heads, eps)
+    def translated(q, k, v, norm_q, norm_k, cos, sin, destinations, num_heads: int, eps: float, out_rows: int):
+        return onnx_qk_norm_rope(op, q, k, v, norm_q, norm_k, cos, sin, destinations, num_heads, eps, out_rows)
 
     exported = torch.onnx.export(
         torch.export.export(Rows(given), tuple(given[:7])),
