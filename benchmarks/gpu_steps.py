@@ -45,7 +45,7 @@ def random_bundle(config: Config, folder: Path) -> Bundle:
         for name, tensor in random_weights(config.model, seed=0)
     }
     save_file(weights, folder / WEIGHTS)
-    write_manifest(folder, config=config, executors=("eager",), graphs={}, engines={})
+    write_manifest(folder, config=config, plugins=False, executors=("eager",), graphs={}, engines={})
     return open_bundle(folder, verify=False)
 
 

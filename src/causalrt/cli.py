@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich import box
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from causalrt import __version__
-from causalrt.config import RECIPES, Config, override, recipe
+from causalrt.config import RECIPES, Config, TimeIndex, override, recipe
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.errors import CausalRTError, ConfigError
 
@@ -39,17 +39,22 @@ errors_console = Console(stderr=True)
 
 @contextmanager
 def shown_progress() -> "Iterator[OnProgress]":
-    """A bar for each stage, on stderr."""
+    """A bar for each stage, on stderr; nothing where there is no stage."""
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors_console) as progress:
-        bars: dict[str, Any] = {}
+    progress = Progress(*columns, console=errors_console)
+    bars: dict[str, Any] = {}
 
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in bars or progress.tasks[bars[stage]].finished:
-                bars[stage] = progress.add_task(stage, total=total)
-            progress.update(bars[stage], completed=done, total=total)
+    def update(stage: str, done: int, total: int) -> None:
+        progress.start()
+        if stage not in bars or progress.tasks[bars[stage]].finished:
+            bars[stage] = progress.add_task(stage, total=total)
+        progress.update(bars[stage], completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        if bars:
+            progress.stop()
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -81,6 +86,7 @@ def _build(arguments: argparse.Namespace) -> int:
             collectives=arguments.collectives,
             frontend=arguments.frontend,
             timing_cache=arguments.timing_cache,
+            plugins=arguments.plugins,
             overwrite=arguments.overwrite,
             on_progress=progress,
         )
@@ -95,7 +101,8 @@ def _build(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from causalrt.tools.inspect import inspect_bundle
 
-    found = inspect_bundle(arguments.bundle)
+    with shown_progress() as progress:
+        found = inspect_bundle(arguments.bundle, kernels=arguments.kernels, on_progress=progress)
     tables = [table for engines in found["engines"] for table in engines["step"]["constants"].values()]
     code = 0 if all(table["equal_constants"] for table in tables) else EXIT_FAILED
     if arguments.json:
@@ -118,6 +125,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         table.add_row("onnxruntime, step", f"{len(found['graphs'])} segments, {exchanges} all-to-alls")
     for engines in found["engines"]:
         _add_engine_rows(table, engines)
+    for kernel in found.get("kernels", ()):
+        table.add_row(*_kernel_row(kernel))
     table.add_row("toolchain", ", ".join(f"{key} {value}" for key, value in found["toolchain"].items()))
     table.add_row("files", f"{len(found['files'])}, {sum(found['files'].values()) / 2**20:,.1f} MiB")
     Console(markup=False).print(table)
@@ -139,7 +148,8 @@ def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
         f"{step['engines']} engine(s), {sum(step['layers'].values()):,} layers; {step['self_attentions']} self-attentions "
         f"({step['self_attentions_with_lengths']} with KV lengths), {step['cross_attentions']} cross-attentions, "
         f"{step['decomposable_attentions']} decomposable; {step['cache_updates']} KV updates in place; "
-        f"{exchanges} all-to-alls {where}"
+        + "".join(f"{count} {name} plugins; " for name, count in step["plugins"].items())
+        + f"{exchanges} all-to-alls {where}"
         + (f" of {step['ranks_of_collectives']} ranks" if step["ranks_of_collectives"] else ""),
     )
     tables = ", ".join(
@@ -156,6 +166,26 @@ def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
     )
     inspector = engines["inspector"]
     table.add_row(f"{name}, inspector", inspector.get("unavailable") or f"see --json ({len(inspector)} engines)")
+
+
+def _kernel_row(kernel: dict[str, Any]) -> tuple[str, str]:
+    name = f"{kernel['target']} {kernel['kernel']}" + (", rotating" if kernel["rotate"] else "")
+    if "unavailable" in kernel:
+        return name, f"unavailable: {kernel['unavailable'].splitlines()[0]}"
+    blocks, splits = kernel["blocks_per_multiprocessor"], kernel["kv_splits"]
+    facts = (
+        f"grid {'x'.join(map(str, kernel['grid']))}" + (f" with {splits} key ranges" if splits > 1 else ""),
+        f"{kernel['warps']} warp(s) ({kernel['threads']} threads)",
+        f"{kernel['registers']} registers",
+        f"SPILLS {kernel['spill_bytes']} bytes" if kernel["spill_bytes"] else "no spills",
+        f"{kernel['shared_bytes']:,} bytes shared",
+        f"{blocks} block(s) on each of {kernel['multiprocessors']} multiprocessors ({kernel['gpu']})"
+        if blocks
+        else f"DOES NOT FIT on a multiprocessor ({kernel['gpu']})",
+        f"PTX {kernel['ptx_version']}, {kernel['ptx_bytes'] / 2**10:,.0f} KiB",
+        "from the cache" if kernel["cached"] else "compiled",
+    )
+    return name, ", ".join(facts)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -176,7 +206,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         arguments.bundle,
         executor=arguments.executor,
         device=arguments.device,
-        plugins=arguments.plugins == "on",
+        plugins=None if arguments.plugins is None else arguments.plugins == "on",
         num_threads=arguments.threads,
         timeout_s=arguments.timeout,
     ) as engine:
@@ -221,10 +251,6 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     if arguments.emulate:
-        if arguments.plugins == "on":
-            raise ConfigError(
-                "--plugins is for eager and inductor; the graphs that --emulate replays have no fused ops"
-            )
         result = _compare_emulated(arguments)
     elif arguments.dtype or arguments.collectives:
         raise ConfigError(
@@ -239,6 +265,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             world_size=arguments.world_size,
             head_plan=arguments.head_plan or "shares",
             plugins=arguments.plugins == "on",
+            time_index=arguments.time_index,
         )
     if arguments.json:
         print(json.dumps(result))
@@ -274,6 +301,8 @@ def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
         head_plan=arguments.head_plan or "shares",
         collectives=arguments.collectives or "engine",
         precision=arguments.dtype or "float32",
+        plugins=arguments.plugins == "on",
+        time_index=arguments.time_index,
     )
 
 
@@ -382,6 +411,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--frontend", choices=("onnx", "torch-tensorrt"), default="onnx", help="what hands the step to TensorRT (onnx)"
     )
+    made.add_argument(
+        "--plugins",
+        choices=("on", "off", "auto"),
+        default="auto",
+        help="self-attention by the fused ops; auto is off until a GPU has measured them (auto)",
+    )
     made.add_argument("--timing-cache", type=Path, help="TensorRT's measured kernel times, read and written")
     made.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override any field of the recipe"
@@ -392,9 +427,15 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         _inspect,
         "Verify a bundle and show what is in it.",
-        "  causalrt inspect bundle\n  causalrt inspect bundle --json",
+        "  causalrt inspect bundle\n  causalrt inspect bundle --json\n  causalrt inspect bundle --kernels sm80 sm90",
     )
     made.add_argument("bundle", type=Path)
+    made.add_argument(
+        "--kernels",
+        nargs="*",
+        metavar="TARGET",
+        help="compile the fused kernels for GPU architectures, as sm80 (all that are known): registers, shared memory, spills",
+    )
 
     made = command(
         "generate",
@@ -406,10 +447,14 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--prompt-embeds", required=True, type=Path, help=".safetensors, .npy or .pt, [rows, text_dim]")
     made.add_argument("--out", required=True, type=Path, help="safetensors file to write")
     made.add_argument("--seed", type=int, default=0, help="of the noise (0)")
-    made.add_argument("--chunks", type=int, help="by default as many as the bundle's horizon holds")
+    made.add_argument(
+        "--chunks", type=int, help="by default as many as the horizon holds; more with time_index=relative"
+    )
     made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")
     made.add_argument("--device", choices=("cuda", "cpu"), help="by default GPUs, where each rank has one")
-    made.add_argument("--plugins", choices=("on", "off"), default="off", help="fused ops in eager and inductor (off)")
+    made.add_argument(
+        "--plugins", choices=("on", "off"), help="fused ops in eager and inductor (as the bundle was built)"
+    )
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
     made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
 
@@ -424,7 +469,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--executor", default="onnxruntime", choices=EXECUTORS, help="(onnxruntime)")
     made.add_argument("--world-size", type=int, default=1, help="ranks (1)")
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks (shares)")
-    made.add_argument("--plugins", choices=("on", "off"), default="off", help="fused ops in eager and inductor (off)")
+    made.add_argument("--plugins", choices=("on", "off"), default="off", help="self-attention by the fused ops (off)")
+    made.add_argument(
+        "--time-index",
+        choices=get_args(TimeIndex),
+        default="global",
+        help="what rotary angles count time by; relative rotates keys when they are read, by the fused ops (global)",
+    )
     made.add_argument(
         "--emulate",
         action="store_true",

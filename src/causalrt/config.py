@@ -15,6 +15,7 @@ from causalrt.errors import ConfigError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 HeadPlanName = Literal["shares", "pad", "mesh"]
+TimeIndex = Literal["global", "relative"]
 
 MAX_LATENT_FRAMES = 1024
 """Positions that the rotary table of the reference has (model_spec section 4)."""
@@ -74,6 +75,11 @@ class VideoConfig:
 
     `window_frames` counts the current chunk, the sink and the rolled history (the reference's `local_attn_size`); None is
     full attention, whose window is the whole horizon.
+
+    `time_index` is what rotary angles count time by. `global`: the frame's number, and keys are kept rotated; no rollout
+    is longer than the horizon. `relative`: the distance to the current chunk, and keys are rotated whenever they are read,
+    which the fused ops do (`model/relative_rope.py`); a rollout may go on beyond the horizon, which then is its length by
+    default, the longest window, and the greatest distance at which a sink is seen.
     """
 
     latent_height: int
@@ -82,6 +88,7 @@ class VideoConfig:
     window_frames: int | None = None
     sink_frames: int = 0
     horizon_frames: int = 21
+    time_index: TimeIndex = "global"
 
     def __post_init__(self) -> None:
         for name in ("latent_height", "latent_width", "chunk_frames", "horizon_frames"):
@@ -94,6 +101,10 @@ class VideoConfig:
         _require(
             self.horizon_frames % self.chunk_frames == 0,
             f"video.horizon_frames ({self.horizon_frames}) must be a multiple of video.chunk_frames ({self.chunk_frames})",
+        )
+        _require(
+            self.time_index in get_args(TimeIndex),
+            f"video.time_index must be one of {', '.join(get_args(TimeIndex))}, got {self.time_index!r}",
         )
         if self.window_frames is not None:
             least = self.sink_frames + self.chunk_frames

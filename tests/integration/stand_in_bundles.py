@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ from causalrt.export.options import CollectivesMode
 from causalrt.export.trace import wan_from_file
 
 TARGET, CAPABILITY = "sm80", (8, 0)
+GPU = SimpleNamespace(multi_processor_count=108)
 STAND_INS = {name: dataclasses.replace(made, module="tensorrt_stand_in") for name, made in FLAVOURS.items()}
 
 
@@ -31,6 +33,7 @@ def build_stand_in(
     collectives: CollectivesMode,
     flavour: str = "tensorrt_rtx",
     small_graphs: Path | None = None,
+    fused: bool = False,
 ) -> Path:
     """A bundle; its prompt and time graph are those of another bundle of the same weights, if there is one."""
 
@@ -52,13 +55,19 @@ def build_stand_in(
         else:
             for name in (PROMPT_GRAPH, TIME_GRAPH):
                 shutil.copy(small_graphs / name, folder / name)
-        parts = engine_files.write_engine_graphs(wan, config, folder, quiet, collectives=collectives, segmented=None)
-        with mock.patch.object(engine_files, "_run_child", _write_engines):
+        parts = engine_files.write_engine_graphs(
+            wan, config, folder, quiet, collectives=collectives, segmented=None, fused=fused
+        )
+        with (
+            mock.patch.object(engine_files, "_run_child", _write_engines),
+            mock.patch.object(torch.cuda, "get_device_properties", lambda index: GPU),
+        ):
             record = engine_files.build_engines(
-                config, folder, parts, quiet, flavour=STAND_INS[flavour], target=TARGET, timing_cache=None
+                config, folder, parts, quiet, flavour=STAND_INS[flavour], target=TARGET, timing_cache=None, fused=fused
             )
         engines = {flavour: {"collectives": collectives, "frontend": "onnx", "targets": {TARGET: record}}}
-        write_manifest(folder, config=config, executors=("eager", flavour), graphs={"tensorrt": parts}, engines=engines)
+        executors, graphs = ("eager", flavour), {"tensorrt": parts}
+        write_manifest(folder, config=config, plugins=fused, executors=executors, graphs=graphs, engines=engines)
     return out
 
 
@@ -66,6 +75,8 @@ def _write_engines(request: str, target: str, on_progress: object) -> dict[str, 
     """In the place of the child process that runs TensorRT."""
     wanted = json.loads(request)
     folder = Path(wanted["folder"])
+    device = {"capability": 10 * CAPABILITY[0] + CAPABILITY[1], "num_multiprocessors": GPU.multi_processor_count}
+    assert wanted["plugins"] in (None, device)
     for entry in wanted["engines"]:
         tensorrt_stand_in.write_engine(
             folder / entry["onnx"], folder / entry["engine"], profiles=tuple(entry["profiles"]), target=target

@@ -29,6 +29,7 @@ import torch
 from onnx import TensorProto, helper
 
 from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
+from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.segment import cut_exchanges_pass
 from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP
 
@@ -128,8 +129,11 @@ TYPES = {
 
 
 def write_engine(graph: Path, out: Path, *, profiles: tuple[int, ...], target: str, version: str = __version__) -> None:
-    """What a build would write: the graph with its weights, and the dynamic size of each optimisation profile."""
-    model = onnx.load(graph).SerializeToString()
+    """What a build would write: the graph with its weights, and the dynamic size of each optimisation profile.
+
+    A plugin does what the ONNX function of its name says.
+    """
+    model = expand_functions(onnx.load(graph)).SerializeToString()
     header = {"version": version, "target": target, "profiles": list(profiles), "bytes": len(model)}
     out.write_bytes(MAGIC + json.dumps(header).encode() + b"\n" + model)
 

@@ -45,7 +45,7 @@ FLAVOUR_OF_CASE = {"B": "tensorrt_rtx", "D": "tensorrt", "R": "tensorrt_rtx"}
 CPU = torch.device("cpu")
 LOWERINGS = ("engine", "runtime")
 
-Replays = Callable[[str, int, str], tuple[Recording, Bundle]]
+Replays = Callable[..., tuple[Recording, Bundle]]
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +56,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def replays(tmp_path_factory: pytest.TempPathFactory) -> Replays:
-    """`replays(case, world_size, collectives)`: a recording and its bundle, built once."""
-    made: dict[tuple[str, int, str], tuple[Recording, Bundle]] = {}
+    """`replays(case, world_size, collectives, fused=False)`: a recording and its bundle, built once."""
+    made: dict[tuple[str, int, str, bool], tuple[Recording, Bundle]] = {}
     first: dict[str, Path] = {}
 
-    def replay(case: str, world_size: int, collectives: str) -> tuple[Recording, Bundle]:
-        key = case, world_size, collectives
+    def replay(case: str, world_size: int, collectives: str, *, fused: bool = False) -> tuple[Recording, Bundle]:
+        key = case, world_size, collectives, fused
         if key not in made:
             folder = tmp_path_factory.mktemp("-".join(map(str, key)))
             recording = open_recording(GOLDEN / f"{case}.safetensors", world_size=world_size)
@@ -70,7 +70,8 @@ def replays(tmp_path_factory: pytest.TempPathFactory) -> Replays:
                 checkpoint=recording.write_checkpoint(folder / "checkpoint.safetensors"),
                 out=folder / "bundle",
                 collectives=collectives,  # type: ignore[arg-type]
-                flavour=FLAVOUR_OF_CASE[case],
+                flavour="tensorrt" if fused else FLAVOUR_OF_CASE[case],
+                fused=fused,
                 small_graphs=first.get(case),
             )
             first.setdefault(case, bundle)
@@ -124,16 +125,30 @@ def play(session: Rollout, index: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("collectives", LOWERINGS)
-@pytest.mark.parametrize(("case", "world_size"), [("B", 1), ("B", 2), ("B", 8), ("D", 8), ("R", 1), ("R", 2), ("R", 8)])
-def test_rollout_is_the_recorded_one(replays: Replays, case: str, world_size: int, collectives: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "world_size", "fused"),
+    [
+        *(
+            (case, ranks, False)
+            for case, ranks in (("B", 1), ("B", 2), ("B", 8), ("D", 8), ("R", 1), ("R", 2), ("R", 8))
+        ),
+        ("B", 8, True),
+        ("R", 2, True),
+        pytest.param("B", 1, True, marks=pytest.mark.slow),
+        pytest.param("D", 8, True, marks=pytest.mark.slow),
+    ],
+)
+def test_rollout_is_the_recorded_one(
+    replays: Replays, case: str, world_size: int, fused: bool, collectives: str
+) -> None:
     """B: 12 heads, so that 8 ranks cut some. D: one frame a chunk, padded ranks. R: a sink and a ring that goes round."""
-    recording, bundle = replays(case, world_size, collectives)
+    recording, bundle = replays(case, world_size, collectives, fused=fused)
     steps = len(bundle.config.sampler.steps)
     exchanges = 2 * bundle.config.model.num_layers if world_size > 1 else 0
 
     def replay(ranks: ThreadCollectives) -> Outputs:
         executor, outputs = make(bundle, ranks), {}
-        assert executor.whole_slots == (collectives == "engine")
+        assert executor.whole_slots == (fused or collectives == "engine")
         for element in range(recording.batch_size):
             text, noise = recording.prompt(element), RecordedNoise(recording.noise(element))
             session = open_session(executor, ranks, bundle, text=text, noise=noise)

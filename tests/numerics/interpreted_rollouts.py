@@ -1,10 +1,11 @@
 """Run by test_plugins.py in a process that interprets Triton: whole recorded rollouts on one rank, by the kernels themselves.
 
-TRITON_INTERPRET=1 python tests/numerics/interpreted_rollouts.py RECORDING FOLDER        prints {"flow": error, ...}
+TRITON_INTERPRET=1 python tests/numerics/interpreted_rollouts.py RECORDING FOLDER TIME_INDEX     prints {"flow": error, ...}
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ KERNELS = StepOps(
 
 
 def main() -> None:
-    recording, folder = open_recording(Path(sys.argv[1]), world_size=1), Path(sys.argv[2])
+    recording, folder, time_index = open_recording(Path(sys.argv[1]), world_size=1), Path(sys.argv[2]), sys.argv[3]
+    config = replace(recording.config, video=replace(recording.config.video, time_index=time_index))
     checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
-    bundle = open_bundle(build(recording.config, checkpoint=checkpoint, out=folder / "bundle", executors=["eager"]))
+    bundle = open_bundle(build(config, checkpoint=checkpoint, out=folder / "bundle", executors=["eager"]))
     executor = EagerExecutor(bundle, LocalCollectives(), device=torch.device("cpu"), ops=KERNELS)
     outputs = replay_here(recording, Player(executor=executor, config=bundle.config, layout=bundle.layout))
     errors = largest_errors(outputs, recorded_outputs(recording))

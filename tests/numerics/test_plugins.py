@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 
 from causalrt.engines.bundle import open_bundle
-from causalrt.errors import ExecutorError
+from causalrt.errors import ConfigError, ExecutorError
 from causalrt.export.build import build
 from causalrt.runtime.engine import load
-from causalrt.tools.compare import TOLERANCE, compare_recorded, largest_errors
+from causalrt.tools.compare import EMULATED, TOLERANCE, compare_emulated, compare_recorded, largest_errors
 from causalrt.tools.recording import open_recording
 from causalrt.tools.replay import recorded_outputs, replay
 
@@ -34,6 +36,33 @@ def test_references_in_eager(case, world_size):
     assert result["passed"], result
 
 
+@pytest.mark.parametrize(
+    ("case", "world_size"),
+    [("B", 1), ("B", 8), ("R", 2), *(pytest.param(case, 8, marks=pytest.mark.slow) for case in "ACDR")],
+)
+def test_functions_in_onnxruntime(case, world_size):
+    result = compare_recorded(
+        GOLDEN / f"{case}.safetensors", executor="onnxruntime", world_size=world_size, plugins=True, num_threads=1
+    )
+    assert result["passed"], result
+
+
+@pytest.mark.parametrize(
+    ("case", "world_size", "collectives"),
+    [
+        ("B", 8, "engine"),
+        ("R", 2, "runtime"),
+        *(pytest.param(case, 8, "engine", marks=pytest.mark.slow) for case in "ACDR"),
+        pytest.param("B", 8, "runtime", marks=pytest.mark.slow),
+    ],
+)
+def test_functions_in_the_graphs_of_engines(case, world_size, collectives):
+    path = GOLDEN / f"{case}.safetensors"
+    result = compare_emulated(path, executor="tensorrt", world_size=world_size, collectives=collectives, plugins=True)
+    assert result["emulated"] == f"{EMULATED}, plugins by their ONNX functions"
+    assert result["passed"], result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_plan", ["pad", "mesh"])
 def test_other_head_plans(head_plan):
@@ -52,12 +81,12 @@ def test_inside_a_compiled_step(tmp_path):
     assert max(error.largest for error in errors.values()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["R"])
-def test_kernels_interpreted(case, tmp_path):
+@pytest.mark.parametrize("time_index", ["global", pytest.param("relative", marks=pytest.mark.slow)])
+def test_kernels_interpreted(time_index, tmp_path):
     """Golden R (a window that rolls); A to D take up to a minute each, and pass too."""
     script = Path(__file__).with_name("interpreted_rollouts.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(GOLDEN / f"{case}.safetensors"), str(tmp_path)],
+        [sys.executable, str(script), str(GOLDEN / "R.safetensors"), str(tmp_path), time_index],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -67,10 +96,55 @@ def test_kernels_interpreted(case, tmp_path):
     assert max(json.loads(done.stdout.splitlines()[-1]).values()) <= TOLERANCE
 
 
-def test_an_executor_that_runs_what_was_built_takes_none(tmp_path):
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """A bundle for onnxruntime without fused ops, and one with them."""
     recording = open_recording(GOLDEN / "N1.safetensors", world_size=1)
-    checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
-    path = build(recording.config, checkpoint=checkpoint, out=tmp_path / "bundle")
-    assert open_bundle(path).executors[-1] == "onnxruntime"
-    with pytest.raises(ExecutorError, match="plugins are for eager and inductor"):
-        load(path, plugins=True)
+    folder = tmp_path_factory.mktemp("plugins")
+    checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
+    return {
+        mode: build(recording.config, checkpoint=checkpoint, out=folder / mode, plugins=mode) for mode in ("auto", "on")
+    }
+
+
+def test_the_manifest_says_what_was_built(bundles):
+    assert not open_bundle(bundles["auto"]).plugins
+    assert open_bundle(bundles["on"]).plugins
+    for mode, functions in (("auto", 0), ("on", 2)):
+        assert len(onnx.load(bundles[mode] / "step-000.onnx", load_external_data=False).functions) == functions
+
+
+def test_an_executor_runs_what_was_built(bundles):
+    with pytest.raises(ExecutorError, match="plugins off; build again with `--plugins on`"):
+        load(bundles["auto"], plugins=True)
+    with pytest.raises(ExecutorError, match="plugins on; build again with `--plugins off`"):
+        load(bundles["on"], plugins=False)
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_eager_runs_either_and_by_default_what_was_built(bundles, asked, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("causalrt.runtime.engine.Engine", lambda *args, plugins, **rest: loaded.append(plugins))
+    for path in bundles.values():
+        load(path, executor="eager", device="cpu", plugins=asked)
+    assert loaded == ([False, True] if asked is None else [asked, asked])
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ({"plugins": "maybe"}, {}, "plugins must be on, off, auto, got 'maybe'"),
+        ({"plugins": "off"}, {"time_index": "relative"}, "what the fused ops do"),
+        ({"executors": ["tensorrt_rtx"], "targets": ["sm80"], "plugins": "on"}, {}, "tensorrt_rtx has no plugins"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, options, changes, message):
+    config = open_recording(GOLDEN / "N1.safetensors", world_size=1).config
+    config = replace(
+        config,
+        video=replace(config.video, **changes),
+        build=replace(config.build, precision="bfloat16"),
+    )
+    with pytest.raises(ConfigError, match=message):
+        build(config, checkpoint=tmp_path / "none", out=tmp_path / "bundle", **options)
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """The bundle: the folder that a build writes and the runtime loads.
 
-    manifest.json         schema, config, layout, toolchain, graphs, and every other file with bytes and sha256
+    manifest.json         schema, config, plugins, layout, toolchain, graphs, and every other file with bytes and sha256
     weights.safetensors   all weights, once, in the build's precision
     *.onnx                graphs; their weights are references into weights.safetensors
     *.engine              TensorRT engines by flavour and target, the same for every rank; *-networks.json says what is in them
@@ -27,7 +27,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, ConfigError
 from causalrt.layout import Layout, layout_from_config
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_NAME = 200
 """Characters of a file's name in a bundle; no build writes longer ones, and a file system may not take them."""
 MANIFEST = "manifest.json"
@@ -45,6 +45,7 @@ class Bundle:
         path: its folder.
         config: what it was built from.
         layout: who holds what, derived from `config`.
+        plugins: self-attention is made of the fused ops.
         executors: names of the executors that it holds everything for.
         graphs: what the manifest says of the graph files.
         segments: onnxruntime's parts of the step.
@@ -57,6 +58,7 @@ class Bundle:
     path: Path
     config: Config
     layout: Layout
+    plugins: bool
     executors: tuple[str, ...]
     graphs: Mapping[str, Any]
     segments: tuple[StepPart, ...]
@@ -169,6 +171,8 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
             raise TypeError(f"files: {name} has no bytes and sha256")
     if not all(isinstance(version, str) for version in manifest["toolchain"].values()):
         raise TypeError(f"toolchain must hold versions, got {manifest['toolchain']!r:.200}")
+    if manifest["plugins"] not in ("on", "off"):
+        raise TypeError(f"plugins must be on or off, got {manifest['plugins']!r}")
     executors, graphs = manifest["executors"], manifest["graphs"]
     if "eager" not in executors or not all(isinstance(name, str) and name in EXECUTORS for name in executors):
         raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
@@ -194,6 +198,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         path=path,
         config=config,
         layout=layout,
+        plugins=manifest["plugins"] == "on",
         executors=tuple(executors),
         graphs=graphs,
         segments=segments,
@@ -216,6 +221,7 @@ def write_manifest(
     folder: Path,
     *,
     config: Config,
+    plugins: bool,
     executors: tuple[str, ...],
     graphs: Mapping[str, Any],
     engines: Mapping[str, Any],
@@ -230,6 +236,7 @@ def write_manifest(
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "config": config.as_dict(),
+        "plugins": "on" if plugins else "off",
         "layout": _layout_record(layout),
         "executors": list(executors),
         "graphs": dict(graphs),

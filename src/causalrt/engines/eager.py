@@ -45,7 +45,7 @@ class EagerExecutor:
         ops = ops or StepOps(
             all_to_all=self._all_to_all, rotate=rotate_pairs, attention=attend, kv_attention=kv_attention_in_place
         )
-        if plugins:
+        if ops.fused is None and (plugins or bundle.config.video.time_index == "relative"):
             ops = replace(ops, fused=FUSED_OPS)
         self._step = ChunkStep(self._wan, bundle.config, bundle.layout, ops).eval().to(device)
         self._rank = torch.tensor([collectives.rank], device=device)

@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 from causalrt.engines.base import TORCH_DTYPES, Collectives
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, Bundle
-from causalrt.engines.tensor_names import is_callers
+from causalrt.engines.tensor_names import KV_ROWS, is_callers
 from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors
 from causalrt.model.wan import sinusoid
@@ -173,6 +173,8 @@ class OnnxRuntimeExecutor:
             for name in filter(is_callers, segment.outputs):
                 segment.bind(name, named[name.removesuffix(".written")], output=True)
         self._bound = list(named.values())  # the bindings hold addresses only
+        if KV_ROWS in self._buffers:
+            self._buffers[KV_ROWS].fill_(kv_rows)
 
     def warmed_up(self) -> None:
         """Nothing to keep."""

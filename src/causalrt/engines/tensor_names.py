@@ -1,7 +1,7 @@
 """Names of the step graph's tensors that its two sides agree on: what a build writes, and what an executor binds."""
 
 KV_ROWS = "kv_rows"
-"""Filled rows of the KV slots, where they are bound whole."""
+"""Filled rows of the KV slots: an input where they are bound whole, and for fused ops."""
 
 
 def is_callers(name: str) -> bool:

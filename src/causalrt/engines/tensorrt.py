@@ -39,7 +39,8 @@ class TensorRTExecutor:
         files = engine_files(flavour, record.targets, device_target(device))
         config = bundle.config
         self.device = device
-        self.whole_slots = record.collectives == "engine"
+        exchanges = record.collectives == "engine"
+        self.whole_slots = exchanges or bundle.plugins  # a plugin takes the slots whole too
         self._config = config
         self._dtype = TORCH_DTYPES[config.build.precision]
         self._collectives = collectives
@@ -49,7 +50,7 @@ class TensorRTExecutor:
         )
         self._parts = bundle.engine_parts or (StepPart(file=files.step[0]),)
         self._engines.share_scratch()
-        if self.whole_slots and config.build.world_size > 1:
+        if exchanges and config.build.world_size > 1:
             self._step[0].set_communicator(collectives.communicator())
             check_one_nccl(Path("/proc/self/maps").read_text())
         self._buffers = self._make_buffers()

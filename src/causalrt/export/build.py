@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
@@ -14,7 +14,7 @@ from causalrt.engines.kinds import EXECUTORS, executor_kind
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
-from causalrt.export.options import CollectivesMode, FrontEnd, Progress
+from causalrt.export.options import CollectivesMode, FrontEnd, PluginsMode, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def build(
     collectives: CollectivesMode = "engine",
     frontend: FrontEnd = "onnx",
     timing_cache: str | Path | None = None,
+    plugins: PluginsMode = "auto",
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> Path:
@@ -46,6 +47,9 @@ def build(
         collectives: in TensorRT engines, whether the engine or the runtime exchanges between ranks.
         frontend: what makes TensorRT's network of the traced step.
         timing_cache: file with TensorRT's measured kernel times, read and written; by default one in the user's cache.
+        plugins: whether self-attention is made of the fused ops: plugins for TensorRT, functions of standard ops for
+            onnxruntime, and what eager and inductor run unless `load` is told otherwise. `auto` is off, for no GPU has measured
+            them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
         overwrite: replace a bundle that is there already.
         on_progress: told of each stage.
 
@@ -59,6 +63,7 @@ def build(
         BuildError: the bundle cannot be written, or a compiler refuses the graph.
     """
     flavours = _checked_options(config, executors, targets, collectives, frontend, timing_cache)
+    fused = fused_ops_wanted(plugins, config, tuple(flavours), frontend)
     progress = on_progress or (lambda stage, done, total: None)
     opened = open_checkpoint(Path(checkpoint))
     check_checkpoint(opened, config.model)
@@ -78,15 +83,15 @@ def build(
         graphs: dict[str, Any] = {}
         engines: dict[str, Any] = {}
         if any(executor_kind(name).compiled for name in chosen):
-            graphs = _write_graphs(config, folder, chosen, bool(flavours), collectives, frontend, progress)
+            graphs = _write_graphs(config, folder, chosen, bool(flavours), collectives, frontend, progress, fused)
         for name, found in flavours.items():
             engines[name] = {"collectives": collectives, "frontend": frontend, "targets": {}}
             for target in found:
                 engines[name]["targets"][target] = _build_target(
-                    config, folder, graphs, name, target, frontend, timing_cache, progress
+                    config, folder, graphs, name, target, frontend, timing_cache, progress, fused
                 )
         progress("hashes", 0, 1)
-        write_manifest(folder, config=config, executors=chosen, graphs=graphs, engines=engines)
+        write_manifest(folder, config=config, plugins=fused, executors=chosen, graphs=graphs, engines=engines)
         progress("hashes", 1, 1)
     logger.info("bundle written to %s", out)
     return Path(out)
@@ -134,6 +139,45 @@ def _checked_options(
     return {name: [flavour.check_target(target) for target in wanted] for name, flavour in flavours.items()}
 
 
+def fused_ops_wanted(mode: str, config: Config, flavours: Sequence[str], frontend: str) -> bool:
+    """Whether the step is made with the fused ops.
+
+    Args:
+        mode: `on`, `off` or `auto`.
+        config: of the bundle.
+        flavours: of TensorRT, that engines are built with.
+        frontend: of TensorRT.
+
+    Raises:
+        ConfigError: the mode is unknown, or something else that was asked for cannot be had with it.
+    """
+    relative = config.video.time_index == "relative"
+    if mode not in get_args(PluginsMode):
+        raise ConfigError(f"plugins must be {', '.join(get_args(PluginsMode))}, got {mode!r}")
+    if relative and mode == "off":
+        raise ConfigError(
+            "video.time_index=relative is what the fused ops do; build with `--plugins on`, or leave it out"
+        )
+    if relative and frontend != "onnx":
+        raise ConfigError(
+            f"video.time_index=relative is for `--frontend onnx`; {frontend} has no converter for its ops"
+        )
+    if mode == "on":
+        if relative and flavours:
+            raise ConfigError(
+                "no TensorRT plugin rotates keys when it reads them; build with `--plugins auto`, which takes standard ops "
+                "for that, or with `--set video.time_index=global`"
+            )
+        without = [name for name in flavours if not FLAVOURS[name].plugins]
+        if without:
+            raise ConfigError(f"{without[0]} has no plugins; build with `--plugins off`, or with `--executor tensorrt`")
+        if frontend != "onnx":
+            raise ConfigError(
+                f"--plugins on is for `--frontend onnx`; {frontend} has converters for the ops without plugins"
+            )
+    return relative or mode == "on"
+
+
 def _write_graphs(
     config: Config,
     folder: Path,
@@ -142,6 +186,7 @@ def _write_graphs(
     collectives: CollectivesMode,
     frontend: FrontEnd,
     progress: Progress,
+    fused: bool,
 ) -> dict[str, Any]:
     """The ONNX files of every executor that wants some; the traced model is gone when this returns."""
     from causalrt.export.engine_files import write_engine_graphs
@@ -153,11 +198,11 @@ def _write_graphs(
     graphs: dict[str, Any] = {}
     segmented = None
     if "onnxruntime" in chosen:
-        segmented = step_graph(wan, config, folder, progress, whole_slots=False)
+        segmented = step_graph(wan, config, folder, progress, whole_slots=False, fused=fused)
         graphs["segments"] = write_segments(segmented, folder, "step", progress, at_cache_writes=False)
     if tensorrt and frontend == "onnx":
         graphs["tensorrt"] = write_engine_graphs(
-            wan, config, folder, progress, collectives=collectives, segmented=segmented
+            wan, config, folder, progress, collectives=collectives, segmented=segmented, fused=fused
         )
     del wan, segmented
     gc.collect()
@@ -173,6 +218,7 @@ def _build_target(
     frontend: FrontEnd,
     timing_cache: str | Path | None,
     progress: Progress,
+    fused: bool,
 ) -> dict[str, Any]:
     from causalrt.export.engine_files import build_engines, default_timing_cache
 
@@ -190,4 +236,5 @@ def _build_target(
         flavour=flavour,
         target=target,
         timing_cache=cache if flavour.timing_cache else None,
+        fused=fused,
     )

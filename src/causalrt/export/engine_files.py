@@ -4,6 +4,10 @@
 |---|---|---|
 | `engine` | one engine, DistCollective all-to-alls inside | whole, updated in place; every size is static |
 | `runtime` | segments, cut at all-to-alls and cache writes | filled prefix; an optimisation profile for each length |
+| `runtime`, fused ops | segments, cut at all-to-alls | whole, updated in place; every size is static |
+
+Fused ops are plugins. There is none that rotates what it reads (`video.time_index=relative`): those are expanded to the
+standard ops that their ONNX functions are made of, which any TensorRT builds.
 """
 
 import contextlib
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 
 from causalrt import errors
 from causalrt.config import Config
@@ -28,9 +33,10 @@ from causalrt.engines.user_cache import cache_file
 from causalrt.errors import BuildError
 from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
 from causalrt.export.dist_collective import lower_exchanges_pass
-from causalrt.export.engine_worker import EngineRequest, request_json
+from causalrt.export.engine_worker import EngineRequest, PluginDevice, request_json
 from causalrt.export.onnx import step_graph, write_segments
 from causalrt.export.options import CollectivesMode, Progress
+from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.scale_queries import scale_queries_pass
 from causalrt.export.split_lone_heads import split_lone_heads_pass
 from causalrt.layout import slots_from_config
@@ -52,6 +58,7 @@ def write_engine_graphs(
     *,
     collectives: CollectivesMode,
     segmented: onnx.ModelProto | None,
+    fused: bool = False,
 ) -> list[dict[str, Any]]:
     """Write the step in the lowering that TensorRT parses.
 
@@ -62,27 +69,38 @@ def write_engine_graphs(
         on_progress: told of each stage.
         collectives: who exchanges.
         segmented: the step graph over the filled prefix, if it is at hand.
+        fused: self-attention is made of the fused ops.
 
     Returns:
         The step's parts in order, as the manifest has them.
     """
-    if collectives == "runtime":
+    if collectives == "runtime" and not fused:
         step = segmented or step_graph(wan, config, folder, on_progress, whole_slots=False)
         prepare_attentions(step, config)
         return write_segments(step, folder, "cut-step", on_progress, at_cache_writes=True)
-    step = step_graph(wan, config, folder, on_progress, whole_slots=True)
-    prepare_attentions(step, config)
+    plugins = wants_plugins(config, fused=fused)
+    step = step_graph(wan, config, folder, on_progress, whole_slots=True, fused=fused)
+    if not plugins:
+        step = expand_functions(step)
+    prepare_attentions(step, config, plugins=plugins)
+    if collectives == "runtime":
+        return write_segments(step, folder, "cut-step", on_progress, at_cache_writes=False)
     exchanges = lower_exchanges_pass(step, world_size=config.build.world_size)
     assert exchanges == (2 * config.model.num_layers if config.build.world_size > 1 else 0)
     onnx.save(step, folder / WHOLE_STEP)
     return [{"file": WHOLE_STEP, "sent": None, "received": None, "writes": {}}]
 
 
-def prepare_attentions(step: onnx.ModelProto, config: Config) -> None:
-    """The passes that both lowerings share, in place."""
+def wants_plugins(config: Config, *, fused: bool) -> bool:
+    """Whether the fused ops of a step are plugins to TensorRT."""
+    return fused and config.video.time_index == "global"
+
+
+def prepare_attentions(step: onnx.ModelProto, config: Config, *, plugins: bool = False) -> None:
+    """The passes that both lowerings share, in place; what plugins hold is not touched."""
     split_lone_heads_pass(step)
     scaled = scale_queries_pass(step, head_dim=config.model.head_dim)
-    assert scaled >= 2 * config.model.num_layers
+    assert scaled >= config.model.num_layers * (1 if plugins else 2)
 
 
 def kv_lengths(config: Config) -> tuple[int, ...]:
@@ -100,6 +118,7 @@ def build_engines(
     flavour: Flavour,
     target: str,
     timing_cache: Path | None,
+    fused: bool = False,
 ) -> dict[str, Any]:
     """Build the engines of one target in a child process; what the manifest says of them.
 
@@ -110,7 +129,8 @@ def build_engines(
     prefix = f"{flavour.name}-{target}"
     names = [PROMPT_GRAPH, TIME_GRAPH, *(part["file"] for part in parts)]
     requests = [_request(config, folder, name, f"{prefix}-{Path(name).stem}.engine") for name in names]
-    answer = _run_child(request_json(flavour, target, folder, timing_cache, requests), target, on_progress)
+    plugins = plugin_device(target) if wants_plugins(config, fused=fused) else None
+    answer = _run_child(request_json(flavour, target, folder, timing_cache, requests, plugins), target, on_progress)
     networks = f"{prefix}-networks.json"
     (folder / networks).write_text(json.dumps(answer["networks"], indent=1))
     engines = [request.engine for request in requests]
@@ -121,6 +141,12 @@ def build_engines(
         "time": engines[1],
         "step": engines[2:],
     }
+
+
+def plugin_device(target: str) -> PluginDevice:
+    """The GPU at hand, for which plugins are compiled."""
+    found = torch.cuda.get_device_properties(0)
+    return PluginDevice(capability=int(target.removeprefix("sm")), num_multiprocessors=found.multi_processor_count)
 
 
 def _request(config: Config, folder: Path, name: str, engine: str) -> EngineRequest:

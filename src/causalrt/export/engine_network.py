@@ -35,6 +35,8 @@ def finish_attentions(trt: Any, network: Any) -> None:
                     )
                 attention.set_input(index, product.get_input(0))
         keys = producers.get(attention.get_input(1).name)
+        while keys is not None and keys.type in (trt.LayerType.CAST, trt.LayerType.ROTARY_EMBEDDING):
+            keys = producers.get(keys.get_input(0).name)  # keys that are rotated when they are read
         if keys is not None and keys.type == trt.LayerType.KV_CACHE_UPDATE:
             rows = rows or network.add_cast(inputs[KV_ROWS], trt.int32).get_output(0)
             attention.key_value_lengths = rows
@@ -64,7 +66,10 @@ def attentions(trt: Any, network: Any) -> Iterator[Any]:
 
 
 def describe_network(trt: Any, network: Any) -> dict[str, Any]:
-    """What is in a network, in plain JSON types: layers by kind, attentions, collectives, constants, inputs and outputs."""
+    """What is in a network, in plain JSON types: layers by kind, attentions, collectives, constants, inputs and outputs.
+
+    Which plugins it has, by name, a network does not tell: whoever put them in adds that.
+    """
     constants, weight_bytes = [], 0
     collectives, cache_updates = [], 0
     for layer in layers(network):
@@ -100,6 +105,7 @@ def describe_network(trt: Any, network: Any) -> dict[str, Any]:
         "attentions": _describe_attentions(trt, network),
         "collectives": collectives,
         "cache_updates": cache_updates,
+        "plugins": {},
         "constants": constants,
         "weight_bytes": weight_bytes,
         **{
@@ -132,7 +138,7 @@ def _describe_attentions(trt: Any, network: Any) -> list[dict[str, Any]]:
 
 
 def check_network(description: dict[str, Any], *, expected: dict[str, int], onnx_file: str) -> None:
-    """Refuse a network that is not what the step graph says.
+    """Refuse a network that is not what the step graph says; it says nothing of plugins where there are none.
 
     Raises:
         BuildError: an attention may be decomposed (and so run without a fused kernel), or something is missing.
@@ -143,7 +149,9 @@ def check_network(description: dict[str, Any], *, expected: dict[str, int], onnx
         "lengths": sum(attention["has_lengths"] for attention in description["attentions"]),
         "collectives": len(description["collectives"]),
         "cache_updates": description["cache_updates"],
+        "plugins": description["layers"].get("PLUGIN_V3", 0),
     }
+    expected = {"plugins": 0, **expected}
     if loose or found != expected:
         raise BuildError(
             f"TensorRT's parser made something else of {onnx_file} than it says: found {found}, expected {expected}"

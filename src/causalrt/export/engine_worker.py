@@ -15,10 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 from causalrt.engines.user_cache import keep_in_cache, read_cache
 from causalrt.errors import BuildError, CausalRTError
 from causalrt.export.engine_network import check_network, describe_network, finish_attentions
+from causalrt.export.plugin_nodes import use_plugins_pass
+from causalrt.plugins.ptx import default_cache
+from causalrt.plugins.tensorrt_plugin import enable_in_place, register_plugins
 
 KEPT_MESSAGES = 20
 PR_SET_PDEATHSIG = 1
@@ -39,6 +44,19 @@ class EngineRequest:
     engine: str
     profiles: tuple[int, ...]
     expected: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginDevice:
+    """The GPU that plugins are compiled for.
+
+    Attributes:
+        capability: compute capability, such as 80.
+        num_multiprocessors: how many it has.
+    """
+
+    capability: int
+    num_multiprocessors: int
 
 
 def _say(kind: str, **content: Any) -> None:
@@ -95,8 +113,8 @@ def _make_monitor(trt: Any) -> Any:
     return Monitor()
 
 
-def parse(trt: Any, logger: Any, onnx: Path) -> Any:
-    """A strongly typed network from an ONNX file, and its builder (which must outlive it).
+def parse(trt: Any, logger: Any, file: Path, graph: bytes | None = None) -> Any:
+    """A strongly typed network from an ONNX file, or from `graph` over the file's weights, and its builder (to outlive it).
 
     Raises:
         BuildError: the parser refuses a node; it is named, with what to do.
@@ -104,14 +122,15 @@ def parse(trt: Any, logger: Any, onnx: Path) -> Any:
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx)):
+    parsed = parser.parse_from_file(str(file)) if graph is None else parser.parse(graph, str(file))
+    if not parsed:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         lines = [
             f"node {error.node_name() or error.node()!r}, op {error.node_operator()}: {error.desc()} ({error.code()})"
             for error in errors
         ]
         raise BuildError(
-            f"{trt.__name__} {trt.__version__} cannot parse {onnx.name}:\n  "
+            f"{trt.__name__} {trt.__version__} cannot parse {file.name}:\n  "
             + "\n  ".join(lines or ["no node was named; is the file whole?"])
             + "\nTake the TensorRT version that this version of CausalRT names; if it is that one, run this model with "
             "`--executor onnxruntime` and report the node"
@@ -119,18 +138,46 @@ def parse(trt: Any, logger: Any, onnx: Path) -> Any:
     return builder, network, parser
 
 
+def graph_with_plugins(trt: Any, file: Path, device: PluginDevice) -> tuple[bytes | None, dict[str, int]]:
+    """The graph with plugins, which this registers, in the place of its fused nodes, and how many of each; None if it has none.
+
+    Raises:
+        ExecutorError: this TensorRT has no plugins.
+        KernelError: Triton is missing, or plugins of these names are there already.
+        BuildError: a fused node has no plugin.
+    """
+    model = onnx.load(file, load_external_data=False)
+    if not model.functions:
+        return None, {}
+    register_plugins(trt, target=device.capability, cache=default_cache())
+    counts = use_plugins_pass(model, capability=device.capability, num_multiprocessors=device.num_multiprocessors)
+    return model.SerializeToString(), counts
+
+
 def build_engine(
-    flavour: Flavour, target: str, request: EngineRequest, folder: Path, cache: Path | None
+    flavour: Flavour,
+    target: str,
+    request: EngineRequest,
+    folder: Path,
+    cache: Path | None,
+    plugins: PluginDevice | None = None,
 ) -> dict[str, Any]:
     """Build one engine; returns the description of its network."""
     trt = flavour.load()
     logger, messages = _make_logger(trt)
-    builder, network, parser = parse(trt, logger, folder / request.onnx)
+    graph, counts = None, dict[str, int]()
+    if plugins is not None:
+        graph, counts = graph_with_plugins(trt, folder / request.onnx, plugins)
+    builder, network, parser = parse(trt, logger, folder / request.onnx, graph)
     finish_attentions(trt, network)
     description = describe_network(trt, network)
-    check_network(description, expected=request.expected, onnx_file=request.onnx)
+    told = request.expected | ({"plugins": sum(counts.values())} if counts else {})
+    check_network(description, expected=told, onnx_file=request.onnx)
+    description["plugins"] = counts
     config = builder.create_builder_config()
     flavour.select_target(trt, config, target)
+    if plugins is not None:
+        enable_in_place(trt, config)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     monitor = _make_monitor(trt)
     config.progress_monitor = monitor
@@ -168,12 +215,13 @@ def main() -> int:
     plain = json.loads(Path(sys.argv[1]).read_text())
     flavour, folder = FLAVOURS[plain["flavour"]], Path(plain["folder"])
     cache = Path(plain["timing_cache"]) if plain["timing_cache"] else None
+    plugins = None if plain["plugins"] is None else PluginDevice(**plain["plugins"])
     requests = [EngineRequest(**{**entry, "profiles": tuple(entry["profiles"])}) for entry in plain["engines"]]
     networks = {}
     try:
         for done, request in enumerate(requests):
             _say("engine", name=request.engine, done=done, total=len(requests))
-            networks[request.engine] = build_engine(flavour, plain["target"], request, folder, cache)
+            networks[request.engine] = build_engine(flavour, plain["target"], request, folder, cache, plugins)
         _say("engine", name="", done=len(requests), total=len(requests))
     except (CausalRTError, OSError) as error:
         with contextlib.suppress(BrokenPipeError):  # the parent has gone
@@ -185,7 +233,12 @@ def main() -> int:
 
 
 def request_json(
-    flavour: Flavour, target: str, folder: Path, timing_cache: Path | None, engines: list[EngineRequest]
+    flavour: Flavour,
+    target: str,
+    folder: Path,
+    timing_cache: Path | None,
+    engines: list[EngineRequest],
+    plugins: PluginDevice | None = None,
 ) -> str:
     """The request as the file that `main` reads."""
     return json.dumps(
@@ -195,6 +248,7 @@ def request_json(
             "folder": str(folder),
             "timing_cache": None if timing_cache is None else str(timing_cache),
             "engines": [asdict(engine) for engine in engines],
+            "plugins": None if plugins is None else asdict(plugins),
         }
     )
 

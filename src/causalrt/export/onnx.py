@@ -10,6 +10,7 @@ from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
 from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.export.options import Progress
+from causalrt.export.plugin_functions import check_fused_nodes
 from causalrt.export.segment import cut_exchanges_pass
 from causalrt.export.share_weights import share_weights_pass
 from causalrt.export.trace import trace_prompt, trace_step, trace_time
@@ -23,12 +24,12 @@ def cross_kv_names(config: Config) -> list[str]:
     return [f"cross_{kind}.{layer}" for layer in range(config.model.num_layers) for kind in ("k", "v")]
 
 
-def step_names(config: Config, *, whole_slots: bool = False) -> tuple[list[str], list[str]]:
+def step_names(config: Config, *, whole_slots: bool = False, fused: bool = False) -> tuple[list[str], list[str]]:
     """Names of the step graph's inputs and outputs, in the order of `ChunkStep.forward`."""
     layers, shares = range(config.model.num_layers), range(len(layout_from_config(config).shares))
     slots = [f"{kind}.{layer}.{share}" for layer in layers for share in shares for kind in ("k", "v")]
     inputs = ["x", "e", "e0", "rank", "first_frame", *slots, *cross_kv_names(config)]
-    return [*inputs, *([KV_ROWS] if whole_slots else [])], ["flow", *(f"{name}.written" for name in slots)]
+    return [*inputs, *([KV_ROWS] if whole_slots or fused else [])], ["flow", *(f"{name}.written" for name in slots)]
 
 
 def write_small_graphs(wan: Wan, config: Config, folder: Path, on_progress: Progress) -> None:
@@ -44,15 +45,23 @@ def write_small_graphs(wan: Wan, config: Config, folder: Path, on_progress: Prog
     on_progress("prompt and time graph", len(small), len(small))
 
 
-def step_graph(wan: Wan, config: Config, folder: Path, on_progress: Progress, *, whole_slots: bool) -> onnx.ModelProto:
-    """Trace and translate the step, over the filled prefix of the KV slots or over the slots whole."""
+def step_graph(
+    wan: Wan, config: Config, folder: Path, on_progress: Progress, *, whole_slots: bool, fused: bool = False
+) -> onnx.ModelProto:
+    """Trace and translate the step, over the filled prefix of the KV slots or over the slots whole.
+
+    Raises:
+        RuntimeError: fused ops were asked for, and not every layer has them.
+    """
     stage = f"step graph ({'whole slots' if whole_slots else 'segments'})"
     on_progress(stage, 0, 2)
-    program = trace_step(wan, config, whole_slots=whole_slots)
+    program = trace_step(wan, config, whole_slots=whole_slots, fused=fused)
     on_progress(stage, 1, 2)
-    inputs, outputs = step_names(config, whole_slots=whole_slots)
+    inputs, outputs = step_names(config, whole_slots=whole_slots, fused=fused)
     translated = onnx_from_program(program, input_names=inputs, output_names=outputs)
     step = ir.to_proto(share_weights_pass(translated, folder / WEIGHTS))
+    if fused:
+        check_fused_nodes(step, num_layers=config.model.num_layers)
     on_progress(stage, 2, 2)
     return step
 

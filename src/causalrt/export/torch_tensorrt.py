@@ -249,6 +249,7 @@ def describe_program(program: ExportedProgram) -> dict[str, Any]:
         "attentions": [],
         "collectives": [],
         "cache_updates": 0,
+        "plugins": {},
         "constants": [],
         "weight_bytes": sum(weight.nbytes for weight in weights),
         "inputs": [tensor(name, name) for name in signature.user_inputs],

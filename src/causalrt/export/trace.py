@@ -2,9 +2,11 @@
 
 Weights are the tensors of the written weight file, mapped and not copied. One graph serves every chunk, in one of two
 forms: over the filled prefix of the KV slots `[1, rows, heads * D]`, whose rows are the only dynamic size (segments), or
-over the slots whole, `[1, heads, W * T, D]`, with the filled rows as a tensor and every size static (one engine).
+over the slots whole, `[1, heads, W * T, D]`, with the filled rows as a tensor and every size static (one engine). With
+fused ops, self-attention is two of them, and the filled rows are a tensor in either form.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from torch.export import Dim, ExportedProgram
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import layout_from_config
-from causalrt.model.step import ChunkStep, StepOps
+from causalrt.model.step import ChunkStep, FusedOps, StepOps
 from causalrt.model.wan import PromptGraph, TimeGraph, Wan, wan_from_weights
 from causalrt.plugins.all_to_all import all_to_all
 from causalrt.plugins.attention import attention, kv_attention, kv_attention_whole
+from causalrt.plugins.qk_norm_rope import qk_norm_rope
+from causalrt.plugins.rope_attention import attend_to_copies
 from causalrt.plugins.rotate import rotate
 
 TRACED_OPS = StepOps(
@@ -30,12 +34,15 @@ TRACED_OPS = StepOps(
 )
 
 
+FUSED_OPS = replace(TRACED_OPS, fused=FusedOps(qk_norm_rope=qk_norm_rope, rope_attention=attend_to_copies))
+
+
 def wan_from_file(config: Config, weights: Path) -> Wan:
     """The model over a written weight file."""
     return wan_from_weights(config.model, load_file(weights))
 
 
-def step_arguments(config: Config, *, whole_slots: bool = False) -> tuple[Any, ...]:
+def step_arguments(config: Config, *, whole_slots: bool = False, fused: bool = False) -> tuple[Any, ...]:
     """Example arguments of `ChunkStep.forward`, all distinct tensors: torch.export merges inputs that are one object."""
     layout, m = layout_from_config(config), config.model
     dtype = TORCH_DTYPES[config.build.precision]
@@ -57,19 +64,20 @@ def step_arguments(config: Config, *, whole_slots: bool = False) -> tuple[Any, .
         [[(slots(share.num_heads), slots(share.num_heads)) for share in layout.shares] for _ in layers],
         [(empty(1, m.text_len, m.dim), empty(1, m.text_len, m.dim)) for _ in layers],
     )
-    return (*arguments, torch.full((1,), rows, dtype=torch.int64)) if whole_slots else arguments
+    return (*arguments, torch.full((1,), rows, dtype=torch.int64)) if whole_slots or fused else arguments
 
 
-def trace_step(wan: Wan, config: Config, *, whole_slots: bool = False) -> ExportedProgram:
+def trace_step(wan: Wan, config: Config, *, whole_slots: bool = False, fused: bool = False) -> ExportedProgram:
     """Trace one chunk step of one rank, over the filled prefix of the KV slots or over the slots whole."""
     video = config.video
-    arguments = step_arguments(config, whole_slots=whole_slots)
+    arguments = step_arguments(config, whole_slots=whole_slots, fused=fused)
     dynamic = None
     if not whole_slots and video.capacity_frames > video.chunk_frames:
         rows = Dim("kv_rows", min=config.tokens_per_chunk, max=video.capacity_frames * config.tokens_per_frame)
         kv = [[({1: rows}, {1: rows}) for _ in layer] for layer in arguments[5]]
-        dynamic = (None, None, None, None, None, kv, [(None, None) for _ in arguments[6]])
-    step = ChunkStep(wan, config, layout_from_config(config), TRACED_OPS).eval()
+        cross_kv = [(None, None) for _ in arguments[6]]
+        dynamic = (None, None, None, None, None, kv, cross_kv, *([None] if fused else []))
+    step = ChunkStep(wan, config, layout_from_config(config), FUSED_OPS if fused else TRACED_OPS).eval()
     return torch.export.export(step, arguments, dynamic_shapes=dynamic)
 
 

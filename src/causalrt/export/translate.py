@@ -1,5 +1,6 @@
 """ExportedProgram -> ONNX, opset 24: torch's own exporter, with the ONNX forms of our ops."""
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import torch
 from onnxscript.values import Opset
 from torch.export import ExportedProgram
 
+from causalrt.export.plugin_functions import add_functions_pass, fused_translations
 from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP, onnx_all_to_all
 from causalrt.plugins.attention import onnx_attention, onnx_kv_attention, onnx_kv_attention_whole
 from causalrt.plugins.rotate import onnx_rotate
@@ -18,7 +20,7 @@ from causalrt.plugins.rotate import onnx_rotate
 OPSET = 24
 
 
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+def _translations(*, fused_as_nodes: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Our ops' ONNX forms as the exporter wants them: plain functions of the op's own arguments."""
     if not onnx.defs.has(ONNX_OP, domain=ONNX_DOMAIN):
         parameter = onnx.defs.OpSchema.FormalParameter
@@ -59,11 +61,20 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.kv_attention.default: kv_attention,
         ops.kv_attention_whole.default: kv_attention_whole,
         ops.all_to_all.default: all_to_all,
+        **fused_translations(OPSET, as_nodes=fused_as_nodes),
     }
 
 
 def onnx_from_program(program: ExportedProgram, *, input_names: Sequence[str], output_names: Sequence[str]) -> ir.Model:
-    """Translate a traced program; tensors are referred to, not copied."""
+    """Translate a traced program; tensors are referred to, not copied. Fused ops are nodes with a function each."""
+    model = _translate(program, input_names, output_names, fused_as_nodes=True)
+    add_functions_pass(model, program, functools.partial(_translate, fused_as_nodes=False))
+    return model
+
+
+def _translate(
+    program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str], *, fused_as_nodes: bool
+) -> ir.Model:
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # it misses torchvision
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -72,7 +83,8 @@ def onnx_from_program(program: ExportedProgram, *, input_names: Sequence[str], o
             opset_version=OPSET,
             input_names=input_names,
             output_names=output_names,
-            custom_translation_table=_translations(),
+            custom_translation_table=_translations(fused_as_nodes=fused_as_nodes),
+            optimize=fused_as_nodes,  # a function keeps its few constants as they are, and is written once
             verbose=False,
         )
     assert translated is not None

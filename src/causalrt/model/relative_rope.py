@@ -1,48 +1,84 @@
 """Rotary tables by KV slot, in time relative to the current chunk: for attention that turns keys when it reads them.
 
-Attention sees differences of positions alone, so time may count from anywhere, as long as queries and keys agree; counted from
-the current chunk it stays small however long the rollout is::
+Attention sees differences of positions alone, so time may count from anywhere, as long as queries and keys agree. Counted from
+the current chunk it stays small however long the rollout is, and keys keep no angle in the slots::
 
-    slot         | staging: the chunk | sink frames        | ring of clean frames   |
-    frame        | f, f+1 .. f+F-1    | 0, 1 ..            | the newest before f    |      f = first_frame
-    table time   | 0, 1 .. F-1        | -f, 1-f ..         | -1, -2 .. in any order |
+    slot         | staging: the chunk | sink frames              | ring of clean frames   |
+    frame        | f, f+1 .. f+F-1    | 0, 1 ..                  | the newest before f    |      f = first_frame
+    time         | 0, 1 .. F-1        | 0 - min(f, reach), 1 - . | -1, -2 .. in any order |      reach = horizon - F
 
-A sink's time is large and negative; the angles are float64 up to the cosine, so that costs no accuracy. Keys keep no angle in
-the slots, and no table has an end: the horizon of `rope_tables` does not bound such a rollout.
+Sinks alone would move away without end. They stop where they are in the last chunk of the horizon, so no query sees one from
+further than the model was made for; their distances to each other are kept. Up to there, attention is that of `rope_tables`.
+
+What lies in a slot follows from `first_frame` and the slot plan, so the tables are made inside the step graph, once a step.
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import nn
 
 from causalrt.config import Config
-from causalrt.layout import SlotPlan, slots_from_config
+from causalrt.layout import slots_from_config
 from causalrt.model.rope import angles, axis_pairs
 
 
-def slot_frames(plan: SlotPlan, first_frame: int) -> npt.NDArray[np.int64]:
-    """Global time index of the frame in each filled slot, while the chunk at `first_frame` is generated."""
-    staging = first_frame + np.arange(plan.chunk_frames)
-    sink = np.arange(min(plan.sink_frames, first_frame))
-    place = np.arange(plan.valid_frames(first_frame) - len(staging) - len(sink))
-    newest = first_frame - 1
-    behind = (newest - plan.sink_frames - place) % max(plan.ring_frames, 1)
-    return np.concatenate([staging, sink, newest - behind]).astype(np.int64)
+class RelativeRope(nn.Module):
+    """Constants, and the lookup that a step makes in them; W slots of T rows, pairs per axis pt, py, px.
 
+    `temporal_*` are `[times, pt]` from time -reach on, `spatial_*` `[W, T, py + px]`, the same for each slot; angles are
+    float64 up to the cosine. The time of a slot is worked out from `staging_time`, `sink_frame` and `ring_phase`.
+    """
 
-def relative_tables(config: Config, first_frame: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), `[W * T, D / 2]` float32, by slot row; rows of unfilled slots are as at time 0."""
-    plan, tokens = slots_from_config(config), config.tokens_per_frame
-    pt, py, px = axis_pairs(config.model.head_dim)
-    times = np.zeros(plan.capacity_frames, dtype=np.int64)
-    filled = slot_frames(plan, first_frame)
-    times[: len(filled)] = filled - first_frame
-    y, x = np.divmod(np.arange(tokens), config.grid_width)
-    temporal, spatial = angles(times, pt), np.concatenate([angles(y, py), angles(x, px)], axis=1)
+    temporal_cos: torch.Tensor
+    temporal_sin: torch.Tensor
+    spatial_cos: torch.Tensor
+    spatial_sin: torch.Tensor
+    staging_time: torch.Tensor
+    sink_frame: torch.Tensor
+    ring_phase: torch.Tensor
 
-    def table(function: np.ufunc) -> torch.Tensor:
-        by_frame, by_place = (torch.from_numpy(function(angle)).float() for angle in (temporal, spatial))
-        parts = (by_frame[:, None].expand(-1, tokens, -1), by_place[None].expand(len(times), -1, -1))
-        return torch.cat(parts, dim=-1).flatten(0, 1)
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.plan = plan = slots_from_config(config)
+        self.reach = config.video.horizon_frames - config.video.chunk_frames
+        pt, py, px = axis_pairs(config.model.head_dim)
+        times = np.arange(-self.reach, max(plan.chunk_frames, plan.sink_frames))
+        y, x = np.divmod(np.arange(config.tokens_per_frame), config.grid_width)
+        spatial = np.tile(np.concatenate([angles(y, py), angles(x, px)], axis=1), (plan.capacity_frames, 1, 1))
+        constants = {
+            f"{axis}_{name}": torch.from_numpy(function(table)).float()
+            for axis, table in (("temporal", angles(times, pt)), ("spatial", spatial))
+            for name, function in (("cos", np.cos), ("sin", np.sin))
+        }
+        constants["staging_time"] = torch.arange(plan.chunk_frames)
+        constants["sink_frame"] = torch.arange(plan.sink_frames)
+        constants["ring_phase"] = (-1 - plan.sink_frames - torch.arange(plan.ring_frames)) % max(plan.ring_frames, 1)
+        for name, constant in constants.items():
+            self.register_buffer(name, constant, persistent=False)
 
-    return table(np.cos), table(np.sin)
+    def forward(self, first_frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), `[W * T, D / 2]` float32, by slot row; slots that are not filled yet have some angle.
+
+        Args:
+            first_frame: `[1]` int64, global time index of the chunk's first frame.
+        """
+        place = self.slot_times(first_frame) + self.reach
+        cos, sin = (
+            torch.cat(
+                [temporal.index_select(0, place)[:, None].expand(-1, spatial.shape[1], -1), spatial], dim=-1
+            ).flatten(0, 1)
+            for temporal, spatial in (
+                (self.temporal_cos, self.spatial_cos),
+                (self.temporal_sin, self.spatial_sin),
+            )
+        )
+        return cos, sin
+
+    def slot_times(self, first_frame: torch.Tensor) -> torch.Tensor:
+        """`[W]` int64: time of the frame in each slot; within the table for slots that are not filled yet too."""
+        times = [self.staging_time]
+        if self.plan.sink_frames:
+            times.append(self.sink_frame - first_frame.clamp(max=self.reach))
+        if self.plan.ring_frames:
+            times.append(-1 - (first_frame + self.ring_phase) % self.plan.ring_frames)
+        return torch.cat(times)

@@ -9,12 +9,15 @@ records functional ops. Shapes as in `wan.py`; KV tensors are `[1, rows, heads *
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from causalrt.config import Config
+from causalrt.errors import ConfigError
 from causalrt.layout import Layout
+from causalrt.model.relative_rope import RelativeRope
 from causalrt.model.rope import rope_tables
 from causalrt.model.wan import AttentionWeights, Wan
 
@@ -57,6 +60,20 @@ class FusedOps:
 
     qk_norm_rope: Callable[..., torch.Tensor]
     rope_attention: Callable[..., tuple[torch.Tensor, Sequence[torch.Tensor]]]
+
+
+class Rotation(NamedTuple):
+    """The rotary tables of one step.
+
+    Attributes:
+        cos: `[1, S, D / 2]`, of the rank's rows, which are turned before the exchange.
+        sin: `[1, S, D / 2]`.
+        on_read: rank, cos and sin `[W * T, D / 2]` by slot row, where attention turns queries and keys instead; or empty.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    on_read: list[torch.Tensor]
 
 
 class HeadExchange(nn.Module):
@@ -129,7 +146,7 @@ class ChunkStep(nn.Module):
     """One forward of the transformer over a rank's rows of one chunk at one noise level.
 
     The rotary tables and packing indices are constants; `rank` and `first_frame` are inputs, so one graph serves every
-    rank and every chunk.
+    rank and every chunk. With `video.time_index=relative`, the slots keep keys as they were normalised.
     """
 
     frame_in_chunk: torch.Tensor
@@ -137,6 +154,8 @@ class ChunkStep(nn.Module):
     temporal_sin: torch.Tensor
     spatial_cos: torch.Tensor
     spatial_sin: torch.Tensor
+    unit_cos: torch.Tensor
+    unit_sin: torch.Tensor
 
     def __init__(self, wan: Wan, config: Config, layout: Layout, ops: StepOps) -> None:
         super().__init__()
@@ -146,7 +165,18 @@ class ChunkStep(nn.Module):
         self.num_heads = config.model.num_heads
         self.eps = config.model.eps
         self.exchange = HeadExchange(layout, config.model.head_dim, ops.all_to_all, fused=ops.fused is not None)
-        for name, table in rope_tables(config, layout).constants().items():
+        self.relative_rope = RelativeRope(config) if config.video.time_index == "relative" else None
+        if self.relative_rope is None:
+            constants = rope_tables(config, layout).constants()
+        elif ops.fused is not None:
+            unit = torch.ones(1, layout.local_tokens, config.model.head_dim // 2)
+            constants = {"unit_cos": unit, "unit_sin": torch.zeros_like(unit)}
+        else:
+            raise ConfigError(
+                "video.time_index is relative: keys are rotated when they are read, and only the fused ops do that; run the "
+                "step with them (StepOps.fused), or build with `--set video.time_index=global`"
+            )
+        for name, table in constants.items():
             self.register_buffer(name, table, persistent=False)
 
     def forward(
@@ -175,19 +205,25 @@ class ChunkStep(nn.Module):
         Returns:
             flow `[S, 64]`, and the KV slots with the chunk written.
         """
-        cos, sin = self.rotation(rank, first_frame)
+        rotation = self.rotations(rank, first_frame)
         x = self.wan.patch_embedding(x)
         written = []
         for block, layer_kv, layer_cross in zip(self.wan.layers(), kv, cross_kv, strict=True):
             shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + e0).unbind(1)
             attended, layer_written = self.self_attention(
-                block.self_attn, block.modulate(x, shift1, scale1), cos, sin, layer_kv, kv_rows
+                block.self_attn, block.modulate(x, shift1, scale1), rotation, layer_kv, kv_rows
             )
             x = x + gate1 * attended
             x = x + self.cross_attention(block.cross_attn, block.norm3(x), layer_cross)
             x = x + gate2 * block.ffn(block.modulate(x, shift2, scale2))
             written.append(layer_written)
         return self.wan.head(x, e), written
+
+    def rotations(self, rank: torch.Tensor, first_frame: torch.Tensor) -> Rotation:
+        """What is turned before the exchange, and when slots are read; one of the two does nothing."""
+        if self.relative_rope is None:
+            return Rotation(*self.rotation(rank, first_frame), on_read=[])
+        return Rotation(self.unit_cos, self.unit_sin, on_read=[rank, *self.relative_rope(first_frame)])
 
     def rotation(self, rank: torch.Tensor, first_frame: torch.Tensor) -> KVPair:
         """(cos, sin), `[1, S, D / 2]` each, of the rank's tokens at their global time index."""
@@ -205,14 +241,14 @@ class ChunkStep(nn.Module):
         self,
         weights: AttentionWeights,
         y: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        rotation: Rotation,
         kv: Sequence[KVPair],
         kv_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[KVPair]]:
         """`[S, C]` -> `[S, C]`: rotate locally, then each share attends for its heads and rows."""
         if self.ops.fused is not None:
-            return self.fused_self_attention(self.ops.fused, weights, y, cos, sin, kv, kv_rows)
+            return self.fused_self_attention(self.ops.fused, weights, y, rotation, kv, kv_rows)
+        cos, sin, _ = rotation
         q = self.ops.rotate(weights.norm_q(weights.q(y))[None], cos, sin, self.num_heads)
         k = self.ops.rotate(weights.norm_k(weights.k(y))[None], cos, sin, self.num_heads)
         outputs, written = [], []
@@ -234,8 +270,7 @@ class ChunkStep(nn.Module):
         fused: FusedOps,
         weights: AttentionWeights,
         y: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        rotation: Rotation,
         kv: Sequence[KVPair],
         kv_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[KVPair]]:
@@ -243,14 +278,15 @@ class ChunkStep(nn.Module):
         assert kv_rows is not None
         exchange, shares = self.exchange, self.layout.shares
         norms = (weights.norm_q.weight, weights.norm_k.weight)
+        tables = (rotation.cos, rotation.sin, exchange.scatter_destinations)
         numbers = (self.num_heads, self.eps, self.layout.world_size * self.layout.scatter_rows)
-        sent = fused.qk_norm_rope(
-            weights.q(y), weights.k(y), weights.v(y), *norms, cos, sin, exchange.scatter_destinations, *numbers
-        ).view(self.layout.world_size, -1, exchange.head_dim)
+        rows = fused.qk_norm_rope(weights.q(y), weights.k(y), weights.v(y), *norms, *tables, *numbers)
+        received = exchange.swap_blocks(rows.view(self.layout.world_size, -1, exchange.head_dim))
         slots = [tensor for pair in kv for tensor in pair]
         heads, splits = [share.num_heads for share in shares], [share.split for share in shares]
-        received = exchange.swap_blocks(sent)
-        attended, written = fused.rope_attention(received, slots, kv_rows, [], heads, splits, self.layout.num_tokens)
+        attended, written = fused.rope_attention(
+            received, slots, kv_rows, rotation.on_read, heads, splits, self.layout.num_tokens
+        )
         pairs = list(zip(written[::2], written[1::2], strict=True))
         return weights.o(exchange.own_rows(exchange.swap_blocks(attended))), pairs
 

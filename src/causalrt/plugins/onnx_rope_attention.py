@@ -36,7 +36,7 @@ def onnx_rope_attention(
         k, v = (op.TensorScatter(old, new, axis=2 if whole else 1) for old, new in ((k_slots, k_new), (v_slots, v_new)))
         written += [k, v]
         if rotation:
-            q_tables, k_tables = _tables(op, rotation, blocks, share)
+            q_tables, k_tables = _tables(op, rotation, blocks, share, filled_rows=None if whole else kv_rows)
             q, k = (
                 _rotate(op, x, tables, share, received.dtype, whole=whole)
                 for x, tables in ((q, q_tables), (k, k_tables))
@@ -71,8 +71,10 @@ def _share_parts(op: Any, received: Any, blocks: ShareBlocks, share: ShareRows, 
     return parts
 
 
-def _tables(op: Any, rotation: Sequence[Any], blocks: ShareBlocks, share: ShareRows) -> tuple[list[Any], list[Any]]:
-    """(cos, sin) of the query rows, and of the slot rows, `[1, rows, D / 2]`."""
+def _tables(
+    op: Any, rotation: Sequence[Any], blocks: ShareBlocks, share: ShareRows, *, filled_rows: Any | None
+) -> tuple[list[Any], list[Any]]:
+    """(cos, sin) of the query rows, and of the slot rows, `[1, rows, D / 2]`: of all of them, or of the filled ones."""
     rank, *tables = rotation
 
     def constant(values: torch.Tensor | int) -> Any:
@@ -85,6 +87,8 @@ def _tables(op: Any, rotation: Sequence[Any], blocks: ShareBlocks, share: ShareR
     token = op.Min(op.Add(constant(source), local), constant(blocks.num_tokens - 1))
     batch = constant(0)
     of_queries = [op.Unsqueeze(op.Gather(table, token, axis=0), batch) for table in tables]
+    if filled_rows is not None:
+        tables = [op.Slice(table, batch, filled_rows, batch) for table in tables]
     return of_queries, [op.Unsqueeze(table, batch) for table in tables]
 
 

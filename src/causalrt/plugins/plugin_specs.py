@@ -204,7 +204,7 @@ def _launch_attend(inputs: Tensors, attributes: Attributes, capability: int, slo
         slot_rows=first.shape[2],
         whole_slots=True,
         rotate=False,
-        tiles=tiles_for(capability, dtype=received.dtype, rotate=False),
+        tiles=tiles_for(capability, dtype=received.dtype, head_dim=blocks.head_dim, rotate=False),
         num_multiprocessors=1,
         kv_splits=_kv_splits(attributes["kv_splits"]) if "kv_splits" in attributes else 1,
     ).attend
@@ -261,7 +261,7 @@ def _launch_combine(inputs: Tensors, attributes: Attributes, capability: int) ->
         slot_rows=blocks.num_tokens,
         whole_slots=True,
         rotate=False,
-        tiles=tiles_for(capability, dtype=dtype, rotate=False),
+        tiles=tiles_for(capability, dtype=dtype, head_dim=blocks.head_dim, rotate=False),
         num_multiprocessors=1,
         kv_splits=_kv_splits(kv_splits),
     ).combine

@@ -10,7 +10,9 @@ Pointers are assumed to be aligned to 16 bytes, as whole tensors are. What the a
 Triton ships; a driver that translates the PTX anew may allot registers differently.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -75,19 +77,10 @@ def compile_kernel(launch: KernelLaunch, *, target: int, cache: Path) -> Compile
     Raises:
         KernelError: no Triton here, a process that interprets kernels, or a kernel that Triton or its assembler refuses.
     """
-    require_triton()
-    if is_interpreted(launch.kernel):
-        raise KernelError(
-            f"{launch.kernel.__name__} was defined for Triton's interpreter: compile in a process that was started without "
-            "TRITON_INTERPRET=1"
-        )
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    ptxas = get_ptxas(target)
-    path = cache / f"{_content_hash(launch, target, ptxas.version)}.json"
-    kept = _read(path)
+    kept = cached_kernel(launch, target=target, cache=cache)
     if kept is not None:
         return kept
+    ptxas = _assembler(target)
     name, ptx, shared_bytes = _ptx_from_launch(launch, target)
     registers, spill_bytes = _resources_from_log(_assembler_log(ptx, ptxas.path))
     compiled = CompiledKernel(
@@ -99,9 +92,43 @@ def compile_kernel(launch: KernelLaunch, *, target: int, cache: Path) -> Compile
         registers=registers,
         spill_bytes=spill_bytes,
     )
-    _write(path, compiled)
+    _write(_cache_path(launch, target, cache), compiled)
     logger.info("compiled %s for sm_%d: %d registers, %d bytes spilled", name, target, registers, spill_bytes)
     return compiled
+
+
+def cached_kernel(launch: KernelLaunch, *, target: int, cache: Path) -> CompiledKernel | None:
+    """`compile_kernel` where nothing need be compiled; otherwise None.
+
+    Args:
+        launch: as there.
+        target: as there.
+        cache: as there.
+
+    Raises:
+        KernelError: no Triton here, or a process that interprets kernels.
+    """
+    require_triton()
+    if is_interpreted(launch.kernel):
+        raise KernelError(
+            f"{launch.kernel.__name__} was defined for Triton's interpreter: compile in a process that was started without "
+            "TRITON_INTERPRET=1"
+        )
+    return _read(_cache_path(launch, target, cache))
+
+
+def _assembler(target: int) -> Any:
+    """Triton's `ptxas` for a target: its path and version."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    try:
+        return get_ptxas(target)
+    except RuntimeError as error:
+        raise KernelError(f"Triton has no assembler for sm_{target} here: {error}; install Triton anew") from error
+
+
+def _cache_path(launch: KernelLaunch, target: int, cache: Path) -> Path:
+    return cache / f"{_content_hash(launch, target, _assembler(target).version)}.json"
 
 
 def _content_hash(launch: KernelLaunch, target: int, assembler: str) -> str:
@@ -158,7 +185,8 @@ def _ptx_from_launch(launch: KernelLaunch, target: int) -> tuple[str, str, int]:
         "ptx_version": PTX_VERSIONS.get(target),
     }
     try:
-        built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints a kernel that it cannot assemble
+            built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:
         raise KernelError(f"Triton cannot compile {launch.kernel.__name__} for sm_{target}: {error}") from error
     ptx = _without_scratch(built.asm["ptx"], built.metadata, num_arguments=len(launch.signature))

@@ -257,9 +257,10 @@ def _onnx_sources(op: Any, destinations: Any, out_rows: int) -> Any:
     count = places * math.prod(source_shape)
     flat = op.Reshape(op.Cast(destinations, to=INT64), constant(-1))
     numbered = op.Range(op.Constant(value_int=0), op.Constant(value_int=count), op.Constant(value_int=1))
+    length = max(out_rows + 1, count)  # TensorRT wants no more indices than there are elements
     index = op.ScatterElements(
-        op.Expand(constant(0), constant(out_rows + 1)),
-        op.Mod(flat, constant(out_rows + 1)),
+        op.Expand(constant(0), constant(length)),
+        op.Mod(flat, constant(length)),
         op.Div(numbered, constant(places)),
         axis=0,
     )

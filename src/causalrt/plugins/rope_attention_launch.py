@@ -19,6 +19,8 @@ from causalrt.plugins.triton_rope_attention import rope_attention_kernel
 
 MAX_SHARES = 2
 MAX_KV_SPLITS = 8
+MAX_HEAD_DIM = 128
+"""Channels of a head: tiles of more do not fit into shared memory."""
 MAX_OFFSET = 2**31 - 1
 COUNT = "*i64"
 COPY_ROWS = 64
@@ -45,16 +47,18 @@ class Tiles:
     num_stages: int
 
 
-def tiles_for(capability: int, *, dtype: torch.dtype, rotate: bool) -> Tiles:
+def tiles_for(capability: int, *, dtype: torch.dtype, head_dim: int, rotate: bool) -> Tiles:
     """Tiles for a compute capability (80, 90, 120).
 
-    They are such that nothing spills and shared memory suffices (163, 227 and 99 KiB) with heads of 128 channels; on no GPU
-    have they been tuned. Rotation holds a block of keys and its table rows in registers, so it takes fewer queries where
-    operands of a product come from registers too.
+    They are such that shared memory suffices (163, 227 and 99 KiB), and nothing spills in the low types with heads of 64 and
+    128 channels; on no GPU have they been tuned. Rotation holds a block of keys and its table rows in registers, so it takes
+    fewer queries or keys where operands of a product come from registers too.
     """
     if dtype == torch.float32:  # no tensor cores: for comparisons, not for speed
         return Tiles(block_m=64, block_n=16, num_warps=8, num_stages=1)
     hopper = 90 <= capability < 100
+    if rotate and not hopper and head_dim <= 64:
+        return Tiles(block_m=128, block_n=32, num_warps=8, num_stages=2)
     return Tiles(
         block_m=64 if rotate and not hopper else 128,
         block_n=64,
@@ -241,6 +245,10 @@ def _check(blocks: ShareBlocks, *, slot_rows: int) -> None:
         )
     if slot_rows < blocks.num_tokens:
         raise KernelError(f"slots of {slot_rows} rows cannot stage a chunk of {blocks.num_tokens} tokens")
+    if blocks.head_dim > MAX_HEAD_DIM:
+        raise KernelError(
+            f"the kernel takes heads of {MAX_HEAD_DIM} channels at most, got {blocks.head_dim}; build with `--plugins off`"
+        )
     heads = max(share.num_heads for share in blocks.shares)
     sizes = {
         "received": blocks.world_size * blocks.scatter_rows * blocks.head_dim,

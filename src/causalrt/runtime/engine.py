@@ -79,18 +79,22 @@ def checked_chunks(config: Config, num_chunks: int | None) -> int:
     """Chunks to generate: those asked for, or as many as the horizon holds.
 
     Raises:
-        RequestError: not a whole number, or more than the horizon holds.
+        RequestError: not a whole number, or more than the horizon holds while time is counted by the global index.
     """
     video = config.video
-    most = video.horizon_frames // video.chunk_frames
+    within_horizon = video.horizon_frames // video.chunk_frames
     if num_chunks is None:
-        return most
-    if not isinstance(num_chunks, int) or not 1 <= num_chunks <= most:
-        raise RequestError(
-            f"{num_chunks} chunks of {video.chunk_frames} latent frames asked for, but the bundle's horizon is "
-            f"{video.horizon_frames} latent frames ({most} chunks); build with `--set video.horizon_frames=...` for more"
-        )
-    return num_chunks
+        return within_horizon
+    endless = video.time_index == "relative"
+    if isinstance(num_chunks, int) and num_chunks >= 1 and (endless or num_chunks <= within_horizon):
+        return num_chunks
+    if endless:
+        raise RequestError(f"num_chunks must be a whole number of at least 1, got {num_chunks}")
+    raise RequestError(
+        f"{num_chunks} chunks of {video.chunk_frames} latent frames asked for, but the bundle's horizon is "
+        f"{video.horizon_frames} latent frames ({within_horizon} chunks); build with `--set video.horizon_frames=...` for "
+        "more, or with `--set video.time_index=relative` for a rollout without an end"
+    )
 
 
 def load(
@@ -99,7 +103,7 @@ def load(
     executor: str | None = None,
     world_size: int | None = None,
     device: str | None = None,
-    plugins: bool = False,
+    plugins: bool | None = None,
     num_threads: int | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> "Engine":
@@ -110,8 +114,8 @@ def load(
         executor: one of `EXECUTORS`; by default the best that the bundle was built for.
         world_size: ranks that the caller expects; must be what the bundle was built for.
         device: `cuda` (rank r on GPU r) or `cpu`; by default GPUs, where the executor can use them and each rank has one.
-        plugins: have `eager` and `inductor` run self-attention by the fused ops (Triton kernels on a GPU). Off, for on no GPU
-            have they been measured yet.
+        plugins: have `eager` and `inductor` run self-attention by the fused ops (Triton kernels on a GPU), or not; by default
+            as the bundle was built. The others run what was built.
         num_threads: CPU threads of each rank; by default the cores shared among the ranks.
         timeout_s: a rank that gives no answer for so long has failed; starting may take two minutes however short it is, and
             half an hour with an executor that compiles.
@@ -141,10 +145,14 @@ def load(
         raise BundleError(
             f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {chosen}` to run it so"
         )
-    if plugins and kind.compiled:
-        raise ExecutorError(f"{chosen} runs what was built, without fused ops; plugins are for eager and inductor")
+    fused = opened.plugins if plugins is None else plugins
+    if fused != opened.plugins and kind.compiled:
+        built, wanted = ("on", "off") if opened.plugins else ("off", "on")
+        raise ExecutorError(
+            f"{chosen} runs what was built, and {bundle} was built with plugins {built}; build again with `--plugins {wanted}`"
+        )
     where = choose_device(chosen, asked=device, world_size=built_for)
-    if plugins and where == "cuda":
+    if fused and where == "cuda" and not kind.compiled:
         require_triton()
     if where == "cpu":
         precision = opened.config.build.precision
@@ -154,7 +162,7 @@ def load(
                 "on a GPU with onnxruntime-gpu, or build it again with `--dtype float32`"
             )
         check_memory(predict_memory(opened.config, chosen), ranks=built_for, shared_weights=not kind.compiled)
-    return Engine(opened, chosen, device=where, plugins=plugins, num_threads=num_threads, timeout_s=timeout_s)
+    return Engine(opened, chosen, device=where, plugins=fused, num_threads=num_threads, timeout_s=timeout_s)
 
 
 class Engine:
@@ -214,13 +222,14 @@ class Engine:
         Args:
             prompt_embeds: `[rows, text_dim]` with rows <= text_len; missing rows are zero, as in the reference.
             seed: of the noise; the same seed gives the same video on any number of ranks.
-            num_chunks: chunks to generate; by default as many as the horizon holds.
+            num_chunks: chunks to generate; by default as many as the horizon holds, and with `video.time_index=relative` any
+                number is possible.
             noise: `[chunks, steps, N, 64]` token rows to use instead of the seed's.
             record: keep the flow and x0 of every forward in `Session.records`.
 
         Raises:
             PromptError: wrong shape or type, or values that are not finite.
-            RequestError: more chunks than the horizon holds, or noise of a wrong shape.
+            RequestError: more chunks than the bundle can make (`checked_chunks`), or noise of a wrong shape.
         """
         chunks = checked_chunks(self.config, num_chunks)
         source: Noise = SeededNoise(seed)

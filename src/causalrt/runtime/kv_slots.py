@@ -7,7 +7,7 @@ Token by token, the filled rows are a contiguous prefix, and a view of it is bou
 an engine with static shapes wants them.
 
 The class owns the memory and the commit. It does not write staging (executors do), does not rotate (keys arrive rotated by
-their absolute position), and does not know sessions.
+their absolute position, or are rotated whenever they are read), and does not know sessions.
 """
 
 import torch

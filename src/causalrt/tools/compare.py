@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from causalrt.config import HeadPlanName, Precision
+from causalrt.config import HeadPlanName, Precision, TimeIndex
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.build import build
-from causalrt.export.options import CollectivesMode
+from causalrt.export.options import CollectivesMode, PluginsMode
 from causalrt.runtime.engine import load
 from causalrt.tools.emulate import write_graphs
 from causalrt.tools.recording import open_recording
@@ -50,13 +50,16 @@ def compare_recorded(
     world_size: int,
     head_plan: HeadPlanName = "shares",
     plugins: bool = False,
+    time_index: TimeIndex = "global",
     num_threads: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
     """Build a bundle from a recording, replay it on `world_size` ranks, and report the largest errors.
 
+    Attention sees differences of time alone, so a recording, which ends with its horizon, is the same by either `time_index`.
+
     Returns:
-        `{"executor", "world_size", "max_abs_error": {"flow", "x0", "latents"}, "worst", "tolerance", "passed"}`.
+        `{"executor", "world_size", "time_index", "max_abs_error": {"flow", "x0", "latents"}, "worst", "tolerance", "passed"}`.
 
     Raises:
         RecordingError: the recording cannot be replayed.
@@ -68,14 +71,17 @@ def compare_recorded(
             "to replay the graphs that it is built from"
         )
     recording = open_recording(path, world_size=world_size, head_plan=head_plan)
+    config = replace(recording.config, video=replace(recording.config.video, time_index=time_index))
     with tempfile.TemporaryDirectory(prefix="causalrt-compare-") as folder:
         checkpoint = recording.write_checkpoint(Path(folder) / "checkpoint.safetensors")
-        bundle = build(recording.config, checkpoint=checkpoint, out=Path(folder) / "bundle", executors=[executor])
-        with load(bundle, executor=executor, plugins=plugins, num_threads=num_threads) as engine:
+        mode: PluginsMode = "on" if plugins else "auto"
+        bundle = build(config, checkpoint=checkpoint, out=Path(folder) / "bundle", executors=[executor], plugins=mode)
+        with load(bundle, executor=executor, num_threads=num_threads) as engine:
             errors = largest_errors(replay(recording, engine), recorded_outputs(recording))
     return {
         "executor": executor,
         "world_size": world_size,
+        "time_index": time_index,
         "max_abs_error": {name: error.largest for name, error in errors.items()},
         "worst": {name: error.at for name, error in errors.items()},
         "tolerance": tolerance,
@@ -91,13 +97,15 @@ def compare_emulated(
     collectives: CollectivesMode,
     precision: Precision = "float32",
     head_plan: HeadPlanName = "shares",
+    plugins: bool = False,
+    time_index: TimeIndex = "global",
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
     """Replay a recording through the graphs that TensorRT parses, run by ONNX Runtime with all ranks in this process.
 
     In float32 the errors are held against `tolerance`. In a lower precision the recording is further away than any tolerance
     worth the name; then eager is replayed in that precision too, and the graphs pass if their error is no more than
-    `EAGER_RATIO` of eager's own.
+    `EAGER_RATIO` of eager's own. With `plugins`, what TensorRT takes for a plugin is run by its ONNX function.
 
     Returns:
         What `compare_recorded` returns, and `"emulated"` (what was run, in words), `"collectives"`, `"precision"`; in a lower
@@ -107,19 +115,25 @@ def compare_emulated(
         RecordingError: the recording cannot be replayed.
     """
     recording = open_recording(path, world_size=world_size, head_plan=head_plan)
-    config = replace(recording.config, build=replace(recording.config.build, precision=precision))
+    config = replace(
+        recording.config,
+        video=replace(recording.config.video, time_index=time_index),
+        build=replace(recording.config.build, precision=precision),
+    )
+    fused = plugins or time_index == "relative"
     expected = recorded_outputs(recording)
     result: dict[str, Any] = {
         "executor": executor,
-        "emulated": EMULATED,
+        "emulated": EMULATED + (", plugins by their ONNX functions" if plugins else ""),
         "world_size": world_size,
+        "time_index": time_index,
         "collectives": collectives,
         "precision": precision,
     }
     with tempfile.TemporaryDirectory(prefix="causalrt-emulate-") as name:
         folder = Path(name)
         checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
-        graphs = write_graphs(config, checkpoint=checkpoint, folder=folder, collectives=collectives)
+        graphs = write_graphs(config, checkpoint=checkpoint, folder=folder, collectives=collectives, fused=fused)
         outputs = replay_here(recording, emulated_player(graphs))
         errors = largest_errors(outputs, expected)
         result["max_abs_error"] = {kind: error.largest for kind, error in errors.items()}

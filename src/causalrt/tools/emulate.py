@@ -27,6 +27,7 @@ from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_
 from causalrt.export.engine_files import write_engine_graphs
 from causalrt.export.onnx import write_small_graphs
 from causalrt.export.options import CollectivesMode
+from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.trace import wan_from_file
 from causalrt.layout import Layout, layout_from_config
 from causalrt.model.step import KVPair, KVTensors
@@ -46,15 +47,19 @@ class EngineGraphs:
         config: that they were written from.
         collectives: who exchanges.
         parts: of the step, in order, as the manifest has them.
+        fused: self-attention is made of the fused ops; the step takes KV slots whole.
     """
 
     folder: Path
     config: Config
     collectives: CollectivesMode
     parts: Sequence[Mapping[str, Any]]
+    fused: bool = False
 
 
-def write_graphs(config: Config, *, checkpoint: Path, folder: Path, collectives: CollectivesMode) -> EngineGraphs:
+def write_graphs(
+    config: Config, *, checkpoint: Path, folder: Path, collectives: CollectivesMode, fused: bool = False
+) -> EngineGraphs:
     """What a build for TensorRT writes before it builds engines, in any precision.
 
     Raises:
@@ -74,15 +79,15 @@ def write_graphs(config: Config, *, checkpoint: Path, folder: Path, collectives:
     )
     wan = wan_from_file(config, folder / WEIGHTS)
     write_small_graphs(wan, config, folder, on_progress)
-    parts = write_engine_graphs(wan, config, folder, on_progress, collectives=collectives, segmented=None)
-    return EngineGraphs(folder=folder, config=config, collectives=collectives, parts=parts)
+    parts = write_engine_graphs(wan, config, folder, on_progress, collectives=collectives, segmented=None, fused=fused)
+    return EngineGraphs(folder=folder, config=config, collectives=collectives, parts=parts, fused=fused)
 
 
 class _Graph:
     """One graph of the folder, in one session."""
 
     def __init__(self, folder: Path, file: str, *, num_threads: int, world_size: int | None = None) -> None:
-        model = onnx.load(folder / file, load_external_data=False)
+        model = expand_functions(onnx.load(folder / file, load_external_data=False))
         if world_size is not None:
             model = emulate_ranks(model, world_size)
         options = ort.SessionOptions()
@@ -177,12 +182,11 @@ class EmulatedEngine(_AllRanks):
 
 
 class EmulatedSegments(_AllRanks):
-    """Runtime collectives: segment by segment on all ranks; between them, exchanges and writes to staging."""
-
-    whole_slots = False
+    """Runtime collectives: segment by segment on all ranks; between them, exchanges and writes to the slots."""
 
     def __init__(self, graphs: EngineGraphs, *, num_threads: int) -> None:
         super().__init__(graphs, num_threads=num_threads)
+        self.whole_slots = graphs.fused
         self._segments = [(part, _Graph(graphs.folder, part["file"], num_threads=num_threads)) for part in graphs.parts]
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
@@ -190,7 +194,10 @@ class EmulatedSegments(_AllRanks):
         ranks = self._given(x, e, e0, first_frame)
         for part, segment in self._segments:
             for values in ranks:
-                values |= segment.run(values)
+                made = segment.run(values)
+                for name in made.keys() & {f"{name}.written" for name in values}:
+                    values[name.removesuffix(".written")][:] = made.pop(name)  # a fused op's slots, whole
+                values |= made
                 for source, target in part["writes"].items():
                     slots = values[target.removesuffix(".written")]
                     slots[:, : values[source].shape[1]] = values[source]

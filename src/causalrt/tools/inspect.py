@@ -1,6 +1,7 @@
-"""What is in a bundle: sizes, layout, graphs, engines, bytes a rank."""
+"""What is in a bundle: sizes, layout, graphs, engines, bytes a rank; if asked for, what its kernels compile to."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,33 @@ from typing import Any
 import onnx
 
 from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.export.options import Progress
 from causalrt.model.wan import num_parameters
+from causalrt.plugins.ptx import default_cache
 from causalrt.runtime.memory import predict_memory
 from causalrt.tools.inspect_engines import describe_engines
+from causalrt.tools.inspect_kernels import describe_kernels, targets_from_names
 
 
-def inspect_bundle(path: Path) -> dict[str, Any]:
+def inspect_bundle(
+    path: Path, *, kernels: Sequence[str] | None = None, on_progress: Progress = lambda *_: None
+) -> dict[str, Any]:
     """Verify a bundle and describe it, in plain JSON types.
+
+    Args:
+        path: folder of the bundle.
+        kernels: targets such as `sm80` to compile the fused kernels for, none of them for all; None leaves kernels out.
+        on_progress: called if kernels must be compiled.
 
     Raises:
         BundleError: it is damaged.
+        ConfigError: a target is not known.
+        KernelError: kernels are asked for, and there is no Triton.
     """
+    targets = None if kernels is None else targets_from_names(kernels)
     bundle = open_bundle(path)
     layout, config = bundle.layout, bundle.config
-    return {
+    found = {
         "path": str(bundle.path),
         "executors": list(bundle.executors),
         "config": config.as_dict(),
@@ -40,6 +54,9 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "toolchain": dict(bundle.toolchain),
         "files": {file.name: file.stat().st_size for file in sorted(bundle.path.iterdir())},
     }
+    if targets is not None:
+        found["kernels"] = describe_kernels(config, targets=targets, cache=default_cache(), on_progress=on_progress)
+    return found
 
 
 def _describe_graphs(bundle: Bundle) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from causalrt.engines.step_record import TargetEngines, expect
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import BundleError, ExecutorError
+from causalrt.model.relative_rope import RelativeRope
 from causalrt.model.rope import rope_tables
 from causalrt.runtime.memory import predict_memory
 from causalrt.tools.network_record import DTYPE_BYTES, NetworkRecord, parse_network
@@ -64,9 +65,10 @@ def describe_step(bundle: Bundle, networks: list[NetworkRecord]) -> dict[str, An
     attentions = [attention for network in networks for attention in network.attentions]
     own = [attention for attention in attentions if not attention.key_source.startswith("cross_k.")]
     ranks = [count for network in networks for count in network.collective_ranks]
-    layers: Counter[str] = Counter()
+    layers, plugins = Counter[str](), Counter[str]()
     for network in networks:
         layers.update(network.layers)
+        plugins.update(network.plugins)
     return {
         "engines": len(networks),
         "layers": dict(sorted(layers.items())),
@@ -75,6 +77,7 @@ def describe_step(bundle: Bundle, networks: list[NetworkRecord]) -> dict[str, An
         "decomposable_attentions": sum(attention.decomposable for attention in attentions),
         "self_attentions_with_lengths": sum(attention.has_lengths for attention in own),
         "cache_updates": sum(network.cache_updates for network in networks),
+        "plugins": dict(sorted(plugins.items())),
         "collectives_in_engine": len(ranks),
         "collectives_at_runtime": sum(part.sent is not None for part in bundle.engine_parts),
         "ranks_of_collectives": sorted(set(ranks)),
@@ -84,10 +87,17 @@ def describe_step(bundle: Bundle, networks: list[NetworkRecord]) -> dict[str, An
 
 def expected_constants(bundle: Bundle) -> dict[str, np.ndarray[Any, Any]]:
     """The tables that a step folds in, by name: rotary angles of the global time index, and the exchange's packing."""
-    layout = bundle.layout
-    tables = {name: table.numpy() for name, table in rope_tables(bundle.config, layout).constants().items()}
-    if layout.world_size > 1:
+    layout, config = bundle.layout, bundle.config
+    if config.video.time_index == "relative":
+        rotary = {name: table for name, table in RelativeRope(config).named_buffers() if table.is_floating_point()}
+    else:
+        rotary = dict(rope_tables(config, layout).constants())
+    tables = {name: table.numpy() for name, table in rotary.items()}
+    if bundle.plugins:
+        tables["scatter_destinations"] = layout.scatter_destinations()
+    elif layout.world_size > 1:
         tables["scatter_index"] = layout.scatter_index().ravel()
+    if layout.world_size > 1:
         tables["gather_index"] = layout.gather_index()
     return tables
 

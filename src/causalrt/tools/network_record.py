@@ -39,6 +39,7 @@ class NetworkRecord:
         constant_bytes: of these together.
         weight_bytes: of the weights.
         cache_updates: in-place writes of KV slots.
+        plugins: number by name.
         inputs: each of them.
     """
 
@@ -49,6 +50,7 @@ class NetworkRecord:
     constant_bytes: int
     weight_bytes: int
     cache_updates: int
+    plugins: Mapping[str, int]
     inputs: tuple[TensorRecord, ...]
 
 
@@ -65,10 +67,7 @@ def parse_network(plain: Any, at: str) -> NetworkRecord:
 
     constants = entries("constants")
     return NetworkRecord(
-        layers={
-            name: expect(int, count, f"{at}.layers")
-            for name, count in expect(dict, plain.get("layers"), f"{at}.layers").items()
-        },
+        layers=_counts(plain.get("layers"), f"{at}.layers"),
         attentions=tuple(
             AttentionRecord(
                 key_source=expect(str, entry.get("key_source"), f"{at}.attentions"),
@@ -84,8 +83,13 @@ def parse_network(plain: Any, at: str) -> NetworkRecord:
         constant_bytes=sum(expect(int, entry.get("bytes"), f"{at}.constants") for entry in constants),
         weight_bytes=expect(int, plain.get("weight_bytes"), f"{at}.weight_bytes"),
         cache_updates=expect(int, plain.get("cache_updates"), f"{at}.cache_updates"),
+        plugins=_counts(plain.get("plugins"), f"{at}.plugins"),
         inputs=tuple(_parse_tensor(entry, f"{at}.inputs") for entry in entries("inputs")),
     )
+
+
+def _counts(plain: Any, at: str) -> dict[str, int]:
+    return {name: expect(int, count, at) for name, count in expect(dict, plain, at).items()}
 
 
 def _parse_tensor(plain: Mapping[str, Any], at: str) -> TensorRecord:

@@ -339,7 +339,7 @@ def test_graph_that_cannot_be_read(tmp_path, kept_log, contents):
         parse(trt, kept_log[0], file)
 
 
-@pytest.mark.parametrize("key", ["attentions", "lengths", "collectives", "cache_updates"])
+@pytest.mark.parametrize("key", ["attentions", "lengths", "collectives", "cache_updates", "plugins"])
 def test_network_that_is_not_what_the_graph_says(tmp_path, key):
     write_graph([helper.make_node("Neg", ["x"], ["y"], name="n")], tmp_path / "neg.onnx")
     expected = {"attentions": 0, "lengths": 0, "collectives": 0, "cache_updates": 0}

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from onnxscript.values import Opset
 from torch import nn
 
 from causalrt.errors import KernelError, OperandError
@@ -19,7 +18,6 @@ from causalrt.export import translate
 from causalrt.layout import Layout, plan_shares
 from causalrt.model.step import HeadExchange
 from causalrt.plugins.attention import kv_attention_in_place
-from causalrt.plugins.onnx_rope_attention import onnx_rope_attention
 from causalrt.plugins.rope_attention import rope_attention, rope_attention_in_place
 from causalrt.plugins.share_blocks import blocks_from_shares
 
@@ -156,7 +154,7 @@ def plan_at_1_3b(head_plan, capability, **options):
         slot_rows=options.pop("slot_rows", 32760),
         whole_slots=True,
         rotate=rotate,
-        tiles=launch.tiles_for(capability, dtype=dtype, rotate=rotate),
+        tiles=launch.tiles_for(capability, dtype=dtype, head_dim=128, rotate=rotate),
         num_multiprocessors=108,
         **options,
     )
@@ -281,18 +279,6 @@ class Op(nn.Module):
         return rope_attention(received, slots, kv_rows, rotation, *self.descriptors)
 
 
-@pytest.fixture
-def with_onnx_form(monkeypatch):
-    translations = translate._translations()
-
-    def form(received, slots, kv_rows, rotation, num_heads, splits, num_tokens):
-        op = Opset("", translate.OPSET)
-        return onnx_rope_attention(op, received, slots, kv_rows, rotation, num_heads, splits, num_tokens)
-
-    translations[torch.ops.causalrt.rope_attention.default] = form
-    monkeypatch.setattr(translate, "_translations", lambda: translations)
-
-
 def export_op(arguments, path, dynamic_shapes=None):
     """An ONNX Runtime session of the op, and the names of its inputs."""
     inputs = [f"in{i}" for i in range(len(flattened(arguments)))]
@@ -300,7 +286,7 @@ def export_op(arguments, path, dynamic_shapes=None):
     program = torch.export.export(Op(*arguments[4:]), arguments[:4], dynamic_shapes=dynamic_shapes)
     model = translate.onnx_from_program(program, input_names=inputs, output_names=outputs)
     path.write_bytes(ir.to_proto(model).SerializeToString())
-    assert {node.domain for node in model.graph} == {""}
+    assert {node.domain for function in model.functions.values() for node in function} == {""}
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]), inputs
@@ -320,7 +306,6 @@ def assert_equals_the_op(session, inputs, arguments):
     assert all(torch.equal(x, y) for x, y in zip(got[1:], written, strict=True))
 
 
-@pytest.mark.usefixtures("with_onnx_form")
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("sizes", LAYOUTS[:5], ids=str)
@@ -330,13 +315,18 @@ def test_onnx_form(sizes, whole, rotate, tmp_path):
     assert_equals_the_op(*export_op(arguments, tmp_path / "op.onnx"), arguments)
 
 
-@pytest.mark.usefixtures("with_onnx_form")
 @pytest.mark.parametrize("rotate", [False, True])
 def test_onnx_form_of_a_prefix_takes_any_length(rotate, tmp_path):
-    layout = make_layout("shares", 3, 2, 13)
-    arguments = make_arguments(layout, 8, 8, rotate=rotate)
-    rows = torch.export.Dim("rows", min=14, max=99)
-    tables = [None, {0: rows}, {0: rows}] if rotate else []
-    session, inputs = export_op(arguments, tmp_path / "op.onnx", (None, [{1: rows}] * 4, None, tables))
-    for history in (8, 30):
-        assert_equals_the_op(session, inputs, make_arguments(layout, 8, history, rotate=rotate, seed=history))
+    """The tables are those of all slots, however many are bound."""
+    layout, whole = make_layout("shares", 3, 2, 13), 99
+    _, _, _, tables, *_ = make_arguments(layout, 8, whole - 13, rotate=rotate)
+
+    def arguments(history):
+        received, slots, kv_rows, _, *numbers = make_arguments(layout, 8, history, seed=history)
+        return received, slots, kv_rows, tables, *numbers
+
+    rows = torch.export.Dim("rows", min=14, max=whole)
+    dynamic = (None, [{1: rows}] * 4, None, [None] * len(tables))
+    session, inputs = export_op(arguments(8), tmp_path / "op.onnx", dynamic)
+    for history in (8, 30, whole - 13):
+        assert_equals_the_op(session, inputs, arguments(history))

@@ -175,7 +175,7 @@ def test_combine_is_the_launch_of_the_whole_plan(trt):
         num_heads=[share.num_heads for share in SHARES],
         splits=[share.split for share in SHARES],
     )
-    tiles = tiles_for(TARGET, dtype=torch.bfloat16, rotate=False)
+    tiles = tiles_for(TARGET, dtype=torch.bfloat16, head_dim=HEAD_DIM, rotate=False)
     both = {"whole_slots": True, "rotate": False, "tiles": tiles, "num_multiprocessors": 108, "kv_splits": 3}
     whole = plan(blocks, dtype=torch.bfloat16, slot_rows=SLOT_ROWS, **both)
     assert launch_of(COMBINE_SPLITS, *combine_case(trt)) == whole.combine

@@ -13,6 +13,7 @@ NETWORK = {
     "constants": [{"sha256": "00", "bytes": 4}],
     "weight_bytes": 10,
     "cache_updates": 2,
+    "plugins": {"qk_norm_rope": 2},
     "inputs": [{"name": "k.0.0", "shape": [1, -1, 16], "dtype": "BF16"}],
 }
 

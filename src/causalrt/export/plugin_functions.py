@@ -1,0 +1,229 @@
+"""The fused ops in ONNX: a node of our own domain for each call, and one function of standard ops that says what it means.
+
+    causalrt::qk_norm_rope     ->  qk_norm_rope (q, k, v, ..., destinations) {num_heads, eps, out_rows}     node, each call
+                                   = RMSNormalization, RotaryEmbedding, Gather ...                          function, once
+    causalrt::rope_attention   ->  rope_attention_2 (received, k_slots_0, ..., kv_rows) {num_tokens, ...}   for 2 shares
+                                   = Slice, TensorScatter, Attention ...
+
+A runtime that has no plugins expands the functions; for one that has, `plugin_nodes` takes them away. Names of nodes, inputs
+and attributes are those of the plugins (`plugins/plugin_specs.py`). A function holds for the sizes of its calls, which are
+the same in all layers.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+import torch
+from onnxscript.values import Opset
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from causalrt.plugins.all_to_all import ONNX_DOMAIN
+from causalrt.plugins.onnx_rope_attention import onnx_rope_attention
+from causalrt.plugins.plugin_specs import MAX_SHARES, QK_NORM_ROPE, rope_attention_spec
+from causalrt.plugins.qk_norm_rope import onnx_qk_norm_rope
+from causalrt.plugins.share_blocks import blocks_from_shares
+
+ROTATION = ("rank", "cos", "sin")
+ROTATED = "_rotated"
+"""Ending of a `rope_attention` that rotates what it reads; there is no plugin of that name."""
+
+FIXED_TYPES = {"kv_rows": "tensor(int64)", "rank": "tensor(int64)", "destinations": "tensor(int32)"}
+FIXED_TYPES |= {"cos": "tensor(float)", "sin": "tensor(float)"}
+"""Inputs whose type is not that of the rows."""
+
+OWN_OPSET = 1
+Translations = Mapping[Callable[..., Any], Callable[..., Any]]
+Translate = Callable[[ExportedProgram, Sequence[str], Sequence[str]], ir.Model]
+"""(program, names of inputs, names of outputs) -> its translation, fused ops in standard ops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeForm:
+    """What a node of a fused op looks like.
+
+    Attributes:
+        inputs: their names.
+        num_outputs: how many it has.
+        attributes: names and types.
+    """
+
+    inputs: tuple[str, ...]
+    num_outputs: int
+    attributes: Mapping[str, type]
+
+
+def _node_forms() -> Iterator[tuple[str, NodeForm]]:
+    for spec in (QK_NORM_ROPE, *(rope_attention_spec(num_shares=n + 1, split=False) for n in range(MAX_SHARES))):
+        form = NodeForm(inputs=spec.inputs, num_outputs=spec.num_outputs, attributes=spec.attributes)
+        yield spec.name, form
+        if spec is not QK_NORM_ROPE:
+            yield spec.name + ROTATED, replace(form, inputs=(*spec.inputs, *ROTATION))
+
+
+NODE_FORMS: Mapping[str, NodeForm] = dict(_node_forms())
+"""By the name of a node."""
+
+
+def fused_translations(opset: int, *, as_nodes: bool) -> Translations:
+    """ONNX forms of the fused ops: nodes of our own domain, or the standard ops that such a node stands for."""
+    _register_schemas()
+    op, own = Opset("", opset), Opset(ONNX_DOMAIN, OWN_OPSET)
+
+    def qk_norm_rope(
+        q: Any,
+        k: Any,
+        v: Any,
+        norm_q: Any,
+        norm_k: Any,
+        cos: Any,
+        sin: Any,
+        destinations: Any,
+        num_heads: int,
+        eps: float,
+        out_rows: int,
+    ) -> Any:
+        tensors = (q, k, v, norm_q, norm_k, cos, sin, destinations)
+        if not as_nodes:
+            return onnx_qk_norm_rope(op, *tensors, num_heads, eps, out_rows)
+        return own.qk_norm_rope(*tensors, num_heads=num_heads, eps=eps, out_rows=out_rows)
+
+    def rope_attention(
+        received: Any,
+        slots: Sequence[Any],
+        kv_rows: Any,
+        rotation: Sequence[Any],
+        num_heads: Sequence[int],
+        splits: Sequence[int],
+        num_tokens: int,
+    ) -> Any:
+        if not as_nodes:
+            return onnx_rope_attention(op, received, slots, kv_rows, rotation, num_heads, splits, num_tokens)
+        shape = [int(size) for size in received.shape]
+        blocks = blocks_from_shares(shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
+        numbers = {"num_tokens": num_tokens, "gather_rows": blocks.gather_rows}
+        numbers |= {f"split_{number}": split for number, split in enumerate(splits)}
+        name = _rope_attention_name(len(splits), rotation)
+        return getattr(own, name)(received, *slots, kv_rows, *rotation, **numbers)
+
+    ops = torch.ops.causalrt
+    return {ops.qk_norm_rope.default: qk_norm_rope, ops.rope_attention.default: rope_attention}
+
+
+def add_functions_pass(model: ir.Model, program: ExportedProgram, translate: Translate) -> int:
+    """Give `model` a function for each kind of fused node that it has.
+
+    Args:
+        model: the translation of `program`, fused ops as nodes.
+        program: with calls of the fused ops.
+        translate: for the one call that a function is made of.
+
+    Returns:
+        The number of functions; none for a program without fused ops.
+    """
+    first: dict[str, fx.Node] = {}
+    for node in program.graph.nodes:
+        name = _node_name(node)
+        if name is not None:
+            first.setdefault(name, node)
+    for name, node in first.items():
+        model.functions[ONNX_DOMAIN, name, ""] = _function(name, node, translate)
+    return len(first)
+
+
+def check_fused_nodes(model: onnx.ModelProto, *, num_layers: int) -> None:
+    """Refuse a step whose layers do not all have both fused ops.
+
+    Raises:
+        RuntimeError: with what was found.
+    """
+    counts = Counter(node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN)
+    found = {name: counts[name] for name in NODE_FORMS if counts[name]}
+    if len(found) != 2 or set(found.values()) != {num_layers}:
+        raise RuntimeError(f"each of {num_layers} layers must have qk_norm_rope and rope_attention, found {found}")
+
+
+def expand_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with what its functions say in the place of their calls; values are given the types that follow."""
+    if not model.functions:
+        return model
+    return onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model))
+
+
+def _node_name(node: fx.Node) -> str | None:
+    ops = torch.ops.causalrt
+    if node.target is ops.qk_norm_rope.default:
+        return QK_NORM_ROPE.name
+    if node.target is ops.rope_attention.default:
+        _received, _slots, _kv_rows, rotation, _heads, splits, _num_tokens = node.args
+        return _rope_attention_name(len(splits), rotation)  # type: ignore[arg-type]
+    return None
+
+
+def _rope_attention_name(num_shares: int, rotation: Sequence[Any]) -> str:
+    return rope_attention_spec(num_shares=num_shares, split=False).name + (ROTATED if rotation else "")
+
+
+class _OneCall(nn.Module):
+    """One call of an op, its tensors as inputs."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__()
+        self.node = node
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        arguments = fx.node.map_arg(self.node.args, lambda _: next(given))
+        return self.node.target(*arguments)  # type: ignore[operator]
+
+
+def _function(name: str, node: fx.Node, translate: Translate) -> ir.Function:
+    form = NODE_FORMS[name]
+    tensors = [_example(leaf) for leaf in tree_leaves(node.args) if isinstance(leaf, fx.Node)]
+    program = torch.export.export(_OneCall(node), tuple(tensors))
+    outputs = [f"output_{number}" for number in range(form.num_outputs)]
+    graph = translate(program, form.inputs, outputs).graph
+    for value in tuple(graph.initializers.values()):  # functions have none
+        constant = ir.node("Constant", [], {"value": value.const_value}, name=value.name)
+        graph.insert_before(graph[0], constant)
+        value.replace_all_uses_with(constant.outputs[0])
+    graph.initializers.clear()
+    for made in graph:
+        for value in made.outputs:
+            value.shape = None  # slots have as many rows as each call gives them
+    attributes = [ir.Attr(key, ir.AttributeType.UNDEFINED, None) for key in form.attributes]
+    return ir.Function(ONNX_DOMAIN, name, "", graph=graph, attributes=attributes)
+
+
+def _example(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+    return torch.zeros(shape, dtype=value.dtype)
+
+
+def _register_schemas() -> None:
+    """The exporter asks onnx for the form of a node that it is to write."""
+    parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+    kinds = {int: onnx.defs.OpSchema.AttrType.INT, float: onnx.defs.OpSchema.AttrType.FLOAT}
+    values = ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "Any float")
+    for name, form in NODE_FORMS.items():
+        if not onnx.defs.has(name, domain=ONNX_DOMAIN):
+            onnx.defs.register_schema(
+                onnx.defs.OpSchema(
+                    name,
+                    ONNX_DOMAIN,
+                    OWN_OPSET,
+                    inputs=[parameter(key, FIXED_TYPES.get(key, "T")) for key in form.inputs],
+                    outputs=[parameter(f"output_{number}", "T") for number in range(form.num_outputs)],
+                    type_constraints=[values],
+                    attributes=[
+                        attribute(key, kinds[kind], "", required=True) for key, kind in form.attributes.items()
+                    ],
+                )
+            )

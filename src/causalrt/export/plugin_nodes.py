@@ -1,0 +1,135 @@
+"""Pass: the fused nodes of a step become TensorRT plugins: their functions go, and keys are split where that fills the GPU.
+
+    rope_attention_2 (received, slots, kv_rows)  ->  rope_attention_split_2 {kv_splits}  ->  parts, log_sums
+                                                     combine_splits (parts, log_sums)    ->  the output
+
+A function in the file wins over a plugin of the same name, so it must be gone when TensorRT parses; and what a plugin's node
+lacks, the parser leaves out without a word, so nodes are checked here against what the plugins declare.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import onnx
+import torch
+from onnx import helper
+
+from causalrt.errors import BuildError
+from causalrt.plugins.all_to_all import ONNX_DOMAIN
+from causalrt.plugins.plugin_specs import COMBINE_SPLITS, DTYPE_FROM_ONNX, SPECS, PluginSpec, rope_attention_spec
+from causalrt.plugins.share_blocks import blocks_from_shares
+
+SPEC_BY_NAME = {spec.name: spec for spec in SPECS}
+
+
+def use_plugins_pass(model: onnx.ModelProto, *, capability: int, num_multiprocessors: int) -> dict[str, int]:
+    """Have a TensorRT parser find plugins for the fused nodes, in place.
+
+    Args:
+        model: a step graph with fused nodes; shapes are static and known.
+        capability: compute capability of the GPU, such as 80.
+        num_multiprocessors: of the GPU.
+
+    Returns:
+        Plugins by name, and how many of each the graph has now.
+
+    Raises:
+        BuildError: a fused node has no plugin, or not the form that its plugin declares.
+        RuntimeError: there is no fused node.
+    """
+    functions = {function.name for function in model.functions if function.domain == ONNX_DOMAIN}
+    types = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.value_info)}
+    types |= {tensor.name: _type_of(tensor) for tensor in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.domain != ONNX_DOMAIN or node.op_type not in functions:
+            nodes.append(node)
+            continue
+        _check(node)
+        for made in _plugins_of(node, types, capability=capability, num_multiprocessors=num_multiprocessors):
+            counts[made.op_type] = counts.get(made.op_type, 0) + 1
+            nodes.append(made)
+    if not counts:
+        raise RuntimeError("use_plugins_pass found no fused op; was the step traced without them?")
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:], model.functions[:]
+    model.graph.node.extend(kept)
+    return counts
+
+
+def _type_of(tensor: onnx.TensorProto) -> onnx.TypeProto.Tensor:
+    return helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
+
+
+def _check(node: onnx.NodeProto) -> None:
+    spec = SPEC_BY_NAME.get(node.op_type)
+    if spec is None:
+        raise BuildError(
+            f"{node.name}: there is no plugin {node.op_type}; build with `--plugins off`, or for onnxruntime"
+        )
+    attributes = {attribute.name for attribute in node.attribute}
+    counts = (len(node.input), len(node.output))
+    if attributes != set(spec.attributes) or counts != (len(spec.inputs), spec.num_outputs):
+        raise BuildError(
+            f"{node.name} has {counts[0]} inputs, {counts[1]} outputs and the attributes {sorted(attributes)}; the plugin "
+            f"{spec.name} declares {len(spec.inputs)}, {spec.num_outputs} and {sorted(spec.attributes)}; build again with "
+            "one version of CausalRT"
+        )
+
+
+def _plugins_of(
+    node: onnx.NodeProto,
+    types: Mapping[str, onnx.TypeProto.Tensor],
+    *,
+    capability: int,
+    num_multiprocessors: int,
+) -> Iterator[onnx.NodeProto]:
+    """The node itself, or two in its place."""
+    kv_splits = 1
+    if node.op_type.startswith("rope_attention"):
+        kv_splits = _kv_splits(node, types, capability, num_multiprocessors)
+    if kv_splits == 1:
+        yield node
+        return
+    out, *slots = node.output
+    spec = _split_spec(node)
+    parts = [f"{out}.parts", f"{out}.log_sums"]
+    split = helper.make_node(spec.name, list(node.input), [*parts, *slots], name=node.name, domain=ONNX_DOMAIN)
+    split.attribute.extend(node.attribute)
+    split.attribute.append(helper.make_attribute("kv_splits", kv_splits))
+    yield split
+    name = f"{node.name}.combine"
+    dtype = types[node.input[0]].elem_type
+    yield helper.make_node(COMBINE_SPLITS.name, parts, [out], name=name, domain=ONNX_DOMAIN, dtype=dtype)
+
+
+def _split_spec(node: onnx.NodeProto) -> PluginSpec:
+    return rope_attention_spec(num_shares=len(SPEC_BY_NAME[node.op_type].in_place) // 2, split=True)
+
+
+def _kv_splits(
+    node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto.Tensor], capability: int, num_multiprocessors: int
+) -> int:
+    from causalrt.plugins.rope_attention_launch import plan, tiles_for
+
+    spec = SPEC_BY_NAME[node.op_type]
+    named = dict(zip(spec.inputs, node.input, strict=True))
+    numbers = {attribute.name: attribute.i for attribute in node.attribute}
+    shapes = {key: [size.dim_value for size in types[name].shape.dim] for key, name in named.items()}
+    slots = [shapes[name] for name in spec.in_place[::2]]
+    blocks = blocks_from_shares(
+        shapes["received"],
+        num_tokens=numbers["num_tokens"],
+        num_heads=[shape[1] for shape in slots],
+        splits=[numbers[f"split_{number}"] for number in range(len(slots))],
+    )
+    dtype = DTYPE_FROM_ONNX.get(types[named["received"]].elem_type, torch.float32)
+    return plan(
+        blocks,
+        dtype=dtype,
+        slot_rows=slots[0][2],
+        whole_slots=True,
+        rotate=False,
+        tiles=tiles_for(capability, dtype=dtype, head_dim=blocks.head_dim, rotate=False),
+        num_multiprocessors=num_multiprocessors,
+    ).kv_splits

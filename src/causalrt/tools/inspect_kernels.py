@@ -1,0 +1,283 @@
+"""What the fused kernels of a layer compile to at a bundle's sizes, for GPUs that need not be at hand.
+
+    Config, target --> launches of a layer --> cache or compiler --> registers, shared memory, spills, blocks that fit
+
+| kernel                                     | launched                                                |
+|--------------------------------------------|---------------------------------------------------------|
+| `qk_norm_rope`                             | always                                                  |
+| `rope_attention_N`                         | for N shares, over one range of keys                    |
+| `rope_attention_split_N`, `combine_splits` | instead of it, where ranges of keys fill the GPU better |
+
+Names are those of the plugins (`plugin_specs`), and so are the launches: KV slots are bound whole. (Eager and inductor
+bind them token by token, which changes strides and no tile.) With `video.time_index=relative`, attention is there a
+second time, rotating what it reads.
+
+How many ranges of keys are best depends on the number of multiprocessors, which a target leaves open: `GPUS` names one
+GPU for each, and the GPU at hand takes its place where it is of that target.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from causalrt.config import Config
+from causalrt.engines.base import TORCH_DTYPES
+from causalrt.engines.tensorrt_flavour import device_target
+from causalrt.errors import ConfigError, KernelError
+from causalrt.export.options import Progress
+from causalrt.layout import Layout, layout_from_config
+from causalrt.plugins.kernel_launch import KernelLaunch, require_triton
+from causalrt.plugins.plugin_specs import COMBINE_SPLITS, QK_NORM_ROPE, rope_attention_spec
+from causalrt.plugins.ptx import TARGETS, CompiledKernel, cached_kernel, compile_kernel
+from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.tensorrt_plugin import THREADS_PER_WARP
+
+STAGE = "kernels"
+"""What progress calls the compilation."""
+
+KIB = 1024
+SCHEDULERS, REGISTERS_OF_SCHEDULER, REGISTER_UNIT = 4, 16384, 8
+SHARED_RESERVED_BYTES, SHARED_UNIT_BYTES = 1024, 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """A GPU, and what one of its multiprocessors holds (CUDA's technical specifications by compute capability).
+
+    Attributes:
+        target: compute capability, such as 80.
+        name: what it is called.
+        num_multiprocessors: how many it has.
+        shared_bytes: shared memory of a multiprocessor.
+        max_warps: warps that it holds at most.
+        max_blocks: blocks that it holds at most.
+    """
+
+    target: int
+    name: str
+    num_multiprocessors: int
+    shared_bytes: int
+    max_warps: int
+    max_blocks: int
+
+
+GPUS: Mapping[int, Gpu] = {
+    gpu.target: gpu
+    for gpu in (
+        Gpu(target=80, name="A100", num_multiprocessors=108, shared_bytes=164 * KIB, max_warps=64, max_blocks=32),
+        Gpu(target=90, name="H100 SXM", num_multiprocessors=132, shared_bytes=228 * KIB, max_warps=64, max_blocks=32),
+        Gpu(target=120, name="RTX 5090", num_multiprocessors=170, shared_bytes=100 * KIB, max_warps=48, max_blocks=24),
+    )
+}
+"""By target: the GPU that kernels are planned for where none of that target is at hand."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedKernel:
+    """A kernel that a layer launches.
+
+    Attributes:
+        name: of its plugin.
+        gpu: what it is planned for.
+        kv_splits: ranges of keys.
+        rotate: whether it rotates what it reads.
+        launch: the launch; or why there is none.
+    """
+
+    name: str
+    gpu: Gpu
+    kv_splits: int
+    rotate: bool
+    launch: KernelLaunch | KernelError
+
+
+def targets_from_names(names: Sequence[str]) -> tuple[int, ...]:
+    """`sm80` is 80; all that are known where none is named.
+
+    Raises:
+        ConfigError: one of them is not known.
+    """
+    known = {f"sm{target}": target for target in TARGETS}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"no kernels are compiled for {name!r}; take some of {', '.join(known)}, or none for all")
+    return tuple(dict.fromkeys(known[name] for name in names)) or TARGETS
+
+
+def describe_kernels(
+    config: Config, *, targets: Sequence[int], cache: Path, on_progress: Progress = lambda *_: None
+) -> list[dict[str, Any]]:
+    """Every kernel of a layer for every target, in plain JSON types.
+
+    Args:
+        config: layout, head size, precision and slot rows count; weights do not.
+        targets: compute capabilities out of `TARGETS`.
+        cache: folder of compiled kernels (`ptx.default_cache()`).
+        on_progress: called if there is something to compile.
+
+    Raises:
+        KernelError: no Triton here, or a cache that cannot be read or written. A kernel that cannot be compiled is no
+            error: its entry says why, under `unavailable`.
+    """
+    require_triton()
+    planned = [kernel for target in targets for kernel in plan_kernels(config, gpu_from_target(target))]
+    found = []
+    try:
+        cached = [_from_cache(kernel, cache) for kernel in planned]
+        num_missing, num_done = cached.count(None), 0
+        for kernel, result in zip(planned, cached, strict=True):
+            if result is not None:
+                found.append(_entry(kernel, result, cached=True))
+                continue
+            on_progress(STAGE, num_done, num_missing)
+            found.append(_entry(kernel, _compile(kernel, cache), cached=False))
+            num_done += 1
+            on_progress(STAGE, num_done, num_missing)
+    except OSError as error:
+        raise KernelError(
+            f"compiled kernels cannot be kept in {cache}: {error}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    return found
+
+
+def gpu_from_target(target: int) -> Gpu:
+    """The GPU at hand if it is of that target, otherwise the one that stands for it."""
+    gpu = GPUS[target]
+    if torch.cuda.is_available() and device_target(torch.device("cuda", 0)) == f"sm{target}":
+        here = torch.cuda.get_device_properties(0)
+        return replace(gpu, name=here.name, num_multiprocessors=here.multi_processor_count)
+    return gpu
+
+
+def plan_kernels(config: Config, gpu: Gpu) -> list[PlannedKernel]:
+    """The kernels of one layer, as the ops and the plugins plan them.
+
+    Raises:
+        KernelError: no Triton here.
+    """
+    require_triton()
+    layout = layout_from_config(config)
+    qk_norm_rope = _plan_qk_norm_rope(config, layout)
+    found = [PlannedKernel(name=QK_NORM_ROPE.name, gpu=gpu, kv_splits=1, rotate=False, launch=qk_norm_rope)]
+    for rotate in (False, True) if config.video.time_index == "relative" else (False,):
+        for kernel in _plan_rope_attention(config, layout, gpu, rotate=rotate):
+            if kernel.launch not in [other.launch for other in found]:  # combine_splits knows nothing of rotation
+                found.append(kernel)
+    return found
+
+
+def _plan_qk_norm_rope(config: Config, layout: Layout) -> KernelLaunch:
+    from causalrt.plugins.qk_norm_rope_launch import plan
+
+    model = config.model
+    return plan(
+        num_rows=layout.local_tokens,
+        num_heads=model.num_heads,
+        head_dim=model.head_dim,
+        num_places=layout.scatter_destinations().shape[3],
+        dtype=TORCH_DTYPES[config.build.precision],
+        eps=model.eps,
+        row_strides=(model.dim,) * 3,
+    )
+
+
+def _plan_rope_attention(config: Config, layout: Layout, gpu: Gpu, *, rotate: bool) -> list[PlannedKernel]:
+    from causalrt.plugins.rope_attention_launch import plan, tiles_for
+
+    shares, dtype = layout.shares, TORCH_DTYPES[config.build.precision]
+    blocks = blocks_from_shares(
+        (layout.world_size, layout.scatter_rows, config.model.head_dim),
+        num_tokens=layout.num_tokens,
+        num_heads=[share.num_heads for share in shares],
+        splits=[share.split for share in shares],
+    )
+
+    def planned(name: str, kv_splits: int, launch: KernelLaunch | KernelError) -> PlannedKernel:
+        return PlannedKernel(name=name, gpu=gpu, kv_splits=kv_splits, rotate=rotate, launch=launch)
+
+    whole, split = (rope_attention_spec(num_shares=len(shares), split=split).name for split in (False, True))
+    try:
+        one_range, best = (
+            plan(
+                blocks,
+                dtype=dtype,
+                slot_rows=config.slot_rows,
+                whole_slots=True,
+                rotate=rotate,
+                tiles=tiles_for(gpu.target, dtype=dtype, head_dim=blocks.head_dim, rotate=rotate),
+                num_multiprocessors=gpu.num_multiprocessors,
+                kv_splits=kv_splits,
+            )
+            for kv_splits in (1, None)
+        )
+    except KernelError as error:
+        return [planned(whole, 1, error)]
+    found = [planned(whole, 1, one_range.attend)]
+    if best.combine is not None:
+        found.append(planned(split, best.kv_splits, best.attend))
+        found.append(planned(COMBINE_SPLITS.name, best.kv_splits, best.combine))
+    return found
+
+
+def _from_cache(kernel: PlannedKernel, cache: Path) -> CompiledKernel | KernelError | None:
+    """None where it must be compiled."""
+    if isinstance(kernel.launch, KernelError):
+        return kernel.launch
+    try:
+        return cached_kernel(kernel.launch, target=kernel.gpu.target, cache=cache)
+    except KernelError as error:
+        return error
+
+
+def _compile(kernel: PlannedKernel, cache: Path) -> CompiledKernel | KernelError:
+    assert isinstance(kernel.launch, KernelLaunch)
+    try:
+        return compile_kernel(kernel.launch, target=kernel.gpu.target, cache=cache)
+    except KernelError as error:
+        return error
+
+
+def _entry(kernel: PlannedKernel, compiled: CompiledKernel | KernelError, *, cached: bool) -> dict[str, Any]:
+    gpu = kernel.gpu
+    entry: dict[str, Any] = {
+        "kernel": kernel.name,
+        "target": f"sm{gpu.target}",
+        "gpu": gpu.name,
+        "multiprocessors": gpu.num_multiprocessors,
+        "kv_splits": kernel.kv_splits,
+        "rotate": kernel.rotate,
+    }
+    if isinstance(compiled, KernelError):
+        return entry | {"unavailable": str(compiled)}
+    assert isinstance(kernel.launch, KernelLaunch)
+    version = re.search(r"^\.version (\S+)", compiled.ptx, re.MULTILINE)
+    assert version is not None
+    return entry | {
+        "grid": list(kernel.launch.grid),
+        "warps": compiled.num_warps,
+        "threads": THREADS_PER_WARP * compiled.num_warps,
+        "registers": compiled.registers,
+        "shared_bytes": compiled.shared_bytes,
+        "spill_bytes": compiled.spill_bytes,
+        "blocks_per_multiprocessor": blocks_per_multiprocessor(compiled, gpu),
+        "ptx_version": version[1],
+        "ptx_bytes": len(compiled.ptx),
+        "cached": cached,
+    }
+
+
+def blocks_per_multiprocessor(compiled: CompiledKernel, gpu: Gpu) -> int:
+    """Blocks that a multiprocessor holds at a time, by the rules of `cuda_occupancy.h`; 0 where one does not fit.
+
+    A warp lives on one of four schedulers, each with a quarter of the registers, and gets them by eights a thread. A
+    block takes 1 KiB of shared memory beside its own.
+    """
+    registers_of_warp = THREADS_PER_WARP * REGISTER_UNIT * math.ceil(compiled.registers / REGISTER_UNIT)
+    warps = min(gpu.max_warps, SCHEDULERS * (REGISTERS_OF_SCHEDULER // registers_of_warp))
+    shared_units = math.ceil((compiled.shared_bytes + SHARED_RESERVED_BYTES) / SHARED_UNIT_BYTES)
+    return min(warps // compiled.num_warps, gpu.shared_bytes // (shared_units * SHARED_UNIT_BYTES), gpu.max_blocks)

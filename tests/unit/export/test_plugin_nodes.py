@@ -1,0 +1,182 @@
+import sys
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import helper
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
+import tensorrt_double as double  # noqa: E402
+from test_plugin_functions import fused_step  # noqa: E402
+
+from causalrt.errors import BuildError, ExecutorError  # noqa: E402
+from causalrt.export import engine_worker  # noqa: E402
+from causalrt.export.dist_collective import lower_exchanges_pass  # noqa: E402
+from causalrt.export.engine_worker import PluginDevice, graph_with_plugins, parse  # noqa: E402
+from causalrt.export.plugin_functions import expand_functions  # noqa: E402
+from causalrt.export.plugin_nodes import use_plugins_pass  # noqa: E402
+from causalrt.plugins.all_to_all import ONNX_DOMAIN  # noqa: E402
+from causalrt.plugins.plugin_specs import SPECS  # noqa: E402
+from causalrt.plugins.tensorrt_plugin import register_plugins  # noqa: E402
+
+SPEC_BY_NAME = {spec.name: spec for spec in SPECS}
+
+
+def with_plugins(world_size, *, num_multiprocessors=1, frames=None):
+    config, model = fused_step(world_size, precision="bfloat16", frames=frames)
+    before = {name for node in model.graph.node for name in node.output}
+    counts = use_plugins_pass(model, capability=80, num_multiprocessors=num_multiprocessors)
+    return config, model, before, counts
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_functions_go_and_nodes_stay(world_size):
+    config, model, before, counts = with_plugins(world_size)
+    shares = {1: 1, 2: 2}[world_size]
+    assert counts == dict.fromkeys(["qk_norm_rope", f"rope_attention_{shares}"], config.model.num_layers)
+    assert not model.functions
+    assert {name for node in model.graph.node for name in node.output} == before
+    found = Counter(node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN)
+    found.pop("AllToAll", None)
+    assert found == counts
+
+
+def test_keys_are_split_where_the_gpu_is_not_full():
+    config, model, before, counts = with_plugins(2, num_multiprocessors=512, frames=300)
+    layers = config.model.num_layers
+    assert counts == dict.fromkeys(["qk_norm_rope", "rope_attention_split_2", "combine_splits"], layers)
+    producers = {name: node for node in model.graph.node for name in node.output}
+    assert before <= set(producers)
+    for node in model.graph.node:
+        if node.op_type == "combine_splits":
+            split = producers[node.input[0]]
+            assert split.op_type == "rope_attention_split_2"
+            assert list(split.output[:2]) == list(node.input)
+            (kv_splits,) = (attribute.i for attribute in split.attribute if attribute.name == "kv_splits")
+            assert kv_splits > 1
+    order = {name: number for number, node in enumerate(model.graph.node) for name in node.output}
+    for number, node in enumerate(model.graph.node):
+        assert all(order.get(name, -1) < number for name in node.input)
+
+
+@pytest.fixture(params=["small", "library"])
+def build_plugin(request, monkeypatch, tmp_path):
+    """What TensorRT makes of a plugin's node: (name, inputs, attributes) -> Built."""
+    if request.param == "library" and not double.has_library():
+        pytest.skip("needs TensorRT's Python")
+    trt = double.make_trt()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    library = request.param == "library"
+    api = double.library_api() if library else double.small_api()
+    build = double.build_with_library if library else double.build_with_small
+    register_plugins(trt, target=80, cache=tmp_path)
+    yield trt, lambda name, inputs, attributes: build(trt, api, name, inputs, attributes)
+    for name in [name for name in sys.modules if name.startswith("tensorrt.")]:
+        del sys.modules[name]
+    register_plugins.cache_clear()
+
+
+@pytest.mark.parametrize(("num_multiprocessors", "num_nodes"), [(1, 4), (512, 6)])
+def test_every_node_is_what_its_plugin_declares(build_plugin, num_multiprocessors, num_nodes):
+    # Output shapes and types that the plugins derive are those that the graph has, through TensorRT's own Python.
+    trt, build = build_plugin
+    _, model, _, _ = with_plugins(2, num_multiprocessors=num_multiprocessors, frames=300)
+    kinds = {1: "FLOAT", 6: "INT32", 7: "INT64", 16: "BF16"}
+    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    known = {value.name: value.type.tensor_type for value in values}
+    types = {
+        name: (getattr(trt.DataType, kinds[kind.elem_type]), tuple(size.dim_value for size in kind.shape.dim))
+        for name, kind in known.items()
+    }
+    for tensor in model.graph.initializer:
+        types[tensor.name] = (getattr(trt.DataType, kinds[tensor.data_type]), tuple(tensor.dims))
+    checked = 0
+    for node in model.graph.node:
+        if node.op_type not in SPEC_BY_NAME:
+            continue
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        built = build(node.op_type, [types[name] for name in node.input], attributes)
+        made = list(zip(built.dtypes, built.shapes, strict=True))
+        for name, (dtype, shape) in zip(node.output, made, strict=True):
+            assert types.setdefault(name, (dtype, tuple(shape))) == (dtype, tuple(shape)), name
+        spec = SPEC_BY_NAME[node.op_type]
+        aliases = [spec.inputs.index(name) for name in spec.in_place]
+        assert built.aliases == [-1] * len(spec.outputs) + aliases
+        outputs = {value.name for value in model.graph.output}
+        for position in range(len(spec.outputs), len(node.output)):  # written in place: bound to its input's address
+            source = node.input[built.aliases[position]]
+            assert node.output[position] == f"{source}.written"
+            assert node.output[position] in outputs
+        checked += 1
+    assert checked == num_nodes
+
+
+# ---- what is refused
+
+
+def test_a_graph_without_fused_ops_is_an_error():
+    _, model = fused_step(2)
+    with pytest.raises(RuntimeError, match="no fused op"):
+        use_plugins_pass(expand_functions(model), capability=80, num_multiprocessors=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda node: node.attribute.pop(), "attributes .* declares"),
+        (lambda node: node.input.pop(), "7 inputs"),
+        (lambda node: node.attribute.append(helper.make_attribute("more", 1)), "'more'"),
+    ],
+)
+def test_nodes_of_another_form_are_refused(change, message):
+    _, model = fused_step(1)
+    change(next(node for node in model.graph.node if node.op_type == "qk_norm_rope"))
+    with pytest.raises(BuildError, match=message):
+        use_plugins_pass(model, capability=80, num_multiprocessors=1)
+
+
+def test_an_op_without_a_plugin_is_named():
+    _, model = fused_step(1)
+    for node in (*model.graph.node, *model.functions):
+        if isinstance(node, onnx.FunctionProto) and node.name == "rope_attention_1":
+            node.name = "rope_attention_1_rotated"
+        elif isinstance(node, onnx.NodeProto) and node.op_type == "rope_attention_1":
+            node.op_type = "rope_attention_1_rotated"
+    with pytest.raises(BuildError, match="no plugin rope_attention_1_rotated"):
+        use_plugins_pass(model, capability=80, num_multiprocessors=1)
+
+
+# ---- in the process that builds
+
+
+DEVICE = PluginDevice(capability=80, num_multiprocessors=108)
+
+
+def test_tensorrt_without_plugins_is_told_so(tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx")
+    _, model = fused_step(1)
+    onnx.save(model, tmp_path / "step.onnx")
+    with pytest.raises(ExecutorError, match="plugins off"):
+        graph_with_plugins(trt, tmp_path / "step.onnx", DEVICE)
+
+
+def test_a_graph_without_functions_is_parsed_from_its_file(tmp_path):
+    _, model = fused_step(1)
+    onnx.save(expand_functions(model), tmp_path / "step.onnx")
+    assert graph_with_plugins(None, tmp_path / "step.onnx", DEVICE) == (None, {})
+
+
+def test_a_changed_graph_finds_its_weights_beside_the_file(tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx")
+    _, model = fused_step(1, precision="bfloat16")
+    lower_exchanges_pass(model, world_size=1)
+    path = tmp_path / "step.onnx"
+    onnx.save(expand_functions(model), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    graph = onnx.load(path, load_external_data=False)
+    graph.graph.output.pop()
+    logger, _ = engine_worker._make_logger(trt)
+    _builder, network, _parser = parse(trt, logger, path, graph.SerializeToString())
+    assert network.num_outputs == len(graph.graph.output)
