@@ -111,6 +111,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     config, layout = found["config"], found["layout"]
     table = Table(title=found["path"], show_header=False, title_justify="left")
     table.add_row("executors", ", ".join(found["executors"]))
+    table.add_row("plugins", found["plugins"])
     table.add_row("parameters", f"{found['parameters']:,}")
     for section, values in config.items():
         table.add_row(section, ", ".join(f"{key}={value}" for key, value in values.items()))

@@ -60,7 +60,7 @@ def build_stand_in(
         )
         with (
             mock.patch.object(engine_files, "_run_child", _write_engines),
-            mock.patch.object(torch.cuda, "get_device_properties", lambda index: GPU),
+            mock.patch.object(torch.cuda, "get_device_properties", return_value=GPU),
         ):
             record = engine_files.build_engines(
                 config, folder, parts, quiet, flavour=STAND_INS[flavour], target=TARGET, timing_cache=None, fused=fused

@@ -121,6 +121,16 @@ def test_an_executor_runs_what_was_built(bundles):
         load(bundles["on"], plugins=False)
 
 
+def test_relative_time_is_not_run_without_fused_ops(tmp_path):
+    recording = open_recording(GOLDEN / "N1.safetensors", world_size=1)
+    config = replace(recording.config, video=replace(recording.config.video, time_index="relative"))
+    checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
+    path = build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"])
+    assert open_bundle(path).plugins
+    with pytest.raises(ExecutorError, match="load it with plugins on"):
+        load(path, plugins=False)
+
+
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_eager_runs_either_and_by_default_what_was_built(bundles, asked, monkeypatch):
     loaded = []

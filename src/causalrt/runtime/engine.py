@@ -146,6 +146,8 @@ def load(
             f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {chosen}` to run it so"
         )
     fused = opened.plugins if plugins is None else plugins
+    if not fused and opened.config.video.time_index == "relative":
+        raise ExecutorError(f"{bundle} has video.time_index=relative, which is what the fused ops do; load it with plugins on")
     if fused != opened.plugins and kind.compiled:
         built, wanted = ("on", "off") if opened.plugins else ("off", "on")
         raise ExecutorError(

@@ -38,6 +38,7 @@ def inspect_bundle(
     found = {
         "path": str(bundle.path),
         "executors": list(bundle.executors),
+        "plugins": "on" if bundle.plugins else "off",
         "config": config.as_dict(),
         "parameters": num_parameters(config.model),
         "layout": {

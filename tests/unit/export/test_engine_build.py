@@ -30,6 +30,7 @@ from causalrt.export.engine_worker import EngineRequest, build_engine, parse
 from causalrt.export.onnx import cross_kv_names, step_names
 from causalrt.export.random_weights import random_weights
 from causalrt.model.rope import rope_tables
+from causalrt.tools.inspect import inspect_bundle
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="engines are built with tensorrt_rtx: pip install 'causalrt[tensorrt-rtx]'"
@@ -121,6 +122,34 @@ def built(builds, request):
 @pytest.fixture
 def small(builds):
     return builds(*BUILDS[0])
+
+
+# Fused ops without plugins
+
+
+@pytest.mark.parametrize("collectives", ["engine", pytest.param("runtime", marks=pytest.mark.slow)])
+def test_fused_ops_are_built_as_what_their_functions_say(tmp_path, collectives):
+    """Keys that are rotated when they are read: attention is fused, and has its length, all the same."""
+    config = tiny(2, **{"video.time_index": "relative"})
+    path = build(
+        config,
+        checkpoint=write_checkpoint(config, tmp_path / "checkpoint.safetensors"),
+        out=tmp_path / "bundle",
+        executors=["tensorrt_rtx"],
+        targets=["sm80"],
+        collectives=collectives,
+    )
+    found = inspect_bundle(path)
+    (engines,) = found["engines"]
+    step, layers = engines["step"], config.model.num_layers
+    assert found["plugins"] == "on"
+    assert step["engines"] == (1 if collectives == "engine" else 2 * layers + 1)  # slots whole: no cut at cache writes
+    assert step["self_attentions"] == step["self_attentions_with_lengths"] == 2 * layers
+    assert step["decomposable_attentions"] == 0
+    assert step["cache_updates"] == 4 * layers
+    assert step["plugins"] == {}
+    assert all(table["equal_constants"] for table in step["constants"].values())
+    assert {"temporal_cos", "scatter_destinations"} <= set(step["constants"])
 
 
 # What is in the networks

@@ -7,18 +7,18 @@ import pytest
 from onnx import helper
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
-import tensorrt_double as double  # noqa: E402
-from test_plugin_functions import fused_step  # noqa: E402
+import tensorrt_double as double
+from test_plugin_functions import fused_step
 
-from causalrt.errors import BuildError, ExecutorError  # noqa: E402
-from causalrt.export import engine_worker  # noqa: E402
-from causalrt.export.dist_collective import lower_exchanges_pass  # noqa: E402
-from causalrt.export.engine_worker import PluginDevice, graph_with_plugins, parse  # noqa: E402
-from causalrt.export.plugin_functions import expand_functions  # noqa: E402
-from causalrt.export.plugin_nodes import use_plugins_pass  # noqa: E402
-from causalrt.plugins.all_to_all import ONNX_DOMAIN  # noqa: E402
-from causalrt.plugins.plugin_specs import SPECS  # noqa: E402
-from causalrt.plugins.tensorrt_plugin import register_plugins  # noqa: E402
+from causalrt.errors import BuildError, ExecutorError
+from causalrt.export import engine_worker
+from causalrt.export.dist_collective import lower_exchanges_pass
+from causalrt.export.engine_worker import PluginDevice, graph_with_plugins, parse
+from causalrt.export.plugin_functions import expand_functions
+from causalrt.export.plugin_nodes import use_plugins_pass
+from causalrt.plugins.all_to_all import ONNX_DOMAIN
+from causalrt.plugins.plugin_specs import SPECS
+from causalrt.plugins.tensorrt_plugin import register_plugins
 
 SPEC_BY_NAME = {spec.name: spec for spec in SPECS}
 
