@@ -210,3 +210,12 @@ def test_generate_from_the_command_line(tmp_path, capsys):
     latents = load_file(out)["latents"]
     assert latents.shape == (36, 16, 4, 6)
     assert latents.isfinite().all()
+
+
+def test_a_window_of_one_chunk(tmp_path):
+    """Nothing but the chunk itself is seen: no graph reads `first_frame`."""
+    video = {"window_frames": 3, "sink_frames": 0, "horizon_frames": 9, "time_index": "relative"}
+    config = override(tiny(**video), {"build.world_size": "2"})
+    path = write_bundle(config, tmp_path, executor="onnxruntime")
+    eager, compiled = (chunks_of(path, 5, executor) for executor in ("eager", "onnxruntime"))
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=TOLERANCE)

@@ -184,7 +184,8 @@ class OnnxRuntimeExecutor:
         buffers = self._buffers
         for name, value in (("x", x), ("e", e), ("e0", e0)):
             buffers[name].copy_(value)
-        buffers["first_frame"].fill_(first_frame)
+        if "first_frame" in buffers:  # nothing reads it where time is relative and no history is kept
+            buffers["first_frame"].fill_(first_frame)
         for segment in self._segments:
             segment.run()
             if segment.sent is not None and segment.received is not None:

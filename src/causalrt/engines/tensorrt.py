@@ -108,7 +108,8 @@ class TensorRTExecutor:
         buffers = self._buffers
         for name, value in (("x", x), ("e", e), ("e0", e0)):
             buffers[name].copy_(value, non_blocking=True)
-        buffers["first_frame"].fill_(first_frame)
+        if "first_frame" in buffers:  # nothing reads it where time is relative and no history is kept
+            buffers["first_frame"].fill_(first_frame)
         if KV_ROWS in buffers:
             buffers[KV_ROWS].fill_(self._kv_rows)
         self._graphs.run(self._key, self._run_parts)
