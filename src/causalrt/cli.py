@@ -20,9 +20,11 @@ from rich.table import Table
 from causalrt import __version__
 from causalrt.config import RECIPES, Config, TimeIndex, override, recipe
 from causalrt.engines.kinds import EXECUTORS
-from causalrt.errors import CausalRTError, ConfigError
+from causalrt.errors import CausalRTError, ConfigError, RequestError
 
 if TYPE_CHECKING:
+    import torch
+
     from causalrt.export.options import Progress as OnProgress
 
 DTYPES = {
@@ -189,18 +191,37 @@ def _kernel_row(kernel: dict[str, Any]) -> tuple[str, str]:
     return name, ", ".join(facts)
 
 
+def _switch(text: str) -> "tuple[int, torch.Tensor]":
+    """`3=prompt.safetensors` as chunk 3 and the prompt's embeddings."""
+    from causalrt.runtime.files import read_prompt_embeds
+
+    chunk, separator, path = text.partition("=")
+    if not separator or not chunk.isdecimal():
+        raise RequestError(f"--switch wants CHUNK=FILE, for example --switch 3=prompt.safetensors, got {text!r}")
+    return int(chunk), read_prompt_embeds(Path(path))
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
     from causalrt.engines.bundle import open_bundle
-    from causalrt.runtime.engine import checked_chunks, load
-    from causalrt.runtime.files import check_writable, read_prompt_embeds, write_latents
+    from causalrt.runtime.engine import load
+    from causalrt.runtime.files import check_writable, read_latents, read_prompt_embeds, write_latents
     from causalrt.runtime.noise import SeededNoise
+    from causalrt.runtime.session import checked_chunks, checked_given
 
     prompt = read_prompt_embeds(arguments.prompt_embeds)
+    given = None if arguments.given is None else read_latents(arguments.given)
+    switches = dict(map(_switch, arguments.switch))
     check_writable(arguments.out)
     SeededNoise(arguments.seed)  # refuse before the ranks are started
-    checked_chunks(open_bundle(arguments.bundle, verify=False).config, arguments.chunks)
+    config = open_bundle(arguments.bundle, verify=False).config
+    num_chunks = checked_chunks(config, arguments.chunks, num_given=len(checked_given(config, given)))
+    late = [chunk for chunk in switches if not 0 < chunk < num_chunks]
+    if late:
+        raise RequestError(
+            f"--switch {late[0]}=...: chunks are 0 to {num_chunks - 1}, and the first has --prompt-embeds"
+        )
     start = time.perf_counter()
     latents, report = [], []
     with load(
@@ -213,24 +234,29 @@ def _generate(arguments: argparse.Namespace) -> int:
     ) as engine:
         loaded_s = time.perf_counter() - start
         with (
-            engine.session(prompt, seed=arguments.seed, num_chunks=arguments.chunks) as session,
+            engine.session(prompt, seed=arguments.seed, num_chunks=arguments.chunks, given=given) as session,
             shown_progress() as progress,
         ):
             progress("chunks", 0, session.num_chunks)
-            for chunk in session:
+            for index in range(session.num_chunks):
+                switch_ms = None
+                if index in switches:
+                    switch_ms = session.switch_prompt(switches[index], policy=arguments.switch_policy)
+                chunk = next(session)
                 latents.append(chunk.latents)
                 report.append(
                     {
                         "chunk": chunk.index,
                         "latency_ms": chunk.latency_ms,
                         "queue_ms": chunk.queue_ms,
+                        "switch_ms": switch_ms,
                         "denoise_ms": chunk.times.denoise_ms,
                         "exchange_ms": chunk.times.exchange_ms,
                         "gather_ms": chunk.times.gather_ms,
                     }
                 )
                 progress("chunks", chunk.index + 1, session.num_chunks)
-        video = torch.cat(latents)
+        video = torch.cat(latents if given is None else [given.float(), *latents])
         write_latents(arguments.out, video, {"seed": str(arguments.seed), "causalrt": __version__})
     summary = {
         "out": str(arguments.out),
@@ -446,7 +472,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("bundle", type=Path)
     made.add_argument("--prompt-embeds", required=True, type=Path, help=".safetensors, .npy or .pt, [rows, text_dim]")
-    made.add_argument("--out", required=True, type=Path, help="safetensors file to write")
+    made.add_argument("--out", required=True, type=Path, help="safetensors file to write, given frames included")
+    made.add_argument(
+        "--given", type=Path, help="latents that the video begins with, whole chunks: what --out writes, say"
+    )
+    made.add_argument(
+        "--switch",
+        action="append",
+        default=[],
+        metavar="CHUNK=FILE",
+        help="prompt embeddings from this chunk on; may be given again",
+    )
+    made.add_argument(
+        "--switch-policy",
+        choices=("keep", "recache", "flush"),
+        default="keep",
+        help="what becomes of history then: it stays, is computed again under the new prompt, or goes (keep)",
+    )
     made.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     made.add_argument(
         "--chunks", type=int, help="by default as many as the horizon holds; more with time_index=relative"

@@ -22,10 +22,10 @@ from causalrt.model import rope, step, wan
 from causalrt.model.schedule import Schedule
 from causalrt.runtime import kv_slots, rollout
 from causalrt.runtime.collectives import LocalCollectives
-from causalrt.runtime.engine import latents_from_tokens
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session import latents_from_tokens
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.tools.recording import Recording, open_recording
 

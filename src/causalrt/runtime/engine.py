@@ -13,88 +13,34 @@ import contextlib
 import itertools
 import os
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from causalrt.config import Config
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.kinds import choose_device, executor_kind
-from causalrt.errors import BundleError, EngineClosedError, ExecutorError, PromptError, RequestError
+from causalrt.errors import BundleError, ExecutorError, RequestError
 from causalrt.plugins.kernel_launch import require_triton
 from causalrt.runtime.memory import check_memory, predict_memory
-from causalrt.runtime.messages import ChunkCommand, CloseCommand, Done, Latents, LoadCommand, OpenCommand, Reply
+from causalrt.runtime.messages import (
+    CloseCommand,
+    Done,
+    GivenCommand,
+    LoadCommand,
+    OpenCommand,
+    PromptCommand,
+    Reply,
+)
 from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
 from causalrt.runtime.ranks import START_S, WARM_START_S, RankPool
-from causalrt.runtime.rollout import ChunkTimes, StepRecord
+from causalrt.runtime.session import Embeddings, Session, checked_chunks, checked_given, checked_text
 
 DEFAULT_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """One generated chunk.
-
-    Attributes:
-        index: from 0.
-        latents: `[F, 16, H, W]`, float32, normalised VAE latents.
-        latency_ms: from the request to the latents in the caller's hands.
-        queue_ms: the part of it spent waiting for earlier work, the previous chunk's refresh included.
-        times: rank 0's stages; the refresh has not run yet (`Session.times` has it afterwards).
-    """
-
-    index: int
-    latents: torch.Tensor
-    latency_ms: float
-    queue_ms: float
-    times: ChunkTimes
-
-
-def latents_from_tokens(rows: torch.Tensor, config: Config) -> torch.Tensor:
-    """Token rows `[N, 64]` -> `[F, 16, H, W]`; features are ordered (channel, dy, dx)."""
-    m = config.model
-    grid = rows.view(-1, config.grid_height, config.grid_width, m.latent_channels, m.patch_height, m.patch_width)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(
-        -1, m.latent_channels, config.video.latent_height, config.video.latent_width
-    )
-
-
-def tokens_from_latents(latents: torch.Tensor, config: Config) -> torch.Tensor:
-    """`[F, 16, H, W]` -> token rows `[N, 64]`; the inverse of `latents_from_tokens`."""
-    m = config.model
-    grid = latents.reshape(-1, m.latent_channels, config.grid_height, m.patch_height, config.grid_width, m.patch_width)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, m.patch_features)
-
-
-def checked_chunks(config: Config, num_chunks: int | None) -> int:
-    """Chunks to generate: those asked for, or as many as the horizon holds.
-
-    Raises:
-        RequestError: not a whole number, or more than the horizon holds while time is counted by the global index.
-    """
-    video = config.video
-    within_horizon = video.horizon_frames // video.chunk_frames
-    if num_chunks is None:
-        return within_horizon
-    endless = video.time_index == "relative"
-    if isinstance(num_chunks, int) and num_chunks >= 1 and (endless or num_chunks <= within_horizon):
-        return num_chunks
-    if endless:
-        raise RequestError(f"num_chunks must be a whole number of at least 1, got {num_chunks}")
-    raise RequestError(
-        f"{num_chunks} chunks of {video.chunk_frames} latent frames asked for, but the bundle's horizon is "
-        f"{video.horizon_frames} latent frames ({within_horizon} chunks); build with `--set video.horizon_frames=...` for "
-        "more, or with `--set video.time_index=relative` for a rollout without an end"
-    )
 
 
 def load(
@@ -147,7 +93,9 @@ def load(
         )
     fused = opened.plugins if plugins is None else plugins
     if not fused and opened.config.video.time_index == "relative":
-        raise ExecutorError(f"{bundle} has video.time_index=relative, which is what the fused ops do; load it with plugins on")
+        raise ExecutorError(
+            f"{bundle} has video.time_index=relative, which is what the fused ops do; load it with plugins on"
+        )
     if fused != opened.plugins and kind.compiled:
         built, wanted = ("on", "off") if opened.plugins else ("off", "on")
         raise ExecutorError(
@@ -212,28 +160,32 @@ class Engine:
 
     def session(
         self,
-        prompt_embeds: torch.Tensor | npt.NDArray[np.floating[Any]],
+        prompt_embeds: Embeddings,
         *,
         seed: int = 0,
         num_chunks: int | None = None,
+        given: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         record: bool = False,
-    ) -> "Session":
+    ) -> Session:
         """Begin a rollout.
 
         Args:
             prompt_embeds: `[rows, text_dim]` with rows <= text_len; missing rows are zero, as in the reference.
             seed: of the noise; the same seed gives the same video on any number of ranks.
-            num_chunks: chunks to generate; by default as many as the horizon holds, and with `video.time_index=relative` any
-                number is possible.
+            num_chunks: chunks to generate; by default as many as the horizon holds, given frames included, and with
+                `video.time_index=relative` any number is possible.
+            given: `[G, 16, H, W]`, clean latents that the video begins with (an encoded clip, or the end of an earlier video),
+                whole chunks; they are not among the chunks that come out.
             noise: `[chunks, steps, N, 64]` token rows to use instead of the seed's.
             record: keep the flow and x0 of every forward in `Session.records`.
 
         Raises:
             PromptError: wrong shape or type, or values that are not finite.
-            RequestError: more chunks than the bundle can make (`checked_chunks`), or noise of a wrong shape.
+            RequestError: more chunks than the bundle can make (`checked_chunks`), or given frames or noise of a wrong shape.
         """
-        chunks = checked_chunks(self.config, num_chunks)
+        given_rows = checked_given(self.config, given)
+        chunks = checked_chunks(self.config, num_chunks, num_given=len(given_rows))
         source: Noise = SeededNoise(seed)
         if noise is not None:
             shape = (
@@ -245,37 +197,16 @@ class Engine:
             if tuple(noise.shape) != shape:
                 raise RequestError(f"noise must be {list(shape)} (chunks, steps, N, 64), got {list(noise.shape)}")
             source = RecordedNoise(noise.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format))
-        text = self._checked_text(prompt_embeds)
+        text = checked_text(self.config, prompt_embeds)
         session = Session(self, next(self._numbers), chunks, record)
         with self._turn():
             self._settle()
             while self._dropped:
                 self._run(CloseCommand(session=self._dropped.popleft()))
             self._run(OpenCommand(session=session.number, text=text, noise=source))
+            for rows in given_rows:
+                session.take_given(self._run(GivenCommand(session=session.number, rows=rows, record=record)))
         return session
-
-    def _checked_text(self, prompt_embeds: torch.Tensor | npt.NDArray[np.floating[Any]]) -> torch.Tensor:
-        model = self.config.model
-        if isinstance(prompt_embeds, np.ndarray) and np.issubdtype(prompt_embeds.dtype, np.floating):
-            prompt_embeds = torch.from_numpy(np.ascontiguousarray(prompt_embeds, dtype=np.float32))
-        if not isinstance(prompt_embeds, torch.Tensor) or not prompt_embeds.is_floating_point():
-            raise PromptError(
-                f"prompt embeddings must be a floating-point tensor, got {getattr(prompt_embeds, 'dtype', type(prompt_embeds))}"
-            )
-        if prompt_embeds.dim() != 2 or prompt_embeds.shape[1] != model.text_dim:
-            raise PromptError(
-                f"prompt embeddings must be [rows, {model.text_dim}], got {list(prompt_embeds.shape)}; "
-                "a batch element is a session of its own"
-            )
-        rows = prompt_embeds.shape[0]
-        if not 1 <= rows <= model.text_len:
-            raise PromptError(f"prompt embeddings must have 1 to {model.text_len} rows, got {rows}; shorten the prompt")
-        text = torch.zeros(model.text_len, model.text_dim)
-        text[:rows] = prompt_embeds.detach()
-        bad = int((~torch.isfinite(text)).sum())
-        if bad:
-            raise PromptError(f"prompt embeddings hold {bad} values that are not finite; check the text encoder")
-        return text
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -287,10 +218,12 @@ class Engine:
                 self._pool.close(kill=True)
                 raise
 
-    def _run(self, command: LoadCommand | OpenCommand | CloseCommand) -> None:
+    def _run(self, command: LoadCommand | OpenCommand | GivenCommand | PromptCommand | CloseCommand) -> Done:
+        """Have every rank do it; what rank 0 answers."""
         self._pool.send(command)
-        for _ in self._pool.replies(at_least_s=self._start_s if isinstance(command, LoadCommand) else 0.0):
-            pass
+        answers = dict(self._pool.replies(at_least_s=self._start_s if isinstance(command, LoadCommand) else 0.0))
+        assert isinstance(answers[0], Done)
+        return answers[0]
 
     def _settle(self) -> None:
         """Take in what the ranks still owe: the end of the last chunk's refresh."""
@@ -319,96 +252,6 @@ class Engine:
         finally:
             self._lock.release()
         self._finalizer.detach()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Session:
-    """An iterator of chunks for one thread; made by `Engine.session`.
-
-    Attributes:
-        times: for each finished chunk, `ChunkTimes` by rank. A chunk is finished when the next command (or `close`) has
-            taken in the end of its refresh.
-        records: with `record=True`, for each finished chunk what each forward computed.
-        kv_rows_moved: rows of one head that the last finished chunk had moved to history, over the session.
-    """
-
-    def __init__(self, engine: Engine, number: int, num_chunks: int, record: bool) -> None:
-        self.number = number
-        self.num_chunks = num_chunks
-        self.times: list[dict[int, ChunkTimes]] = []
-        self.records: list[tuple[StepRecord, ...]] = []
-        self.kv_rows_moved = 0
-        self._engine = engine
-        self._record = record
-        self._next = 0
-        self._closed = False
-        self._finalizer = weakref.finalize(self, engine._dropped.append, number)
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
-
-    def __next__(self) -> Chunk:
-        """Generate the next chunk; the session closes itself after the last.
-
-        Raises:
-            RankError: a rank died, hung or raised.
-            EngineClosedError: the session or the engine was closed.
-        """
-        if self._closed and self._next < self.num_chunks:
-            raise EngineClosedError("the session was closed; open another with engine.session(...)")
-        if self._next == self.num_chunks:
-            self.close()
-            raise StopIteration
-        engine, index = self._engine, self._next
-        asked = time.perf_counter()
-        with engine._turn():
-            engine._settle()
-            started = time.perf_counter()
-            refresh = self._record or index + 1 < self.num_chunks
-            engine._pool.send(ChunkCommand(session=self.number, index=index, refresh=refresh, record=self._record))
-            self.times.append({})
-            replies = engine._pool.replies()
-            engine._unfinished = self, replies
-            for rank, reply in replies:
-                if isinstance(reply, Latents):
-                    delivered = reply
-                    break
-                self.take(rank, reply)
-        self._next += 1
-        return Chunk(
-            index=index,
-            latents=latents_from_tokens(delivered.rows, engine.config),
-            latency_ms=1e3 * (time.perf_counter() - asked),
-            queue_ms=1e3 * (started - asked),
-            times=delivered.times,
-        )
-
-    def take(self, rank: int, reply: Reply) -> None:
-        """Keep what a rank says of the chunk that it has finished."""
-        assert isinstance(reply, Done)
-        assert reply.times is not None
-        self.times[-1][rank] = reply.times
-        if rank == 0:
-            self.kv_rows_moved = reply.kv_rows_moved
-            if self._record:
-                self.records.append(reply.records)
-
-    def close(self) -> None:
-        """Free the session on every rank. Harmless when called again."""
-        if self._closed:
-            return
-        self._closed = True
-        self._finalizer.detach()
-        with contextlib.suppress(EngineClosedError), self._engine._turn():
-            self._engine._settle()
-            self._engine._run(CloseCommand(session=self.number))
 
     def __enter__(self) -> Self:
         return self

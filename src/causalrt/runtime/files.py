@@ -47,6 +47,20 @@ def read_prompt_embeds(path: Path) -> torch.Tensor:
     return embeds[0] if embeds.dim() == 3 and embeds.shape[0] == 1 else embeds
 
 
+def read_latents(path: Path) -> torch.Tensor:
+    """Latents `[frames, 16, H, W]` from a safetensors file, as `write_latents` writes it.
+
+    Raises:
+        RequestError: the file cannot be read, or holds none.
+    """
+    try:
+        return load_file(path)["latents"]
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"{path} cannot be read: {error}; give a safetensors file") from error
+    except KeyError:
+        raise RequestError(f"{path} holds no tensor 'latents'; give a file that `causalrt generate` wrote") from None
+
+
 def check_writable(path: Path) -> None:
     """Find out before the work, not after it, that the result cannot be written.
 

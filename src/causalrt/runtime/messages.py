@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from causalrt.runtime.noise import Noise
-from causalrt.runtime.rollout import ChunkTimes, StepRecord
+from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +54,31 @@ class ChunkCommand:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GivenCommand:
+    """Make clean rows `[N, 64]` a session's next chunk of history, before it generates."""
+
+    session: int
+    rows: torch.Tensor
+    record: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptCommand:
+    """Change a session's prompt from its next chunk on."""
+
+    session: int
+    text: torch.Tensor
+    policy: SwitchPolicy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CloseCommand:
     """Free a session."""
 
     session: int
 
 
-Command = LoadCommand | OpenCommand | ChunkCommand | CloseCommand
+Command = LoadCommand | OpenCommand | GivenCommand | ChunkCommand | PromptCommand | CloseCommand
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

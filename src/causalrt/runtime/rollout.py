@@ -2,13 +2,19 @@
 
     noise -> steps x { flow = step(x); x0 = x - sigma flow; x = (1 - sigma') x0 + sigma' noise } -> latents
     refresh: step(x0) at the context timestep leaves clean keys and values in staging; commit moves them to history
+    given:   step(frames) at timestep 0, commit: frames that the caller has are history like generated ones
+
+Two counts: `_frame` is where the next chunk lies in the video, `_history` is how many frames the slots have taken in. They
+differ after a prompt switch that drops or rebuilds history.
 
 Elementwise work is on local rows; the only communication is the step's own and the gather of what leaves the ranks. On a GPU
 everything is queued without waiting: the host first waits when it copies the latents out, and again at the chunk's end.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -16,10 +22,14 @@ from causalrt.config import Config
 from causalrt.engines.base import Executor
 from causalrt.layout import Layout
 from causalrt.model.schedule import schedule_from_config
+from causalrt.model.step import KVPair
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
 from causalrt.runtime.noise import Noise
 from causalrt.runtime.session_memory import SessionMemory
 from causalrt.runtime.stopwatch import stopwatch_for
+
+SwitchPolicy = Literal["keep", "recache", "flush"]
+"""What becomes of history when the prompt changes: it stays as it is, it is computed again under the new prompt, or it goes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,6 +86,8 @@ class Rollout:
         self._times = [executor.embed_time(t) for t in self._schedule.timesteps]
         self._context_time = executor.embed_time(self._schedule.context_timestep)
         self._device = executor.device
+        self._frame = self._history = 0
+        self._clean: list[tuple[int, torch.Tensor]] = []
 
     def chunk(
         self, index: int, *, refresh: bool, record: bool, deliver: Callable[[torch.Tensor, ChunkTimes], None]
@@ -88,15 +100,9 @@ class Rollout:
             record: gather the flow and x0 of every forward on rank 0.
             deliver: called on rank 0 with the latents `[N, 64]` and the times so far, before the refresh.
         """
-        first_frame = index * self._config.video.chunk_frames
         slots, watch = self.slots, stopwatch_for(self._device)
-        self._executor.bind(
-            slots.filled(first_frame),
-            self.memory.cross_kv,
-            kv_rows=slots.filled_rows(first_frame),
-            memory=self.memory.number,
-        )
-        times = ChunkTimes(kv_frames=slots.plan.valid_frames(first_frame))
+        self._bind()
+        times = ChunkTimes(kv_frames=slots.plan.valid_frames(self._history))
         records: list[StepRecord] = []
         sigmas = self._schedule.sigmas
         self._collectives.take_traffic()
@@ -105,7 +111,7 @@ class Rollout:
         marks = []
         for k, (e, e0) in enumerate(self._times):
             start = watch.mark()
-            flow = self._executor.step(x, e, e0, first_frame)
+            flow = self._step(x, (e, e0))
             x0 = (x.double() - sigmas[k] * flow.double()).float()
             if k + 1 < len(sigmas):
                 x = (1 - sigmas[k + 1]) * x0 + sigmas[k + 1] * self._local_noise(index, k + 1)
@@ -128,8 +134,8 @@ class Rollout:
 
         if refresh:
             start = watch.mark()
-            flow = self._executor.step(x0, *self._context_time, first_frame)
-            slots.commit(first_frame)
+            flow = self._step(x0, self._context_time)
+            self._commit(x0)
             end = watch.mark()
             self._wait()
             times.refresh_ms = watch.ms(start, end)
@@ -137,16 +143,80 @@ class Rollout:
                 self._record(records, flow, None)
         return times, records
 
+    def take_given(self, rows: torch.Tensor, *, record: bool) -> list[StepRecord]:
+        """Make a chunk that the caller has history: one forward at timestep 0, whatever the context timestep is.
+
+        Args:
+            rows: `[N, 64]`, clean; chunks are given in order, before the first one is generated.
+            record: gather the flow of the forward on rank 0.
+        """
+        self._bind()
+        local = self._local_rows(rows)
+        flow = self._step(local, self._executor.embed_time(0.0))
+        self._commit(local)
+        records: list[StepRecord] = []
+        if record:
+            self._record(records, flow, None)
+        self._wait()
+        return records
+
+    def switch_prompt(self, text: torch.Tensor, policy: SwitchPolicy) -> None:
+        """From the next chunk on, attend to another prompt `[text_len, text_dim]`.
+
+        To compute history again, the chunks whose frames the window holds are refreshed in order, as if nothing had been before
+        them but the sink; each is seen at its own place in time.
+        """
+        self.memory.change_prompt(self._executor.encode_prompt(text))
+        if policy != "keep":
+            kept = self._clean if policy == "recache" else []
+            where = self._frame
+            self._history, self._clean = 0, []
+            for frame, rows in kept:
+                self._frame = frame
+                self._bind()
+                self._step(rows, self._context_time)
+                self._commit(rows)
+            self._frame = where
+        self._wait()
+
+    def _bind(self) -> None:
+        """Bind what the next chunk attends to."""
+        self._executor.bind(
+            self.slots.filled(self._history),
+            self.memory.cross_kv,
+            kv_rows=self.slots.filled_rows(self._history),
+            memory=self.memory.number,
+        )
+
+    def _step(self, x: torch.Tensor, time: KVPair) -> torch.Tensor:
+        relative = self._config.video.time_index == "relative"
+        return self._executor.step(x, *time, self._history if relative else self._frame)
+
+    def _commit(self, clean: torch.Tensor) -> None:
+        """Staging holds a clean chunk, whose rows are `clean`: make it history, and go on to the next."""
+        plan = self.slots.plan
+        self.slots.commit(self._history)
+        self._clean.append((self._frame, clean))
+        sinks = math.ceil(plan.sink_frames / plan.chunk_frames)
+        ring = math.ceil(plan.ring_frames / plan.chunk_frames)
+        if len(self._clean) > sinks + ring:
+            del self._clean[sinks]
+        self._frame += plan.chunk_frames
+        self._history += plan.chunk_frames
+
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
     def _local_noise(self, chunk: int, draw: int) -> torch.Tensor:
-        layout = self._layout
-        shape = (layout.num_tokens, self._config.model.patch_features)
-        tokens = layout.tokens(self._collectives.rank)
-        rows = torch.zeros(layout.local_tokens, shape[1])
-        rows[: len(tokens)] = self._noise.draw(chunk, draw, shape)[tokens.start : tokens.stop]
+        shape = (self._layout.num_tokens, self._config.model.patch_features)
+        return self._local_rows(self._noise.draw(chunk, draw, shape))
+
+    def _local_rows(self, every: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of `[N, 64]`, padded with zeros, on its device."""
+        tokens = self._layout.tokens(self._collectives.rank)
+        rows = torch.zeros(self._layout.local_tokens, every.shape[1])
+        rows[: len(tokens)] = every[tokens.start : tokens.stop]
         if self._device.type == "cuda":
             return rows.pin_memory().to(self._device, non_blocking=True)
         return rows

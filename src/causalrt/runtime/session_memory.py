@@ -35,9 +35,14 @@ class SessionMemory:
     def begin(self, cross_kv: Sequence[KVPair]) -> None:
         """Start a session with this prompt: nothing of an earlier one is left."""
         self.slots.clear()
-        if not self.cross_kv:
+        if self.cross_kv:
+            self.change_prompt(cross_kv)
+        else:
             self.cross_kv = cross_kv
-            return
+
+    @torch.inference_mode()
+    def change_prompt(self, cross_kv: Sequence[KVPair]) -> None:
+        """Go on with another prompt, at the same addresses."""
         for kept, new in zip(self.cross_kv, cross_kv, strict=True):
             for target, source in zip(kept, new, strict=True):
                 target.copy_(source)

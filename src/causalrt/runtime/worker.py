@@ -34,9 +34,11 @@ from causalrt.runtime.messages import (
     Command,
     Done,
     Failed,
+    GivenCommand,
     Latents,
     LoadCommand,
     OpenCommand,
+    PromptCommand,
     receive,
     send,
 )
@@ -100,6 +102,11 @@ class RankServer:
                     deliver=lambda rows, times: send(self._channel, Latents(rows=rows, times=times)),
                 )
                 return Done(times=times, records=tuple(records), kv_rows_moved=rollout.slots.rows_moved)
+            case GivenCommand():
+                given = self._sessions[command.session].take_given(command.rows, record=command.record)
+                return Done(records=tuple(given))
+            case PromptCommand():
+                self._sessions[command.session].switch_prompt(command.text, command.policy)
             case CloseCommand():
                 closed = self._sessions.pop(command.session, None)
                 if closed is not None:

@@ -1,7 +1,9 @@
 """Recorded rollouts of the reference: a safetensors file with weights, inputs, outputs, and sizes in its metadata.
 
 Tensor names: `model.*` (weights), `in.noise` `[B, T, 16, H, W]`, `in.prompt_embeds` `[B, L, E]`, `in.renoise.c{c}.s{s}`
-`[B * F, 16, H, W]`, `out.c{c}.s{s}.{flow,x0}`, `out.c{c}.ctx.flow`, `out.latents`. Metadata key `config`: JSON.
+`[B * F, 16, H, W]`, `out.c{c}.s{s}.{flow,x0}`, `out.c{c}.ctx.flow`, `out.latents`. Metadata key `config`: JSON. Where the video
+begins with given frames, `in.initial_latent` `[B, G, 16, H, W]` and `out.g{i}.ctx.flow`; where the prompt changes,
+`in.prompt_embeds.p1`.
 """
 
 import json
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 
 from causalrt.config import BuildConfig, Config, HeadPlanName, ModelConfig, SamplerConfig, VideoConfig
 from causalrt.errors import ConfigError, RecordingError
-from causalrt.runtime.engine import tokens_from_latents
+from causalrt.runtime.session import tokens_from_latents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +29,8 @@ class Recording:
         config: the sizes, window and schedule it was recorded with.
         num_chunks: chunks of the rollout.
         batch_size: elements.
+        num_given: chunks that the video begins with; they come before the others.
+        switch_chunk: the chunk from which on the second prompt is attended to, or None.
         tensors: everything but the weights.
     """
 
@@ -34,6 +38,8 @@ class Recording:
     config: Config
     num_chunks: int
     batch_size: int
+    num_given: int
+    switch_chunk: int | None
     tensors: dict[str, torch.Tensor]
 
     def misshapen_outputs(self) -> list[str]:
@@ -42,7 +48,8 @@ class Recording:
         frame = (self.config.model.latent_channels, video.latent_height, video.latent_width)
         names = [f"s{step}.{kind}" for step in steps for kind in ("flow", "x0")] + ["ctx.flow"]
         wanted = {f"out.c{chunk}.{name}": video.chunk_frames for chunk in range(self.num_chunks) for name in names}
-        wanted["out.latents"] = self.num_chunks * video.chunk_frames
+        wanted |= {f"out.g{chunk}.ctx.flow": video.chunk_frames for chunk in range(self.num_given)}
+        wanted["out.latents"] = (self.num_given + self.num_chunks) * video.chunk_frames
         return [
             name
             for name, frames in wanted.items()
@@ -59,6 +66,14 @@ class Recording:
     def prompt(self, element: int) -> torch.Tensor:
         """`[L, text_dim]`."""
         return self.tensors["in.prompt_embeds"][element]
+
+    def second_prompt(self, element: int) -> torch.Tensor:
+        """`[L, text_dim]`, from `switch_chunk` on."""
+        return self.tensors["in.prompt_embeds.p1"][element]
+
+    def given(self, element: int) -> torch.Tensor | None:
+        """`[G, 16, H, W]`, or None."""
+        return self.tensors["in.initial_latent"][element] if self.num_given else None
 
     def noise(self, element: int) -> torch.Tensor:
         """`[chunks, steps, N, 64]` in token order."""
@@ -87,17 +102,11 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
             names = [name for name in file.keys() if not name.startswith("model.")]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
         recorded: dict[str, Any] = json.loads(metadata["config"])
-        unknown = [
-            f"{key}={recorded[key]}"
-            for key in ("initial_frames", "independent_first_frame", "given_chunk_frames")
-            if recorded.get(key)
-        ]
-        if recorded.get("prompt_switch_chunk") is not None:
-            unknown.append(f"prompt_switch_chunk={recorded['prompt_switch_chunk']}")
-        if unknown:
+        given_frames = recorded.get("given_chunk_frames", [])
+        if recorded.get("independent_first_frame"):
             raise RecordingError(
-                f"{path}: this version does not know start-up with given frames, a lone first frame, or a prompt switch "
-                f"({', '.join(unknown)}); replay a recording without them"
+                f"{path}: this version does not know a lone first frame (independent_first_frame=True); replay a recording "
+                "whose chunks are of one length"
             )
         window = recorded["local_attn_size"]
         patch_frames, patch_height, patch_width = recorded["patch_size"]
@@ -117,7 +126,7 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
                 chunk_frames=recorded["num_frame_per_block"],
                 window_frames=None if window == -1 else window,
                 sink_frames=recorded["sink_size"],
-                horizon_frames=recorded["num_frames"],
+                horizon_frames=recorded["num_frames"] + sum(given_frames),
             ),
             sampler=SamplerConfig(
                 steps=tuple(recorded["denoising_step_list"]),
@@ -132,10 +141,14 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
             config=config,
             num_chunks=recorded["num_chunks"],
             batch_size=recorded.get("batch_size", 1),
+            num_given=len(given_frames),
+            switch_chunk=recorded.get("prompt_switch_chunk"),
             tensors=tensors,
         )
         for element in range(recording.batch_size):
-            recording.noise(element), recording.prompt(element)
+            recording.noise(element), recording.prompt(element), recording.given(element)
+            if recording.switch_chunk is not None:
+                recording.second_prompt(element)
         wrong = recording.misshapen_outputs()
         if wrong:
             raise RecordingError(f"{path}: outputs that are missing or of another shape: {', '.join(wrong)}")

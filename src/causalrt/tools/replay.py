@@ -17,9 +17,10 @@ from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
 from causalrt.layout import Layout
 from causalrt.runtime.collectives import LocalCollectives
-from causalrt.runtime.engine import Engine, tokens_from_latents
+from causalrt.runtime.engine import Engine
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord
+from causalrt.runtime.session import checked_given, checked_text, tokens_from_latents
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.tools.emulate import EngineGraphs, emulated_executor, rollout_view
 from causalrt.tools.recording import Recording
@@ -33,11 +34,20 @@ def replay(recording: Recording, engine: Engine) -> Outputs:
     outputs: Outputs = {}
     for element in range(recording.batch_size):
         with engine.session(
-            recording.prompt(element), num_chunks=recording.num_chunks, noise=recording.noise(element), record=True
+            recording.prompt(element),
+            num_chunks=recording.num_chunks,
+            given=recording.given(element),
+            noise=recording.noise(element),
+            record=True,
         ) as session:
-            for chunk in session:
-                outputs[element, f"out.c{chunk.index}"] = tokens_from_latents(chunk.latents, recording.config)
+            for index in range(recording.num_chunks):
+                if index == recording.switch_chunk:
+                    session.switch_prompt(recording.second_prompt(element))
+                outputs[element, f"out.c{index}"] = tokens_from_latents(next(session).latents, recording.config)
         assert len(session.records) == recording.num_chunks
+        assert len(session.given_records) == recording.num_given
+        for index, (record,) in enumerate(session.given_records):
+            outputs[element, f"out.g{index}.ctx.flow"] = record.flow
         for index, records in enumerate(session.records):
             outputs |= _outputs_of_chunk(element, index, records)
     return outputs
@@ -75,11 +85,9 @@ def eager_player(config: Config, *, checkpoint: Path, folder: Path) -> Player:
 def replay_here(recording: Recording, player: Player) -> Outputs:
     """`replay` in this process."""
     outputs: Outputs = {}
-    model = player.config.model
     memories = SessionMemories(player.executor, player.config, player.layout)
     for element in range(recording.batch_size):
-        prompt, noise = recording.prompt(element), RecordedNoise(recording.noise(element))
-        text = torch.cat([prompt, torch.zeros(model.text_len - len(prompt), model.text_dim)])
+        noise, text = RecordedNoise(recording.noise(element)), checked_text(player.config, recording.prompt(element))
         session = Rollout(
             player.executor,
             LocalCollectives(),
@@ -89,7 +97,12 @@ def replay_here(recording: Recording, player: Player) -> Outputs:
             noise=noise,
             memory=memories.take(),
         )
+        for index, rows in enumerate(checked_given(player.config, recording.given(element))):
+            (record,) = session.take_given(rows, record=True)
+            outputs[element, f"out.g{index}.ctx.flow"] = record.flow
         for index in range(recording.num_chunks):
+            if index == recording.switch_chunk:
+                session.switch_prompt(checked_text(player.config, recording.second_prompt(element)), "keep")
             latents: list[torch.Tensor] = []
             deliver = functools.partial(_keep, latents)
             _, records = session.chunk(index, refresh=True, record=True, deliver=deliver)
@@ -119,9 +132,10 @@ def recorded_outputs(recording: Recording) -> Outputs:
     frames = recording.config.video.chunk_frames
     for element in range(recording.batch_size):
         for name, tensor in recording.tensors.items():
-            if name.startswith("out.c") and name.endswith((".flow", ".x0")):
+            if name.startswith(("out.c", "out.g")) and name.endswith((".flow", ".x0")):
                 expected[element, name] = tokens_from_latents(tensor[element], recording.config)
         for chunk in range(recording.num_chunks):
-            latents = recording.tensors["out.latents"][element, chunk * frames : (chunk + 1) * frames]
+            first = (recording.num_given + chunk) * frames
+            latents = recording.tensors["out.latents"][element, first : first + frames]
             expected[element, f"out.c{chunk}"] = tokens_from_latents(latents, recording.config)
     return expected

@@ -1,0 +1,267 @@
+"""A session as its caller sees it: an iterator of chunks; and the checks of what a caller hands over.
+
+session = engine.session(prompt_embeds, seed=0)
+chunk = next(session)
+session.switch_prompt(other_embeds, policy="keep")     # acts from the next chunk on
+"""
+
+import contextlib
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from causalrt.config import Config
+from causalrt.errors import EngineClosedError, PromptError, RequestError
+from causalrt.runtime.messages import ChunkCommand, CloseCommand, Done, Latents, PromptCommand, Reply
+from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
+
+if TYPE_CHECKING:
+    from causalrt.runtime.engine import Engine
+
+Embeddings = torch.Tensor | npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """One generated chunk.
+
+    Attributes:
+        index: from 0.
+        latents: `[F, 16, H, W]`, float32, normalised VAE latents.
+        latency_ms: from the request to the latents in the caller's hands.
+        queue_ms: the part of it spent waiting for earlier work, the previous chunk's refresh included.
+        times: rank 0's stages; the refresh has not run yet (`Session.times` has it afterwards).
+    """
+
+    index: int
+    latents: torch.Tensor
+    latency_ms: float
+    queue_ms: float
+    times: ChunkTimes
+
+
+def latents_from_tokens(rows: torch.Tensor, config: Config) -> torch.Tensor:
+    """Token rows `[N, 64]` -> `[F, 16, H, W]`; features are ordered (channel, dy, dx)."""
+    m = config.model
+    grid = rows.view(-1, config.grid_height, config.grid_width, m.latent_channels, m.patch_height, m.patch_width)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(
+        -1, m.latent_channels, config.video.latent_height, config.video.latent_width
+    )
+
+
+def tokens_from_latents(latents: torch.Tensor, config: Config) -> torch.Tensor:
+    """`[F, 16, H, W]` -> token rows `[N, 64]`; the inverse of `latents_from_tokens`."""
+    m = config.model
+    grid = latents.reshape(-1, m.latent_channels, config.grid_height, m.patch_height, config.grid_width, m.patch_width)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, m.patch_features)
+
+
+def checked_chunks(config: Config, num_chunks: int | None, *, num_given: int = 0) -> int:
+    """Chunks to generate after `num_given` given ones: those asked for, or as many as the horizon holds.
+
+    Raises:
+        RequestError: not a whole number, or more than the horizon holds while time is counted by the global index.
+    """
+    video = config.video
+    within_horizon = video.horizon_frames // video.chunk_frames - num_given
+    endless = video.time_index == "relative"
+    if num_chunks is None and (within_horizon >= 1 or endless):
+        return max(1, within_horizon)
+    if isinstance(num_chunks, int) and num_chunks >= 1 and (endless or num_chunks <= within_horizon):
+        return num_chunks
+    if endless:
+        raise RequestError(f"num_chunks must be a whole number of at least 1, got {num_chunks}")
+    after = f" after {num_given} given ones" if num_given else ""
+    raise RequestError(
+        f"{1 if num_chunks is None else num_chunks} chunks of {video.chunk_frames} latent frames asked for{after}, but the "
+        f"bundle's horizon is {video.horizon_frames} latent frames ({max(0, within_horizon)} chunks); build with "
+        "`--set video.horizon_frames=...` for more, or with `--set video.time_index=relative` for a rollout without an end"
+    )
+
+
+def checked_text(config: Config, prompt_embeds: Embeddings) -> torch.Tensor:
+    """Embeddings as the ranks take them: `[text_len, text_dim]` float32, missing rows zero.
+
+    Raises:
+        PromptError: wrong shape or type, or values that are not finite.
+    """
+    model = config.model
+    if isinstance(prompt_embeds, np.ndarray) and np.issubdtype(prompt_embeds.dtype, np.floating):
+        prompt_embeds = torch.from_numpy(np.ascontiguousarray(prompt_embeds, dtype=np.float32))
+    if not isinstance(prompt_embeds, torch.Tensor) or not prompt_embeds.is_floating_point():
+        raise PromptError(
+            f"prompt embeddings must be a floating-point tensor, got {getattr(prompt_embeds, 'dtype', type(prompt_embeds))}"
+        )
+    if prompt_embeds.dim() != 2 or prompt_embeds.shape[1] != model.text_dim:
+        raise PromptError(
+            f"prompt embeddings must be [rows, {model.text_dim}], got {list(prompt_embeds.shape)}; "
+            "a batch element is a session of its own"
+        )
+    rows = prompt_embeds.shape[0]
+    if not 1 <= rows <= model.text_len:
+        raise PromptError(f"prompt embeddings must have 1 to {model.text_len} rows, got {rows}; shorten the prompt")
+    text = torch.zeros(model.text_len, model.text_dim)
+    text[:rows] = prompt_embeds.detach()
+    bad = int((~torch.isfinite(text)).sum())
+    if bad:
+        raise PromptError(f"prompt embeddings hold {bad} values that are not finite; check the text encoder")
+    return text
+
+
+def checked_given(config: Config, given: torch.Tensor | None) -> list[torch.Tensor]:
+    """Given latents as rows `[N, 64]`, chunk by chunk; none is no chunk.
+
+    Raises:
+        RequestError: wrong shape or type, no whole number of chunks, or values that are not finite.
+    """
+    if given is None:
+        return []
+    video = config.video
+    frame = (config.model.latent_channels, video.latent_height, video.latent_width)
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point() or tuple(given.shape[1:]) != frame:
+        found = f"{list(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else type(given).__name__
+        raise RequestError(
+            f"given latents must be a floating-point tensor [frames, {', '.join(map(str, frame))}], got {found}"
+        )
+    if not len(given) or len(given) % video.chunk_frames:
+        raise RequestError(
+            f"{len(given)} latent frames given; the bundle takes whole chunks of {video.chunk_frames}: leave some out"
+        )
+    rows = tokens_from_latents(given.detach().to("cpu", torch.float32), config)
+    if not torch.isfinite(rows).all():
+        raise RequestError("given latents hold values that are not finite; check the encoder that they come from")
+    return list(torch.split(rows, config.tokens_per_chunk))
+
+
+class Session:
+    """An iterator of chunks for one thread; made by `Engine.session`.
+
+    Attributes:
+        times: for each finished chunk, `ChunkTimes` by rank. A chunk is finished when the next command (or `close`) has
+            taken in the end of its refresh.
+        records: with `record=True`, for each finished chunk what each forward computed.
+        given_records: with `record=True`, for each given chunk what its forward computed.
+        kv_rows_moved: rows of one head that the last finished chunk had moved to history, over the session.
+    """
+
+    def __init__(self, engine: "Engine", number: int, num_chunks: int, record: bool) -> None:
+        self.number = number
+        self.num_chunks = num_chunks
+        self.times: list[dict[int, ChunkTimes]] = []
+        self.records: list[tuple[StepRecord, ...]] = []
+        self.given_records: list[tuple[StepRecord, ...]] = []
+        self.kv_rows_moved = 0
+        self._engine = engine
+        self._record = record
+        self._next = 0
+        self._closed = False
+        self._finalizer = weakref.finalize(self, engine._dropped.append, number)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        """Generate the next chunk; the session closes itself after the last.
+
+        Raises:
+            RankError: a rank died, hung or raised.
+            EngineClosedError: the session or the engine was closed.
+        """
+        if self._closed and self._next < self.num_chunks:
+            raise EngineClosedError("the session was closed; open another with engine.session(...)")
+        if self._next == self.num_chunks:
+            self.close()
+            raise StopIteration
+        engine, index = self._engine, self._next
+        asked = time.perf_counter()
+        with engine._turn():
+            engine._settle()
+            started = time.perf_counter()
+            refresh = self._record or index + 1 < self.num_chunks
+            engine._pool.send(ChunkCommand(session=self.number, index=index, refresh=refresh, record=self._record))
+            self.times.append({})
+            replies = engine._pool.replies()
+            engine._unfinished = self, replies
+            for rank, reply in replies:
+                if isinstance(reply, Latents):
+                    delivered = reply
+                    break
+                self.take(rank, reply)
+        self._next += 1
+        return Chunk(
+            index=index,
+            latents=latents_from_tokens(delivered.rows, engine.config),
+            latency_ms=1e3 * (time.perf_counter() - asked),
+            queue_ms=1e3 * (started - asked),
+            times=delivered.times,
+        )
+
+    def switch_prompt(self, prompt_embeds: Embeddings, *, policy: SwitchPolicy = "keep") -> float:
+        """Change the prompt from the next chunk on, on all ranks.
+
+        Args:
+            prompt_embeds: as for `Engine.session`.
+            policy: what becomes of history. `keep`: nothing, it keeps what the old prompt put there; `recache`: keys and values
+                of the frames in the window are computed again under the new prompt, a forward for each chunk; `flush`: it is
+                dropped, and the next chunk begins afresh.
+
+        Returns:
+            Milliseconds from the call until the ranks are ready to go on, earlier work included.
+
+        Raises:
+            PromptError: wrong shape or type, or values that are not finite.
+            RequestError: no such policy.
+            RankError: a rank died, hung or raised.
+            EngineClosedError: the session or the engine was closed.
+        """
+        engine = self._engine
+        if policy not in get_args(SwitchPolicy):
+            raise RequestError(f"policy must be {', '.join(get_args(SwitchPolicy))}, got {policy!r}")
+        text = checked_text(engine.config, prompt_embeds)
+        if self._closed:
+            raise EngineClosedError("the session was closed; open another with engine.session(...)")
+        asked = time.perf_counter()
+        with engine._turn():
+            engine._settle()
+            engine._run(PromptCommand(session=self.number, text=text, policy=policy))
+        return 1e3 * (time.perf_counter() - asked)
+
+    def take_given(self, reply: Done) -> None:
+        """Keep what rank 0 says of a given chunk."""
+        if self._record:
+            self.given_records.append(reply.records)
+
+    def take(self, rank: int, reply: Reply) -> None:
+        """Keep what a rank says of the chunk that it has finished."""
+        assert isinstance(reply, Done)
+        assert reply.times is not None
+        self.times[-1][rank] = reply.times
+        if rank == 0:
+            self.kv_rows_moved = reply.kv_rows_moved
+            if self._record:
+                self.records.append(reply.records)
+
+    def close(self) -> None:
+        """Free the session on every rank. Harmless when called again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._finalizer.detach()
+        with contextlib.suppress(EngineClosedError), self._engine._turn():
+            self._engine._settle()
+            self._engine._run(CloseCommand(session=self.number))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
