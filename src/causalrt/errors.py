@@ -26,7 +26,7 @@ class BuildError(CausalRTError, RuntimeError):
 
 
 class PromptError(CausalRTError, ValueError):
-    """Prompt embeddings have the wrong shape, type, or values."""
+    """A prompt, or the embeddings of one, cannot be used: wrong type, shape, length, or values."""
 
 
 class RequestError(CausalRTError, ValueError):

@@ -14,7 +14,7 @@ from causalrt.tools.compare import TOLERANCE, Outputs, largest_errors, recorded_
 from causalrt.tools.recording import open_recording
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-CASES = ("A", "B", "C", "D", "L", "N1", "N2", "R")
+CASES = ("A", "B", "C", "D", "I", "K", "L", "N1", "N2", "R")
 EXECUTORS = ("eager", "onnxruntime")
 """Those that run on any machine and start at once; inductor, TensorRT and GPUs have tests of their own."""
 RANK_TOLERANCE = 2e-5

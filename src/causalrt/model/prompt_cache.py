@@ -1,0 +1,64 @@
+"""Embeddings of the prompts used last, bounded in bytes: encoding a prompt takes seconds on a CPU, remembering it megabytes."""
+
+import sys
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheInfo:
+    """Prompts answered from the cache (`hits`), prompts encoded (`misses`), and what the cache holds."""
+
+    hits: int
+    misses: int
+    entries: int
+    held_bytes: int
+    max_bytes: int
+
+
+class PromptCache:
+    """Embeddings of the prompts used last, at most `max_bytes` of them with their texts. Safe between threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._held_bytes = self._hits = self._misses = 0
+        self._lock = threading.Lock()
+
+    def get(self, text: str) -> torch.Tensor | None:
+        """What was put under `text`, or None; it is then the one used last."""
+        with self._lock:
+            if text not in self._entries:
+                return None
+            self._hits += 1
+            self._entries.move_to_end(text)
+            return self._entries[text]
+
+    def put(self, text: str, embeds: torch.Tensor) -> None:
+        """Hold `embeds`, dropping those that were not used for longest; what is larger than the cache is not held."""
+        with self._lock:
+            self._misses += 1
+            if text in self._entries:
+                self._held_bytes -= _entry_bytes(text, self._entries.pop(text))
+            self._entries[text] = embeds
+            self._held_bytes += _entry_bytes(text, embeds)
+            while self._held_bytes > self._max_bytes:
+                self._held_bytes -= _entry_bytes(*self._entries.popitem(last=False))
+
+    def info(self) -> CacheInfo:
+        """Counts so far."""
+        with self._lock:
+            return CacheInfo(
+                hits=self._hits,
+                misses=self._misses,
+                entries=len(self._entries),
+                held_bytes=self._held_bytes,
+                max_bytes=self._max_bytes,
+            )
+
+
+def _entry_bytes(text: str, embeds: torch.Tensor) -> int:
+    return sys.getsizeof(text) + embeds.nbytes

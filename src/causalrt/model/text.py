@@ -1,0 +1,214 @@
+"""Prompts in, embeddings out: the UMT5 text encoder that Wan's models are conditioned on.
+
+    prompt -> clean_prompt -> tokenize -> [tokens] -> UMT5 encoder -> rows of the prompt's own tokens [tokens, text_dim]
+                    |                                                     |
+                    +------------------- PromptCache ---------------------+
+
+This module owns what happens to the text. Where the weights come from is `umt5_checkpoint.py`'s affair; the rows are padded
+with zeros to `text_len` by the session, as the reference does. Encoding the prompt's tokens alone gives the same rows as
+encoding 512 with the padding masked, for less work.
+
+`tokenizer.json` is read as it stands: the T5 class of transformers 5 would build another tokenizer of its vocabulary, without
+the byte fallback, and with the wrong token for unknown characters.
+"""
+
+import html
+import logging
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from causalrt.errors import CheckpointError, ConfigError, ExecutorError, PromptError
+from causalrt.model.prompt_cache import CacheInfo, PromptCache
+from causalrt.model.umt5_checkpoint import load_encoder, video_library
+from causalrt.model.umt5_files import EncoderFiles, EncoderLayout, find_encoder_files
+
+MAX_TOKENS = 512  # what Wan's models are trained with
+MAX_PROMPT_CHARS = 20_000
+
+_log = logging.getLogger(__name__)
+
+# Control characters that are no white space, and halves of surrogate pairs. Those above U+007F are left to ftfy: they are
+# what wrongly decoded text is made of.
+_UNUSABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptTokens:
+    """Token numbers of a cleaned prompt, the end token included; `truncated` if the prompt had more."""
+
+    ids: tuple[int, ...]
+    truncated: bool
+
+
+class TextEncoder:
+    """A loaded text encoder. `encode` may be called from several threads; one prompt is encoded at a time.
+
+    Attributes:
+        layout: how the folder was laid out: `wan`, `diffusers` or `transformers`.
+        text_dim: width of the embeddings.
+        max_tokens: rows that a prompt can have at most.
+        dtype: what the encoder computes in.
+        device: where it computes.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, layout: EncoderLayout, max_tokens: int, cache_bytes: int) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._encoding = threading.Lock()
+        self._cache = PromptCache(cache_bytes)
+        self.layout: EncoderLayout = layout
+        self.text_dim: int = model.config.d_model
+        self.max_tokens = max_tokens
+        self.dtype: torch.dtype = model.shared.weight.dtype
+        self.device: torch.device = model.shared.weight.device
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        text_dim: int | None = None,
+        max_tokens: int = MAX_TOKENS,
+        cache_bytes: int = 64 * 2**20,
+    ) -> Self:
+        """Load the text encoder of a released folder; nothing is downloaded.
+
+        On the CPU, weights of type `dtype` stay in the mapped file: leave it alone while the encoder lives.
+
+        Args:
+            folder: Wan's release (its `.pth` and `google/umt5-xxl/`), a diffusers folder (`text_encoder/`, `tokenizer/`), or
+                one folder with `config.json`, `model.safetensors` and `tokenizer.json`.
+            device: where to compute.
+            dtype: what to compute in: bfloat16 as the reference does, or float32.
+            text_dim: width that the embeddings must have; None takes what the folder has.
+            max_tokens: longer prompts are cut to this, the `text_len` of the model.
+            cache_bytes: size of the prompt cache; 0 turns it off.
+
+        Raises:
+            CheckpointError: files are missing, damaged or hold code, or they are no UMT5 encoder of that width.
+            ConfigError: a setting that no encoder can have.
+            ExecutorError: a library of the extra `video`, or the device, is missing.
+        """
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ConfigError(f"the text encoder computes in torch.bfloat16 or torch.float32, got {dtype}")
+        if not 1 <= max_tokens <= MAX_TOKENS:
+            raise ConfigError(f"max_tokens must be 1 to {MAX_TOKENS}, got {max_tokens}")
+        if cache_bytes < 0:
+            raise ConfigError(f"cache_bytes must not be negative, got {cache_bytes}")
+        started = time.perf_counter()
+        target = _usable_device(device)
+        files = find_encoder_files(folder)
+        tokenizer = _load_tokenizer(files, max_tokens)
+        video_library("ftfy")  # rather now than at the first prompt
+        model = load_encoder(files, dtype=dtype, device=target, text_dim=text_dim)
+        if tokenizer.get_vocab_size() > model.config.vocab_size:
+            raise CheckpointError(
+                f"{files.tokenizer} has {tokenizer.get_vocab_size()} tokens, but {files.weights} has embeddings for "
+                f"{model.config.vocab_size}; take both from the same release"
+            )
+        seconds = time.perf_counter() - started
+        _log.info("text encoder %s: layout %s, %s on %s, %.1f s", files.weights, files.layout, dtype, target, seconds)
+        return cls(model, tokenizer, layout=files.layout, max_tokens=max_tokens, cache_bytes=cache_bytes)
+
+    def tokenize(self, prompt: str) -> PromptTokens:
+        """The tokens that `encode` gives to the encoder. A prompt that is too long loses its end, as in the reference.
+
+        Raises:
+            PromptError: not a usable text.
+        """
+        return self._tokens(clean_prompt(prompt))
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        """Embeddings `[tokens, text_dim]` of a prompt, float32 on the CPU, for the caller to keep; 1 to `max_tokens` rows.
+
+        A prompt that had to be cut is logged as a warning; `tokenize` tells it beforehand.
+
+        Raises:
+            PromptError: not a usable text.
+        """
+        text = clean_prompt(prompt)
+        embeds = self._cache.get(text)
+        if embeds is None:
+            with self._encoding:
+                embeds = self._cache.get(text)  # another thread may have encoded it meanwhile
+                if embeds is None:
+                    embeds = self._encode(text)
+                    self._cache.put(text, embeds)
+        return embeds.to(torch.float32, copy=True)
+
+    def cache_info(self) -> CacheInfo:
+        """How often the prompt cache served, and what it holds."""
+        return self._cache.info()
+
+    def _tokens(self, text: str) -> PromptTokens:
+        encoding = self._tokenizer.encode(text)
+        return PromptTokens(ids=tuple(encoding.ids), truncated=bool(encoding.overflowing))
+
+    @torch.no_grad()
+    def _encode(self, text: str) -> torch.Tensor:
+        tokens = self._tokens(text)
+        if tokens.truncated:
+            _log.warning("a prompt of %d characters was cut to %d tokens", len(text), self.max_tokens)
+        ids = torch.tensor([tokens.ids], device=self.device)
+        rows: torch.Tensor = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        return rows.cpu()
+
+
+def clean_prompt(prompt: str) -> str:
+    """The prompt as the reference cleans it: mended by ftfy, entities resolved (twice), runs of white space made one blank.
+
+    Raises:
+        PromptError: no text, too long, or with characters that no text has.
+        ExecutorError: ftfy is not installed.
+    """
+    if not isinstance(prompt, str):
+        raise PromptError(f"a prompt must be a str, got {type(prompt).__name__}")
+    if len(prompt) > MAX_PROMPT_CHARS:
+        raise PromptError(
+            f"a prompt may have {MAX_PROMPT_CHARS} characters, got {len(prompt)}; shorten it: "
+            f"the model sees {MAX_TOKENS} tokens at most"
+        )
+    if unusable := _UNUSABLE.search(prompt):
+        raise PromptError(
+            f"the prompt has the character U+{ord(unusable[0]):04X} at position {unusable.start()}, which no text has "
+            "(a control character or half of a surrogate pair); remove it"
+        )
+    try:
+        text = html.unescape(html.unescape(video_library("ftfy").fix_text(prompt)))
+    except ValueError as error:  # &#999...9; with more digits than Python converts
+        raise PromptError(f"the prompt has an entity that is no character ({error}); remove it") from None
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"no device {device!r}: choose cpu or cuda ({str(error).splitlines()[0]})") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ConfigError(f"the text encoder runs on cpu or cuda, got {device!r}")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ExecutorError(f"there is no device {target} here, torch sees {torch.cuda.device_count()}; choose cpu")
+    return target
+
+
+def _load_tokenizer(files: EncoderFiles, max_tokens: int) -> Any:
+    """The tokenizer of `tokenizer.json`, which cuts at `max_tokens` and pads nothing."""
+    tokenizers = video_library("tokenizers")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(files.tokenizer))
+    except Exception as error:  # what the library raises is a bare Exception
+        raise CheckpointError(f"{files.tokenizer} is damaged or no tokenizer: {error}") from None
+    tokenizer.enable_truncation(max_tokens)
+    tokenizer.no_padding()
+    if len(tokenizer.encode("").ids) != 1:
+        raise CheckpointError(f"{files.tokenizer} must end each text with one token (</s>), as that of UMT5 does")
+    return tokenizer

@@ -1,0 +1,150 @@
+"""The files of a released text encoder, as hostile input.
+
+    folder/models_t5_umt5-xxl-enc-bf16.pth      google/umt5-xxl/tokenizer.json    layout wan
+    folder/text_encoder/config.json, model.*    tokenizer/tokenizer.json          layout diffusers
+    folder/config.json, model.*                 tokenizer.json                    layout transformers: one folder for both
+
+Nothing is downloaded, no code in a file is run, an index names only files beside it, and tensors stay on disk until they are
+read. What their names mean is `umt5_checkpoint.py`'s affair.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from causalrt.errors import CheckpointError
+
+EncoderLayout = Literal["wan", "diffusers", "transformers"]
+
+_WAN_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderFiles:
+    """Where the parts of a text encoder lie. `config` is None for Wan's layout, whose sizes are told by its tensors."""
+
+    layout: EncoderLayout
+    weights: Path
+    config: Path | None
+    tokenizer: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """A tensor where it lies. `mapped` is a view of the file, whose pages are read when it is."""
+
+    file: Path
+    key: str
+    mapped: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        return tuple(self.mapped.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its element type in the file."""
+        return self.mapped.dtype
+
+
+def find_encoder_files(folder: Path) -> EncoderFiles:
+    """The files of the first layout whose weights are there.
+
+    Raises:
+        CheckpointError: no weights, or no configuration or tokenizer beside them, with every place that was looked at.
+    """
+    places: tuple[tuple[EncoderLayout, Path, tuple[str, ...], Path], ...] = (
+        ("wan", folder, (_WAN_FILE,), folder / "google" / "umt5-xxl"),
+        ("diffusers", folder / "text_encoder", (_INDEX, _SINGLE), folder / "tokenizer"),
+        ("transformers", folder, (_INDEX, _SINGLE), folder),
+    )
+    for layout, place, names, tokenizer in places:
+        weights = next((place / name for name in names if (place / name).is_file()), None)
+        if weights is None:
+            continue
+        config = None if layout == "wan" else place / "config.json"
+        files = EncoderFiles(layout=layout, weights=weights, config=config, tokenizer=tokenizer / "tokenizer.json")
+        lacking = [str(file) for file in (files.config, files.tokenizer) if file is not None and not file.is_file()]
+        if lacking:
+            raise CheckpointError(
+                f"{folder} holds the text encoder {weights.name} ({layout} layout) but lacks {', '.join(lacking)}; "
+                "copy what is missing from the release"
+            )
+        return files
+    looked = "\n".join(
+        f"  {' or '.join(str(place / name) for name in names)}, with {tokenizer / 'tokenizer.json'} ({layout} layout)"
+        for layout, place, names, tokenizer in places
+    )
+    raise CheckpointError(f"no text encoder in {folder}; looked for:\n{looked}")
+
+
+def open_weights(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a `.pth`, a safetensors file or a sharded one (by its index), under its own key.
+
+    Raises:
+        CheckpointError: damaged, incomplete, holding code, or holding something else than tensors.
+    """
+    files = _shards_from_index(path) if path.name == _INDEX else [path]
+    return {
+        key: StoredTensor(file=file, key=key, mapped=tensor)
+        for file in files
+        for key, tensor in map_tensors(file).items()
+    }
+
+
+def _shards_from_index(index: Path) -> list[Path]:
+    """The files that an index names, each a plain name beside it."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        strange = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} must map tensor names to file names under weight_map: {error!r}") from None
+    if strange:
+        raise CheckpointError(
+            f"{index}: a shard must be the plain name of a .safetensors file beside it, got {strange}"
+        )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
+    return [index.parent / name for name in names]
+
+
+def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Views of a new mapping of a file, which lasts as long as the last of them."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
+    try:
+        state: Any = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except Exception as error:  # whatever a hostile or damaged file makes the unpickler raise
+        code = re.search(r"GLOBAL (\S+)|unrecognized function (.+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code is not None:
+            raise CheckpointError(
+                f"{path} holds code ({code[1] or code[2]}), which was not executed; take the released file"
+            ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path} is damaged or no torch file that can be mapped; nothing was executed: {reason}"
+        ) from None
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and _is_dense(value) for key, value in state.items()
+    ):
+        raise CheckpointError(f"{path} must hold a plain dict of tensors by name, got {type(state).__name__}")
+    return {key: value.detach() for key, value in state.items()}
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"

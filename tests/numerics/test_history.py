@@ -1,0 +1,262 @@
+"""Where a session's history comes from: frames that the caller gives, and what a prompt switch makes of it.
+
+What the reference says of both is recorded (golden I and K, `test_golden.py`). The other policies are held against sessions
+that must come to the same: attention sees differences of time alone, so a history at other places in time is the same history.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from causalrt import build, load, override, recipe
+from causalrt.cli import main
+from causalrt.errors import EngineClosedError, PromptError, RequestError
+from causalrt.export.random_weights import random_weights
+from causalrt.runtime.session import checked_chunks
+
+SAME = 5e-6
+OTHER = 1e-3
+FULL = {"window_frames": "none", "sink_frames": "0"}
+ROLLING = {"window_frames": "7", "sink_frames": "0"}
+SINK = {"window_frames": "9", "sink_frames": "3"}
+FIRST, SECOND = 0, 1
+"""Seeds of two prompts."""
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """`engines(world_size, executor, **video)`: loaded once."""
+    opened = {}
+
+    def get(world_size=1, executor="eager", **video):
+        key = world_size, executor, tuple(video.items())
+        if key not in opened:
+            folder = tmp_path_factory.mktemp("history")
+            changes = {f"video.{name}": value for name, value in video.items()} | {"video.horizon_frames": "21"}
+            config = override(recipe("tiny"), {**changes, "build.world_size": str(world_size)})
+            weights = {f"model.{name}": tensor for name, tensor in random_weights(config.model, seed=0)}
+            save_file(weights, folder / "checkpoint.safetensors")
+            checkpoint = folder / "checkpoint.safetensors"
+            bundle = build(config, checkpoint=checkpoint, out=folder / "bundle", executors=[executor])
+            opened[key] = load(bundle, executor=executor, device="cpu", num_threads=1)
+        return opened[key]
+
+    yield get
+    for engine in opened.values():
+        engine.close()
+
+
+def prompt(seed, rows=8):
+    return torch.randn(rows, recipe("tiny").model.text_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(config, num_chunks=7):
+    shape = (num_chunks, len(config.sampler.steps), config.tokens_per_chunk, config.model.patch_features)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+def rollout(engine, chunks, *, first=FIRST, given=None, switch=None, policy="keep", second=SECOND):
+    """Latents of `chunks` (a range: which draws of the noise), by chunk; the prompt changes before chunk `switch`."""
+    draws = noise(engine.config)[chunks.start : chunks.stop]
+    latents = []
+    with engine.session(prompt(first), num_chunks=len(chunks), given=given, noise=draws) as session:
+        for chunk in chunks:
+            if chunk == switch:
+                assert session.switch_prompt(prompt(second), policy=policy) > 0
+            latents.append(next(session).latents)
+    return latents
+
+
+def apart(ones, others):
+    return max(float((one - other).abs().max()) for one, other in zip(ones, others, strict=True))
+
+
+# ---- given frames
+
+
+@pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
+@pytest.mark.parametrize("video", [FULL, ROLLING, SINK], ids=["full", "rolling", "sink"])
+def test_a_video_goes_on_where_it_was_left(engines, world_size, executor, video):
+    engine = engines(world_size, executor, **video)
+    whole = rollout(engine, range(6))
+    for taken in (1, 4):
+        assert apart(rollout(engine, range(taken, 6), given=torch.cat(whole[:taken])), whole[taken:]) < SAME
+
+
+def test_given_frames_count_towards_the_horizon(engines):
+    engine = engines(**FULL)
+    assert checked_chunks(engine.config, None, num_given=2) == 5
+    with pytest.raises(RequestError, match=r"6 chunks .* after 2 given ones, .* \(5 chunks\)"):
+        checked_chunks(engine.config, 6, num_given=2)
+    with pytest.raises(RequestError, match=r"1 chunks .* after 7 given ones, .* \(0 chunks\)"):
+        checked_chunks(engine.config, None, num_given=7)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(4, 16, 4, 6), "4 latent frames given; .* whole chunks of 3"),
+        (torch.zeros(0, 16, 4, 6), "0 latent frames given"),
+        (torch.zeros(3, 16, 4, 4), r"\[frames, 16, 4, 6\], got \[3, 16, 4, 4\]"),
+        (torch.zeros(3, 16, 4, 6, dtype=torch.int64), "floating-point"),
+        (torch.full((3, 16, 4, 6), torch.nan), "not finite"),
+        ([[0.0]], "got list"),
+    ],
+)
+def test_given_frames_that_do_not_fit_are_refused(engines, given, message):
+    engine = engines(**FULL)
+    with pytest.raises(RequestError, match=message):
+        engine.session(prompt(FIRST), given=given)
+    assert len(rollout(engine, range(1))) == 1, "the engine goes on"
+
+
+# ---- prompt switches
+
+
+@pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
+@pytest.mark.parametrize("video", [FULL, ROLLING], ids=["full", "rolling"])
+def test_recached_history_is_what_the_new_prompt_makes_of_the_same_frames(engines, world_size, executor, video):
+    engine = engines(world_size, executor, **video)
+    before = rollout(engine, range(4))
+    got = rollout(engine, range(6), switch=4, policy="recache")
+    kept = before if video is FULL else before[-2:]  # a window of 7 holds 4 frames of history: parts of 2 chunks
+    expected = rollout(engine, range(4, 6), first=SECOND, given=torch.cat(kept))
+    assert apart(got[:4], before) == 0
+    assert apart(got[4:], expected) < SAME
+
+
+def test_recached_history_has_its_sink(engines):
+    # Relative time counts what is kept: the sink's chunk, then the newest, as given frames would be.
+    engine = engines(time_index="relative", **SINK)
+    before = rollout(engine, range(5))
+    got = rollout(engine, range(7), switch=5, policy="recache")
+    expected = rollout(engine, range(5, 7), first=SECOND, given=torch.cat([before[0], before[-1]]))
+    assert apart(got[5:], expected) < SAME
+    without = rollout(engine, range(5, 7), first=SECOND, given=before[-1])
+    assert apart(got[5:], without) > OTHER
+
+
+def test_recached_sink_stays_at_its_place_in_time(engines):
+    # By the global index the sink is as far away as it was: nearer, it would be what the test above has.
+    engine, near = engines(**SINK), engines(time_index="relative", **SINK)
+    got = rollout(engine, range(7), switch=5, policy="recache")
+    assert apart(got[:5], rollout(near, range(5))) < SAME
+    assert apart(got[5:6], rollout(near, range(7), switch=5, policy="recache")[5:6]) > 10 * SAME
+
+
+@pytest.mark.parametrize("video", [FULL, SINK], ids=["full", "sink"])
+@pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
+def test_flushed_history_is_none(engines, world_size, executor, video):
+    engine = engines(world_size, executor, **video)
+    got = rollout(engine, range(7), switch=3, policy="flush")
+    assert apart(got[3:], rollout(engine, range(3, 7), first=SECOND)) < SAME
+
+
+def test_policies_differ(engines):
+    engine = engines(**FULL)
+    made = [rollout(engine, range(4), switch=2, policy=policy) for policy in ("keep", "recache", "flush")]
+    made.append(rollout(engine, range(4)))
+    for number, one in enumerate(made):
+        assert apart(one[:2], made[0][:2]) == 0
+        for other in made[number + 1 :]:
+            assert apart(one[2:3], other[2:3]) > OTHER
+
+
+@pytest.mark.parametrize("policy", ["keep", "recache", "flush"])
+def test_a_switch_before_the_first_chunk_is_another_prompt(engines, policy):
+    engine = engines(**SINK)
+    assert apart(rollout(engine, range(2), switch=0, policy=policy), rollout(engine, range(2), first=SECOND)) == 0
+
+
+def test_there_and_back_again(engines):
+    engine = engines(**FULL)
+    draws = noise(engine.config, 2)
+    with engine.session(prompt(FIRST), num_chunks=2, noise=draws) as session:
+        latents = [next(session).latents]
+        session.switch_prompt(prompt(SECOND, rows=3))
+        session.switch_prompt(prompt(FIRST))
+        latents.append(next(session).latents)
+    assert apart(latents, rollout(engine, range(2))) == 0
+
+
+def test_two_sessions_do_not_share_a_prompt(engines):
+    engine = engines(**FULL)
+    draws = noise(engine.config, 2)
+    with (
+        engine.session(prompt(FIRST), num_chunks=2, noise=draws) as one,
+        engine.session(prompt(FIRST), num_chunks=2, noise=draws) as other,
+    ):
+        next(one), next(other)
+        one.switch_prompt(prompt(SECOND), policy="flush")
+        next(one)
+        assert apart([next(other).latents], rollout(engine, range(2))[1:]) == 0
+
+
+def test_switches_that_cannot_be_are_refused(engines):
+    engine = engines(**FULL)
+    with engine.session(prompt(FIRST), num_chunks=2, noise=noise(engine.config, 2)) as session:
+        latents = [next(session).latents]
+        with pytest.raises(RequestError, match="keep, recache, flush, got 'forget'"):
+            session.switch_prompt(prompt(SECOND), policy="forget")
+        with pytest.raises(PromptError, match="rows"):
+            session.switch_prompt(prompt(SECOND, rows=99))
+        latents.append(next(session).latents)
+    assert apart(latents, rollout(engine, range(2))) == 0, "a refused switch has changed something"
+    with pytest.raises(EngineClosedError, match="closed"):
+        session.switch_prompt(prompt(SECOND))
+
+
+# ---- from the command line
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, seed in (("first", FIRST), ("second", SECOND)):
+        save_file({"prompt_embeds": prompt(seed)}, tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def generate(engine, files, *flags):
+    out = files / "out.safetensors"
+    prompt_file = str(files / "first.safetensors")
+    base = ["generate", str(engine.bundle.path), "--prompt-embeds", prompt_file, "--out", str(out), "--device", "cpu"]
+    return main([*base, *flags, "--json"]), out
+
+
+def test_generate_goes_on_and_switches(engines, files, capsys):
+    engine = engines(**FULL)
+    code, out = generate(engine, files, "--chunks", "2")
+    assert code == 0
+    clip = files / "clip.safetensors"
+    out.rename(clip)
+    capsys.readouterr()
+    flags = ["--given", str(clip), "--chunks", "2", "--switch", f"1={files / 'second.safetensors'}"]
+    code, out = generate(engine, files, *flags, "--switch-policy", "recache")
+    assert code == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["shape"] == [12, 16, 4, 6]
+    first, second = (chunk["switch_ms"] for chunk in report["chunks"])
+    assert first is None
+    assert second > 0
+    assert torch.equal(load_file(out)["latents"][:6], load_file(clip)["latents"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--switch", "second.safetensors"], "CHUNK=FILE"),
+        (["--switch", "0={second}", "--chunks", "2"], "chunks are 0 to 1"),
+        (["--switch", "2={second}", "--chunks", "2"], "chunks are 0 to 1"),
+        (["--switch", "1=none.safetensors", "--chunks", "2"], "cannot be read"),
+        (["--given", "none.safetensors"], "cannot be read"),
+        (["--given", "{second}"], "no tensor 'latents'"),
+    ],
+)
+def test_generate_refuses_before_it_begins(engines, files, capsys, flags, message):
+    flags = [flag.format(second=files / "second.safetensors") for flag in flags]
+    code, out = generate(engines(**FULL), files, *flags)
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
