@@ -191,14 +191,29 @@ def _kernel_row(kernel: dict[str, Any]) -> tuple[str, str]:
     return name, ", ".join(facts)
 
 
-def _switch(text: str) -> "tuple[int, torch.Tensor]":
-    """`3=prompt.safetensors` as chunk 3 and the prompt's embeddings."""
+def _prompts(arguments: argparse.Namespace, config: Config) -> "tuple[torch.Tensor, dict[int, torch.Tensor]]":
+    """Embeddings of the first prompt, and of those that follow, by chunk: read from files, or encoded from text."""
+    from causalrt.model.text import TextEncoder
     from causalrt.runtime.files import read_prompt_embeds
 
-    chunk, separator, path = text.partition("=")
-    if not separator or not chunk.isdecimal():
-        raise RequestError(f"--switch wants CHUNK=FILE, for example --switch 3=prompt.safetensors, got {text!r}")
-    return int(chunk), read_prompt_embeds(Path(path))
+    later = {}
+    for text in arguments.switch:
+        chunk, separator, prompt = text.partition("=")
+        if not separator or not chunk.isdecimal():
+            raise RequestError(f"--switch wants CHUNK=PROMPT, for example --switch '3=a fox runs', got {text!r}")
+        later[int(chunk)] = prompt
+    if arguments.prompt is None:
+        if arguments.text_encoder is not None:
+            raise RequestError("--text-encoder is for --prompt; leave it out, or give the prompt as text")
+        embeds = read_prompt_embeds(arguments.prompt_embeds)
+        return embeds, {chunk: read_prompt_embeds(Path(path)) for chunk, path in later.items()}
+    if arguments.text_encoder is None:
+        raise RequestError(
+            "--prompt needs --text-encoder FOLDER: Wan's released folder, or one in the diffusers layout"
+        )
+    model = config.model
+    encoder = TextEncoder.from_folder(arguments.text_encoder, text_dim=model.text_dim, max_tokens=model.text_len)
+    return encoder.encode(arguments.prompt), {chunk: encoder.encode(prompt) for chunk, prompt in later.items()}
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -206,21 +221,22 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     from causalrt.engines.bundle import open_bundle
     from causalrt.runtime.engine import load
-    from causalrt.runtime.files import check_writable, read_latents, read_prompt_embeds, write_latents
+    from causalrt.runtime.files import check_writable, read_latents, write_latents
     from causalrt.runtime.noise import SeededNoise
     from causalrt.runtime.session import checked_chunks, checked_given
 
-    prompt = read_prompt_embeds(arguments.prompt_embeds)
+    start = time.perf_counter()
     given = None if arguments.given is None else read_latents(arguments.given)
-    switches = dict(map(_switch, arguments.switch))
     check_writable(arguments.out)
     SeededNoise(arguments.seed)  # refuse before the ranks are started
     config = open_bundle(arguments.bundle, verify=False).config
+    prompt, switches = _prompts(arguments, config)
+    text_s = time.perf_counter() - start
     num_chunks = checked_chunks(config, arguments.chunks, num_given=len(checked_given(config, given)))
     late = [chunk for chunk in switches if not 0 < chunk < num_chunks]
     if late:
         raise RequestError(
-            f"--switch {late[0]}=...: chunks are 0 to {num_chunks - 1}, and the first has --prompt-embeds"
+            f"--switch {late[0]}=...: chunks are 0 to {num_chunks - 1}, and the first has its prompt already"
         )
     start = time.perf_counter()
     latents, report = [], []
@@ -262,6 +278,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         "out": str(arguments.out),
         "shape": list(video.shape),
         "executor": engine.executor,
+        "text_s": text_s,
         "load_s": loaded_s,
         "first_chunk_ms": report[0]["latency_ms"],
         "chunks": report,
@@ -467,11 +484,15 @@ def _parser() -> argparse.ArgumentParser:
     made = command(
         "generate",
         _generate,
-        "Generate latents from prompt embeddings.",
+        "Generate latents from a prompt, or from the embeddings of one.",
+        "  causalrt generate bundle --prompt 'a fox in the snow' --text-encoder Wan2.1-T2V-1.3B --out latents.safetensors\n"
         "  causalrt generate bundle --prompt-embeds prompt.safetensors --seed 1 --out latents.safetensors",
     )
     made.add_argument("bundle", type=Path)
-    made.add_argument("--prompt-embeds", required=True, type=Path, help=".safetensors, .npy or .pt, [rows, text_dim]")
+    prompts = made.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="what to show; with --text-encoder")
+    prompts.add_argument("--prompt-embeds", type=Path, help=".safetensors, .npy or .pt, [rows, text_dim]")
+    made.add_argument("--text-encoder", type=Path, help="folder of umT5: Wan's released one, or the diffusers layout")
     made.add_argument("--out", required=True, type=Path, help="safetensors file to write, given frames included")
     made.add_argument(
         "--given", type=Path, help="latents that the video begins with, whole chunks: what --out writes, say"
@@ -480,8 +501,8 @@ def _parser() -> argparse.ArgumentParser:
         "--switch",
         action="append",
         default=[],
-        metavar="CHUNK=FILE",
-        help="prompt embeddings from this chunk on; may be given again",
+        metavar="CHUNK=PROMPT",
+        help="another prompt from this chunk on, given as the first one is; may be given again",
     )
     made.add_argument(
         "--switch-policy",

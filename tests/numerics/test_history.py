@@ -246,7 +246,8 @@ def test_generate_goes_on_and_switches(engines, files, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--switch", "second.safetensors"], "CHUNK=FILE"),
+        (["--switch", "second.safetensors"], "CHUNK=PROMPT"),
+        (["--text-encoder", "wan"], "--text-encoder is for --prompt"),
         (["--switch", "0={second}", "--chunks", "2"], "chunks are 0 to 1"),
         (["--switch", "2={second}", "--chunks", "2"], "chunks are 0 to 1"),
         (["--switch", "1=none.safetensors", "--chunks", "2"], "cannot be read"),
