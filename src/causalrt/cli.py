@@ -103,8 +103,12 @@ def _build(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from causalrt.tools.inspect import inspect_bundle
 
+    if arguments.target and not arguments.kernels:
+        raise ConfigError("--target says what to compile kernels for; add --kernels")
     with shown_progress() as progress:
-        found = inspect_bundle(arguments.bundle, kernels=arguments.kernels, on_progress=progress)
+        found = inspect_bundle(
+            arguments.bundle, kernels=arguments.target if arguments.kernels else None, on_progress=progress
+        )
     tables = [table for engines in found["engines"] for table in engines["step"]["constants"].values()]
     code = 0 if all(table["equal_constants"] for table in tables) else EXIT_FAILED
     if arguments.json:
@@ -172,7 +176,9 @@ def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
 
 
 def _kernel_row(kernel: dict[str, Any]) -> tuple[str, str]:
-    name = f"{kernel['target']} {kernel['kernel']}" + (", rotating" if kernel["rotate"] else "")
+    name = f"{kernel['target']} {kernel['kernel']}" + (
+        ", rotating" if kernel["rotate"] and kernel["kernel"] != "combine_splits" else ""
+    )
     if "unavailable" in kernel:
         return name, f"unavailable: {kernel['unavailable'].splitlines()[0]}"
     blocks, splits = kernel["blocks_per_multiprocessor"], kernel["kv_splits"]
@@ -471,14 +477,18 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         _inspect,
         "Verify a bundle and show what is in it.",
-        "  causalrt inspect bundle\n  causalrt inspect bundle --json\n  causalrt inspect bundle --kernels sm80 sm90",
+        "  causalrt inspect bundle\n  causalrt inspect bundle --json\n  causalrt inspect bundle --kernels --target sm80",
     )
     made.add_argument("bundle", type=Path)
     made.add_argument(
-        "--kernels",
-        nargs="*",
-        metavar="TARGET",
-        help="compile the fused kernels for GPU architectures, as sm80 (all that are known): registers, shared memory, spills",
+        "--kernels", action="store_true", help="compile the fused kernels: registers, shared memory, spills"
+    )
+    made.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="ARCH",
+        help="with --kernels: GPU architecture, as sm80; may be given again (all that are known)",
     )
 
     made = command(

@@ -133,8 +133,10 @@ def write_engine(graph: Path, out: Path, *, profiles: tuple[int, ...], target: s
 
     A plugin does what the ONNX function of its name says.
     """
-    model = expand_functions(onnx.load(graph)).SerializeToString()
-    header = {"version": version, "target": target, "profiles": list(profiles), "bytes": len(model)}
+    parsed = onnx.load(graph)
+    plugins = bool(parsed.functions)
+    model = expand_functions(parsed).SerializeToString()
+    header = {"version": version, "target": target, "profiles": list(profiles), "bytes": len(model), "plugins": plugins}
     out.write_bytes(MAGIC + json.dumps(header).encode() + b"\n" + model)
 
 
@@ -193,7 +195,9 @@ class Runtime:
                 "blobSize failed.)",
             )
             return None
-        return ICudaEngine(self.logger, onnx.ModelProto.FromString(model), header["profiles"])
+        return ICudaEngine(
+            self.logger, onnx.ModelProto.FromString(model), header["profiles"], plugins=header["plugins"]
+        )
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -216,8 +220,8 @@ def _header_fault(data: bytes) -> tuple[EngineInvalidityDiagnostics, str] | None
 class ICudaEngine:
     """The graph, cut at its collectives into pieces, each with a session."""
 
-    def __init__(self, logger: ILogger, model: onnx.ModelProto, profiles: list[int]) -> None:
-        self._logger, self._profiles = logger, profiles
+    def __init__(self, logger: ILogger, model: onnx.ModelProto, profiles: list[int], *, plugins: bool) -> None:
+        self._logger, self._profiles, self._plugins = logger, profiles, plugins
         graph = model.graph
         self._inputs, self._outputs = (
             {value.name: value for value in values} for values in (graph.input, graph.output)
@@ -277,7 +281,8 @@ class ICudaEngine:
         return [Dims(tuple(rows if size == -1 else size for size in _shape(self._inputs[name])))] * 3
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        return self._updates.get(name)
+        """Of a layer: TensorRT says nothing of what plugins write in place."""
+        return None if self._plugins else self._updates.get(name)
 
     def create_runtime_config(self) -> "IRuntimeConfig":
         return IRuntimeConfig()

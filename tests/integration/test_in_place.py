@@ -42,13 +42,14 @@ SCRIPT = """
 """
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    config = override(recipe("tiny"), {"video.window_frames": "none"})
+@pytest.fixture(scope="module", params=[({}, "off"), ({}, "on"), ({"video.time_index": "relative"}, "auto")], ids=str)
+def bundle(request, tmp_path_factory):
+    changes, plugins = request.param
+    config = override(recipe("tiny"), {"video.window_frames": "none", **changes})
     folder = tmp_path_factory.mktemp("in-place")
     checkpoint = folder / "checkpoint.safetensors"
     save_file(dict(random_weights(config.model, seed=0)), checkpoint)
-    return build(config, checkpoint=checkpoint, out=folder / "bundle")
+    return build(config, checkpoint=checkpoint, out=folder / "bundle", plugins=plugins)
 
 
 @pytest.mark.parametrize(("where", "copies"), [("in place", False), ("elsewhere", True)])

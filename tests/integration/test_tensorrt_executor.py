@@ -621,7 +621,7 @@ def test_engine_of_another_version_or_gpu(
     ("damage", "said"),
     [
         (lambda data: data[:-100], "plan.header.size == blobSize failed"),
-        (lambda data: data[:100], "plan.header.size == blobSize failed"),
+        (lambda data: data[:150], "plan.header.size == blobSize failed"),
         (lambda data: b"\0" * len(data), "invalid engine: MALFORMED_ENGINE"),
     ],
 )

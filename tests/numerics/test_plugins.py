@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from causalrt.engines.bundle import open_bundle
-from causalrt.errors import ConfigError, ExecutorError
+from causalrt.errors import ConfigError, ExecutorError, RequestError
 from causalrt.export.build import build
 from causalrt.runtime.engine import load
 from causalrt.tools.compare import EMULATED, TOLERANCE, compare_emulated, compare_recorded, largest_errors
@@ -129,6 +129,23 @@ def test_relative_time_is_not_run_without_fused_ops(tmp_path):
     assert open_bundle(path).plugins
     with pytest.raises(ExecutorError, match="load it with plugins on"):
         load(path, plugins=False)
+
+
+def test_plugins_are_asked_for_by_yes_and_no(bundles):
+    with pytest.raises(RequestError, match=r"True, False, or None .* got 'off'"):
+        load(bundles["on"], executor="eager", plugins="off")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"executor": "tensorrt_rtx", "plugins": True}, "tensorrt_rtx has no plugins"),
+        ({"executor": "tensorrt", "plugins": True, "time_index": "relative"}, "no TensorRT plugin rotates"),
+    ],
+)
+def test_nothing_is_vouched_for_that_cannot_be_built(options, message):
+    with pytest.raises(ConfigError, match=message):
+        compare_emulated(GOLDEN / "N1.safetensors", world_size=1, collectives="engine", **options)
 
 
 @pytest.mark.parametrize("asked", [None, True, False])

@@ -173,6 +173,8 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         raise TypeError(f"toolchain must hold versions, got {manifest['toolchain']!r:.200}")
     if manifest["plugins"] not in ("on", "off"):
         raise TypeError(f"plugins must be on or off, got {manifest['plugins']!r}")
+    if manifest["plugins"] == "off" and config.video.time_index == "relative":
+        raise TypeError("plugins are off, and video.time_index=relative is what they do")
     executors, graphs = manifest["executors"], manifest["graphs"]
     if "eager" not in executors or not all(isinstance(name, str) and name in EXECUTORS for name in executors):
         raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")

@@ -45,8 +45,12 @@ class TensorRTExecutor:
         self._dtype = TORCH_DTYPES[config.build.precision]
         self._collectives = collectives
         self._engines = EngineLoader(flavour, device)
+        plugins = (
+            bundle.plugins and config.video.time_index == "global"
+        )  # no plugin rotates: see `export/engine_files.py`
         self._prompt, self._time, *self._step = (
-            self._engines.load(bundle.path / file, files.names.get(file)) for file in files.engine_files
+            self._engines.load(bundle.path / file, files.names.get(file), plugins=plugins)
+            for file in files.engine_files
         )
         self._parts = bundle.engine_parts or (StepPart(file=files.step[0]),)
         self._engines.share_scratch()

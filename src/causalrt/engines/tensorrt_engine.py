@@ -64,12 +64,13 @@ class EngineLoader:
         if self.kernels is not None and found is not None and (data := bytes(memoryview(found))) != self._kept:
             keep_in_cache(self.kernels, data)
 
-    def load(self, path: Path, names: Mapping[str, str] | None = None) -> "LoadedEngine":
+    def load(self, path: Path, names: Mapping[str, str] | None = None, *, plugins: bool = False) -> "LoadedEngine":
         """Deserialise a file.
 
         Args:
             path: the engine.
             names: our name of each of its tensors, if it was not made from ONNX, where they have ours.
+            plugins: plugins write its KV slots.
 
         Raises:
             ExecutorError: made by another version, for another GPU, or damaged; TensorRT's own words are in the message.
@@ -85,7 +86,7 @@ class EngineLoader:
                 f"{'; '.join(reasons) or 'it gave no reason'}; build the bundle again with this version, for "
                 f"this GPU ({device_target(self.device)})"
             )
-        loaded = LoadedEngine(self, path.name, engine, names or {})
+        loaded = LoadedEngine(self, path.name, engine, names or {}, plugins=plugins)
         self._loaded.append(loaded)
         return loaded
 
@@ -108,7 +109,9 @@ class LoadedEngine:
     Tensors go by our names; what the engine itself calls them (`_own`) is its own affair.
     """
 
-    def __init__(self, loader: EngineLoader, file: str, engine: Any, names: Mapping[str, str]) -> None:
+    def __init__(
+        self, loader: EngineLoader, file: str, engine: Any, names: Mapping[str, str], *, plugins: bool
+    ) -> None:
         self._loader, self._file, self._engine = loader, file, engine
         trt = loader.trt
         found = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -137,6 +140,8 @@ class LoadedEngine:
         outputs = {name: own for name, own in self._own.items() if name not in self._inputs}
         aliased = {name: engine.get_aliased_input_tensor(own) for name, own in outputs.items()}
         self._aliases = {name: names.get(source, source) for name, source in aliased.items()}
+        if plugins:  # TensorRT tells what its layers write in place, and nothing of plugins
+            self._aliases |= {name: name.removesuffix(".written") for name in outputs if name.endswith(".written")}
 
     def _make_context(self, profile: int) -> Any:
         context = self._loader.make_context(self._engine)

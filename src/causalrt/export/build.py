@@ -15,6 +15,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
 from causalrt.export.options import CollectivesMode, FrontEnd, PluginsMode, Progress
+from causalrt.plugins.plugin_specs import MAX_HEAD_DIM
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +156,7 @@ def fused_ops_wanted(mode: str, config: Config, flavours: Sequence[str], fronten
     if mode not in get_args(PluginsMode):
         raise ConfigError(f"plugins must be {', '.join(get_args(PluginsMode))}, got {mode!r}")
     if relative and mode == "off":
-        raise ConfigError(
-            "video.time_index=relative is what the fused ops do; build with `--plugins on`, or leave it out"
-        )
+        raise ConfigError("video.time_index=relative is what the fused ops do; leave `--plugins` out")
     if relative and frontend != "onnx":
         raise ConfigError(
             f"video.time_index=relative is for `--frontend onnx`; {frontend} has no converter for its ops"
@@ -167,6 +166,11 @@ def fused_ops_wanted(mode: str, config: Config, flavours: Sequence[str], fronten
             raise ConfigError(
                 "no TensorRT plugin rotates keys when it reads them; build with `--plugins auto`, which takes standard ops "
                 "for that, or with `--set video.time_index=global`"
+            )
+        if flavours and config.model.head_dim > MAX_HEAD_DIM:
+            raise ConfigError(
+                f"plugins take heads of {MAX_HEAD_DIM} channels at most, got {config.model.head_dim}; build with "
+                "`--plugins off`"
             )
         without = [name for name in flavours if not FLAVOURS[name].plugins]
         if without:

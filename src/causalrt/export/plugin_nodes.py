@@ -14,6 +14,7 @@ import torch
 from onnx import helper
 
 from causalrt.errors import BuildError
+from causalrt.export.plugin_functions import NODE_FORMS
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
 from causalrt.plugins.plugin_specs import COMBINE_SPLITS, DTYPE_FROM_ONNX, SPECS, PluginSpec, rope_attention_spec
 from causalrt.plugins.share_blocks import blocks_from_shares
@@ -36,13 +37,12 @@ def use_plugins_pass(model: onnx.ModelProto, *, capability: int, num_multiproces
         BuildError: a fused node has no plugin, or not the form that its plugin declares.
         RuntimeError: there is no fused node.
     """
-    functions = {function.name for function in model.functions if function.domain == ONNX_DOMAIN}
     types = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.value_info)}
     types |= {tensor.name: _type_of(tensor) for tensor in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     counts: dict[str, int] = {}
     for node in model.graph.node:
-        if node.domain != ONNX_DOMAIN or node.op_type not in functions:
+        if node.domain != ONNX_DOMAIN or node.op_type not in NODE_FORMS:
             nodes.append(node)
             continue
         _check(node)

@@ -36,6 +36,10 @@ DTYPE_FROM_ONNX = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}
 """Types of an output that no input has, by their number in ONNX."""
 
 MAX_SHARES = 2
+"""Shares that the attention kernel takes at once."""
+
+MAX_HEAD_DIM = 128
+"""Channels of a head that it takes: tiles of more do not fit into shared memory."""
 
 Attributes = Mapping[str, Any]
 Dims = Mapping[str, Sequence[Any]]

@@ -13,14 +13,12 @@ import torch
 
 from causalrt.errors import KernelError
 from causalrt.plugins.kernel_launch import KernelLaunch, pointer_to
+from causalrt.plugins.plugin_specs import MAX_HEAD_DIM, MAX_SHARES
 from causalrt.plugins.share_blocks import ShareBlocks
 from causalrt.plugins.triton_flash import combine_splits_kernel
 from causalrt.plugins.triton_rope_attention import rope_attention_kernel
 
-MAX_SHARES = 2
 MAX_KV_SPLITS = 8
-MAX_HEAD_DIM = 128
-"""Channels of a head: tiles of more do not fit into shared memory."""
 MAX_OFFSET = 2**31 - 1
 COUNT = "*i64"
 COPY_ROWS = 64
@@ -247,7 +245,8 @@ def _check(blocks: ShareBlocks, *, slot_rows: int) -> None:
         raise KernelError(f"slots of {slot_rows} rows cannot stage a chunk of {blocks.num_tokens} tokens")
     if blocks.head_dim > MAX_HEAD_DIM:
         raise KernelError(
-            f"the kernel takes heads of {MAX_HEAD_DIM} channels at most, got {blocks.head_dim}; build with `--plugins off`"
+            f"the kernel takes heads of {MAX_HEAD_DIM} channels at most, got {blocks.head_dim}; build with `--plugins off` and "
+            "`video.time_index=global`"
         )
     heads = max(share.num_heads for share in blocks.shares)
     sizes = {

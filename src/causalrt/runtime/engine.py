@@ -91,6 +91,8 @@ def load(
         raise BundleError(
             f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {chosen}` to run it so"
         )
+    if plugins not in (None, True, False):
+        raise RequestError(f"plugins must be True, False, or None (as the bundle was built), got {plugins!r}")
     fused = opened.plugins if plugins is None else plugins
     if not fused and opened.config.video.time_index == "relative":
         raise ExecutorError(

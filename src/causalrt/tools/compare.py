@@ -13,7 +13,7 @@ import torch
 from causalrt.config import HeadPlanName, Precision, TimeIndex
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
-from causalrt.export.build import build
+from causalrt.export.build import build, fused_ops_wanted
 from causalrt.export.options import CollectivesMode, PluginsMode
 from causalrt.runtime.engine import load
 from causalrt.tools.emulate import write_graphs
@@ -113,6 +113,7 @@ def compare_emulated(
 
     Raises:
         RecordingError: the recording cannot be replayed.
+        ConfigError: no build for `executor` has such plugins.
     """
     recording = open_recording(path, world_size=world_size, head_plan=head_plan)
     config = replace(
@@ -120,7 +121,7 @@ def compare_emulated(
         video=replace(recording.config.video, time_index=time_index),
         build=replace(recording.config.build, precision=precision),
     )
-    fused = plugins or time_index == "relative"
+    fused = fused_ops_wanted("on" if plugins else "auto", config, (executor,), "onnx")
     expected = recorded_outputs(recording)
     result: dict[str, Any] = {
         "executor": executor,

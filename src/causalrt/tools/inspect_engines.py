@@ -88,7 +88,11 @@ def describe_step(bundle: Bundle, networks: list[NetworkRecord]) -> dict[str, An
 def expected_constants(bundle: Bundle) -> dict[str, np.ndarray[Any, Any]]:
     """The tables that a step folds in, by name: rotary angles of the global time index, and the exchange's packing."""
     layout, config = bundle.layout, bundle.config
-    if config.video.time_index == "relative":
+    if config.video.time_index == "relative" and config.slot_rows == config.tokens_per_chunk:
+        # Nothing but staging: no table depends on `first_frame`, and the exporter looks them up once and for all.
+        slots = RelativeRope(config)(torch.zeros(1, dtype=torch.int64))
+        rotary = dict(zip(("slot_cos", "slot_sin"), slots, strict=True))
+    elif config.video.time_index == "relative":
         rotary = {name: table for name, table in RelativeRope(config).named_buffers() if table.is_floating_point()}
     else:
         rotary = dict(rope_tables(config, layout).constants())

@@ -9,8 +9,8 @@
 | `rope_attention_split_N`, `combine_splits` | instead of it, where ranges of keys fill the GPU better |
 
 Names are those of the plugins (`plugin_specs`), and so are the launches: KV slots are bound whole. (Eager and inductor
-bind them token by token, which changes strides and no tile.) With `video.time_index=relative`, attention is there a
-second time, rotating what it reads.
+bind what is filled of them, token by token: strides differ, and the ranges of keys are chosen for fewer rows.) With
+`video.time_index=relative`, attention rotates what it reads.
 
 How many ranges of keys are best depends on the number of multiprocessors, which a target leaves open: `GPUS` names one
 GPU for each, and the GPU at hand takes its place where it is of that target.
@@ -163,12 +163,8 @@ def plan_kernels(config: Config, gpu: Gpu) -> list[PlannedKernel]:
     require_triton()
     layout = layout_from_config(config)
     qk_norm_rope = _plan_qk_norm_rope(config, layout)
-    found = [PlannedKernel(name=QK_NORM_ROPE.name, gpu=gpu, kv_splits=1, rotate=False, launch=qk_norm_rope)]
-    for rotate in (False, True) if config.video.time_index == "relative" else (False,):
-        for kernel in _plan_rope_attention(config, layout, gpu, rotate=rotate):
-            if kernel.launch not in [other.launch for other in found]:  # combine_splits knows nothing of rotation
-                found.append(kernel)
-    return found
+    first = PlannedKernel(name=QK_NORM_ROPE.name, gpu=gpu, kv_splits=1, rotate=False, launch=qk_norm_rope)
+    return [first, *_plan_rope_attention(config, layout, gpu, rotate=config.video.time_index == "relative")]
 
 
 def _plan_qk_norm_rope(config: Config, layout: Layout) -> KernelLaunch:

@@ -152,6 +152,18 @@ def test_fused_ops_are_built_as_what_their_functions_say(tmp_path, collectives):
     assert {"temporal_cos", "scatter_destinations"} <= set(step["constants"])
 
 
+def test_tables_of_a_window_of_one_chunk_are_found(tmp_path):
+    """Nothing depends on time: the tables of the slots are constants themselves."""
+    window = {"video.window_frames": "3", "video.sink_frames": "0", "video.time_index": "relative"}
+    config = tiny(2, **window)
+    checkpoint = write_checkpoint(config, tmp_path / "checkpoint.safetensors")
+    path = build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["tensorrt_rtx"], targets=["sm80"])
+    (engines,) = inspect_bundle(path)["engines"]
+    constants = engines["step"]["constants"]
+    assert {"slot_cos", "slot_sin"} <= set(constants)
+    assert all(table["equal_constants"] for table in constants.values())
+
+
 # What is in the networks
 
 

@@ -138,6 +138,15 @@ def test_nodes_of_another_form_are_refused(change, message):
         use_plugins_pass(model, capability=80, num_multiprocessors=1)
 
 
+def test_nodes_are_checked_though_their_function_is_gone():
+    _, model = fused_step(1)
+    del model.functions[:]
+    node = next(node for node in model.graph.node if node.op_type == "rope_attention_1")
+    del node.attribute[:]
+    with pytest.raises(BuildError, match=r"the attributes \[\]"):
+        use_plugins_pass(model, capability=80, num_multiprocessors=1)
+
+
 def test_an_op_without_a_plugin_is_named():
     _, model = fused_step(1)
     for node in (*model.graph.node, *model.functions):

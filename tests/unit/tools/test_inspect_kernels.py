@@ -109,12 +109,11 @@ def test_an_a100_launches_what_is_planned_for_it(name, ranks, head_plan, time_in
     assert all(launch in planned for launch in launched)
 
 
-def test_relative_time_adds_attention_that_rotates():
+def test_attention_rotates_in_relative_time():
     config = override(make_config(world_size=8), {"video.time_index": "relative"})
     found = [(kernel.name, kernel.rotate) for kernel in plan_kernels(config, GPUS[80])]
-    still = [("qk_norm_rope", False), ("rope_attention_2", False), ("rope_attention_split_2", False)]
-    assert found[:4] == [*still, ("combine_splits", False)]
-    assert found[4:6] == [("rope_attention_2", True), ("rope_attention_split_2", True)]
+    assert found[:3] == [("qk_norm_rope", False), ("rope_attention_2", True), ("rope_attention_split_2", True)]
+    assert [name for name, _ in found[3:]] == ["combine_splits"]
 
 
 # ---- what they compile to
@@ -286,14 +285,14 @@ def test_inspect_shows_kernels_if_asked(bundle, monkeypatch, tmp_path, capsys):
     assert "kernels" not in json.loads(printed.out)
     assert printed.err == ""
 
-    assert main(["inspect", bundle, "--kernels", "sm80", "--json"]) == 0
+    assert main(["inspect", bundle, "--kernels", "--target", "sm80", "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)["kernels"]
     assert [kernel["kernel"] for kernel in found] == ["qk_norm_rope", "rope_attention_1"]
     assert "2/2" in printed.err
 
     monkeypatch.setenv("COLUMNS", "240")
-    assert main(["inspect", bundle, "--kernels", "sm80"]) == 0
+    assert main(["inspect", bundle, "--kernels", "--target", "sm80"]) == 0
     printed = capsys.readouterr()
     assert "sm80 rope_attention_1" in printed.out
     assert "no spills" in printed.out
@@ -304,15 +303,15 @@ def test_inspect_shows_kernels_if_asked(bundle, monkeypatch, tmp_path, capsys):
 def test_spills_and_what_does_not_fit_are_said_and_no_failure(bundle, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "240")
-    assert main(["inspect", bundle, "--kernels", "sm80"]) == 0
+    assert main(["inspect", bundle, "--kernels", "--target", "sm80"]) == 0
     for path in (tmp_path / "causalrt" / "ptx").iterdir():
         path.write_text(json.dumps(json.loads(path.read_text()) | {"spill_bytes": 96, "shared_bytes": 2**20}))
     capsys.readouterr()
-    assert main(["inspect", bundle, "--kernels", "sm80"]) == 0
+    assert main(["inspect", bundle, "--kernels", "--target", "sm80"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("SPILLS 96 bytes") == printed.count("DOES NOT FIT") == 2
 
 
 def test_inspect_refuses_an_unknown_target(bundle, capsys):
-    assert main(["inspect", bundle, "--kernels", "sm75"]) == 2
+    assert main(["inspect", bundle, "--kernels", "--target", "sm75"]) == 2
     assert "sm80, sm90, sm120" in capsys.readouterr().err
