@@ -1,0 +1,112 @@
+"""The streaming decoder as two ONNX graphs, and the weight file that both refer to.
+
+    vae.safetensors   the whole VAE under diffusers' names, its config in the header: `load_vae` reads it, to encode
+    vae-first.onnx    latent                  -> frames, cache.*.written, but of those that stay zero
+    vae-next.onnx     latent, cache.00 ...    -> frames, cache.00.written ...
+
+`model/vae.py` has the modules that are traced; every size is static. The precision is that of the VAE's weights, latents are
+float32 in any. The one attention is spelled out: its head has 384 channels, and TensorRT has fused kernels up to 256.
+"""
+
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.export import ExportedProgram
+
+from causalrt.engines.bundle import publish_file
+from causalrt.engines.vae import FIRST_GRAPH, FRAMES, LATENT, NEXT_GRAPH, VAE_WEIGHTS, WRITTEN
+from causalrt.errors import BuildError
+from causalrt.export.engine_worker import EngineRequest
+from causalrt.export.options import Progress
+from causalrt.export.share_weights import share_weights_pass
+from causalrt.export.translate import onnx_from_program
+from causalrt.model.decode_state import cache_name
+from causalrt.model.vae import FirstFrame, NextFrame, cache_slots
+from causalrt.model.vae_checkpoint import CONFIG_KEY, VaeConfig
+
+STAGE = "VAE graphs"
+
+
+def write_vae(vae: Any, folder: Path, on_progress: Progress, *, latent_height: int, latent_width: int) -> None:
+    """Write the three files into a bundle's folder.
+
+    Args:
+        vae: of `load_vae`, on the CPU, in the precision that the graphs shall have.
+        folder: of the bundle.
+        on_progress: told of each stage.
+        latent_height: rows of a latent; a frame has 8 times as many.
+        latent_width: columns.
+
+    Raises:
+        BuildError: the weights cannot be written.
+    """
+    on_progress(STAGE, 0, 3)
+    write_vae_weights(vae, folder / VAE_WEIGHTS)
+    on_progress(STAGE, 1, 3)
+    slots = cache_slots(VaeConfig.from_mapping(vae.config), latent_height=latent_height, latent_width=latent_width)
+    names = [cache_name(index) for index in range(len(slots))]
+    filled = [name for name, slot in zip(names, slots, strict=True) if not slot.skips_first]
+    latent = torch.empty(1, slots[0].shape[1], latent_height, latent_width)
+    caches = [torch.empty(slot.shape, dtype=vae.dtype) for slot in slots]
+    first = torch.export.export(FirstFrame(vae).eval(), (latent,), strict=False)
+    _write_graph(first, folder, FIRST_GRAPH, inputs=[LATENT], written=filled)
+    on_progress(STAGE, 2, 3)
+    following = torch.export.export(NextFrame(vae).eval(), (latent, caches), strict=False)
+    _write_graph(following, folder, NEXT_GRAPH, inputs=[LATENT, *names], written=names)
+    on_progress(STAGE, 3, 3)
+
+
+def write_vae_weights(vae: Any, path: Path) -> None:
+    """Write all weights and the config, as `load_vae` reads them again.
+
+    Raises:
+        BuildError: the file cannot be written.
+    """
+    state = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
+    config = json.dumps(VaeConfig.from_mapping(vae.config).to_mapping())
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(state, partial, {CONFIG_KEY: config})
+        publish_file(partial, path)
+    except (SafetensorError, OSError) as error:
+        size_mib = sum(tensor.nbytes for tensor in state.values()) / 2**20
+        raise BuildError(f"cannot write the VAE's weights ({size_mib:.0f} MiB) to {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention as products and a softmax, in float32: rounded scores would be wrong by percents in a 16-bit type."""
+    scores = (q.float() / math.sqrt(q.shape[-1])) @ k.float().transpose(-2, -1)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype)
+
+
+def _write_graph(program: ExportedProgram, folder: Path, name: str, *, inputs: list[str], written: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, about itself
+        plain = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: _attention})
+    outputs = [FRAMES, *(cache + WRITTEN for cache in written)]
+    translated = onnx_from_program(plain, input_names=inputs, output_names=outputs)
+    for node in translated.graph:
+        node.metadata_props.pop(
+            "pkg.torch.onnx.stack_trace", None
+        )  # where this package lies, which makes builds differ
+    onnx.save(ir.to_proto(share_weights_pass(translated, folder / VAE_WEIGHTS)), folder / name)
+
+
+def vae_engine_requests(prefix: str) -> list[EngineRequest]:
+    """What `engine_worker` is asked for, to build the two graphs as TensorRT engines `<prefix>-vae-first.engine` and so on."""
+    expected = {"attentions": 0, "lengths": 0, "collectives": 0, "cache_updates": 0, "plugins": 0}
+    return [
+        EngineRequest(onnx=name, engine=f"{prefix}-{Path(name).stem}.engine", profiles=(), expected=expected)
+        for name in (FIRST_GRAPH, NEXT_GRAPH)
+    ]

@@ -1,0 +1,244 @@
+"""Wan's video VAE a chunk at a time: latents in, frames out, with the decoder's past kept by each session.
+
+    latent 0    -> FirstFrame ->  1 frame    every cache filled but those of the two time convolutions, which stay zero
+    latent 1, 2 -> NextFrame  ->  4 frames each, from the caches and into new ones
+    latent 3... -> NextFrame  ->  4 frames each
+
+so a first chunk of 3 latents is 9 frames, and a later one 12: to the bit what diffusers makes of the whole video at once.
+A cache is the last two inputs of a causal convolution, `[1, C, 2, h, w]`, and zeros before there were two. The decoder of
+diffusers takes its caches as an argument, so no state lies in the module, and any number of sessions share one.
+
+This module owns what a step computes, its state in eager, and encoding. Loading is `vae_checkpoint.py`'s affair, what a
+session sees `decode_state.py`'s; `engines/vae.py` runs the same two steps as exported graphs.
+
+Shapes: F latents, T frames, H and W sizes of a latent; a frame has 8H x 8W pixels.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from causalrt.errors import RequestError
+from causalrt.model.decode_state import DecodeState
+from causalrt.model.vae_checkpoint import VaeConfig
+
+SPATIAL_SCALE, TEMPORAL_SCALE = 8, 4
+CACHED_FRAMES = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSlot:
+    """A cache of the decoder: its shape, and whether it is a time convolution's, which the first frame leaves zero."""
+
+    shape: tuple[int, ...]
+    skips_first: bool
+
+
+def cache_slots(config: VaeConfig, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
+    """The decoder's caches, in the order in which it fills them."""
+    height, width = latent_height, latent_width
+
+    def slot(channels: int, *, skips_first: bool = False) -> CacheSlot:
+        return CacheSlot(shape=(1, channels, CACHED_FRAMES, height, width), skips_first=skips_first)
+
+    stages = [config.decoder_dim * mult for mult in reversed(config.dim_mult)]
+    slots = [slot(config.z_dim), *[slot(stages[0])] * 4]
+    channels = stages[0]
+    for index, out in enumerate(stages):
+        for _ in range(config.num_res_blocks + 1):
+            slots += [slot(channels), slot(out)]
+            channels = out
+        if index < len(config.temperal_downsample):
+            if config.temperal_downsample[-1 - index]:
+                slots.append(slot(out, skips_first=True))
+            height, width, channels = 2 * height, 2 * width, out // 2
+    return [*slots, slot(channels)]
+
+
+def cache_bytes(config: VaeConfig, *, latent_height: int, latent_width: int, dtype: torch.dtype) -> int:
+    """Bytes of one session's caches: 1801 MiB for Wan2.1 at 832x480 pixels in bfloat16.
+
+    While a frame is decoded, each in turn exists twice; `engines/vae.py` keeps two sets of them.
+    """
+    slots = cache_slots(config, latent_height=latent_height, latent_width=latent_width)
+    return sum(prod(slot.shape) for slot in slots) * dtype.itemsize
+
+
+class Doubled(nn.Module):
+    """Each pixel twice in either direction: what `nearest-exact` makes at a scale of 2, without a float32 copy or an index."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[N, C, h, w]` -> `[N, C, 2h, 2w]`."""
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _lean_decoder(decoder: nn.Module) -> nn.Module:
+    """A copy of diffusers' decoder over the same parameters, with `Doubled` in the place of its upsampling."""
+    lean = copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
+    for name, module in list(lean.named_modules()):
+        if isinstance(module, nn.Upsample):
+            assert (module.mode, module.scale_factor) == ("nearest-exact", (2.0, 2.0))
+            lean.set_submodule(name, Doubled())
+    return lean
+
+
+class _LatentDecoder(nn.Module):
+    """What the two steps share: the weights that decoding needs, and the constants."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        config = VaeConfig.from_mapping(vae.config)
+        # One name in front of all weights, that of `share_weights_pass`; not the VAE itself, which holds its encoder too.
+        self.wan = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": _lean_decoder(vae.decoder)})
+        self.dtype: torch.dtype = vae.dtype
+        for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
+            self.register_buffer(name, torch.tensor(values, device=vae.device).view(1, -1, 1, 1))
+
+    def decode(self, latent: torch.Tensor, cache: list[Any], *, first: bool) -> torch.Tensor:
+        """A normalised latent -> its frames in [-1, 1]; entries of `cache` are replaced, its tensors are not written to."""
+        signal = (latent.float() * self.std + self.mean).to(self.dtype).unsqueeze(2)
+        hidden = self.wan["post_quant_conv"](signal)
+        frames: torch.Tensor = self.wan["decoder"](hidden, feat_cache=cache, feat_idx=[0], first_chunk=first)
+        return frames.clamp(-1.0, 1.0)
+
+
+class FirstFrame(_LatentDecoder):
+    """The first latent of a video: it has no past, and the two time convolutions, which double the frames, are skipped."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae)
+        slots = cache_slots(VaeConfig.from_mapping(vae.config), latent_height=1, latent_width=1)
+        self.skips = [slot.skips_first for slot in slots]
+
+    def forward(self, latent: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`[1, C, H, W]` -> frame `[1, 3, 1, 8H, 8W]` in [-1, 1], and the caches but those that stay zero."""
+        cache: list[Any] = [None] * len(self.skips)
+        frames = self.decode(latent, cache, first=True)
+        filled = [past for past, skipped in zip(cache, self.skips, strict=True) if not skipped]
+        return frames, [F.pad(past, (0, 0, 0, 0, CACHED_FRAMES - 1, 0)) for past in filled]
+
+
+class NextFrame(_LatentDecoder):
+    """A later latent of a video."""
+
+    def forward(self, latent: torch.Tensor, caches: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`[1, C, H, W]`, the caches -> frames `[1, 3, 4, 8H, 8W]` in [-1, 1], and the next caches."""
+        cache = list(caches)
+        return self.decode(latent, cache, first=False), cache
+
+
+class StreamingDecoder:
+    """The decoder's weights, for any number of sessions.
+
+    Attributes:
+        config: of the VAE.
+        dtype: what it computes in.
+        device: where; the VAE stays there while the decoder lives.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.config = VaeConfig.from_mapping(vae.config)
+        self.dtype: torch.dtype = vae.dtype
+        self.device: torch.device = vae.device
+        self.first, self.next = FirstFrame(vae).eval(), NextFrame(vae).eval()
+
+    def open(self) -> DecodeState:
+        """The start of a video; its first latents settle its size."""
+        return EagerDecodeState(self)
+
+
+class EagerDecodeState(DecodeState):
+    """Caches as torch makes them: none is ever written to, so a snapshot is no copy."""
+
+    def __init__(self, decoder: StreamingDecoder) -> None:
+        super().__init__(channels=decoder.config.z_dim, dtype=decoder.dtype, latent_size=None)
+        self._decoder = decoder
+        self._cache: list[torch.Tensor] = []
+
+    def _decode_each(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        for latent in latents.to(self._decoder.device).unbind(0):
+            if self.latent_frames:
+                frames = self._decoder.next.decode(latent.unsqueeze(0), self._cache, first=False)
+            else:
+                frames, filled = self._decoder.first(latent.unsqueeze(0))
+                self._cache = self._with_zeros(filled)
+            self.latent_frames += 1
+            yield frames[0].transpose(0, 1)
+
+    def _with_zeros(self, filled: list[torch.Tensor]) -> list[torch.Tensor]:
+        """All caches after the first latent, from those that it has filled."""
+        height, width = filled[0].shape[3:]
+        slots, given = cache_slots(self._decoder.config, latent_height=height, latent_width=width), iter(filled)
+        return [filled[0].new_zeros(slot.shape) if slot.skips_first else next(given) for slot in slots]
+
+    def _cache_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
+        height, width = latent_size
+        return [s.shape for s in cache_slots(self._decoder.config, latent_height=height, latent_width=width)]
+
+    def _caches(self) -> list[torch.Tensor]:
+        return [cache.contiguous() for cache in self._cache]
+
+    def _set_caches(self, caches: list[torch.Tensor]) -> None:
+        self._cache = [cache.to(self._decoder.device) for cache in caches]
+
+    def _clear_caches(self) -> None:
+        self._cache = []
+
+
+@torch.no_grad()
+def encode(vae: Any, frames: torch.Tensor) -> torch.Tensor:
+    """Frames -> the latents that the transformer is given for them: the posterior's mode, normalised.
+
+    Args:
+        vae: of `load_vae`. Its state is not touched: calls from several threads do not meet.
+        frames: an image or a clip of 1 + 4k frames: uint8 `[T, height, width, 3]`, or floating `[T, 3, height, width]`
+            in [-1, 1].
+
+    Returns:
+        float32 `[1 + k, C, height / 8, width / 8]`.
+
+    Raises:
+        RequestError: wrong shape, type, number of frames, or values.
+    """
+    config = VaeConfig.from_mapping(vae.config)
+    signal = _signal_from_frames(frames).to(vae.device, vae.dtype).transpose(0, 1).unsqueeze(0)
+    cache: list[Any] = [None] * sum(isinstance(module, nn.Conv3d) for module in vae.encoder.modules())
+    starts = [0, *range(1, signal.shape[2], TEMPORAL_SCALE)]
+    steps = [signal[:, :, start : start + (TEMPORAL_SCALE if start else 1)] for start in starts]
+    hidden = torch.cat([vae.encoder(step, feat_cache=cache, feat_idx=[0]) for step in steps], dim=2)
+    mode: torch.Tensor = vae.quant_conv(hidden)[0, : config.z_dim].float().transpose(0, 1)
+    mean, std = (mode.new_tensor(values).view(-1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    return (mode - mean) / std
+
+
+def _signal_from_frames(frames: torch.Tensor) -> torch.Tensor:
+    """Checked frames, as floating `[T, 3, height, width]` in [-1, 1]."""
+    pixels = frames.dtype == torch.uint8
+    channels = 3 if pixels else 1
+    if frames.dim() != 4 or frames.shape[channels] != 3 or not (pixels or frames.is_floating_point()):
+        raise RequestError(
+            "frames to encode must be uint8 [T, height, width, 3] or floating [T, 3, height, width], "
+            f"got {frames.dtype} {list(frames.shape)}"
+        )
+    signal = frames.float().permute(0, 3, 1, 2) / 127.5 - 1.0 if pixels else frames
+    num_frames, _, height, width = signal.shape
+    if num_frames % TEMPORAL_SCALE != 1:
+        raise RequestError(f"a clip to encode must have 1 + 4k frames (1, 5, 9, ...), got {num_frames}; leave some out")
+    if not height or not width or height % SPATIAL_SCALE or width % SPATIAL_SCALE:
+        raise RequestError(
+            f"frames to encode must have multiples of {SPATIAL_SCALE} pixels, got {height}x{width}; resize them"
+        )
+    if not pixels and not ((signal >= -1.0) & (signal <= 1.0)).all():
+        raise RequestError(
+            "floating frames to encode must lie in [-1, 1], got others or NaN; divide pixels by 127.5, less 1"
+        )
+    return signal

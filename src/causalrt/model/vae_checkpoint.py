@@ -1,0 +1,281 @@
+"""Wan's video VAE from local files, as diffusers' module.
+
+    folder/vae/config.json, diffusion_pytorch_model.safetensors    layout diffusers
+    folder/Wan2.1_VAE.pth                                          layout wan: no sizes, no constants; tensors tell the sizes
+    vae.safetensors of a bundle                                    layout bundle: diffusers' names, the config in its header
+
+This module owns sizes, names and shapes; what is decoded with the weights is `vae.py`'s affair. The module is built without
+memory and given its tensors: on the CPU, those of the wanted type stay views of the mapped file. Nothing is downloaded, and no
+code in a file is run.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from causalrt.errors import CheckpointError, ExecutorError
+from causalrt.model.umt5_files import map_tensors
+
+VaeLayout = Literal["diffusers", "wan", "bundle"]
+
+WAN_FILE = "Wan2.1_VAE.pth"
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+CONFIG_KEY = "vae_config"
+"""Where the header of a bundle's weight file has the config, as JSON."""
+
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32)
+_LARGEST = 4096
+# fmt: off
+_LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+_LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeConfig:
+    """Sizes of the VAE under diffusers' names; the defaults are those of Wan2.1.
+
+    Attributes:
+        base_dim: channels at full resolution, in the encoder.
+        decoder_base_dim: the same in the decoder; None is `base_dim`.
+        z_dim: channels of a latent.
+        dim_mult: multiples of the base at full, half, quarter and eighth resolution.
+        num_res_blocks: residual blocks of an encoder stage; a decoder stage has one more.
+        temperal_downsample: which of the three steps down halve the frames, too (spelled as diffusers does).
+        latents_mean: of each latent channel, which normalised latents lack.
+        latents_std: likewise.
+    """
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = _LATENTS_MEAN
+    latents_std: tuple[float, ...] = _LATENTS_STD
+
+    def __post_init__(self) -> None:
+        sizes = {"base_dim": self.base_dim, "decoder_base_dim": self.decoder_dim, "z_dim": self.z_dim}
+        wrong = [f"{name} {size}" for name, size in sizes.items() if not 0 < size <= _LARGEST]
+        if not 0 < self.num_res_blocks <= 8:
+            wrong.append(f"num_res_blocks {self.num_res_blocks}")
+        if len(self.dim_mult) != 4 or not all(0 < mult <= 64 for mult in self.dim_mult):
+            wrong.append(f"dim_mult {list(self.dim_mult)} (four, for the 8-fold scale)")
+        if len(self.temperal_downsample) != 3 or sum(self.temperal_downsample) != 2:
+            wrong.append(f"temperal_downsample {list(self.temperal_downsample)} (two of three, for the 4-fold rate)")
+        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
+            if len(values) != self.z_dim or not all(map(math.isfinite, values)):
+                wrong.append(f"{name} of {len(values)} values ({self.z_dim} finite ones, one a channel)")
+        if not all(value > 0 for value in self.latents_std):
+            wrong.append("latents_std that is not positive")
+        if wrong:
+            raise CheckpointError(f"no VAE of Wan2.1's kind has {'; '.join(wrong)}")
+
+    @property
+    def decoder_dim(self) -> int:
+        """Channels at full resolution in the decoder."""
+        return self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
+
+    @classmethod
+    def from_mapping(cls, plain: object) -> Self:
+        """From diffusers' `config.json` as parsed, or from the `config` of its module; what is not there is Wan2.1's.
+
+        Raises:
+            CheckpointError: another kind of VAE, or a value that cannot be.
+        """
+        if not isinstance(plain, Mapping):
+            raise CheckpointError(f"a VAE's config must be a JSON object, got {type(plain).__name__}")
+        only = {"_class_name": "AutoencoderKLWan", "is_residual": False, "patch_size": None, "attn_scales": []}
+        only |= {"in_channels": 3, "out_channels": 3, "scale_factor_temporal": 4, "scale_factor_spatial": 8}
+        wrong = [f"{key} {plain[key]!r}, wanted {want!r}" for key, want in only.items() if plain.get(key, want) != want]
+        values: dict[str, Any] = {}
+        for name, hint in get_type_hints(cls).items():
+            if name in plain:
+                value = plain[name]
+                if not _is_a(value, hint):
+                    wrong.append(f"{name} {value!r}, wanted {hint}")
+                values[name] = tuple(value) if isinstance(value, list) else value
+        if wrong:
+            raise CheckpointError(f"not the VAE of Wan2.1: {'; '.join(wrong)}; take the VAE of a Wan2.1 release")
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """For JSON, and for diffusers' constructor."""
+        plain = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a parsed JSON value is of an annotated type."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_is_a(entry, get_args(hint)[0]) for entry in value)
+    if get_args(hint):  # a union
+        return any(_is_a(value, option) for option in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeFiles:
+    """Where the weights lie, and the file beside them that has the config, if there is one."""
+
+    layout: VaeLayout
+    weights: Path
+    config: Path | None = None
+
+
+def find_vae_files(path: Path) -> VaeFiles:
+    """The files of a VAE: `path` is a folder of a release, a `vae/` folder, or the weight file itself.
+
+    Raises:
+        CheckpointError: nothing there, with every place that was looked at.
+    """
+    if path.suffix == ".pth" and path.is_file():
+        return VaeFiles(layout="wan", weights=path)
+    if path.suffix == ".safetensors" and path.is_file():
+        config = path.parent / "config.json"
+        if path.name == DIFFUSERS_FILE and config.is_file():
+            return VaeFiles(layout="diffusers", weights=path, config=config)
+        return VaeFiles(layout="bundle", weights=path)
+    looked = []
+    for place in (path / "vae", path):
+        weights, config = place / DIFFUSERS_FILE, place / "config.json"
+        if weights.is_file() and config.is_file():
+            return VaeFiles(layout="diffusers", weights=weights, config=config)
+        looked.append(f"{weights} with config.json")
+    if (path / WAN_FILE).is_file():
+        return VaeFiles(layout="wan", weights=path / WAN_FILE)
+    raise CheckpointError(f"no VAE at {path}; looked for:\n  " + "\n  ".join([*looked, str(path / WAN_FILE)]))
+
+
+def load_vae(path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
+    """A `diffusers.AutoencoderKLWan` in eval mode with the weights of a local release; nothing is downloaded.
+
+    On the CPU, weights of type `dtype` stay in the mapped file: leave it alone while the VAE lives.
+
+    Args:
+        path: a folder of a release, in either layout, its `vae/` folder, the weight file, or a bundle's `vae.safetensors`.
+        dtype: type of every parameter.
+        device: where they go.
+
+    Raises:
+        CheckpointError: missing, damaged, holding code, not the VAE of Wan2.1, or not finite; every bad tensor is listed.
+        ExecutorError: diffusers is not installed.
+    """
+    files = find_vae_files(path)
+    stored = map_tensors(files.weights)
+    if files.layout == "wan":
+        stored = _diffusers_from_wan(files.weights, stored)
+        config = _config_from_tensors(files.weights, stored)
+    else:
+        config = VaeConfig.from_mapping(_read_config(files))
+    vae = empty_vae(config)
+    _check_tensors(files.weights, stored, {name: tuple(value.shape) for name, value in vae.state_dict().items()})
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in stored.items()}
+    wild = sorted(name for name, tensor in state.items() if not tensor.isfinite().all())
+    if wild:
+        raise CheckpointError(f"{files.weights} has values that are not finite in {dtype}: {', '.join(wild)}")
+    vae.load_state_dict(state, strict=True, assign=True)
+    return vae.requires_grad_(False).eval()
+
+
+def empty_vae(config: VaeConfig) -> Any:
+    """A `diffusers.AutoencoderKLWan` on the meta device.
+
+    Raises:
+        ExecutorError: diffusers is not installed.
+    """
+    with torch.device("meta"):
+        return _diffusers("diffusers").AutoencoderKLWan(**config.to_mapping()).eval()
+
+
+def _diffusers(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ExecutorError(
+            f"the VAE needs {module}, which cannot be imported ({error}); pip install 'causalrt[video]'"
+        ) from error
+
+
+def _read_config(files: VaeFiles) -> object:
+    """What stands beside the weights, or in their header."""
+    where = files.config or files.weights
+    try:
+        if files.config is not None:
+            return json.loads(files.config.read_text(encoding="utf-8"))
+        with safe_open(files.weights, framework="pt") as file:
+            return json.loads((file.metadata() or {})[CONFIG_KEY])
+    except KeyError:
+        raise CheckpointError(
+            f"{where} has no config in its header, and none lies beside it; give the folder with both, or {WAN_FILE}"
+        ) from None
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{where} has no readable config: {error}") from None
+
+
+def _diffusers_from_wan(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Diffusers' own conversion; names that it does not know stay, to be reported as extra."""
+    convert = _diffusers("diffusers.loaders.single_file_utils").convert_wan_vae_to_diffusers
+    try:
+        converted: dict[str, torch.Tensor] = convert(dict(stored))
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} has a tensor name that no Wan2.1 VAE has: {error}") from None
+    if len(converted) != len(stored):
+        raise CheckpointError(
+            f"{path} has {len(stored) - len(converted)} tensors under two names; take the released file"
+        )
+    return converted
+
+
+def _config_from_tensors(path: Path, stored: Mapping[str, torch.Tensor]) -> VaeConfig:
+    """Wan's file has no config: widths as its tensors show them, the topology and the constants are Wan2.1's.
+
+    A size whose tensor is missing or no kernel is Wan2.1's: the check of every tensor follows, and names it with all else.
+    """
+
+    def size(name: str, dim: int, usual: int) -> int:
+        kernel = stored.get(f"{name}.weight")
+        return kernel.shape[dim] if kernel is not None and kernel.dim() == 5 else usual
+
+    usual = VaeConfig()
+    z_dim = size("post_quant_conv", 0, usual.z_dim)
+    if z_dim != usual.z_dim:
+        raise CheckpointError(
+            f"{path} has latents of {z_dim} channels, and the {WAN_FILE} layout has normalisation constants for {usual.z_dim} "
+            "alone; give the diffusers layout, whose config.json has them"
+        )
+    base_dim = size("encoder.conv_in", 0, usual.base_dim)
+    decoder_dim = size("decoder.conv_out", 1, base_dim)
+    return VaeConfig(base_dim=base_dim, decoder_base_dim=None if decoder_dim == base_dim else decoder_dim)
+
+
+def _check_tensors(path: Path, stored: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    groups = {
+        "missing": sorted(wanted.keys() - stored.keys()),
+        "extra": sorted(stored.keys() - wanted.keys()),
+        "misshapen": [
+            f"{key} (got {stored[key].dtype} {list(stored[key].shape)}, wanted floating {list(wanted[key])})"
+            for key in sorted(wanted.keys() & stored.keys())
+            if tuple(stored[key].shape) != wanted[key] or stored[key].dtype not in _FLOATING
+        ],
+    }
+    if any(groups.values()):
+        lines = [f"  {group} ({len(keys)}): {', '.join(keys)}" for group, keys in groups.items() if keys]
+        raise CheckpointError(f"{path} is not the VAE that its sizes say:\n" + "\n".join(lines))
