@@ -11,6 +11,7 @@ import of a plan or a kernel.
 
 import importlib.util
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,17 +85,23 @@ class KernelLaunch:
     def run(self, *arguments: torch.Tensor | int | float) -> None:
         """Launch on CUDA tensors; interpret on CPU tensors, in a process that was started with TRITON_INTERPRET=1.
 
+        The launch is on the tensors' device, whichever is the current one, and on that device's current stream.
+
         Args:
             *arguments: as in `signature`. A tensor is handed over as its address: shape and strides are the plan's affair.
 
         Raises:
-            KernelError: tensors on a CPU in a process that does not interpret.
+            KernelError: tensors on a CPU in a process that does not interpret, or on several devices.
         """
-        devices = {argument.device.type for argument in arguments if isinstance(argument, torch.Tensor)}
-        if devices != {"cuda"} and not is_interpreted(self.kernel):
-            raise KernelError(
-                f"{self.kernel.__name__} is given tensors on {', '.join(sorted(devices))}, and runs on CUDA; to interpret it "
-                "on a CPU, start the process with TRITON_INTERPRET=1"
-            )
+        devices = {argument.device for argument in arguments if isinstance(argument, torch.Tensor)}
+        on: AbstractContextManager[object] = nullcontext()
+        if not is_interpreted(self.kernel):
+            if len(devices) != 1 or next(iter(devices)).type != "cuda":
+                raise KernelError(
+                    f"{self.kernel.__name__} is given tensors on {', '.join(sorted(map(str, devices)))}, and runs on one CUDA "
+                    "device; to interpret it on a CPU, start the process with TRITON_INTERPRET=1"
+                )
+            on = torch.cuda.device(next(iter(devices)))  # Triton launches on the current device
         named = dict(zip(self.signature, arguments, strict=True))
-        self.kernel[self.grid](**named, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+        with on:
+            self.kernel[self.grid](**named, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)

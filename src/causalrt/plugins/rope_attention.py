@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from causalrt.errors import OperandError
 from causalrt.plugins.attention import attend
 from causalrt.plugins.kernel_launch import require_triton
 from causalrt.plugins.rotate import rotate_pairs_real
@@ -157,12 +158,14 @@ def run_kernel(
     """`rope_attention_in_place` by the Triton kernel: on CUDA, or interpreted where the process was started for that.
 
     Raises:
+        OperandError: shapes, types or strides do not fit together.
         KernelError: no Triton here, shapes that the kernel does not take, or CPU tensors in a process that does not interpret.
     """
     require_triton()
     from causalrt.plugins.rope_attention_launch import plan, tiles_for
 
     blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
+    check_operands(received, slots, kv_rows, rotation, blocks)
     whole = slots[0].dim() == 4
     capability, multiprocessors = _device_facts(received.device)
     made = plan(
@@ -175,6 +178,38 @@ def run_kernel(
         num_multiprocessors=multiprocessors,
     )
     return made.run(received, slots, kv_rows, rotation, made.buffers(received.device))
+
+
+def check_operands(
+    received: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    kv_rows: torch.Tensor,
+    rotation: Sequence[torch.Tensor],
+    blocks: ShareBlocks,
+) -> None:
+    """The kernel sees addresses alone: what is wrong here would be read or written out of bounds there."""
+    if len(slots) != 2 * len(blocks.shares) or slots[0].dim() not in (3, 4) or len(rotation) not in (0, 3):
+        raise OperandError(
+            f"slots must be k and v of {len(blocks.shares)} shares, of 3 or 4 dimensions, and rotation rank, cos and sin or "
+            f"nothing, got {[[*tensor.shape] for tensor in slots]} and {len(rotation)} tensors"
+        )
+    whole = slots[0].dim() == 4
+    rows, dim = slots[0].shape[2 if whole else 1], blocks.head_dim
+    operands = {"received": (received, [*received.shape], received.dtype), "kv_rows": (kv_rows, [1], torch.int64)}
+    for number, tensor in enumerate(slots):
+        heads = blocks.shares[number // 2].num_heads
+        shape = [1, heads, rows, dim] if whole else [1, rows, heads * dim]
+        operands[f"slots {number}"] = (tensor, shape, received.dtype)
+    if rotation:
+        rank, cos, sin = rotation
+        table = [max(len(cos), rows), dim // 2]
+        operands |= {"rank": (rank, [1], torch.int64)}
+        operands |= {"cos": (cos, table, torch.float32), "sin": (sin, table, torch.float32)}
+    for name, (tensor, shape, dtype) in operands.items():
+        if [*tensor.shape] != shape or tensor.dtype != dtype:
+            raise OperandError(f"{name} must be {shape} {dtype}, got {[*tensor.shape]} {tensor.dtype}")
+        if not tensor.is_contiguous():
+            raise OperandError(f"{name} has strides {tensor.stride()}: hand over a contiguous tensor")
 
 
 @functools.cache
@@ -210,6 +245,20 @@ def rope_attention(
     written = [tensor.clone() for tensor in slots]
     blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
     return [rope_attention_rows(received, written, kv_rows, rotation, blocks), *written]
+
+
+@rope_attention.register_kernel("cuda")
+def _(
+    received: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    kv_rows: torch.Tensor,
+    rotation: Sequence[torch.Tensor],
+    num_heads: Sequence[int],
+    splits: Sequence[int],
+    num_tokens: int,
+) -> list[torch.Tensor]:
+    written = [tensor.clone() for tensor in slots]
+    return [run_kernel(received, written, kv_rows, rotation, num_heads, splits, num_tokens), *written]
 
 
 @rope_attention.register_fake

@@ -11,61 +11,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rope_attention_cases import CUT_CASES, KERNEL_ERRORS, LAYOUTS, make_arguments, make_layout
 from torch import nn
 
 from causalrt.errors import KernelError, OperandError
 from causalrt.export import translate
-from causalrt.layout import Layout, plan_shares
 from causalrt.model.step import HeadExchange
 from causalrt.plugins.attention import kv_attention_in_place
-from causalrt.plugins.rope_attention import rope_attention, rope_attention_in_place
+from causalrt.plugins.rope_attention import rope_attention, rope_attention_in_place, run_kernel
 from causalrt.plugins.share_blocks import blocks_from_shares
-
-# Worst error of the kernel beside float64, relative to the largest value of the output.
-KERNEL_ERRORS = {"float32": 6e-6, "float16": 1e-3, "bfloat16": 8e-3}
-
-# plan, heads, ranks, tokens, history: odd rows, cut heads, more ranks than heads, ranks without a token, first chunk
-LAYOUTS = [
-    ("shares", 12, 8, 37, 20),
-    ("shares", 3, 2, 13, 8),
-    ("shares", 2, 5, 11, 3),
-    ("shares", 3, 8, 3, 7),
-    ("pad", 5, 3, 8, 0),
-    ("mesh", 6, 4, 9, 5),
-    ("shares", 4, 1, 6, 9),
-]
-
-
-def make_layout(plan, heads, ranks, tokens):
-    shares = plan_shares(plan, num_heads=heads, world_size=ranks, local_tokens=math.ceil(tokens / ranks))
-    return Layout(world_size=ranks, num_tokens=tokens, num_heads=heads, shares=shares)
-
-
-def make_arguments(layout, dim, history, *, whole=False, rotate=False, spare=0, dtype=torch.float32, seed=0):
-    """Arguments of `rope_attention` as one rank has them."""
-    random = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=random).to(dtype)
-
-    rows = layout.num_tokens + history + spare
-    slots = [
-        randn(1, share.num_heads, rows, dim) if whole else randn(1, rows, share.num_heads * dim)
-        for share in layout.shares
-        for _ in "kv"
-    ]
-    angle = 10 * randn(rows, dim // 2).float()
-    rotation = [torch.tensor([layout.world_size - 1]), angle.cos(), angle.sin()] if rotate else []
-    return (
-        randn(layout.world_size, layout.scatter_rows, dim),
-        slots,
-        torch.tensor([layout.num_tokens + history]),
-        rotation,
-        [share.num_heads for share in layout.shares],
-        [share.split for share in layout.shares],
-        layout.num_tokens,
-    )
-
 
 # ---- the kernel, in Triton's interpreter
 
@@ -121,17 +75,14 @@ CASES = {
     "spread": st.sampled_from([1.0, 3.0]),
     "seed": st.integers(0, 2**31),
 }
-CUT_HEADS = {"plan": "shares", "heads": 12, "ranks": 8, "tokens": 37, "history": 75, "spare": 3, "dim": 128}
-CUT_HEADS |= {"whole": True, "rotate": True, "rank": 5, "kv_splits": 2, "block_m": 32, "block_n": 32}
-CUT_HEADS |= {"spread": 1.0, "seed": 1}
 
 
 @settings(max_examples=100, deadline=None)
 @given(case=st.fixed_dictionaries(CASES))
-@example(case=CUT_HEADS | {"dtype": "bfloat16"})
-@example(case=CUT_HEADS | {"dtype": "float16", "rotate": False, "whole": False})
-@example(case=CUT_HEADS | {"dtype": "float32", "history": 0, "spare": 0, "kv_splits": 3})
-@example(case=CUT_HEADS | {"dtype": "float32", "heads": 3, "tokens": 5, "rank": 7, "dim": 24})  # ranks without a token
+@example(case=CUT_CASES[0])
+@example(case=CUT_CASES[1])
+@example(case=CUT_CASES[2])
+@example(case=CUT_CASES[3])
 def test_kernel_against_float64(interpreter, case):
     # Outputs, staging, unfilled rows and padding tokens are NaN beforehand.
     got = interpreter.run(case | {"rank": case["rank"] % case["ranks"]})
@@ -224,6 +175,34 @@ def test_blocks_of_another_layout_are_refused():
     received, *rest = make_arguments(make_layout("shares", 3, 2, 13), 16, 8)
     with pytest.raises(OperandError, match="take both from one Layout"):
         rope_attention(received[:, 1:], *rest)
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (0, lambda received: received.transpose(0, 1).contiguous().transpose(0, 1), "received has strides"),
+        (1, lambda slots: slots[:-1], "k and v of 2 shares"),
+        (1, lambda slots: [*slots[:3], slots[3][:, :, :-1]], "slots 3 must be"),
+        (1, lambda slots: [slots[0].bfloat16(), *slots[1:]], "slots 0 must be .* torch.float32, got .* torch.bfloat16"),
+        (1, lambda slots: [slots[0].mT.contiguous().mT, *slots[1:]], "slots 0 has strides"),
+        (2, lambda kv_rows: kv_rows.int(), "kv_rows must be .* torch.int64, got .* torch.int32"),
+        (3, lambda rotation: rotation[:2], "rank, cos and sin or nothing, got .* 2 tensors"),
+        (3, lambda rotation: [rotation[0].int(), *rotation[1:]], "rank must be .* torch.int64"),
+        (3, lambda rotation: [*rotation[:2], rotation[2].double()], "sin must be .* torch.float32"),
+        (3, lambda rotation: [rotation[0], *(table[:-1] for table in rotation[1:])], "cos must be"),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_kernel_is_given_what_it_was_planned_for(whole, number, change, message):
+    arguments = list(make_arguments(make_layout("shares", 3, 2, 13), 16, 8, whole=whole, rotate=True))
+    arguments[number] = change(arguments[number])
+    with pytest.raises(OperandError, match=message):
+        run_kernel(*arguments)
+
+
+def test_kernel_is_not_interpreted_unasked():
+    with pytest.raises(KernelError, match="TRITON_INTERPRET=1"):
+        run_kernel(*make_arguments(make_layout("shares", 3, 2, 13), 16, 8))
 
 
 # ---- its meaning: the unfused graph

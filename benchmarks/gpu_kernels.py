@@ -1,0 +1,104 @@
+"""The fused kernels on one GPU, beside what torch has: `qk_norm_rope`, `rope_attention`, and the head plans.
+
+    python benchmarks/gpu_kernels.py                             # writes gpu_kernels.json and gpu_kernels.png, prints verdicts
+    python benchmarks/gpu_kernels.py --dry-run                   # the cases and their sizes; needs no GPU
+    python benchmarks/gpu_kernels.py --sections tune --tune whole whole-rotated
+    TRITON_INTERPRET=1 python benchmarks/gpu_kernels.py --device cpu --recipe tiny --dtype fp32 --repeats 2 --no-compile
+
+One rank's work at the recipe's sizes, for each number of ranks. Every result is compared with float64 before its time is taken,
+and a kernel that is wrong ends the run. All sides of a case take turns, round by round (`fused_kernels/timing.py`). A verdict
+goes by the ratio of two sides in the same round; a difference from the limit that is smaller than the spread (p90 - p10) is
+none.
+
+| section          | claim                                                                                                   |
+|------------------|---------------------------------------------------------------------------------------------------------|
+| `qk_norm_rope`   | 80% of the bandwidth of a copy, a large one and one of its own size                                     |
+| `rope_attention` | at most 1.15 of the time of the fastest SDPA back end, at every number of keys; its own staging included |
+| `plans`          | `shares` in one launch is faster than in two SDPA calls, than `pad` and than `mesh`                     |
+| `tune`           | none: the fastest tiles of a short list, for each number of keys; no default is changed                 |
+| `kv_splits`      | none: the same for ranges of keys                                                                       |
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from fused_kernels.dry_run import dry_run
+from fused_kernels.operands import interpreted
+from fused_kernels.picture import plot
+from fused_kernels.rope_attention import FORMS
+from fused_kernels.sections import Bench
+from fused_kernels.verdicts import progress
+
+from causalrt.config import override, recipe
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SECTIONS = ("qk_norm_rope", "rope_attention", "plans", "tune", "kv_splits")
+UNASKED = ("qk_norm_rope", "rope_attention", "plans")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="wan_1_3b_480p")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--set", action="append", default=[], help="a field of the recipe, as in `causalrt build`")
+    parser.add_argument("--world-sizes", nargs="+", type=int, default=[1, 8], metavar="P")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="all but tune and kv_splits unless named")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="of rope_attention")
+    parser.add_argument("--kv-rows", nargs="+", type=int, help="numbers of keys; default: every whole number of chunks")
+    parser.add_argument("--tune", nargs="*", choices=FORMS, help="the section tune too, in these forms; default: whole")
+    parser.add_argument("--kv-splits", nargs="*", type=int, help="the section kv_splits too, of these; default: all")
+    parser.add_argument("--repeats", type=int, default=50, help="rounds; median, p10 and p90 are taken over them")
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="compare before timing")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile among the sides"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the cases and their sizes; no GPU, no times")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu_kernels"), help="path of both files, without their endings"
+    )
+    args = parser.parse_args()
+    chosen = args.sections or UNASKED
+    more = [name for name in ("tune", "kv_splits") if getattr(args, name) is not None]
+    args.sections = [name for name in SECTIONS if name in (*chosen, *more)]
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
+    changes = {"build.precision": DTYPES[args.dtype], **dict(change.split("=", 1) for change in args.set)}
+    config = override(recipe(args.recipe), changes)
+    if args.dry_run:
+        dry_run(args, config)
+        return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device: add --dry-run, or `--device cpu` to try it out")
+    if args.device == "cpu" and not interpreted():
+        args.sections = [name for name in args.sections if name in UNASKED]
+        progress(
+            "on a CPU without TRITON_INTERPRET=1 the references stand in for the kernels; no tiles, no ranges of keys"
+        )
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    bench = Bench(args, config, device)
+    try:
+        with torch.no_grad():
+            for section in args.sections:
+                getattr(bench, section)()
+    finally:
+        args.out.with_suffix(".json").write_text(json.dumps(bench.report, indent=1))
+    for line in bench.report["claims"]:
+        print(f"{line['verdict']:8}{line['claim']}: {line['figure']}")
+    try:
+        plot(bench.report, args.out.with_suffix(".png"))
+    except ImportError as error:
+        progress(f"no picture: {error}; pip install matplotlib")
+
+
+if __name__ == "__main__":
+    main()
