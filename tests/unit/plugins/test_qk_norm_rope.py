@@ -47,19 +47,6 @@ def test_one_rank_gets_its_own_rows():
     torch.testing.assert_close(*lengths)  # rotation keeps them
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel_on_a_gpu_against_float64(case, dtype):
-    given = operands(case, dtype)
-    on_gpu = [x.cuda() if isinstance(x, torch.Tensor) else x for x in given.arguments]
-    out = torch.full((given.out_rows, case.head_dim), float("nan"), dtype=dtype, device="cuda")
-    write_rows(out, *on_gpu[:8], given.eps)
-    check(out.cpu(), given, TOLERANCE[dtype])
-    assert torch.equal(qk_norm_rope(*on_gpu), out)
-
-
 # ---- the kernel
 
 

@@ -1,0 +1,30 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("target", "world_size"), [(90, 8), pytest.param(80, 8, marks=SLOW), pytest.param(90, 1, marks=SLOW)]
+)
+def test_what_torch_launches_is_what_an_engine_embeds(target, world_size, tmp_path):
+    script = Path(__file__).with_name("jitted_launches.py")
+    done = subprocess.run(
+        [sys.executable, script, str(target), str(world_size), tmp_path],
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "triton")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 4
+    for launch in found:
+        assert launch["same"], f"{launch['name']}: torch and an engine would run different instructions"
+        assert launch["instructions"] > 100
+        assert {key: launch[key] for key in launch["planned"]} == launch["planned"]
