@@ -53,6 +53,10 @@ class OutOfMemoryError(CausalRTError, RuntimeError):
     """The predicted memory does not fit, found before anything was allocated."""
 
 
+class CapacityError(CausalRTError, RuntimeError):
+    """The memory of the engine holds no further session; one of those that are open must end first."""
+
+
 class RankError(CausalRTError, RuntimeError):
     """A rank process died, hung, or raised; the engine is closed and can be loaded again.
 

@@ -86,6 +86,11 @@ def check_memory(memory: Memory, *, ranks: int, shared_weights: bool) -> None:
         raise OutOfMemoryError(_does_not_fit(memory, f"{ranks} rank(s) need", needed, available, "host"))
 
 
+def device_free_bytes(device: torch.device) -> int | None:
+    """Memory that a GPU can still give; None for the host, which is shared (`available_bytes`)."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def check_device_memory(memory: Memory, device: torch.device) -> None:
     """Refuse what does not fit on a rank's own GPU.
 
