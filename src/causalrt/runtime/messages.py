@@ -182,7 +182,7 @@ def send(channel: "Connection[Any, Any]", message: Command | VaeCommand | Reply)
         message = replace(message, frames=torch.empty(0, *pixels.shape[1:], dtype=torch.uint8))
     channel.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
     if pixels is not None:
-        channel.send_bytes(memoryview(pixels.view(-1).numpy()))
+        channel.send_bytes(pixels.view(-1).numpy().data)
 
 
 def receive(channel: "Connection[Any, Any]") -> Any:

@@ -44,17 +44,27 @@ class VaeDecoder:
         free_bytes: what its own device could still give once it was loaded; None on the host.
     """
 
-    def __init__(self, command: LoadVaeCommand, *, timeout_s: float) -> None:
-        """Start it.
-
-        Raises:
-            BundleError: the bundle was built without a VAE.
-            ExecutorError: the executor's way of running it is missing here.
-            RankError: the process failed to start.
-        """
+    def __init__(self, *, timeout_s: float) -> None:
         self._lock = FairLock()
         self._pool = RankPool(1, timeout_s=timeout_s, role="decoder")
-        done = self._run(command, at_least_s=START_S)[-1]
+        self.free_bytes: int | None = None
+
+    def start(self, command: LoadVaeCommand) -> None:
+        """Have it load, without waiting for that.
+
+        Raises:
+            RankError: the process failed to start.
+        """
+        self._pool.send(command)
+
+    def wait_started(self) -> None:
+        """Return when it is ready.
+
+        Raises:
+            ExecutorError: the executor's way of running it is missing here.
+            RankError: the process failed to start, or raised.
+        """
+        *_, (_, done) = self._pool.replies(at_least_s=START_S)
         assert isinstance(done, Done)
         self.free_bytes = done.free_bytes
 
@@ -110,15 +120,19 @@ class VaeDecoder:
         finally:
             self._lock.release()
 
+    def end(self) -> None:
+        """End the process at once and remove its folder; nobody may be talking to it."""
+        self._pool.close(kill=True)
+
     def kill(self) -> None:
         """End the process at once, from any thread."""
         self._pool.kill()
 
-    def _run(self, command: VaeCommand, *, at_least_s: float = 0.0) -> list[Reply]:
+    def _run(self, command: VaeCommand) -> list[Reply]:
         """What it answers. A conversation that breaks off ends the process: its answers would be left in the channel."""
         try:
             self._pool.send(command)
-            replies = [reply for _, reply in self._pool.replies(at_least_s=at_least_s)]
+            replies = [reply for _, reply in self._pool.replies()]
         except BaseException:
             self._pool.close(kill=True)
             raise

@@ -1,9 +1,9 @@
-"""The rank processes: `python -m causalrt.runtime.worker` imports everything once and forks one process a rank (or the decoder's).
+"""The rank processes: `python -m causalrt.runtime.worker` imports everything once and forks one process a rank.
 
 Each rank serves commands from its own socket until the caller closes it, and writes what it logs to a file of its own,
 whose tail explains a failure. The process that forked them stays as their keeper: it reaps them, ends them when told to,
 and ends them and removes their folder when the caller has gone without a word. When the keeper dies, the kernel ends
-the ranks.
+the ranks. The decoder's process is one of the same kind, of a keeper of its own.
 """
 
 import argparse
