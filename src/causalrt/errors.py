@@ -57,6 +57,10 @@ class CapacityError(CausalRTError, RuntimeError):
     """The memory of the engine holds no further session; one of those that are open must end first."""
 
 
+class VideoError(CausalRTError, RuntimeError):
+    """A video cannot be encoded or written, for a full disk for example; nothing was left at the target."""
+
+
 class RankError(CausalRTError, RuntimeError):
     """A rank process died, hung, or raised; the engine is closed and can be loaded again.
 
