@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, open_bundle
+from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import BundleError, CapacityError, ExecutorError, PromptError, RequestError
@@ -31,10 +31,9 @@ from causalrt.plugins.kernel_launch import require_triton
 from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.memory import (
     UNLIMITED,
-    DecoderMemory,
     check_memory,
+    decoder_memory,
     device_sessions,
-    predict_decoder_memory,
     predict_memory,
 )
 from causalrt.runtime.messages import (
@@ -139,14 +138,13 @@ def load(
             f"onnxruntime on a CPU runs float32 only, and {bundle} is {opened.config.build.precision}; load it with "
             "executor='eager', run it on a GPU with onnxruntime-gpu, or build it again with `--dtype float32`"
         )
-    encoder = None if text_encoder is None else _open_text_encoder(Path(text_encoder), opened.config)
     return Engine(
         opened,
         chosen,
         device=where,
         plugins=fused,
         decodes=decodes,
-        text_encoder=encoder,
+        text_encoder=None if text_encoder is None else Path(text_encoder),
         max_sessions=max_sessions,
         num_threads=num_threads,
         timeout_s=timeout_s,
@@ -157,12 +155,6 @@ def _open_text_encoder(folder: Path, config: Config) -> "TextEncoder":
     from causalrt.model.text import TextEncoder
 
     return TextEncoder.from_folder(folder, text_dim=config.model.text_dim, max_tokens=config.model.text_len)
-
-
-def _decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
-    assert bundle.vae is not None
-    size = (bundle.path / VAE_WEIGHTS).stat().st_size
-    return predict_decoder_memory(bundle.vae, bundle.config, executor, weights_bytes=size)
 
 
 class Engine:
@@ -188,7 +180,7 @@ class Engine:
         device: str,
         plugins: bool,
         decodes: bool,
-        text_encoder: "TextEncoder | None",
+        text_encoder: Path | None,
         max_sessions: int | None,
         num_threads: int | None,
         timeout_s: float,
@@ -201,7 +193,7 @@ class Engine:
         cores = len(os.sched_getaffinity(0))
         self.num_threads = num_threads or max(1, cores // world_size)
         self.memory = predict_memory(bundle.config, executor)
-        self.decoder_memory = _decoder_memory(bundle, executor) if decodes else None
+        self.decoder_memory = decoder_memory(bundle, executor) if decodes else None
         fitting = UNLIMITED
         if device == "cpu":
             shared_weights = not executor_kind(executor).compiled
@@ -214,7 +206,7 @@ class Engine:
         self._open: set[int] = set()
         self._dropped: deque[int] = deque()
         self._unfinished: tuple[Session, Iterator[tuple[int, Reply]]] | None = None
-        self._text_encoder = text_encoder
+        self._text_encoder: TextEncoder | None = None
         self._pool = RankPool(world_size, timeout_s=timeout_s)
         self.decoder: VaeDecoder | None = None
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
@@ -231,7 +223,7 @@ class Engine:
                         num_threads=num_threads or cores,
                     )
                 )
-            answers = self._run_on_all(
+            self._pool.send(
                 LoadCommand(
                     bundle=bundle.path,
                     executor=executor,
@@ -241,6 +233,9 @@ class Engine:
                     timeout_s=max(timeout_s, self._start_s),
                 )
             )
+            if text_encoder is not None:  # while the ranks load
+                self._text_encoder = _open_text_encoder(text_encoder, bundle.config)
+            answers = self._answers(at_least_s=self._start_s)
             if self.decoder is not None:
                 self.decoder.wait_started()
         if device == "cuda":
@@ -279,6 +274,11 @@ class Engine:
         start = time.perf_counter()
         embeds = self._text_encoder.encode(prompt)
         return checked_text(self.config, embeds), 1e3 * (time.perf_counter() - start)
+
+    def forget_prompts(self) -> None:
+        """Have each text encoded again when it comes next; for measurements."""
+        if self._text_encoder is not None:
+            self._text_encoder.forget_prompts()
 
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames -> latents `[1 + k, 16, H, W]` that `session(given=...)` takes.
@@ -396,14 +396,13 @@ class Engine:
 
     def _run(self, command: Command) -> Done:
         """Have every rank do it; what rank 0 answers."""
-        return self._run_on_all(command)[0]
-
-    def _run_on_all(self, command: Command) -> dict[int, Done]:
-        """Have every rank do it; what each answers last."""
         self._pool.send(command)
-        answers = dict(self._pool.replies(at_least_s=self._start_s if isinstance(command, LoadCommand) else 0.0))
-        assert all(isinstance(answer, Done) for answer in answers.values())
-        return answers  # type: ignore[return-value]
+        return self._answers()[0]
+
+    def _answers(self, *, at_least_s: float = 0.0) -> dict[int, Done]:
+        """What each rank answers last."""
+        answers = dict(self._pool.replies(at_least_s=at_least_s))
+        return {rank: answer for rank, answer in answers.items() if isinstance(answer, Done)}
 
     def _close_session(self, number: int) -> None:
         """Free a session's memory everywhere."""
