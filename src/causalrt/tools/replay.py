@@ -129,13 +129,10 @@ def _outputs_of_chunk(element: int, index: int, records: Sequence[StepRecord]) -
 def recorded_outputs(recording: Recording) -> Outputs:
     """What the recording holds of the same outputs."""
     expected: Outputs = {}
-    frames = recording.config.video.chunk_frames
     for element in range(recording.batch_size):
         for name, tensor in recording.tensors.items():
             if name.startswith(("out.c", "out.g")) and name.endswith((".flow", ".x0")):
                 expected[element, name] = tokens_from_latents(tensor[element], recording.config)
-        for chunk in range(recording.num_chunks):
-            first = (recording.num_given + chunk) * frames
-            latents = recording.tensors["out.latents"][element, first : first + frames]
+        for chunk, latents in enumerate(recording.latents(element)):
             expected[element, f"out.c{chunk}"] = tokens_from_latents(latents, recording.config)
     return expected
