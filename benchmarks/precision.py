@@ -72,9 +72,7 @@ class Forced:
         """See `Executor.warmed_up`."""
         self._executor.warmed_up()
 
-    def bind(
-        self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False
-    ) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
         """See `Executor.bind`."""
         self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, lone=lone)
 

@@ -216,7 +216,9 @@ class Allocations(TorchDispatchMode):
 
 def addresses(executor: TensorRTExecutor) -> list[dict[str, int]]:
     """Of every tensor of every engine, as TensorRT has them."""
-    return [{name: engine._context.get_tensor_address(name) for name in engine.names} for engine in executor._set.engines]
+    return [
+        {name: engine._context.get_tensor_address(name) for name in engine.names} for engine in executor._set.engines
+    ]
 
 
 def all_slots(slots: KVSlots) -> list[torch.Tensor]:
