@@ -15,7 +15,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -46,7 +46,7 @@ from causalrt.runtime.messages import (
     OpenCommand,
     Reply,
 )
-from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
+from causalrt.runtime.noise import Noise, SeededNoise, checked_noise
 from causalrt.runtime.ranks import START_S, WARM_START_S, RankPool
 from causalrt.runtime.session import Embeddings, Session, checked_chunks, checked_given, checked_text
 from causalrt.runtime.vae_decoder import Decoded, VaeDecoder
@@ -303,7 +303,7 @@ class Engine:
         seed: int = 0,
         num_chunks: int | None = None,
         given: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
+        noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
         record: bool = False,
     ) -> Session:
         """Begin a rollout.
@@ -315,8 +315,10 @@ class Engine:
             num_chunks: chunks to generate; by default as many as the horizon holds, given frames included, and with
                 `video.time_index=relative` any number is possible.
             given: `[G, 16, H, W]`, clean latents that the video begins with (an encoded clip, or the end of an earlier video),
-                whole chunks; they are not among the chunks that come out.
-            noise: `[chunks, steps, N, 64]` token rows to use instead of the seed's.
+                whole chunks, after one frame where a video's first is alone (`independent_first_frame`); they are not among
+                the chunks that come out.
+            noise: for each chunk `[steps, N, 64]` token rows to use instead of the seed's; one tensor will do where all chunks
+                are of one length.
             record: keep the flow and x0 of every forward in `Session.records`.
 
         Raises:
@@ -328,15 +330,7 @@ class Engine:
         chunks = checked_chunks(self.config, num_chunks, num_given=len(given_rows))
         source: Noise = SeededNoise(seed)
         if noise is not None:
-            shape = (
-                chunks,
-                len(self.config.sampler.steps),
-                self.config.tokens_per_chunk,
-                self.config.model.patch_features,
-            )
-            if tuple(noise.shape) != shape:
-                raise RequestError(f"noise must be {list(shape)} (chunks, steps, N, 64), got {list(noise.shape)}")
-            source = RecordedNoise(noise.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format))
+            source = checked_noise(self.config, noise, num_chunks=chunks, num_given=len(given_rows))
         text, text_ms = self.encode_prompt(prompt)
         with self._turn():
             self._settle()

@@ -232,7 +232,8 @@ def _read_given(path: Path | None, config: Config) -> torch.Tensor | None:
 
 def _latents_of(frames: torch.Tensor, config: Config) -> int:
     """How many latents of a clip make whole chunks."""
-    return (1 + (len(frames) - 1) // 4) // config.video.chunk_frames * config.video.chunk_frames
+    lone, size = int(config.video.lone_first_frame), config.video.chunk_frames
+    return lone + (1 + (len(frames) - 1) // 4 - lone) // size * size
 
 
 @contextlib.contextmanager
