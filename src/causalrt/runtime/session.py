@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -22,8 +23,10 @@ import torch
 
 from causalrt.config import Config
 from causalrt.errors import EngineClosedError, PromptError, RequestError
-from causalrt.runtime.messages import ChunkCommand, Done, Latents, PromptCommand, Reply
+from causalrt.runtime.messages import ChunkCommand, Done, Latents, PromptCommand, Reply, SaveCommand
+from causalrt.runtime.noise import Noise, SeededNoise
 from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
+from causalrt.runtime.snapshot import SessionRecord, new_snapshot, write_session
 
 if TYPE_CHECKING:
     from causalrt.runtime.engine import Engine
@@ -170,8 +173,18 @@ class Session:
         given_frames: what the given latents decode to, uint8 `[T, 8H, 8W, 3]`, if there were some and a VAE.
     """
 
-    def __init__(self, engine: "Engine", number: int, num_chunks: int, record: bool, text_ms: float) -> None:
+    def __init__(
+        self,
+        engine: "Engine",
+        number: int,
+        num_chunks: int,
+        record: bool,
+        text: torch.Tensor,
+        noise: Noise,
+        text_ms: float,
+    ) -> None:
         self.number = number
+        self._text, self._noise = text, noise
         self.num_chunks = num_chunks
         self.text_ms = text_ms
         self.given_frames: torch.Tensor | None = None
@@ -206,7 +219,11 @@ class Session:
         rows, times, queue_ms = self._generate()
         latents, frames, decode_ms = latents_from_tokens(rows, self._engine.config), None, 0.0
         if self._engine.decoder is not None:
-            decoded = self._engine.decode(self.number, latents)
+            try:
+                decoded = self._engine.decode(self.number, latents)
+            except RequestError:  # the ranks are a chunk ahead of the decoder now
+                self.close()
+                raise
             frames, decode_ms = decoded.frames, decoded.decode_ms
             queue_ms += decoded.queue_ms
         self._next += 1
@@ -280,7 +297,45 @@ class Session:
         with engine._turn():
             engine._settle()
             engine._run(PromptCommand(session=self.number, text=text, policy=policy))
+        self._text = text
         return 1e3 * (time.perf_counter() - asked)
+
+    def snapshot(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the session to a folder, from which `Engine.resume` takes it up; it can go on here, too.
+
+        The folder holds the KV slots, the decoder's caches and the prompt: gigabytes for a long window.
+
+        Raises:
+            RequestError: after the last chunk, or with noise of the caller's; or the folder cannot be written: nothing is left.
+            RankError: a rank or the decoder died, hung or raised.
+            EngineClosedError: the session or the engine was closed.
+        """
+        engine = self._engine
+        if not isinstance(self._noise, SeededNoise):
+            raise RequestError(
+                "a snapshot holds a seed, and the session has noise that was given; begin it with a seed"
+            )
+        if self._closed or self._next == self.num_chunks:
+            raise RequestError("the session has ended, nothing follows that could be resumed; take a snapshot earlier")
+        record = SessionRecord(
+            seed=self._noise.seed, next_chunk=self._next, num_chunks=self.num_chunks, has_frames=engine.has_vae
+        )
+        with engine._turn():
+            engine._settle()
+            with new_snapshot(Path(folder), overwrite=overwrite) as work:
+                write_session(work, engine.bundle, record, self._text)
+                engine._run(SaveCommand(session=self.number, folder=work))
+                if engine.decoder is not None:
+                    engine.decoder.save(self.number, work)
+
+    def begin_at(self, chunk: int) -> None:
+        """Go on at this chunk: the session was resumed."""
+        self._next = chunk
+
+    def forget(self) -> None:
+        """The session never came to be: there is nothing to free."""
+        self._closed = True
+        self._finalizer.detach()
 
     def take_given(self, reply: Done) -> None:
         """Keep what rank 0 says of a given chunk."""
