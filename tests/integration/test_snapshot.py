@@ -44,10 +44,10 @@ def same(one, other, **tolerance):
         assert (a.frames.int() - b.frames.int()).abs().max() <= bool(tolerance)
 
 
-@pytest.mark.parametrize("after", [0, 1, 4])
-def test_a_session_goes_on(engine, tmp_path, after):
+@pytest.mark.parametrize(("after", "ahead"), [(0, False), (1, False), (4, False), (1, True), (3, True)])
+def test_a_session_goes_on(engine, tmp_path, after, ahead):
     whole = list(engine.session(prompt(), seed=4))
-    session = engine.session(prompt(), seed=4)
+    session = engine.session(prompt(), seed=4, ahead=ahead)
     same(run(session, after), whole[:after])
     session.snapshot(tmp_path / "s")
     same(list(session), whole[after:])  # here, too

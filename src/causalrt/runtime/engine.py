@@ -173,6 +173,7 @@ class Engine:
         decoder_memory: likewise for the decoder, if there is one.
         decoder: what makes frames of latents, in a process of its own.
         max_sessions: how many may be open at once.
+        makes_ahead: sessions make a chunk ahead unless they are told otherwise: the decoder has a GPU of its own.
     """
 
     def __init__(
@@ -213,7 +214,8 @@ class Engine:
         self._pool = RankPool(world_size, timeout_s=timeout_s)
         self.decoder: VaeDecoder | None = None
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
-        own_gpu = torch.cuda.device_count() > world_size
+        own_gpu = device == "cuda" and torch.cuda.device_count() > world_size
+        self.makes_ahead = decodes and own_gpu
         with self._turn():
             if decodes:
                 self.decoder = VaeDecoder(timeout_s=timeout_s)
@@ -307,6 +309,7 @@ class Engine:
         num_chunks: int | None = None,
         given: torch.Tensor | None = None,
         noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        ahead: bool | None = None,
         record: bool = False,
     ) -> Session:
         """Begin a rollout.
@@ -322,6 +325,8 @@ class Engine:
                 the chunks that come out.
             noise: for each chunk `[steps, N, 64]` token rows to use instead of the seed's; one tensor will do where all chunks
                 are of one length.
+            ahead: have the ranks make the next chunk while one is decoded and used, so that decoding costs no frames a second;
+                a prompt switch then acts a chunk later. By default where the decoder has a device of its own.
             record: keep the flow and x0 of every forward in `Session.records`.
 
         Raises:
@@ -337,7 +342,16 @@ class Engine:
         text, text_ms = self.encode_prompt(prompt)
         with self._turn():
             self._make_room()
-            session = Session(self, next(self._numbers), chunks, record, text, source, text_ms)
+            session = Session(
+                self,
+                next(self._numbers),
+                chunks,
+                record,
+                text,
+                source,
+                text_ms,
+                self.makes_ahead if ahead is None else ahead,
+            )
             self._run(OpenCommand(session=session.number, text=text, noise=source))
             self._open.add(session.number)
             for rows in given_rows:
@@ -359,7 +373,7 @@ class Engine:
                 more chunks than the bundle can make.
         """
         folder = Path(folder).absolute()
-        record, text = read_session(folder, self.bundle)
+        record, text, ahead = read_session(folder, self.bundle)
         if self.decoder is not None and not record.has_frames:
             raise RequestError(f"{folder} was made without frames; load the engine with vae=False to resume it")
         wanted = record.num_chunks if num_chunks is None else checked_chunks(self.config, num_chunks)
@@ -370,8 +384,8 @@ class Engine:
         noise = SeededNoise(record.seed)
         with self._turn():
             self._make_room()
-            session = Session(self, next(self._numbers), wanted, False, text, noise, 0.0)
-            session.begin_at(record.next_chunk)
+            session = Session(self, next(self._numbers), wanted, False, text, noise, 0.0, self.makes_ahead)
+            session.begin_at(record.next_chunk, ahead)
             self._run(OpenCommand(session=session.number, text=text, noise=noise))
             self._open.add(session.number)
             try:

@@ -26,7 +26,7 @@ from causalrt.engines.bundle import WEIGHTS, Bundle
 from causalrt.errors import RequestError
 
 SESSION_FILE, DECODER_FILE = "session.safetensors", "decoder.safetensors"
-TEXT, HEADER = "text", "causalrt.session"
+TEXT, AHEAD, HEADER = "text", "ahead", "causalrt.session"
 VERSION = 1
 
 
@@ -92,14 +92,16 @@ def new_snapshot(target: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_session(folder: Path, bundle: Bundle, record: SessionRecord, text: torch.Tensor) -> None:
-    """The caller's own file."""
+def write_session(
+    folder: Path, bundle: Bundle, record: SessionRecord, text: torch.Tensor, ahead: torch.Tensor | None
+) -> None:
+    """The caller's own file; `ahead` are the rows of the next chunk, if the ranks have made it already."""
     header = {HEADER: json.dumps({**identity(bundle), "session": asdict(record)})}
-    save_tensors({TEXT: text}, folder / SESSION_FILE, header)
+    save_tensors({TEXT: text, **({} if ahead is None else {AHEAD: ahead})}, folder / SESSION_FILE, header)
 
 
-def read_session(folder: Path, bundle: Bundle) -> tuple[SessionRecord, torch.Tensor]:
-    """Where the session stands, and its prompt's embeddings.
+def read_session(folder: Path, bundle: Bundle) -> tuple[SessionRecord, torch.Tensor, torch.Tensor | None]:
+    """Where the session stands, its prompt's embeddings, and the rows `[N, 64]` of the next chunk if that was made ahead.
 
     Raises:
         RequestError: no snapshot, damaged, or of other weights or another config.
@@ -111,6 +113,7 @@ def read_session(folder: Path, bundle: Bundle) -> tuple[SessionRecord, torch.Ten
         with safe_open(path, framework="pt") as file:
             plain = json.loads((file.metadata() or {})[HEADER])
             text = file.get_tensor(TEXT)
+            ahead = file.get_tensor(AHEAD) if AHEAD in file.keys() else None  # noqa: SIM118
         record = SessionRecord(**plain.pop("session"))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path} is damaged ({type(error).__name__}: {error}); take another snapshot") from error
@@ -128,9 +131,16 @@ def read_session(folder: Path, bundle: Bundle) -> tuple[SessionRecord, torch.Ten
         or type(record.has_frames) is not bool
         or text.shape != (model.text_len, model.text_dim)
         or text.dtype != torch.float32
+        or (ahead is not None and (ahead.dtype != torch.float32 or list(ahead.shape) != _rows_of(bundle, record)))
     ):
         raise RequestError(f"{path} is damaged: its values cannot be; take another snapshot")
-    return record, text
+    return record, text, ahead
+
+
+def _rows_of(bundle: Bundle, record: SessionRecord) -> list[int]:
+    config = bundle.config
+    (frames,) = config.video.frames_of_chunks(1, first_chunk=record.next_chunk)
+    return [frames * config.tokens_per_frame, config.model.patch_features]
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, header: dict[str, str]) -> None:
