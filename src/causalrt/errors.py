@@ -53,6 +53,10 @@ class OutOfMemoryError(CausalRTError, RuntimeError):
     """The predicted memory does not fit, found before anything was allocated."""
 
 
+class VideoError(CausalRTError, RuntimeError):
+    """A video cannot be encoded or written, for a full disk for example; nothing was left at the target."""
+
+
 class RankError(CausalRTError, RuntimeError):
     """A rank process died, hung, or raised; the engine is closed and can be loaded again.
 

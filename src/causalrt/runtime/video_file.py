@@ -1,0 +1,331 @@
+"""Frames in, MP4 out: a whole file, or fragments while the video is still being made.
+
+    frames uint8 [T, h, w, 3] -> H.264 (yuv420p, BT.709) -> Mp4Writer: one file, published when it is complete
+                                                         -> FragmentWriter: ftyp moov | moof mdat | moof mdat | ... as bytes
+
+PyAV encodes and muxes. A fragment is a frame; the muxer learns a frame's duration from the next one, so the last frame given
+comes out with the next call: that is the whole lag. This module owns neither the frames nor who reads the bytes.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from causalrt.engines.bundle import publish_file
+from causalrt.errors import ExecutorError, RequestError, VideoError
+
+Frames = torch.Tensor | npt.NDArray[np.uint8]
+
+MAX_SIDE = 16384  # of H.264 as x264 writes it
+KEYFRAME_SECONDS = 2  # how far a player has to go back when it seeks
+BT709 = 1  # its number in H.264 (ITU-T H.273), for primaries, transfer and matrix alike
+
+
+class Mp4Writer:
+    """One MP4 file, fed chunk by chunk: it appears at `path` when `close` has completed it, and not before.
+
+    Its index is at its front, so that a player can begin while it is downloaded. As a `with` block it is closed at the end, or
+    discarded by an exception.
+    """
+
+    def __init__(self, path: Path, *, height: int, width: int, fps: int | Fraction) -> None:
+        """Begin beside `path`.
+
+        Raises:
+            RequestError: odd or impossible sizes or rate, or `path` cannot be written.
+            ExecutorError: PyAV is not installed.
+        """
+        self.path = path.absolute()
+        check_picture(height=height, width=width, fps=fps)
+        pyav()
+        try:
+            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
+        except OSError as error:
+            raise RequestError(f"cannot write {path}: {error}; choose a file in an existing, writable folder") from None
+        os.close(handle)
+        self._partial = Path(name)
+        with self._or_nothing():
+            self._muxer = _Muxer(
+                str(self._partial),
+                height=height,
+                width=width,
+                fps=fps,
+                codec_options={"preset": "veryfast", "crf": "18"},
+                container_options={"movflags": "+faststart"},
+            )
+        self._open = True
+
+    def write(self, frames: Frames) -> None:
+        """Append frames, uint8 `[T, height, width, 3]`.
+
+        Raises:
+            RequestError: wrong shape or type, or the writer was closed.
+            VideoError: encoding or writing failed, a full disk for example; nothing is left at `path`.
+        """
+        self._check_open()
+        checked = self._muxer.checked(frames)
+        with self._or_nothing():
+            self._muxer.write(checked)
+
+    def close(self) -> None:
+        """Complete the file and publish it. Harmless when called again.
+
+        Raises:
+            RequestError: no frame was written; nothing is left.
+            VideoError: writing failed; nothing is left.
+        """
+        if not self._open:
+            return
+        if not self._muxer.num_frames:
+            self.discard()
+            raise RequestError(f"no frames were written to {self.path}; a video needs at least one")
+        with self._or_nothing():
+            self._muxer.finish()
+            publish_file(self._partial, self.path)
+        self._open = False
+
+    def discard(self) -> None:
+        """Leave nothing. Harmless after `close`, which then has published the file, and when called again."""
+        if self._open:
+            self._open = False
+            self._muxer.abandon()
+            self._partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._open = False
+            if hasattr(self, "_muxer"):
+                self._muxer.abandon()
+            self._partial.unlink(missing_ok=True)
+            if isinstance(error, (OSError, pyav().FFmpegError)):
+                raise VideoError(f"writing {self.path} failed, nothing was left there: {error}") from error
+            raise
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RequestError(f"{self.path} was closed; make another writer")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+class FragmentWriter:
+    """Fragmented MP4 as bytes, in order: `header`, then what `write` returns, then what `close` returns.
+
+    Any beginning of it that ends with a whole fragment is a video; at most one frame is held back.
+
+    Attributes:
+        header: the initialisation segment (ftyp and moov).
+        codec: as RFC 6381 writes it, `avc1.PPCCLL`, read from the stream's own configuration.
+        mime: what a browser's `MediaSource` wants to hear.
+    """
+
+    def __init__(self, *, height: int, width: int, fps: int | Fraction) -> None:
+        """Begin; `header` is there at once.
+
+        Raises:
+            RequestError: odd or impossible sizes or rate.
+            ExecutorError: PyAV is not installed.
+            VideoError: the encoder cannot be opened.
+        """
+        check_picture(height=height, width=width, fps=fps)
+        self._sink = _Sink()
+        with _typed("opening the encoder"):
+            self._muxer = _Muxer(
+                self._sink,
+                height=height,
+                width=width,
+                fps=fps,
+                codec_options={"preset": "veryfast", "crf": "23", "tune": "zerolatency"},
+                container_options={"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"},
+            )
+        self._open = True
+        self.header = self._sink.take()
+        self.codec = _codec_from_header(self.header)
+        self.mime = f'video/mp4; codecs="{self.codec}"'
+
+    def write(self, frames: Frames) -> bytes:
+        """Encode frames, uint8 `[T, height, width, 3]`; the fragments that are complete: all frames so far but the last.
+
+        Raises:
+            RequestError: wrong shape or type, or the writer was closed.
+            VideoError: encoding failed.
+        """
+        if not self._open:
+            raise RequestError("the fragment writer was closed; make another")
+        checked = self._muxer.checked(frames)
+        with _typed("encoding"):
+            self._muxer.write(checked)
+        return self._sink.take()
+
+    def close(self) -> bytes:
+        """The last fragment, and the index that ends the file. Nothing when called again."""
+        if not self._open:
+            return b""
+        self._open = False
+        with _typed("encoding"):
+            self._muxer.finish()
+        return self._sink.take()
+
+
+class _Muxer:
+    """An H.264 stream in an MP4 container that goes to a path or to an object with `write`."""
+
+    def __init__(
+        self,
+        target: Any,
+        *,
+        height: int,
+        width: int,
+        fps: int | Fraction,
+        codec_options: dict[str, str],
+        container_options: dict[str, str],
+    ) -> None:
+        self._shape = (height, width, 3)
+        self._av = av = pyav()
+        self.num_frames = 0
+        self._container = av.open(target, "w", format="mp4", container_options=container_options)
+        self._stream = stream = self._container.add_stream("libx264", rate=Fraction(fps), options=codec_options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.time_base = 1 / Fraction(fps)
+        context.gop_size = max(1, round(KEYFRAME_SECONDS * fps))
+        # Said in the stream, or players guess by the size of the picture and differ in it.
+        context.color_primaries = context.color_trc = context.colorspace = BT709
+        context.color_range = int(av.video.reformatter.ColorRange.MPEG)
+        self._container.start_encoding()
+
+    def checked(self, frames: Frames) -> npt.NDArray[np.uint8]:
+        """Frames as an array.
+
+        Raises:
+            RequestError: wrong shape or type.
+        """
+        array = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else frames
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+            raise RequestError(f"frames must be uint8, got {getattr(array, 'dtype', type(frames).__name__)}")
+        if array.ndim != 4 or array.shape[1:] != self._shape:
+            raise RequestError(f"frames must be [T, {', '.join(map(str, self._shape))}], got {list(array.shape)}")
+        return array
+
+    def write(self, frames: npt.NDArray[np.uint8]) -> None:
+        space, extent = self._av.video.reformatter.Colorspace.ITU709, self._av.video.reformatter.ColorRange
+        for picture in frames:
+            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = frame.reformat(
+                format="yuv420p", dst_colorspace=space, src_color_range=extent.JPEG, dst_color_range=extent.MPEG
+            )
+            frame.pts, frame.time_base = self.num_frames, self._stream.codec_context.time_base
+            self.num_frames += 1
+            self._container.mux(self._stream.encode(frame))
+
+    def finish(self) -> None:
+        """Everything that the encoder and the muxer still hold goes out."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def abandon(self) -> None:
+        """Give everything back; what was written is not completed."""
+        with contextlib.suppress(Exception):
+            self._container.close()
+
+
+class _Sink:
+    """Where the muxer writes: what has come since it was last asked."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> int:
+        self._parts.append(bytes(data))
+        return len(data)
+
+    def take(self) -> bytes:
+        taken = b"".join(self._parts)
+        self._parts.clear()
+        return taken
+
+
+def pyav() -> Any:
+    """The library, imported when it is needed.
+
+    Raises:
+        ExecutorError: it is not installed.
+    """
+    try:
+        import av
+        import av.video.reformatter
+    except ImportError as error:
+        raise ExecutorError(
+            f"video files need PyAV, which cannot be imported ({error}); pip install 'causalrt[video]'"
+        ) from error
+    return av
+
+
+def check_picture(*, height: int, width: int, fps: int | Fraction) -> None:
+    """Refuse what H.264 in yuv420p cannot hold.
+
+    Raises:
+        RequestError: a side that is odd, too small or too large, or a rate that is not positive.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side % 2 or not 2 <= side <= MAX_SIDE:
+            raise RequestError(f"{name} of a video must be even and 2 to {MAX_SIDE} pixels, got {side}")
+    if not 0 < fps <= 1000:
+        raise RequestError(f"frames a second must lie in (0, 1000], got {fps}")
+
+
+@contextlib.contextmanager
+def _typed(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pyav().FFmpegError) as error:
+        raise VideoError(f"{what} failed: {error}") from error
+
+
+def boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """(type, payload) of each box of ISO 14496-12 that lies in `data`, outermost ones only.
+
+    Raises:
+        VideoError: `data` is not a row of whole boxes.
+    """
+    at = 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        begin = 8
+        if size == 1:
+            size, begin = int.from_bytes(data[at + 8 : at + 16], "big"), 16
+        if size < begin or at + size > len(data):
+            raise VideoError(f"no whole box at byte {at} of {len(data)}: its size says {size}")
+        yield data[at + 4 : at + 8].decode("latin-1"), data[at + begin : at + size]
+        at += size
+
+
+def _codec_from_header(header: bytes) -> str:
+    """`avc1.PPCCLL` (RFC 6381): profile, constraints and level, as the avcC box (ISO 14496-15) has them."""
+    payload = header
+    for name in ("moov", "trak", "mdia", "minf", "stbl", "stsd"):
+        payload = dict(boxes(payload))[name]
+    entry = dict(boxes(payload[8:]))["avc1"]  # after version and count
+    configuration = dict(boxes(entry[78:]))["avcC"]  # after the fields of a VisualSampleEntry
+    return f"avc1.{configuration[1:4].hex()}"
