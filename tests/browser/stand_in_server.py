@@ -1,0 +1,229 @@
+"""A server that speaks the real-time protocol and draws its own moving pictures, one chunk when the test says so.
+
+It stands in for `causalrt serve` where a test has to decide what happens next: a busy server, a lost connection, a chunk that
+does not come. Its video is real H.264 in fragmented MP4.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import uvicorn
+from fastapi import FastAPI, Response, WebSocket, WebSocketDisconnect
+from fastapi.responses import FileResponse
+
+import causalrt.runtime
+from causalrt.runtime.video_file import FragmentWriter
+
+PAGE = Path(causalrt.runtime.__file__).parent / "server" / "page"
+POLICY = (
+    "default-src 'self'; media-src blob:; connect-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+def pictures(first: int, count: int, *, height: int, width: int, prompt: str) -> npt.NDArray[np.uint8]:
+    """Frames `first` to `first + count` of hills under a moving sun, uint8 [count, height, width, 3]; the prompt sets the hour."""
+    x = np.linspace(0, 2, width, dtype=np.float32)[None, :]
+    y = np.linspace(0, 1, height, dtype=np.float32)[:, None]
+    night = sum(map(ord, prompt)) % 2
+    sky = np.array([[46, 84, 150], [16, 20, 48]][night], np.float32)
+    glow = np.array([[250, 200, 140], [70, 84, 140]][night], np.float32)
+    sun = np.array([[255, 244, 214], [226, 232, 250]][night], np.float32)
+    frames = []
+    for t in range(first, first + count):
+        picture = sky + (glow - sky) * (y**1.5)[..., None] * np.ones_like(x)[..., None]
+        centre = (0.35 + 0.012 * t) % 2.4 - 0.2
+        distance = np.sqrt((x - centre) ** 2 + (y - 0.3 + 0.04 * np.sin(t / 9)) ** 2)
+        halo = (np.exp(-9 * distance) * 0.55 + 1 / (1 + np.exp((distance - 0.085) * 260)))[..., None]
+        picture = picture * (1 - halo.clip(0, 1)) + sun * halo.clip(0, 1)
+        for layer, (base, swing, speed) in enumerate([(0.62, 0.07, 0.006), (0.74, 0.06, 0.014), (0.88, 0.05, 0.03)]):
+            phase = speed * t
+            edge = base + swing * (np.sin(3.1 * (x + phase) + layer) + 0.5 * np.sin(7.3 * (x + phase) + 2 * layer))
+            land = (glow * 0.35 + sky * 0.4) * (0.95 - 0.28 * layer)
+            picture = np.where((y > edge)[..., None], land, picture)
+        frames.append(picture.clip(0, 255).astype(np.uint8))
+    return np.stack(frames)
+
+
+@dataclass
+class StandInServer:
+    """Attributes the test may set before or while the page is there.
+
+    token: what the page must send, or None.
+    refuse: errors that answer the next "start"s, in order.
+    chunk_s: seconds a chunk takes, or None: a chunk is made for each `release`.
+    """
+
+    width: int = 416
+    height: int = 240
+    fps: int = 16
+    token: str | None = None
+    mime: str | None = None
+    max_chunks: int | None = None
+    chunk_s: float | None = None
+    refuse: list[dict[str, Any]] = field(default_factory=list)
+    received: list[dict[str, Any]] = field(default_factory=list)
+    url: str = ""
+
+    def start(self) -> None:
+        self._permits = threading.Semaphore(0)
+        self._sockets: list[WebSocket] = []
+        self._server = uvicorn.Server(
+            uvicorn.Config(self._app(), port=0, log_level="warning", lifespan="off", ws_per_message_deflate=False, ws="websockets-sansio")
+        )
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}/"
+
+    def stop(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join(20)
+
+    def release(self, chunks: int) -> None:
+        self._permits.release(chunks)
+
+    def close_connections(self, code: int, reason: str = "") -> None:
+        for socket in list(self._sockets):
+            asyncio.run_coroutine_threadsafe(socket.close(code, reason), self._loop).result(10)
+
+    def messages(self, kind: str) -> list[dict[str, Any]]:
+        return [message for message in self.received if message["type"] == kind]
+
+    def _app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.get("/{name:path}")
+        def page(name: str) -> Response:
+            path = PAGE / (name or "index.html")
+            if path.parent != PAGE or not path.is_file():
+                return Response(status_code=404)
+            return FileResponse(path, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
+
+        @app.websocket("/v1/realtime")
+        async def realtime(socket: WebSocket) -> None:
+            await socket.accept()
+            self._loop = asyncio.get_running_loop()
+            self._sockets.append(socket)
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the second: sent after the test closed it
+                await _Connection(self, socket).serve()
+            self._sockets.remove(socket)
+
+        return app
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["StandInServer"]:
+        self.start()
+        try:
+            yield self
+        finally:
+            self.stop()
+
+
+class _Connection:
+    def __init__(self, server: StandInServer, socket: WebSocket) -> None:
+        self.server = server
+        self.socket = socket
+        self.go_on = asyncio.Event()
+        self.stopped = False
+        self.prompt = ""
+        self.next_chunk = 0
+        self.task: asyncio.Task[None] | None = None
+
+    async def say(self, kind: str, **fields: Any) -> None:
+        await self.socket.send_json({"type": kind, **fields})
+
+    async def read(self) -> dict[str, Any]:
+        message = await self.socket.receive_json()
+        self.server.received.append(message)
+        return message
+
+    async def serve(self) -> None:
+        server = self.server
+        if server.token is not None and (await self.read()).get("token") != server.token:
+            await self.say("error", code="unauthorized", message="no such token", retry_after_s=None)
+            await self.socket.close(4401)
+            return
+        mime = server.mime or FragmentWriter(height=server.height, width=server.width, fps=server.fps).mime
+        size = {"width": server.width, "height": server.height, "fps": server.fps}
+        await self.say("ready", **size, mime=mime, max_prompt_chars=2000, max_chunks=server.max_chunks)
+        try:
+            while True:
+                message = await self.read()
+                await getattr(self, f"on_{message['type']}")(message)
+        finally:
+            if self.task:
+                self.task.cancel()
+
+    async def on_start(self, message: dict[str, Any]) -> None:
+        if self.server.refuse:
+            await self.say("error", **self.server.refuse.pop(0))
+            return
+        self.prompt, self.stopped = message["prompt"], False
+        self.go_on.set()
+        self.task = asyncio.create_task(self.generate(message))
+
+    async def on_switch(self, message: dict[str, Any]) -> None:
+        self.prompt = message["prompt"]
+        await self.say("switched", ms=6.5, from_chunk=self.next_chunk, policy=message["policy"])
+
+    async def on_pause(self, message: dict[str, Any]) -> None:
+        self.go_on.clear()
+        await self.say("paused")
+
+    async def on_resume(self, message: dict[str, Any]) -> None:
+        self.go_on.set()
+        await self.say("resumed")
+
+    async def on_stop(self, message: dict[str, Any]) -> None:
+        self.stopped = True
+        self.go_on.set()
+
+    async def permit(self) -> None:
+        """Wait for the test's permission, or for the chunk's time."""
+        if self.server.chunk_s is not None:
+            await asyncio.sleep(self.server.chunk_s)
+            return
+        while not self.stopped and not self.server._permits.acquire(blocking=False):
+            await asyncio.sleep(0.01)
+
+    async def generate(self, start: dict[str, Any]) -> None:
+        server = self.server
+        asked = time.perf_counter()
+        ms = lambda: 1e3 * (time.perf_counter() - asked)  # noqa: E731
+        writer = FragmentWriter(height=server.height, width=server.width, fps=server.fps)
+        await self.say("started", id="stand-in", seed=start["seed"], chunks=start["chunks"], text_ms=3.0)
+        await self.socket.send_bytes(writer.header)
+        done = frames = 0
+        while start["chunks"] is None or done < start["chunks"]:
+            self.next_chunk = done
+            await self.permit()
+            await self.go_on.wait()
+            if self.stopped:
+                break
+            asked, count = time.perf_counter(), 12 if done else 9
+            images = await asyncio.to_thread(
+                pictures, frames, count, height=server.height, width=server.width, prompt=self.prompt
+            )
+            drawn = ms()
+            for at in range(0, count, 3):
+                await self.socket.send_bytes(writer.write(images[at : at + 3]))
+            # The stages are made up, but for the drawing and the encoding; they differ so that every colour is seen.
+            jitter = 1 + 0.12 * np.sin(2.3 * done)
+            stages = {"queue": 20.0 if done else 5.0, "text": None if done else 60.0, "denoise": 410 * jitter}
+            stages |= {"exchange": 70 * jitter, "gather": 6.0, "decode": drawn + 90.0, "hand_over": 9.0}
+            stages["encode"] = ms() - drawn
+            latency = sum(value for stage, value in stages.items() if value and stage != "exchange") + 4
+            first = {} if done else {"first_frame_ms": latency}
+            await self.say("chunk", index=done, frames=count, latency_ms=latency, stages=stages, **first)
+            frames, done = frames + count, done + 1
+        await self.socket.send_bytes(writer.close())
+        await self.say("ended", reason="stopped" if self.stopped else "done", chunks=done)
