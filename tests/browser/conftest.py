@@ -64,3 +64,20 @@ def screenshots(tmp_path) -> Path:
     folder = Path(os.environ.get("CAUSALRT_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def expect():
+    expect = pytest.importorskip("playwright.sync_api").expect
+    expect.set_options(timeout=20_000)
+    return expect
+
+
+@pytest.fixture
+def server():
+    pytest.importorskip("fastapi")
+    pytest.importorskip("av")
+    from stand_in_server import StandInServer
+
+    with StandInServer().running() as server:
+        yield server

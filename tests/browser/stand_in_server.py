@@ -23,19 +23,17 @@ import causalrt.runtime
 from causalrt.runtime.video_file import FragmentWriter
 
 PAGE = Path(causalrt.runtime.__file__).parent / "server" / "page"
-POLICY = (
-    "default-src 'self'; media-src blob:; connect-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
+POLICY = "default-src 'self'; media-src blob:; connect-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 
 
 def pictures(first: int, count: int, *, height: int, width: int, prompt: str) -> npt.NDArray[np.uint8]:
-    """Frames `first` to `first + count` of hills under a moving sun, uint8 [count, height, width, 3]; the prompt sets the hour."""
-    x = np.linspace(0, 2, width, dtype=np.float32)[None, :]
+    """Frames `first` on, uint8 [count, height, width, 3]: hills under a sun that moves, or under a moon: the prompt says."""
+    x = np.linspace(0, width / height, width, dtype=np.float32)[None, :]
     y = np.linspace(0, 1, height, dtype=np.float32)[:, None]
-    night = sum(map(ord, prompt)) % 2
-    sky = np.array([[46, 84, 150], [16, 20, 48]][night], np.float32)
-    glow = np.array([[250, 200, 140], [70, 84, 140]][night], np.float32)
-    sun = np.array([[255, 244, 214], [226, 232, 250]][night], np.float32)
+    night = "night" in prompt
+    sky = np.array([[46, 84, 150], [16, 20, 48]][int(night)], np.float32)
+    glow = np.array([[250, 200, 140], [70, 84, 140]][int(night)], np.float32)
+    sun = np.array([[255, 244, 214], [226, 232, 250]][int(night)], np.float32)
     frames = []
     for t in range(first, first + count):
         picture = sky + (glow - sky) * (y**1.5)[..., None] * np.ones_like(x)[..., None]
@@ -50,6 +48,24 @@ def pictures(first: int, count: int, *, height: int, width: int, prompt: str) ->
             picture = np.where((y > edge)[..., None], land, picture)
         frames.append(picture.clip(0, 255).astype(np.uint8))
     return np.stack(frames)
+
+
+@contextlib.contextmanager
+def served(app: FastAPI, *, port: int = 0) -> Iterator[int]:
+    """Serve `app` on the loopback from a thread; the port."""
+    config = uvicorn.Config(app, port=port, log_level="warning", lifespan="off", ws_per_message_deflate=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError(f"the server could not start on port {port}")
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(20)
 
 
 @dataclass
@@ -68,25 +84,20 @@ class StandInServer:
     mime: str | None = None
     max_chunks: int | None = None
     chunk_s: float | None = None
+    port: int = 0
     refuse: list[dict[str, Any]] = field(default_factory=list)
     received: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
-    def start(self) -> None:
+    def __post_init__(self) -> None:
         self._permits = threading.Semaphore(0)
         self._sockets: list[WebSocket] = []
-        self._server = uvicorn.Server(
-            uvicorn.Config(self._app(), port=0, log_level="warning", lifespan="off", ws_per_message_deflate=False, ws="websockets-sansio")
-        )
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}/"
 
-    def stop(self) -> None:
-        self._server.should_exit = self._server.force_exit = True
-        self._thread.join(20)
+    @contextlib.contextmanager
+    def running(self) -> Iterator["StandInServer"]:
+        with served(self._app(), port=self.port) as self.port:
+            self.url = f"http://127.0.0.1:{self.port}/"
+            yield self
 
     def release(self, chunks: int) -> None:
         self._permits.release(chunks)
@@ -118,14 +129,6 @@ class StandInServer:
             self._sockets.remove(socket)
 
         return app
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator["StandInServer"]:
-        self.start()
-        try:
-            yield self
-        finally:
-            self.stop()
 
 
 class _Connection:
@@ -197,33 +200,36 @@ class _Connection:
 
     async def generate(self, start: dict[str, Any]) -> None:
         server = self.server
-        asked = time.perf_counter()
-        ms = lambda: 1e3 * (time.perf_counter() - asked)  # noqa: E731
+        received = time.perf_counter()
         writer = FragmentWriter(height=server.height, width=server.width, fps=server.fps)
         await self.say("started", id="stand-in", seed=start["seed"], chunks=start["chunks"], text_ms=3.0)
         await self.socket.send_bytes(writer.header)
         done = frames = 0
+        first: dict[str, float] = {}
         while start["chunks"] is None or done < start["chunks"]:
             self.next_chunk = done
             await self.permit()
             await self.go_on.wait()
             if self.stopped:
                 break
-            asked, count = time.perf_counter(), 12 if done else 9
+            begun, count = time.perf_counter(), 12 if done else 9
             images = await asyncio.to_thread(
                 pictures, frames, count, height=server.height, width=server.width, prompt=self.prompt
             )
-            drawn = ms()
+            drawn = time.perf_counter()
             for at in range(0, count, 3):
                 await self.socket.send_bytes(writer.write(images[at : at + 3]))
-            # The stages are made up, but for the drawing and the encoding; they differ so that every colour is seen.
-            jitter = 1 + 0.12 * np.sin(2.3 * done)
-            stages = {"queue": 20.0 if done else 5.0, "text": None if done else 60.0, "denoise": 410 * jitter}
-            stages |= {"exchange": 70 * jitter, "gather": 6.0, "decode": drawn + 90.0, "hand_over": 9.0}
-            stages["encode"] = ms() - drawn
-            latency = sum(value for stage, value in stages.items() if value and stage != "exchange") + 4
-            first = {} if done else {"first_frame_ms": latency}
+                if not done and not at:
+                    first = {"first_frame_ms": 1e3 * (time.perf_counter() - received)}
+            sent = time.perf_counter()
+            # The wait is split into made-up stages, so that every colour is seen; drawing and encoding are what they are.
+            wait = 1e3 * (server.chunk_s or 0.5)
+            stages = {"queue": 0.03 * wait, "text": None if done else 0.1 * wait, "denoise": 0.8 * wait}
+            stages |= {"exchange": 0.14 * wait, "gather": 0.02 * wait, "hand_over": 0.02 * wait}
+            stages |= {"decode": 0.03 * wait + 1e3 * (drawn - begun), "encode": 1e3 * (sent - drawn)}
+            latency = sum(value for stage, value in stages.items() if value and stage != "exchange") + 0.02 * wait
             await self.say("chunk", index=done, frames=count, latency_ms=latency, stages=stages, **first)
+            first = {}
             frames, done = frames + count, done + 1
         await self.socket.send_bytes(writer.close())
         await self.say("ended", reason="stopped" if self.stopped else "done", chunks=done)

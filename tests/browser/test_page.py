@@ -6,40 +6,9 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("av")
-from stand_in_server import StandInServer
+from page_steps import PLAYED, wait_for
 
 pytestmark = pytest.mark.browser
-
-PLAYED = "document.querySelector('video').currentTime"
-
-
-def wait_for(page, condition: str) -> None:
-    """Until `condition` (JavaScript) holds. Playwright's own waiting evaluates text in the page, which its policy forbids."""
-    for _ in range(400):
-        if page.evaluate(condition):
-            return
-        page.wait_for_timeout(50)
-    pytest.fail(f"never came true: {condition}; the page says: {page.get_by_role('status').inner_text()}")
-
-
-@pytest.fixture
-def server():
-    with StandInServer().running() as server:
-        yield server
-
-
-def start(page, server, prompt="a fox in the snow", *, expect=None, chunks=None):
-    page.goto(server.url)
-    expect(page.locator("#connection")).to_have_text("Connected")
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    if chunks:
-        page.get_by_label("Chunks").fill(str(chunks))
-    page.get_by_role("button", name="Start").click()
-
-
-@pytest.fixture
-def expect():
-    return pytest.importorskip("playwright.sync_api").expect
 
 
 def test_video_plays_while_it_is_generated(new_page, server, expect, screenshots):

@@ -14,7 +14,7 @@ const STAGES = [ // in the order of the work; what the parts leave of the whole 
 const LABEL = Object.fromEntries(STAGES);
 const HEIGHT = 220;
 const EDGE = { left: 58, right: 14, top: 16, bottom: 24 };
-const SLOT = 20; // pixels a chunk
+const SLOT = { least: 20, most: 36 }; // pixels a chunk
 const TABLE_ROWS = 300;
 
 export const ms = (value) => (value >= 9_995 ? `${(value / 1000).toFixed(1)} s` : value >= 999.5 ? `${(value / 1000).toFixed(2)} s` : `${Math.round(value)} ms`);
@@ -112,7 +112,8 @@ export class LatencyView {
   #drawChart() {
     const width = Math.max(240, this.#chart.clientWidth);
     const inner = { width: width - EDGE.left - EDGE.right, height: HEIGHT - EDGE.top - EDGE.bottom };
-    const shown = this.#chunks.slice(-Math.floor(inner.width / SLOT));
+    const slot = Math.max(SLOT.least, Math.min(SLOT.most, inner.width / this.#chunks.length));
+    const shown = this.#chunks.slice(-Math.floor(inner.width / slot));
     const svg = element("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, width, height: HEIGHT, role: "img", "aria-label": this.#inWords(shown) });
     const budget = ({ frames }) => (1000 * frames) / this.#fps;
     // The first chunk, with its wait and text, may be many times the rest: its bar is cut rather than theirs made flat.
@@ -128,7 +129,7 @@ export class LatencyView {
     }
     const line = [];
     shown.forEach((chunk, place) => {
-      const x = EDGE.left + place * SLOT;
+      const x = EDGE.left + place * slot;
       const bar = element("g", { class: "bar" });
       bar.append(element("title", {}, `chunk ${chunk.index}: ${ms(chunk.latency_ms)}`));
       let below = 0;
@@ -136,7 +137,7 @@ export class LatencyView {
         const above = below + chunk.parts[stage];
         const height = y(below) - y(above);
         // A hairline of the background between the stages keeps them apart without telling colours apart.
-        if (height > 0) bar.append(element("rect", { "data-stage": stage, x: x + 3, y: y(above), width: SLOT - 6, height: Math.max(height - (height > 3 ? 1 : 0), 0.5) }));
+        if (height > 0) bar.append(element("rect", { "data-stage": stage, x: x + 3, y: y(above), width: slot - 6, height: Math.max(height - (height > 3 ? 1 : 0), 0.5) }));
         below = above;
       }
       if (below > top) bar.append(element("text", { class: "cut", x: x + 2, y: EDGE.top - 5 }, `↑ ${ms(chunk.latency_ms)}`));
@@ -144,9 +145,9 @@ export class LatencyView {
         bar.append(element("line", { class: "switch", x1: x, x2: x, y1: EDGE.top, y2: EDGE.top + inner.height }));
         bar.append(element("text", { class: "switch", x: x + 3, y: EDGE.top + 9 }, "switch"));
       }
-      if (chunk.index % 5 === 0) bar.append(element("text", { x: x + SLOT / 2, y: HEIGHT - 7, "text-anchor": "middle" }, chunk.index));
+      if (chunk.index % 5 === 0) bar.append(element("text", { x: x + slot / 2, y: HEIGHT - 7, "text-anchor": "middle" }, chunk.index));
       svg.append(bar);
-      line.push(`${place ? "L" : "M"}${x} ${y(budget(chunk))}H${x + SLOT}`);
+      line.push(`${place ? "L" : "M"}${x} ${y(budget(chunk))}H${x + slot}`);
     });
     if (shown.length) svg.append(element("path", { class: "real-time", d: line.join("") }));
     else svg.append(element("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, "Bars appear here, one for each chunk."));

@@ -15,6 +15,7 @@ const ENDINGS = {
   draining: "The server is shutting down and ended the video here.",
   stalled: "The server ended the video here: this page could not receive it fast enough.",
 };
+const HISTORY = { keep: "history kept", recache: "history recomputed", flush: "history dropped" };
 const ADVICE = { // what to do about an error that the server reports, after its own words
   bad_request: "Change the prompt or the options and try again.",
   unauthorized: "Enter a valid access token.",
@@ -149,7 +150,7 @@ function chunk(message) {
 function switched({ ms: took, from_chunk, policy }) {
   latency.markSwitch(from_chunk, policy);
   $["switch-time"].textContent = ms(took);
-  $["switch-note"].textContent = `${policy}, from chunk ${from_chunk}`;
+  $["switch-note"].textContent = `${HISTORY[policy]}, from chunk ${from_chunk}`;
   say(`New prompt from chunk ${from_chunk} on.`);
 }
 
@@ -262,7 +263,7 @@ $.download.addEventListener("click", () => {
   const { blob, complete } = player.file();
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
-  link.download = `${$.prompt.value.trim().toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || "video"}.mp4`;
+  link.download = `${$.prompt.value.toLowerCase().match(/[\p{L}\p{N}]+/gu)?.join("-").slice(0, 60) ?? "video"}.mp4`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   if (!complete) complain("The video is longer than this page keeps: the file holds its first gigabyte.");
