@@ -100,7 +100,7 @@ export class LatencyView {
     const seen = STAGES.filter(([stage]) => this.#chunks.some(({ parts }) => parts[stage] >= 0.05));
     const items = (seen.length ? seen : STAGES.slice(0, -1)).map(([stage, label]) => {
       const item = element("li", { "data-stage": stage });
-      item.append(element("i"), element("span", {}, label), element("b", {}, latest ? ms(latest.parts[stage]) : ""));
+      item.append(element("i"), element("span", {}, label), element("b", {}, latest?.parts[stage] ? ms(latest.parts[stage]) : ""));
       return item;
     });
     const line = element("li", { "data-stage": "real-time" });

@@ -13,7 +13,7 @@ const ENDINGS = {
   done: "Finished.",
   stopped: "Stopped.",
   draining: "The server is shutting down and ended the video here.",
-  stalled: "The server ended the video here: this page could not receive it fast enough.",
+  stalled: "The server ended the video here: it was paused for too long, or not received fast enough.",
 };
 const HISTORY = { keep: "history kept", recache: "history recomputed", flush: "history dropped" };
 const ADVICE = { // what to do about an error that the server reports, after its own words
@@ -162,6 +162,7 @@ function failed({ code, message, retry_after_s }) {
   // A refused switch leaves the video running; a refused start, or a failure, does not.
   if (["asking", "queued"].includes(state.phase)) finish("Not started.");
   else if (["internal", "not_ready"].includes(code) && BUSY_STATES.includes(state.phase)) finish("Ended by an error.");
+  else if (state.phase === "running") say("Generating, with the prompt as it was.");
 }
 
 const sentence = (words) => (/[.!?]$/.test(words ?? "") ? words : `${words}.`);
