@@ -227,7 +227,8 @@ class _Connection:
             stages = {"queue": 0.03 * wait, "text": None if done else 0.1 * wait, "denoise": 0.8 * wait}
             stages |= {"exchange": 0.14 * wait, "gather": 0.02 * wait, "hand_over": 0.02 * wait}
             stages |= {"decode": 0.03 * wait + 1e3 * (drawn - begun), "encode": 1e3 * (sent - drawn)}
-            latency = sum(value for stage, value in stages.items() if value and stage != "exchange") + 0.02 * wait
+            in_engine = [ms for stage, ms in stages.items() if ms and stage not in ("text", "exchange", "encode")]
+            latency = sum(in_engine) + 0.02 * wait
             await self.say("chunk", index=done, frames=count, latency_ms=latency, stages=stages, **first)
             first = {}
             frames, done = frames + count, done + 1

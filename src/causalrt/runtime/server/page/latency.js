@@ -19,15 +19,18 @@ const TABLE_ROWS = 300;
 
 export const ms = (value) => (value >= 9_995 ? `${(value / 1000).toFixed(1)} s` : value >= 999.5 ? `${(value / 1000).toFixed(2)} s` : `${Math.round(value)} ms`);
 
-/** The chunk's milliseconds by stage, parts that do not overlap: exchange is inside denoising, so it is taken out of it. */
+/**
+ * The chunk's milliseconds by stage, parts that do not overlap. Exchange is inside denoising, so it is taken out of it;
+ * `latency_ms` ends when the frames are there, so the prompt's text before and H.264 after are not in it.
+ */
 export function partsOf(chunk) {
-  const parts = {};
-  for (const [stage] of STAGES) parts[stage] = chunk.stages[stage] ?? 0;
+  const parts = Object.fromEntries(STAGES.map(([stage]) => [stage, chunk.stages[stage] ?? 0]));
   parts.denoise = Math.max(0, parts.denoise - parts.exchange);
-  const sum = Object.values(parts).reduce((a, b) => a + b, 0);
-  parts.other = Math.max(0, chunk.latency_ms - sum);
+  parts.other = Math.max(0, chunk.latency_ms + parts.text + parts.encode - sum(parts));
   return parts;
 }
+
+const sum = (parts) => Object.values(parts).reduce((a, b) => a + b, 0);
 
 function element(name, attributes = {}, text = "") {
   const svg = ["svg", "g", "rect", "line", "path", "text", "title"].includes(name);
@@ -68,17 +71,20 @@ export class LatencyView {
     this.#redraw();
   }
 
+  /** Milliseconds from the request for the chunk until it was sent. */
   add(chunk) {
     const parts = partsOf(chunk);
-    this.#chunks.push({ ...chunk, parts });
+    const whole = sum(parts);
+    this.#chunks.push({ ...chunk, parts, whole });
     if (this.#chunks.length > TABLE_ROWS) this.#chunks.shift();
     const row = element("tr");
     row.append(element("th", { scope: "row" }, chunk.index));
-    const times = [chunk.latency_ms, ...STAGES.map(([stage]) => parts[stage])];
+    const times = [whole, ...STAGES.map(([stage]) => parts[stage])];
     for (const value of [chunk.frames, ...times.map((time) => time.toFixed(1))]) row.append(element("td", {}, value));
     this.#rows.prepend(row);
     if (this.#rows.rows.length > TABLE_ROWS) this.#rows.lastChild.remove();
     this.#redraw();
+    return whole;
   }
 
   markSwitch(index, policy) {
@@ -118,7 +124,7 @@ export class LatencyView {
     const budget = ({ frames }) => (1000 * frames) / this.#fps;
     // The first chunk, with its wait and text, may be many times the rest: its bar is cut rather than theirs made flat.
     const rest = shown.filter(({ index }) => index > 0);
-    const highest = Math.max(...(rest.length ? rest : shown).map((chunk) => Math.max(chunk.latency_ms, budget(chunk))), 1);
+    const highest = Math.max(...(rest.length ? rest : shown).map((chunk) => Math.max(chunk.whole, budget(chunk))), 1);
     const step = niceStep(highest / 3);
     const top = step * Math.ceil((highest * 1.08) / step);
     const y = (value) => EDGE.top + inner.height * (1 - Math.min(value, top) / top);
@@ -131,7 +137,7 @@ export class LatencyView {
     shown.forEach((chunk, place) => {
       const x = EDGE.left + place * slot;
       const bar = element("g", { class: "bar" });
-      bar.append(element("title", {}, `chunk ${chunk.index}: ${ms(chunk.latency_ms)}`));
+      bar.append(element("title", {}, `chunk ${chunk.index}: ${ms(chunk.whole)}`));
       let below = 0;
       for (const [stage] of STAGES) {
         const above = below + chunk.parts[stage];
@@ -140,7 +146,7 @@ export class LatencyView {
         if (height > 0) bar.append(element("rect", { "data-stage": stage, x: x + 3, y: y(above), width: slot - 6, height: Math.max(height - (height > 3 ? 1 : 0), 0.5) }));
         below = above;
       }
-      if (below > top) bar.append(element("text", { class: "cut", x: x + 2, y: EDGE.top - 5 }, `↑ ${ms(chunk.latency_ms)}`));
+      if (below > top) bar.append(element("text", { class: "cut", x: x + 2, y: EDGE.top - 5 }, `↑ ${ms(chunk.whole)}`));
       if (this.#switches.has(chunk.index)) {
         bar.append(element("line", { class: "switch", x1: x, x2: x, y1: EDGE.top, y2: EDGE.top + inner.height }));
         bar.append(element("text", { class: "switch", x: x + 3, y: EDGE.top + 9 }, "switch"));
@@ -158,8 +164,8 @@ export class LatencyView {
     if (!shown.length) return "Latency by stage: no chunk yet.";
     const latest = shown.at(-1);
     const parts = STAGES.filter(([stage]) => latest.parts[stage] >= 0.5).map(([stage]) => `${LABEL[stage]} ${ms(latest.parts[stage])}`);
-    const late = shown.filter(({ latency_ms, frames }) => latency_ms > (1000 * frames) / this.#fps).length;
-    return `Latency by stage of chunks ${shown[0].index} to ${latest.index}; the latest took ${ms(latest.latency_ms)}: ${parts.join(", ")}. ` +
+    const late = shown.filter(({ whole, frames }) => whole > (1000 * frames) / this.#fps).length;
+    return `Latency by stage of chunks ${shown[0].index} to ${latest.index}; the latest took ${ms(latest.whole)}: ${parts.join(", ")}. ` +
       `${late} of ${shown.length} took longer than they play. The same figures are in the table below.`;
   }
 }

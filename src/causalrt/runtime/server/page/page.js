@@ -19,10 +19,7 @@ const HISTORY = { keep: "history kept", recache: "history recomputed", flush: "h
 const ADVICE = { // what to do about an error that the server reports, after its own words
   bad_request: "Change the prompt or the options and try again.",
   unauthorized: "Enter a valid access token.",
-  busy: "All places are taken.",
-  rate_limited: "Too many requests in a short time.",
   too_large: "Make the prompt shorter.",
-  not_ready: "The server is not ready to generate.",
   internal: "Something failed on the server. Try again; if it happens again, its log says why.",
 };
 
@@ -130,13 +127,13 @@ function chunk(message) {
   const now = performance.now();
   state.chunks = message.index + 1;
   state.arrivals = [...state.arrivals, [now, message.frames]].slice(-RATE_OVER_CHUNKS);
-  latency.add(message);
+  const tookMs = latency.add(message);
   const playsMs = (1000 * message.frames) / state.server.fps;
   if (message.index === 0) {
     say("Generating.");
     $["first-frame-note"].textContent = `server ${ms(message.first_frame_ms)}`;
   }
-  $["latest-chunk"].textContent = ms(message.latency_ms);
+  $["latest-chunk"].textContent = ms(tookMs);
   $["latest-chunk-note"].textContent = `plays ${ms(playsMs)}`;
   $["chunk-count"].textContent = state.chunks;
   $["chunk-count-note"].textContent = state.wanted ? `of ${state.wanted}` : "";
@@ -155,8 +152,8 @@ function switched({ ms: took, from_chunk, policy }) {
 }
 
 function failed({ code, message, retry_after_s }) {
-  const wait = retry_after_s ? ` Try again in ${Math.ceil(retry_after_s)} s.` : "";
-  complain(`${sentence(message)} ${ADVICE[code] ?? ""}${wait}`.trim());
+  const later = retry_after_s ? `Try again in ${Math.ceil(retry_after_s)} s.` : "Try again in a moment.";
+  complain(`${sentence(message)} ${ADVICE[code] ?? later}`);
   connection.notWithin(1000 * (retry_after_s ?? 0));
   if (code === "unauthorized") askForToken();
   // A refused switch leaves the video running; a refused start, or a failure, does not.
