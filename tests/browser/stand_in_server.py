@@ -37,7 +37,7 @@ def pictures(first: int, count: int, *, height: int, width: int, prompt: str) ->
     frames = []
     for t in range(first, first + count):
         picture = sky + (glow - sky) * (y**1.5)[..., None] * np.ones_like(x)[..., None]
-        centre = (0.35 + 0.012 * t) % 2.4 - 0.2
+        centre = (0.45 + 0.007 * t) % 2.4 - 0.2
         distance = np.sqrt((x - centre) ** 2 + (y - 0.3 + 0.04 * np.sin(t / 9)) ** 2)
         halo = (np.exp(-9 * distance) * 0.55 + 1 / (1 + np.exp((distance - 0.085) * 260)))[..., None]
         picture = picture * (1 - halo.clip(0, 1)) + sun * halo.clip(0, 1)
@@ -87,6 +87,7 @@ class StandInServer:
     port: int = 0
     refuse: list[dict[str, Any]] = field(default_factory=list)
     received: list[dict[str, Any]] = field(default_factory=list)
+    sent: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -142,6 +143,7 @@ class _Connection:
         self.task: asyncio.Task[None] | None = None
 
     async def say(self, kind: str, **fields: Any) -> None:
+        self.server.sent.append({"type": kind, **fields})
         await self.socket.send_json({"type": kind, **fields})
 
     async def read(self) -> dict[str, Any]:

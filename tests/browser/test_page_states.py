@@ -169,7 +169,7 @@ def test_wide_screen(new_page, server, expect, screenshots, scheme):
     page.get_by_label("Prompt", exact=True).fill("night falls over the snow, stars come out")
     page.get_by_label("kept").check()
     page.get_by_role("button", name="Switch prompt").click()
-    expect(page.locator("#chunk-count")).to_have_text("14")
+    expect(page.locator("#chunk-count")).to_have_text("16")
     page.mouse.move(0, 0)
     page.screenshot(path=screenshots / f"wide-{scheme}.png", full_page=True)
     assert page.evaluate("getComputedStyle(document.querySelector('#stage'), '::after').animationName") == "none"
@@ -185,8 +185,13 @@ def test_table_says_what_the_chart_draws(new_page, server, expect):
     assert rows[0].lower().split("\t")[:4] == ["chunk", "frames", "latency", "queue"]
     figures = [[float(cell) for cell in row.split("\t")] for row in rows[1:]]
     assert [row[:2] for row in figures] == [[2, 12], [1, 12], [0, 9]]
-    for row in figures:
-        assert sum(row[3:]) == pytest.approx(row[2], abs=0.5)  # the stages do not overlap, and leave nothing out
+    sent = [message for message in reversed(server.sent) if message["type"] == "chunk"]
+    for row, message in zip(figures, sent, strict=True):
+        stages = {stage: ms or 0 for stage, ms in message["stages"].items()}
+        whole = stages["text"] + message["latency_ms"] + stages["encode"]
+        denoise = stages["denoise"] - stages["exchange"]
+        assert row[2:6] == pytest.approx([whole, stages["queue"], stages["text"], denoise], abs=0.06)
+        assert sum(row[3:]) == pytest.approx(whole, abs=0.5)  # the stages do not overlap, and leave nothing out
     words = page.get_by_role("img").get_attribute("aria-label")
     assert re.search(r"chunks 0 to 2; the latest took \d+ ms: queue", words)
     heights = page.evaluate(
