@@ -19,29 +19,16 @@ import torch
 
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.export.engine_worker import build_engine
+from causalrt.export.random_weights import random_vae
 from causalrt.export.vae import vae_engine_requests, write_vae
 from causalrt.model.vae import StreamingDecoder, cache_bytes
-from causalrt.model.vae_checkpoint import VaeConfig, empty_vae
+from causalrt.model.vae_checkpoint import VaeConfig
 
 
 def status_bytes(field: str) -> int:
     """A memory figure of this process from /proc/self/status, such as VmHWM or VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
-
-
-def random_vae(config: VaeConfig, dtype: torch.dtype) -> Any:
-    """A VAE whose activations neither die nor grow."""
-    torch.manual_seed(0)
-    vae = empty_vae(config)
-    state = {name: torch.zeros(value.shape, dtype=dtype) for name, value in vae.state_dict().items()}
-    for name, value in state.items():
-        if value.dim() > 3 and "gamma" not in name:
-            value.normal_(std=value[0].numel() ** -0.5)
-        elif "gamma" in name:
-            value.fill_(1.0)
-    vae.load_state_dict(state, assign=True)
-    return vae.requires_grad_(False)
 
 
 def measured_decode(vae: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +89,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep what was built here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    vae = random_vae(VaeConfig(base_dim=args.base_dim), getattr(torch, args.dtype))
+    vae = random_vae(VaeConfig(base_dim=args.base_dim), seed=0, dtype=getattr(torch, args.dtype))
     found = (measured_decode if args.what == "decode" else measured_build)(vae, args)
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     print(

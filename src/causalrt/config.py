@@ -18,6 +18,8 @@ HeadPlanName = Literal["shares", "pad", "mesh"]
 TimeIndex = Literal["global", "relative"]
 
 MAX_LATENT_FRAMES = 1024
+PIXELS_PER_LATENT = 8
+FRAMES_PER_SECOND = 16
 """Positions that the rotary table of the reference has (model_spec section 4)."""
 
 
@@ -113,6 +115,21 @@ class VideoConfig:
                 f"video.window_frames is {self.window_frames}, but the sink ({self.sink_frames}) and one chunk "
                 f"({self.chunk_frames}) need {least}; the reference would overwrite its sink without a word",
             )
+
+    @property
+    def pixel_height(self) -> int:
+        """Rows of a decoded frame."""
+        return PIXELS_PER_LATENT * self.latent_height
+
+    @property
+    def pixel_width(self) -> int:
+        """Columns of a decoded frame."""
+        return PIXELS_PER_LATENT * self.latent_width
+
+    @property
+    def fps(self) -> int:
+        """Decoded frames a second at which the model's videos play."""
+        return FRAMES_PER_SECOND
 
     @property
     def capacity_frames(self) -> int:

@@ -53,6 +53,10 @@ class OutOfMemoryError(CausalRTError, RuntimeError):
     """The predicted memory does not fit, found before anything was allocated."""
 
 
+class CapacityError(CausalRTError, RuntimeError):
+    """The memory of the engine holds no further session; one of those that are open must end first."""
+
+
 class VideoError(CausalRTError, RuntimeError):
     """A video cannot be encoded or written, for a full disk for example; nothing was left at the target."""
 

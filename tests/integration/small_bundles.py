@@ -22,15 +22,16 @@ def write_checkpoint(config: Config, path: Path) -> Path:
     return path
 
 
-def bundle_factory(folder: Path) -> Bundles:
-    """Builds bundles for the eager executor, each of them once."""
+def bundle_factory(folder: Path, *, executor: str = "eager", vae: Path | None = None) -> Bundles:
+    """Builds bundles for an executor, each of them once."""
     built: dict[Config, Path] = {}
 
     def bundles(world_size: int = 1, changes: dict[str, str] | None = None) -> Path:
         config = tiny_config(world_size, changes)
         if config not in built:
             weights = write_checkpoint(config, folder / f"{len(built)}.safetensors")
-            built[config] = build(config, checkpoint=weights, out=folder / f"bundle-{len(built)}", executors=["eager"])
+            out = folder / f"bundle-{len(built)}"
+            built[config] = build(config, checkpoint=weights, out=out, executors=[executor], vae=vae)
         return built[config]
 
     return bundles

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_bundles import bundle_factory, tiny_config
+from small_bundles import bundle_factory
+from small_encoders import write_text_encoder
 
 from causalrt.cli import main
 from causalrt.model.text import TextEncoder
@@ -16,20 +17,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory):
-    """A small random encoder in the layout of a diffusers folder."""
-    folder = tmp_path_factory.mktemp("text")
-    words = ["▁a", "▁fox", "▁cat", "▁runs", "▁sleeps"]
-    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")] + [(piece, -1.0) for piece in words]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    (folder / "tokenizer").mkdir()
-    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    torch.manual_seed(0)
-    sizes = {"d_model": tiny_config().model.text_dim, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    config = transformers.UMT5Config(vocab_size=len(pieces), **sizes)
-    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    return folder
+    return write_text_encoder(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

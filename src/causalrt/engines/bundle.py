@@ -1,7 +1,8 @@
 """The bundle: the folder that a build writes and the runtime loads.
 
-    manifest.json         schema, config, plugins, layout, toolchain, graphs, and every other file with bytes and sha256
+    manifest.json         schema, config, plugins, vae, layout, toolchain, graphs, and every other file with bytes and sha256
     weights.safetensors   all weights, once, in the build's precision
+    vae.safetensors       those of the VAE, if the bundle has one
     *.onnx                graphs; their weights are references into weights.safetensors
     *.engine              TensorRT engines by flavour and target, the same for every rank; *-networks.json says what is in them
 
@@ -24,15 +25,17 @@ from causalrt.config import Config, config_from_dict
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.step_record import FlavourEngines, StepPart, files_of, parse_engines, parse_parts
 from causalrt.engines.tensorrt_flavour import FLAVOURS
-from causalrt.errors import BuildError, BundleError, ConfigError
+from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config
+from causalrt.model.vae_checkpoint import VaeConfig
 
-SCHEMA = 3
+SCHEMA = 4
 MAX_NAME = 200
 """Characters of a file's name in a bundle; no build writes longer ones, and a file system may not take them."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 PROMPT_GRAPH, TIME_GRAPH = "prompt.onnx", "time.onnx"
+FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS = "vae-first.onnx", "vae-next.onnx", "vae.safetensors"
 TOOLCHAIN = ("causalrt", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt-rtx", "tensorrt")
 REBUILD = "build the bundle again with `causalrt build`"
 
@@ -46,6 +49,7 @@ class Bundle:
         config: what it was built from.
         layout: who holds what, derived from `config`.
         plugins: self-attention is made of the fused ops.
+        vae: sizes of the VAE, or None if the bundle was built without one.
         executors: names of the executors that it holds everything for.
         graphs: what the manifest says of the graph files.
         segments: onnxruntime's parts of the step.
@@ -59,6 +63,7 @@ class Bundle:
     config: Config
     layout: Layout
     plugins: bool
+    vae: VaeConfig | None
     executors: tuple[str, ...]
     graphs: Mapping[str, Any]
     segments: tuple[StepPart, ...]
@@ -155,7 +160,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     """What the digest cannot tell: types, a layout that this version would not plan, files that no hash covers.
 
     Raises:
-        ConfigError, KeyError, TypeError: the manifest is not one that a build writes.
+        CheckpointError, ConfigError, KeyError, TypeError: the manifest is not one that a build writes.
     """
     config = config_from_dict(manifest["config"])
     layout = layout_from_config(config)
@@ -180,6 +185,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
     if manifest["layout"] != _layout_record(layout):
         raise TypeError(f"it has the layout {manifest['layout']}, this version plans {_layout_record(layout)}")
+    vae = None if manifest["vae"] is None else VaeConfig.from_mapping(manifest["vae"])
     segments = parse_parts(graphs.get("segments", []), "graphs.segments")
     engine_parts = parse_parts(graphs.get("tensorrt", []), "graphs.tensorrt")
     engines = parse_engines(manifest["engines"], engine_parts)
@@ -190,6 +196,12 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     needed = [WEIGHTS, *(part.file for part in segments), *files_of(engines, engine_parts)]
     if segments:
         needed += [PROMPT_GRAPH, TIME_GRAPH]
+    if vae is not None:
+        needed += [VAE_WEIGHTS, *((FIRST_GRAPH, NEXT_GRAPH) if segments or engines else ())]
+    if any(
+        bool(target.vae) != (vae is not None) for flavour in engines.values() for target in flavour.targets.values()
+    ):
+        raise TypeError("a VAE has two engines for each target, and there are none without it")
     empty = [name for name in files_of(engines, ()) if manifest["files"].get(name, {}).get("bytes") == 0]
     if empty:
         raise TypeError(f"engines without a byte: {', '.join(empty)}")
@@ -201,6 +213,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         config=config,
         layout=layout,
         plugins=manifest["plugins"] == "on",
+        vae=vae,
         executors=tuple(executors),
         graphs=graphs,
         segments=segments,
@@ -227,6 +240,7 @@ def write_manifest(
     executors: tuple[str, ...],
     graphs: Mapping[str, Any],
     engines: Mapping[str, Any],
+    vae: VaeConfig | None = None,
 ) -> None:
     """Hash every file in `folder` and write the manifest; the last act of a build."""
     layout = layout_from_config(config)
@@ -239,6 +253,7 @@ def write_manifest(
         "schema": SCHEMA,
         "config": config.as_dict(),
         "plugins": "on" if plugins else "off",
+        "vae": None if vae is None else vae.to_mapping(),
         "layout": _layout_record(layout),
         "executors": list(executors),
         "graphs": dict(graphs),
@@ -277,7 +292,7 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         raise BundleError(f"{path / MANIFEST} was changed after the build; {REBUILD}")
     try:
         bundle = _bundle_from_manifest(path, manifest)
-    except (ConfigError, KeyError, TypeError) as error:
+    except (CheckpointError, ConfigError, KeyError, TypeError) as error:
         raise BundleError(f"{path / MANIFEST} is not valid: {error}; {REBUILD}") from error
     _check_files(path, manifest["files"], verify=verify)
     return bundle

@@ -2,7 +2,7 @@
 
 graphs.segments    onnxruntime's parts of the step, in order
 graphs.tensorrt    the parts that TensorRT's engines were built from, in order (torch-tensorrt leaves none)
-engines            {flavour: {collectives, frontend, targets: {target: {version, prompt, time, step: [...], networks, names}}}}
+engines            {flavour: {collectives, frontend, targets: {target: {version, prompt, time, step, vae, networks, names}}}}
 """
 
 import re
@@ -41,6 +41,7 @@ class TargetEngines:
         prompt: file of the prompt's engine.
         time: file of the time's engine.
         step: files of the step's engines, in order.
+        vae: files of the VAE's two engines, for the first latent and for the next ones; none without a VAE.
         networks: file that says what is in them.
         names: by file, our name of each tensor that the engine calls something else.
     """
@@ -49,12 +50,13 @@ class TargetEngines:
     prompt: str
     time: str
     step: tuple[str, ...]
+    vae: tuple[str, ...]
     networks: str
     names: Mapping[str, Mapping[str, str]]
 
     @property
     def engine_files(self) -> tuple[str, ...]:
-        """All engines."""
+        """The engines of the transformer."""
         return (self.prompt, self.time, *self.step)
 
 
@@ -129,11 +131,14 @@ def _parse_target(plain: Any, at: str, count: int) -> TargetEngines:
     step = tuple(expect(str, name, f"{at}.step") for name in expect(list, plain.get("step"), f"{at}.step"))
     if len(step) != count or not step:
         raise TypeError(f"{at}.step has {len(step)} engines for {count} parts of the step")
+    vae = tuple(expect(str, name, f"{at}.vae") for name in expect(list, plain.get("vae", []), f"{at}.vae"))
+    if len(vae) not in (0, 2):
+        raise TypeError(f"{at}.vae has {len(vae)} engines, wanted 2 or none")
     names = {
         file: _names(mapping, f"{at}.names.{file}")
         for file, mapping in expect(dict, plain.get("names", {}), f"{at}.names").items()
     }
-    return TargetEngines(**texts, step=step, names=names)
+    return TargetEngines(**texts, step=step, vae=vae, names=names)
 
 
 def files_of(engines: Mapping[str, FlavourEngines], parts: tuple[StepPart, ...]) -> Iterator[str]:
@@ -141,7 +146,7 @@ def files_of(engines: Mapping[str, FlavourEngines], parts: tuple[StepPart, ...])
     yield from (part.file for part in parts)
     for flavour in engines.values():
         for target in flavour.targets.values():
-            yield from (*target.engine_files, target.networks)
+            yield from (*target.engine_files, *target.vae, target.networks)
 
 
 def _names(plain: Any, at: str) -> dict[str, str]:

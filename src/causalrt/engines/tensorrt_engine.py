@@ -9,7 +9,7 @@ import logging
 import mmap
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,10 @@ class LoadedEngine:
     """An engine with one execution context for each optimisation profile, and the addresses of its tensors.
 
     Tensors go by our names; what the engine itself calls them (`_own`) is its own affair.
+
+    Attributes:
+        names: of all its tensors.
+        inputs: those of them that it reads.
     """
 
     def __init__(
@@ -121,9 +125,7 @@ class LoadedEngine:
             )
         self._own = {names.get(own, own): own for own in found}
         self.names = list(self._own)
-        self._inputs = [
-            name for name, own in self._own.items() if engine.get_tensor_mode(own) == trt.TensorIOMode.INPUT
-        ]
+        self.inputs = [name for name, own in self._own.items() if engine.get_tensor_mode(own) == trt.TensorIOMode.INPUT]
         types = {
             trt.DataType.FLOAT: torch.float32,
             trt.DataType.HALF: torch.float16,
@@ -133,11 +135,11 @@ class LoadedEngine:
         }
         self._shapes = {name: tuple(engine.get_tensor_shape(own)) for name, own in self._own.items()}
         self._dtypes = {name: types[engine.get_tensor_dtype(own)] for name, own in self._own.items()}
-        self._dynamic = [name for name in self._inputs if -1 in self._shapes[name]]
+        self._dynamic = [name for name in self.inputs if -1 in self._shapes[name]]
         self._contexts = [self._make_context(index) for index in range(max(1, engine.num_optimization_profiles))]
         self._profiles = {self._profile_rows(index): index for index in range(len(self._contexts))}
         self._context = self._contexts[0]
-        outputs = {name: own for name, own in self._own.items() if name not in self._inputs}
+        outputs = {name: own for name, own in self._own.items() if name not in self.inputs}
         aliased = {name: engine.get_aliased_input_tensor(own) for name, own in outputs.items()}
         self._aliases = {name: names.get(source, source) for name, source in aliased.items()}
         if plugins:  # TensorRT tells what its layers write in place, and nothing of plugins
@@ -174,6 +176,10 @@ class LoadedEngine:
             if not context.set_communicator(capsule):
                 raise ExecutorError(f"{self._file} refused the NCCL communicator: {'; '.join(self._loader.messages)}")
 
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and type of each input and output."""
+        return ((name, self._shapes[name], self._dtypes[name]) for name in self.names)
+
     def empty(self, name: str) -> torch.Tensor:
         """Memory for a tensor of static shape."""
         shape = self._shapes[name]
@@ -202,7 +208,7 @@ class LoadedEngine:
             source = self._aliases.get(name)
             if source is not None and tensors[source].data_ptr() != tensor.data_ptr():
                 raise ExecutorError(f"{self._file}: {name} updates {source} in place and was given memory of its own")
-            if source is None and name.endswith(".written") and name not in self._inputs:
+            if source is None and name.endswith(".written") and name not in self.inputs:
                 raise ExecutorError(f"{self._file}: {name} is not updated in place; build the bundle again")
             if name in self._dynamic and not self._context.set_input_shape(self._own[name], shape):
                 raise ExecutorError(

@@ -1,4 +1,4 @@
-"""The streaming decoder's two graphs under ONNX Runtime, bound once to memory that a session owns.
+"""The streaming decoder of a bundle, whatever runs it; and its two graphs, bound once to memory that a session owns.
 
     first:  latent           -> frames, caches A
     next:   latent, caches A -> frames, caches B
@@ -9,33 +9,30 @@ cache before it has read the old one, so one set does not do.) The two time conv
 the first graph does not write them.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import onnxruntime as ort
 import torch
-from onnx import TensorProto
 
-from causalrt.errors import BundleError, ExecutorError
+from causalrt.engines.base import TORCH_DTYPES
+from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS, Bundle
+from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.errors import BundleError
 from causalrt.model.decode_state import DecodeState, cache_name
 
-FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS = "vae-first.onnx", "vae-next.onnx", "vae.safetensors"
 LATENT, FRAMES = "latent", "frames"
-WRITTEN = ".written"
+MADE = ".made"
 """Ending of the name of a cache that a graph makes."""
 
-_ONNX_TYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.bfloat16: TensorProto.BFLOAT16,
-    torch.float16: TensorProto.FLOAT16,
-}
-_TORCH_TYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(bfloat16)": torch.bfloat16,
-    "tensor(float16)": torch.float16,
-}
+
+class Vae(Protocol):
+    """The decoder, for any number of sessions."""
+
+    def open(self) -> DecodeState:
+        """The start of a video."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,73 +47,41 @@ class GraphTensor:
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
-class OnnxVae:
-    """The decoder of a bundle, for any number of sessions.
+class GraphVae(ABC):
+    """The two graphs, loaded by a runtime.
 
     Attributes:
         device: where it computes.
         latent: what it takes, one latent.
         caches: what a session keeps, twice.
+        outputs: of the first graph, and of the next one.
     """
 
-    def __init__(self, folder: Path, *, device: str | torch.device = "cpu", num_threads: int = 1) -> None:
-        """Load the graphs.
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        inputs: Mapping[str, GraphTensor],
+        outputs: Sequence[Mapping[str, GraphTensor]],
+    ) -> None:
+        self.device = device
+        self.latent = inputs[LATENT]
+        self.caches = [inputs[cache_name(index)] for index in range(len(inputs) - 1)]
+        self.outputs = outputs
 
-        Args:
-            folder: a bundle's.
-            device: a CPU or a GPU.
-            num_threads: of each graph, on a CPU.
-
-        Raises:
-            BundleError: the bundle has no such graphs.
-            ExecutorError: ONNX Runtime cannot run them here.
-        """
-        self.device = torch.device(device)
-        missing = [name for name in (FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS) if not (folder / name).is_file()]
-        if missing:
-            raise BundleError(f"{folder} lacks {', '.join(missing)}; build the bundle with a VAE")
-        self.first, self.next = (_open(folder / name, self.device, num_threads) for name in (FIRST_GRAPH, NEXT_GRAPH))
-        inputs = _tensors(self.next.get_inputs())
-        self.latent = inputs.pop(LATENT)
-        self.caches = [inputs[cache_name(index)] for index in range(len(inputs))]
-        self.outputs = [_tensors(graph.get_outputs()) for graph in (self.first, self.next)]
+    @abstractmethod
+    def bind(self, graph: int, memory: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+        """What runs the first graph (0) or the next one (1) over this memory, inputs and outputs by name."""
 
     def open(self) -> DecodeState:
         """The start of a video; memory for both sets of caches is taken here."""
-        return OnnxDecodeState(self)
+        return GraphDecodeState(self)
 
 
-def _open(path: Path, device: torch.device, num_threads: int) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two graphs, of which one rests
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-        settings = {"device_id": str(device.index or 0), "user_compute_stream": str(stream), "use_tf32": "0"}
-        providers.insert(0, ("CUDAExecutionProvider", settings))
-    try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # ONNX Runtime has a class for every status, and no common one
-        raise ExecutorError(
-            f"onnxruntime {ort.__version__} cannot run {path.name} on {device}: {str(error).splitlines()[0]}; "
-            "on a CPU, build the VAE in float32"
-        ) from error
-    if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise ExecutorError(
-            "onnxruntime could not start CUDA: install the onnxruntime-gpu that fits, or take device='cpu'"
-        )
-    return session
-
-
-def _tensors(values: list[Any]) -> dict[str, GraphTensor]:
-    return {value.name: GraphTensor(shape=tuple(value.shape), dtype=_TORCH_TYPES[value.type]) for value in values}
-
-
-class OnnxDecodeState(DecodeState):
+class GraphDecodeState(DecodeState):
     """Two sets of caches, and bindings that hold their addresses."""
 
-    def __init__(self, vae: OnnxVae) -> None:
+    def __init__(self, vae: GraphVae) -> None:
         _, channels, height, width = vae.latent.shape
         super().__init__(channels=channels, dtype=vae.caches[0].dtype, latent_size=(height, width))
         self._vae = vae
@@ -124,43 +89,31 @@ class OnnxDecodeState(DecodeState):
         self._latent = vae.latent.empty(vae.device)
         self._frames = [outputs[FRAMES].empty(vae.device) for outputs in vae.outputs]
         self._sets = [[cache.empty(vae.device) for cache in vae.caches] for _ in range(2)]
-        self._bindings = [
-            self._bind(vae.first, read=None, written=0),
-            self._bind(vae.next, read=0, written=1),
-            self._bind(vae.next, read=1, written=0),
-        ]
-        self._options = ort.RunOptions()
-        if vae.device.type == "cuda":
-            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._first = self._bind(0, read=None, written=0)
+        self._next = [self._bind(1, read=read, written=1 - read) for read in (0, 1)]
         self._clear_caches()
 
-    def _bind(self, graph: Any, *, read: int | None, written: int) -> Any:
-        binding, device = graph.io_binding(), self._vae.device
-        outputs = self._vae.outputs[0 if read is None else 1]
-        memory = {LATENT: self._latent, FRAMES: self._frames[0 if read is None else 1]}
+    def _bind(self, graph: int, *, read: int | None, written: int) -> Callable[[], None]:
+        outputs = self._vae.outputs[graph]
+        memory = {LATENT: self._latent, FRAMES: self._frames[graph]}
         for index, _ in enumerate(self._vae.caches):
             if read is not None:
                 memory[cache_name(index)] = self._sets[read][index]
-            if cache_name(index) + WRITTEN in outputs:
-                memory[cache_name(index) + WRITTEN] = self._sets[written][index]
-        for name, tensor in memory.items():
-            bind = binding.bind_output if name in outputs else binding.bind_input
-            kind, sizes = _ONNX_TYPES[tensor.dtype], list(tensor.shape)
-            bind(name, device.type, device.index or 0, kind, sizes, tensor.data_ptr())
-        return binding
+            if cache_name(index) + MADE in outputs:
+                memory[cache_name(index) + MADE] = self._sets[written][index]
+        return self._vae.bind(graph, memory)
 
     def _decode_each(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         for latent in latents.unbind(0):
             self._latent[0].copy_(latent)
-            if self.latent_frames:
-                self._vae.next.run_with_iobinding(self._bindings[1 + self._current], self._options)
+            graph = 1 if self.latent_frames else 0
+            if graph:
+                self._next[self._current]()
                 self._current = 1 - self._current
-                frames = self._frames[1]
             else:
-                self._vae.first.run_with_iobinding(self._bindings[0], self._options)
-                frames = self._frames[0]
+                self._first()
             self.latent_frames += 1
-            yield frames[0].transpose(0, 1)
+            yield self._frames[graph][0].transpose(0, 1)
 
     def _cache_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
         return [cache.shape for cache in self._vae.caches]
@@ -176,5 +129,43 @@ class OnnxDecodeState(DecodeState):
     def _clear_caches(self) -> None:
         self._current = 0
         for index, cache in enumerate(self._sets[0]):
-            if cache_name(index) + WRITTEN not in self._vae.outputs[0]:
+            if cache_name(index) + MADE not in self._vae.outputs[0]:
                 cache.zero_()
+
+
+def make_vae(bundle: Bundle, executor: str, *, device: torch.device, num_threads: int) -> Vae:
+    """The decoder of a bundle, run as `executor` runs the transformer; eager and inductor take eager torch.
+
+    Raises:
+        BundleError: the bundle was built without a VAE, or its files cannot be read.
+        ExecutorError: what the executor needs is missing here or in the bundle.
+    """
+    check_has_vae(bundle)
+    if executor == "onnxruntime":
+        from causalrt.engines.vae_onnx import OnnxVae
+
+        return OnnxVae(bundle.path, device=device, num_threads=num_threads)
+    if executor in FLAVOURS:
+        from causalrt.engines.vae_tensorrt import TensorRTVae
+
+        return TensorRTVae(FLAVOURS[executor], bundle, device=device)
+    from causalrt.model.vae import StreamingDecoder
+    from causalrt.model.vae_checkpoint import load_vae
+
+    dtype = TORCH_DTYPES[bundle.config.build.precision]
+    return StreamingDecoder(load_vae(bundle.path / VAE_WEIGHTS, dtype=dtype, device=device))
+
+
+def check_has_vae(bundle: Bundle) -> None:
+    """Refuse a bundle that cannot make pixels.
+
+    Raises:
+        BundleError: it was built without a VAE.
+    """
+    if bundle.vae is None:
+        raise BundleError(f"{bundle.path} was built without a VAE; build it again with `--vae FILE`")
+
+
+def missing_graphs(folder: Path) -> list[str]:
+    """Which of the decoder's files a folder lacks."""
+    return [name for name in (FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS) if not (folder / name).is_file()]

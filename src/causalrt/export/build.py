@@ -15,6 +15,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
 from causalrt.export.options import CollectivesMode, FrontEnd, PluginsMode, Progress
+from causalrt.model.vae_checkpoint import VaeConfig, load_vae
 from causalrt.plugins.plugin_specs import MAX_HEAD_DIM
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def build(
     frontend: FrontEnd = "onnx",
     timing_cache: str | Path | None = None,
     plugins: PluginsMode = "auto",
+    vae: str | Path | None = None,
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> Path:
@@ -51,6 +53,7 @@ def build(
         plugins: whether self-attention is made of the fused ops: plugins for TensorRT, functions of standard ops for
             onnxruntime, and what eager and inductor run unless `load` is told otherwise. `auto` is off, for no GPU has measured
             them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
+        vae: Wan2.1's VAE, in its own layout or diffusers' (file or folder), so that the bundle makes pixels; None for latents.
         overwrite: replace a bundle that is there already.
         on_progress: told of each stage.
 
@@ -58,7 +61,7 @@ def build(
         The bundle's folder.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, is not of this config, or holds values that are not finite.
+        CheckpointError: the checkpoint or the VAE cannot be read, is not of this config, or holds values that are not finite.
         ConfigError: a combination of options cannot work.
         ExecutorError: an executor is unknown, or what it needs to build is missing here.
         BuildError: the bundle cannot be written, or a compiler refuses the graph.
@@ -69,9 +72,12 @@ def build(
     opened = open_checkpoint(Path(checkpoint))
     check_checkpoint(opened, config.model)
     dtype = TORCH_DTYPES[config.build.precision]
+    decoder = None if vae is None else _opened_vae(Path(vae), config)
     weight_bytes = sum(dtype.itemsize * math.prod(shape) for shape in opened.shapes.values())
     chosen = tuple(name for name in EXECUTORS if name == "eager" or name in executors)
     engine_sets = sum(len(found) for found in flavours.values())
+    if decoder is not None:
+        weight_bytes += sum(parameter.nbytes for parameter in decoder.parameters())
     needed_bytes = weight_bytes * (1 + engine_sets) + GRAPH_BYTES
     with new_bundle(Path(out), overwrite=overwrite, needed_bytes=needed_bytes) as folder:
         write_weights(
@@ -85,17 +91,45 @@ def build(
         engines: dict[str, Any] = {}
         if any(executor_kind(name).compiled for name in chosen):
             graphs = _write_graphs(config, folder, chosen, bool(flavours), collectives, frontend, progress, fused)
+        if decoder is not None:
+            from causalrt.export.vae import write_vae
+
+            video = config.video
+            write_vae(
+                decoder,
+                folder,
+                progress,
+                latent_height=video.latent_height,
+                latent_width=video.latent_width,
+                graphs=any(executor_kind(name).compiled for name in chosen),
+            )
         for name, found in flavours.items():
             engines[name] = {"collectives": collectives, "frontend": frontend, "targets": {}}
             for target in found:
                 engines[name]["targets"][target] = _build_target(
-                    config, folder, graphs, name, target, frontend, timing_cache, progress, fused
+                    config, folder, graphs, name, target, frontend, timing_cache, progress, fused, decoder is not None
                 )
         progress("hashes", 0, 1)
-        write_manifest(folder, config=config, plugins=fused, executors=chosen, graphs=graphs, engines=engines)
+        write_manifest(
+            folder,
+            config=config,
+            plugins=fused,
+            vae=None if decoder is None else VaeConfig.from_mapping(decoder.config),
+            executors=chosen,
+            graphs=graphs,
+            engines=engines,
+        )
         progress("hashes", 1, 1)
     logger.info("bundle written to %s", out)
     return Path(out)
+
+
+def _opened_vae(path: Path, config: Config) -> Any:
+    from causalrt.export.vae import check_vae
+
+    vae = load_vae(path, dtype=TORCH_DTYPES[config.build.precision])
+    check_vae(vae, config)
+    return vae
 
 
 def _checked_options(
@@ -223,22 +257,29 @@ def _build_target(
     timing_cache: str | Path | None,
     progress: Progress,
     fused: bool,
+    has_vae: bool,
 ) -> dict[str, Any]:
     from causalrt.export.engine_files import build_engines, default_timing_cache
+    from causalrt.export.vae import build_vae_engines
 
     flavour = FLAVOURS[name]
     cache = Path(timing_cache) if timing_cache is not None else default_timing_cache(flavour, target)
     if frontend == "torch-tensorrt":
         from causalrt.export.torch_tensorrt import build_with_torch_tensorrt
 
-        return build_with_torch_tensorrt(config, folder, progress, flavour=flavour, target=target, timing_cache=cache)
-    return build_engines(
-        config,
-        folder,
-        graphs["tensorrt"],
-        progress,
-        flavour=flavour,
-        target=target,
-        timing_cache=cache if flavour.timing_cache else None,
-        fused=fused,
-    )
+        built = build_with_torch_tensorrt(config, folder, progress, flavour=flavour, target=target, timing_cache=cache)
+    else:
+        built = build_engines(
+            config,
+            folder,
+            graphs["tensorrt"],
+            progress,
+            flavour=flavour,
+            target=target,
+            timing_cache=cache if flavour.timing_cache else None,
+            fused=fused,
+        )
+    if has_vae:
+        kept = cache if flavour.timing_cache else None
+        built["vae"] = build_vae_engines(folder, progress, flavour=flavour, target=target, timing_cache=kept)
+    return built

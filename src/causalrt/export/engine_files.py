@@ -130,7 +130,7 @@ def build_engines(
     names = [PROMPT_GRAPH, TIME_GRAPH, *(part["file"] for part in parts)]
     requests = [_request(config, folder, name, f"{prefix}-{Path(name).stem}.engine") for name in names]
     plugins = plugin_device(target) if wants_plugins(config, fused=fused) else None
-    answer = _run_child(request_json(flavour, target, folder, timing_cache, requests, plugins), target, on_progress)
+    answer = run_child(request_json(flavour, target, folder, timing_cache, requests, plugins), target, on_progress)
     networks = f"{prefix}-networks.json"
     (folder / networks).write_text(json.dumps(answer["networks"], indent=1))
     engines = [request.engine for request in requests]
@@ -167,7 +167,13 @@ def _request(config: Config, folder: Path, name: str, engine: str) -> EngineRequ
     )
 
 
-def _run_child(request: str, target: str, on_progress: Progress) -> dict[str, Any]:
+def run_child(request: str, target: str, on_progress: Progress) -> dict[str, Any]:
+    """Have a child process build engines; its answer (`engine_worker`).
+
+    Raises:
+        BuildError: TensorRT refused a graph, or the child died.
+        ExecutorError: TensorRT is not installed.
+    """
     with tempfile.TemporaryDirectory(prefix="causalrt-engines-") as scratch:
         file, log = Path(scratch) / "request.json", Path(scratch) / "stderr"
         file.write_text(request)

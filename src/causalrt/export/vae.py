@@ -1,8 +1,8 @@
 """The streaming decoder as two ONNX graphs, and the weight file that both refer to.
 
     vae.safetensors   the whole VAE under diffusers' names, its config in the header: `load_vae` reads it, to encode
-    vae-first.onnx    latent                  -> frames, cache.*.written, but of those that stay zero
-    vae-next.onnx     latent, cache.00 ...    -> frames, cache.00.written ...
+    vae-first.onnx    latent                  -> frames, cache.*.made, but of those that stay zero
+    vae-next.onnx     latent, cache.00 ...    -> frames, cache.00.made ...
 
 `model/vae.py` has the modules that are traced; every size is static. The precision is that of the VAE's weights, latents are
 float32 in any. The one attention is spelled out: its head has 384 channels, and TensorRT has fused kernels up to 256.
@@ -22,10 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.export import ExportedProgram
 
-from causalrt.engines.bundle import publish_file
-from causalrt.engines.vae import FIRST_GRAPH, FRAMES, LATENT, NEXT_GRAPH, VAE_WEIGHTS, WRITTEN
-from causalrt.errors import BuildError
-from causalrt.export.engine_worker import EngineRequest
+from causalrt.config import Config
+from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS, publish_file
+from causalrt.engines.tensorrt_flavour import Flavour
+from causalrt.engines.vae import FRAMES, LATENT, MADE
+from causalrt.errors import BuildError, ConfigError
+from causalrt.export.engine_files import run_child
+from causalrt.export.engine_worker import EngineRequest, request_json
 from causalrt.export.options import Progress
 from causalrt.export.share_weights import share_weights_pass
 from causalrt.export.translate import onnx_from_program
@@ -36,8 +39,24 @@ from causalrt.model.vae_checkpoint import CONFIG_KEY, VaeConfig
 STAGE = "VAE graphs"
 
 
-def write_vae(vae: Any, folder: Path, on_progress: Progress, *, latent_height: int, latent_width: int) -> None:
-    """Write the three files into a bundle's folder.
+def check_vae(vae: Any, config: Config) -> None:
+    """Refuse a VAE whose latents are not the transformer's.
+
+    Raises:
+        ConfigError: they have other channels.
+    """
+    channels = VaeConfig.from_mapping(vae.config).z_dim
+    if channels != config.model.latent_channels:
+        raise ConfigError(
+            f"the VAE has latents of {channels} channels, and model.latent_channels is {config.model.latent_channels}; "
+            "take the VAE that the model was trained with"
+        )
+
+
+def write_vae(
+    vae: Any, folder: Path, on_progress: Progress, *, latent_height: int, latent_width: int, graphs: bool = True
+) -> None:
+    """Write the VAE into a bundle's folder.
 
     Args:
         vae: of `load_vae`, on the CPU, in the precision that the graphs shall have.
@@ -45,12 +64,15 @@ def write_vae(vae: Any, folder: Path, on_progress: Progress, *, latent_height: i
         on_progress: told of each stage.
         latent_height: rows of a latent; a frame has 8 times as many.
         latent_width: columns.
+        graphs: write the two graphs, and not the weights alone.
 
     Raises:
         BuildError: the weights cannot be written.
     """
     on_progress(STAGE, 0, 3)
     write_vae_weights(vae, folder / VAE_WEIGHTS)
+    if not graphs:
+        return
     on_progress(STAGE, 1, 3)
     slots = cache_slots(VaeConfig.from_mapping(vae.config), latent_height=latent_height, latent_width=latent_width)
     names = [cache_name(index) for index in range(len(slots))]
@@ -94,13 +116,27 @@ def _write_graph(program: ExportedProgram, folder: Path, name: str, *, inputs: l
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch, about itself
         plain = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: _attention})
-    outputs = [FRAMES, *(cache + WRITTEN for cache in written)]
+    outputs = [FRAMES, *(cache + MADE for cache in written)]
     translated = onnx_from_program(plain, input_names=inputs, output_names=outputs)
     for node in translated.graph:
         node.metadata_props.pop(
             "pkg.torch.onnx.stack_trace", None
         )  # where this package lies, which makes builds differ
     onnx.save(ir.to_proto(share_weights_pass(translated, folder / VAE_WEIGHTS)), folder / name)
+
+
+def build_vae_engines(
+    folder: Path, on_progress: Progress, *, flavour: Flavour, target: str, timing_cache: Path | None
+) -> list[str]:
+    """Build the two graphs as TensorRT engines for one target, in a child process; their files.
+
+    Raises:
+        BuildError: TensorRT refused a graph, or the child died.
+        ExecutorError: TensorRT is not installed.
+    """
+    requests = vae_engine_requests(f"{flavour.name}-{target}")
+    run_child(request_json(flavour, target, folder, timing_cache, requests), target, on_progress)
+    return [request.engine for request in requests]
 
 
 def vae_engine_requests(prefix: str) -> list[EngineRequest]:

@@ -1,44 +1,59 @@
 """`load` and `Engine`: a bundle on its ranks, and the sessions that generate from it.
 
-    engine = causalrt.load("bundle", executor="onnxruntime")
-    with engine.session(prompt_embeds, seed=0) as session:
+    engine = causalrt.load("bundle", text_encoder="Wan2.1-T2V-1.3B")
+    with engine.session("a fox in the snow", seed=0) as session:
         for chunk in session:
-            use(chunk.latents)                # [F, 16, H, W]
+            use(chunk.frames)                 # uint8 [T, 8H, 8W, 3], and chunk.latents [F, 16, H, W]
 
-Commands from several sessions (or threads) take turns by chunk. The refresh of a chunk runs on the ranks while the caller
-uses its latents; whoever commands next waits for it.
+Commands from several sessions (or threads) take turns by chunk, first come, first served. The refresh of a chunk runs on the
+ranks while it is decoded and used; whoever commands next waits for it.
 """
 
 import contextlib
 import itertools
 import os
-import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
-from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.config import Config
+from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, open_bundle
 from causalrt.engines.kinds import choose_device, executor_kind
-from causalrt.errors import BundleError, ExecutorError, RequestError
+from causalrt.engines.vae import check_has_vae
+from causalrt.errors import BundleError, CapacityError, ExecutorError, PromptError, RequestError
 from causalrt.plugins.kernel_launch import require_triton
-from causalrt.runtime.memory import check_memory, predict_memory
+from causalrt.runtime.fair_lock import FairLock
+from causalrt.runtime.memory import (
+    UNLIMITED,
+    DecoderMemory,
+    check_memory,
+    device_sessions,
+    predict_decoder_memory,
+    predict_memory,
+)
 from causalrt.runtime.messages import (
     CloseCommand,
+    Command,
     Done,
     GivenCommand,
     LoadCommand,
+    LoadVaeCommand,
     OpenCommand,
-    PromptCommand,
     Reply,
 )
 from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
 from causalrt.runtime.ranks import START_S, WARM_START_S, RankPool
 from causalrt.runtime.session import Embeddings, Session, checked_chunks, checked_given, checked_text
+from causalrt.runtime.vae_decoder import Decoded, VaeDecoder
+
+if TYPE_CHECKING:
+    from causalrt.model.text import TextEncoder
 
 DEFAULT_TIMEOUT_S = 600.0
 
@@ -50,6 +65,9 @@ def load(
     world_size: int | None = None,
     device: str | None = None,
     plugins: bool | None = None,
+    vae: bool | None = None,
+    text_encoder: str | Path | None = None,
+    max_sessions: int | None = None,
     num_threads: int | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> "Engine":
@@ -62,22 +80,29 @@ def load(
         device: `cuda` (rank r on GPU r) or `cpu`; by default GPUs, where the executor can use them and each rank has one.
         plugins: have `eager` and `inductor` run self-attention by the fused ops (Triton kernels on a GPU), or not; by default
             as the bundle was built. The others run what was built.
+        vae: decode chunks to frames, in a process of its own: on a GPU that no rank has, or else on rank 0's; by default
+            if the bundle has a VAE.
+        text_encoder: folder of umT5, so that prompts can be text; on the CPU of this process.
+        max_sessions: how many may be open at once; by default as many as fit in memory.
         num_threads: CPU threads of each rank; by default the cores shared among the ranks.
         timeout_s: a rank that gives no answer for so long has failed; starting may take two minutes however short it is, and
             half an hour with an executor that compiles.
 
     Raises:
-        BundleError: damaged, or built for another world size or executor.
+        BundleError: damaged, or built for another world size or executor, or without the VAE that is asked for.
+        CheckpointError: the text encoder cannot be read, or is not the model's.
         ExecutorError: the executor cannot run here.
         KernelError: `plugins` on GPUs, and Triton is missing.
         OutOfMemoryError: the ranks would not fit.
         RankError: a rank process failed to start.
-        RequestError: `timeout_s` or `num_threads` is out of range.
+        RequestError: `timeout_s`, `num_threads` or `max_sessions` is out of range.
     """
     if not 0.001 <= timeout_s <= 1e6:
         raise RequestError(f"timeout_s must lie in [0.001, 1e6], got {timeout_s}; give 1e6 for `never`")
     if num_threads is not None and num_threads < 1:
         raise RequestError(f"num_threads must be at least 1, got {num_threads}; leave it out to share the cores")
+    if max_sessions is not None and max_sessions < 1:
+        raise RequestError(f"max_sessions must be at least 1, got {max_sessions}; leave it out for what fits in memory")
     opened = open_bundle(Path(bundle))
     built_for = opened.config.build.world_size
     if world_size is not None and world_size != built_for:
@@ -103,22 +128,57 @@ def load(
         raise ExecutorError(
             f"{chosen} runs what was built, and {bundle} was built with plugins {built}; build again with `--plugins {wanted}`"
         )
+    decodes = opened.vae is not None if vae is None else vae
+    if decodes:
+        check_has_vae(opened)
     where = choose_device(chosen, asked=device, world_size=built_for)
     if fused and where == "cuda" and not kind.compiled:
         require_triton()
-    if where == "cpu":
-        precision = opened.config.build.precision
-        if chosen == "onnxruntime" and precision != "float32":
-            raise ExecutorError(
-                f"onnxruntime on a CPU runs float32 only, and {bundle} is {precision}; load it with executor='eager', run it "
-                "on a GPU with onnxruntime-gpu, or build it again with `--dtype float32`"
-            )
-        check_memory(predict_memory(opened.config, chosen), ranks=built_for, shared_weights=not kind.compiled)
-    return Engine(opened, chosen, device=where, plugins=fused, num_threads=num_threads, timeout_s=timeout_s)
+    if where == "cpu" and chosen == "onnxruntime" and opened.config.build.precision != "float32":
+        raise ExecutorError(
+            f"onnxruntime on a CPU runs float32 only, and {bundle} is {opened.config.build.precision}; load it with "
+            "executor='eager', run it on a GPU with onnxruntime-gpu, or build it again with `--dtype float32`"
+        )
+    encoder = None if text_encoder is None else _open_text_encoder(Path(text_encoder), opened.config)
+    return Engine(
+        opened,
+        chosen,
+        device=where,
+        plugins=fused,
+        decodes=decodes,
+        text_encoder=encoder,
+        max_sessions=max_sessions,
+        num_threads=num_threads,
+        timeout_s=timeout_s,
+    )
+
+
+def _open_text_encoder(folder: Path, config: Config) -> "TextEncoder":
+    from causalrt.model.text import TextEncoder
+
+    return TextEncoder.from_folder(folder, text_dim=config.model.text_dim, max_tokens=config.model.text_len)
+
+
+def _decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
+    assert bundle.vae is not None
+    size = (bundle.path / VAE_WEIGHTS).stat().st_size
+    return predict_decoder_memory(bundle.vae, bundle.config, executor, weights_bytes=size)
 
 
 class Engine:
-    """A loaded bundle; made by `load`, ended by `close` or a `with` block."""
+    """A loaded bundle; made by `load`, ended by `close` or a `with` block.
+
+    Attributes:
+        bundle: what it runs.
+        config: the bundle's.
+        executor: what runs the step.
+        device: `cpu` or `cuda`.
+        num_threads: CPU threads of each rank.
+        memory: bytes predicted for a rank with one session.
+        decoder_memory: likewise for the decoder, if there is one.
+        decoder: what makes frames of latents, in a process of its own.
+        max_sessions: how many may be open at once.
+    """
 
     def __init__(
         self,
@@ -127,6 +187,9 @@ class Engine:
         *,
         device: str,
         plugins: bool,
+        decodes: bool,
+        text_encoder: "TextEncoder | None",
+        max_sessions: int | None,
         num_threads: int | None,
         timeout_s: float,
     ) -> None:
@@ -135,16 +198,40 @@ class Engine:
         self.executor = executor
         self.device = device
         world_size = bundle.config.build.world_size
-        self.num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+        cores = len(os.sched_getaffinity(0))
+        self.num_threads = num_threads or max(1, cores // world_size)
+        self.memory = predict_memory(bundle.config, executor)
+        self.decoder_memory = _decoder_memory(bundle, executor) if decodes else None
+        fitting = UNLIMITED
+        if device == "cpu":
+            shared_weights = not executor_kind(executor).compiled
+            fitting = check_memory(
+                self.memory, ranks=world_size, shared_weights=shared_weights, decoder=self.decoder_memory
+            )
         self._start_s = WARM_START_S if executor_kind(executor).warms_up else START_S
-        self._lock = threading.RLock()
+        self._lock = FairLock()
         self._numbers = itertools.count()
+        self._open: set[int] = set()
         self._dropped: deque[int] = deque()
         self._unfinished: tuple[Session, Iterator[tuple[int, Reply]]] | None = None
+        self._text_encoder = text_encoder
         self._pool = RankPool(world_size, timeout_s=timeout_s)
+        self.decoder: VaeDecoder | None = None
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
+        own_gpu = torch.cuda.device_count() > world_size
         with self._turn():
-            self._run(
+            if decodes:
+                self.decoder = VaeDecoder(timeout_s=timeout_s)
+                weakref.finalize(self, self.decoder.end)
+                self.decoder.start(
+                    LoadVaeCommand(
+                        bundle=bundle.path,
+                        executor=executor,
+                        device=f"cuda:{world_size if own_gpu else 0}" if device == "cuda" else "cpu",
+                        num_threads=num_threads or cores,
+                    )
+                )
+            answers = self._run_on_all(
                 LoadCommand(
                     bundle=bundle.path,
                     executor=executor,
@@ -154,15 +241,64 @@ class Engine:
                     timeout_s=max(timeout_s, self._start_s),
                 )
             )
+            if self.decoder is not None:
+                self.decoder.wait_started()
+        if device == "cuda":
+            decoder_free = self.decoder.free_bytes if self.decoder is not None and own_gpu else None
+            free = [answers[rank].free_bytes or 0 for rank in range(world_size)]
+            fitting = device_sessions(self.memory, free, self.decoder_memory, decoder_free)
+        self.max_sessions = min(fitting, max_sessions or fitting)
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether chunks have frames."""
+        return self.decoder is not None
+
+    @property
+    def open_sessions(self) -> int:
+        """Sessions that are open, those that nobody holds any more left out."""
+        return len(self._open) - len(self._dropped)
 
     @property
     def rank_pids(self) -> list[int]:
         """Process numbers of the ranks."""
         return self._pool.pids
 
+    def encode_prompt(self, prompt: str | Embeddings) -> tuple[torch.Tensor, float]:
+        """What the ranks take for a prompt, `[text_len, text_dim]`, and the milliseconds that its encoding took.
+
+        Raises:
+            PromptError: text without a text encoder, or too long; embeddings of wrong shape, type or values.
+        """
+        if not isinstance(prompt, str):
+            return checked_text(self.config, prompt), 0.0
+        if self._text_encoder is None:
+            raise PromptError(
+                "the prompt is text, and the engine has no text encoder; load it with text_encoder=FOLDER"
+            )
+        start = time.perf_counter()
+        embeds = self._text_encoder.encode(prompt)
+        return checked_text(self.config, embeds), 1e3 * (time.perf_counter() - start)
+
+    def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames -> latents `[1 + k, 16, H, W]` that `session(given=...)` takes.
+
+        Args:
+            frames: an image or a clip of 1 + 4k frames, uint8 `[T, 8H, 8W, 3]`.
+
+        Raises:
+            RequestError: wrong shape, type, number of frames, or values; or the engine has no VAE.
+            RankError: the decoder's process died, hung or raised.
+        """
+        if self.decoder is None:
+            raise RequestError(
+                "frames are encoded by the VAE, and the engine has none; build the bundle with `--vae FILE`"
+            )
+        return self.decoder.encode(frames)
+
     def session(
         self,
-        prompt_embeds: Embeddings,
+        prompt: str | Embeddings,
         *,
         seed: int = 0,
         num_chunks: int | None = None,
@@ -173,7 +309,8 @@ class Engine:
         """Begin a rollout.
 
         Args:
-            prompt_embeds: `[rows, text_dim]` with rows <= text_len; missing rows are zero, as in the reference.
+            prompt: text, if the engine has a text encoder, or embeddings `[rows, text_dim]` with rows <= text_len; missing
+                rows are zero, as in the reference.
             seed: of the noise; the same seed gives the same video on any number of ranks.
             num_chunks: chunks to generate; by default as many as the horizon holds, given frames included, and with
                 `video.time_index=relative` any number is possible.
@@ -183,7 +320,8 @@ class Engine:
             record: keep the flow and x0 of every forward in `Session.records`.
 
         Raises:
-            PromptError: wrong shape or type, or values that are not finite.
+            CapacityError: no further session fits.
+            PromptError: text that cannot be encoded, wrong shape or type, or values that are not finite.
             RequestError: more chunks than the bundle can make (`checked_chunks`), or given frames or noise of a wrong shape.
         """
         given_rows = checked_given(self.config, given)
@@ -199,16 +337,42 @@ class Engine:
             if tuple(noise.shape) != shape:
                 raise RequestError(f"noise must be {list(shape)} (chunks, steps, N, 64), got {list(noise.shape)}")
             source = RecordedNoise(noise.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format))
-        text = checked_text(self.config, prompt_embeds)
-        session = Session(self, next(self._numbers), chunks, record)
+        text, text_ms = self.encode_prompt(prompt)
         with self._turn():
             self._settle()
             while self._dropped:
-                self._run(CloseCommand(session=self._dropped.popleft()))
+                self._close_session(self._dropped[0])
+                self._dropped.popleft()
+            if len(self._open) >= self.max_sessions:
+                raise CapacityError(
+                    f"{len(self._open)} sessions are open, and there is room for no more (max_sessions, by default what fits "
+                    "in memory); end one with session.close(), or wait for one to end"
+                )
+            session = Session(self, next(self._numbers), chunks, record, text_ms)
             self._run(OpenCommand(session=session.number, text=text, noise=source))
+            self._open.add(session.number)
             for rows in given_rows:
                 session.take_given(self._run(GivenCommand(session=session.number, rows=rows, record=record)))
+        if given is not None and self.decoder is not None:
+            session.given_frames = self.decode(session.number, given.detach().float()).frames
         return session
+
+    def decode(self, session: int, latents: torch.Tensor) -> Decoded:
+        """The next frames of a session's video; a decoder that breaks down takes the ranks along.
+
+        Raises:
+            RequestError: latents that are not finite.
+            RankError: the decoder's process died, hung or raised.
+            EngineClosedError: the engine was closed.
+        """
+        assert self.decoder is not None
+        try:
+            return self.decoder.decode(session, latents)
+        except RequestError:
+            raise
+        except BaseException:
+            self._end_at_once()
+            raise
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -216,16 +380,37 @@ class Engine:
         with self._lock:
             try:
                 yield
+            except CapacityError:
+                raise
             except BaseException:
                 self._pool.close(kill=True)
+                if self.decoder is not None:
+                    self.decoder.kill()
                 raise
 
-    def _run(self, command: LoadCommand | OpenCommand | GivenCommand | PromptCommand | CloseCommand) -> Done:
+    def _end_at_once(self) -> None:
+        """End all processes, from any thread."""
+        self._pool.kill()
+        if self.decoder is not None:
+            self.decoder.kill()
+
+    def _run(self, command: Command) -> Done:
         """Have every rank do it; what rank 0 answers."""
+        return self._run_on_all(command)[0]
+
+    def _run_on_all(self, command: Command) -> dict[int, Done]:
+        """Have every rank do it; what each answers last."""
         self._pool.send(command)
         answers = dict(self._pool.replies(at_least_s=self._start_s if isinstance(command, LoadCommand) else 0.0))
-        assert isinstance(answers[0], Done)
-        return answers[0]
+        assert all(isinstance(answer, Done) for answer in answers.values())
+        return answers  # type: ignore[return-value]
+
+    def _close_session(self, number: int) -> None:
+        """Free a session's memory everywhere."""
+        self._run(CloseCommand(session=number))
+        if self.decoder is not None:
+            self.decoder.close_session(number)
+        self._open.discard(number)
 
     def _settle(self) -> None:
         """Take in what the ranks still owe: the end of the last chunk's refresh."""
@@ -247,9 +432,11 @@ class Engine:
         A chunk that another thread is waiting for ends with an `EngineClosedError` there.
         """
         if not self._lock.acquire(blocking=False):
-            self._pool.kill()
+            self._end_at_once()
             self._lock.acquire()
         try:
+            if self.decoder is not None:
+                self.decoder.close()
             self._pool.close()
         finally:
             self._lock.release()

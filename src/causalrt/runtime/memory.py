@@ -1,17 +1,27 @@
 """Memory of one rank, predicted from the config before anything is allocated."""
 
 import contextlib
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from causalrt.config import Config
+from causalrt.engines.base import TORCH_DTYPES
+from causalrt.engines.kinds import executor_kind
 from causalrt.errors import OutOfMemoryError
 from causalrt.layout import layout_from_config
+from causalrt.model.vae import TEMPORAL_SCALE, cache_bytes
+from causalrt.model.vae_checkpoint import VaeConfig
 from causalrt.model.wan import num_parameters
 
+UNLIMITED = sys.maxsize
+"""Sessions on a host that does not say what is free."""
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+DECODER_ACTIVATIONS = 15
+"""Activations of the decoder alive at once, in units of its widest one: 14 to 18 were seen in eager on a CPU."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -37,6 +47,43 @@ class Memory:
     def total_bytes(self) -> int:
         """Sum of the parts."""
         return sum(asdict(self).values())
+
+    @property
+    def session_bytes(self) -> int:
+        """What each further session adds."""
+        return self.kv_bytes + self.cross_kv_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderMemory:
+    """Bytes of the decoder's process with one session.
+
+    Attributes:
+        weights_bytes: of the VAE.
+        cache_bytes: what a session keeps of its video's past; graphs have it twice.
+        activation_bytes: the activations alive at once (an estimate, from what eager was seen to take).
+    """
+
+    weights_bytes: int
+    cache_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the parts."""
+        return sum(asdict(self).values())
+
+
+def predict_decoder_memory(vae: VaeConfig, config: Config, executor: str, *, weights_bytes: int) -> DecoderMemory:
+    """Bytes that the decoder will hold, with one session open; graphs keep a second set of caches."""
+    video, dtype = config.video, TORCH_DTYPES[config.build.precision]
+    caches = cache_bytes(vae, latent_height=video.latent_height, latent_width=video.latent_width, dtype=dtype)
+    widest = vae.decoder_dim * TEMPORAL_SCALE * video.pixel_height * video.pixel_width
+    return DecoderMemory(
+        weights_bytes=weights_bytes,
+        cache_bytes=(2 if executor_kind(executor).compiled else 1) * caches,
+        activation_bytes=DECODER_ACTIVATIONS * widest * dtype.itemsize,
+    )
 
 
 def predict_memory(config: Config, executor: str) -> Memory:
@@ -69,21 +116,34 @@ def available_bytes() -> int | None:
     return min(limits, default=None)
 
 
-def check_memory(memory: Memory, *, ranks: int, shared_weights: bool) -> None:
-    """Refuse what does not fit on this host.
+def check_memory(memory: Memory, *, ranks: int, shared_weights: bool, decoder: DecoderMemory | None = None) -> int:
+    """Refuse what does not fit on this host; how many sessions do.
 
     Args:
         memory: of one rank.
         ranks: on this host.
         shared_weights: ranks map the weights' file and share its pages (eager); onnxruntime packs a copy for each.
+        decoder: what decodes beside them, if anything does.
 
     Raises:
         OutOfMemoryError: with the parts, and what to do.
     """
     available = available_bytes()
     needed = memory.total_bytes * ranks - (memory.weights_bytes * (ranks - 1) if shared_weights else 0)
-    if available is not None and needed > available:
-        raise OutOfMemoryError(_does_not_fit(memory, f"{ranks} rank(s) need", needed, available, "host"))
+    session = memory.session_bytes * ranks
+    if decoder is not None:
+        needed, session = needed + decoder.total_bytes, session + decoder.cache_bytes
+    if available is None:
+        return UNLIMITED
+    if needed > available:
+        who = f"{ranks} rank(s){'' if decoder is None else ' and the decoder'} need"
+        raise OutOfMemoryError(_does_not_fit(memory, who, needed, available, "host", decoder))
+    return 1 + (available - needed) // session
+
+
+def device_free_bytes(device: torch.device) -> int | None:
+    """Memory that a GPU can still give; None for the host, which is shared (`available_bytes`)."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def check_device_memory(memory: Memory, device: torch.device) -> None:
@@ -97,9 +157,41 @@ def check_device_memory(memory: Memory, device: torch.device) -> None:
         raise OutOfMemoryError(_does_not_fit(memory, f"{device} needs", memory.total_bytes, available, "GPU"))
 
 
-def _does_not_fit(memory: Memory, who: str, needed: int, available: int, place: str) -> str:
-    parts = ", ".join(f"{name.removesuffix('_bytes')} {value / 2**30:.2f}" for name, value in asdict(memory).items())
+def device_sessions(
+    memory: Memory, free_bytes: Sequence[int], decoder: DecoderMemory | None, decoder_free_bytes: int | None
+) -> int:
+    """How many sessions fit on GPUs whose ranks have loaded.
+
+    Args:
+        memory: of one rank.
+        free_bytes: of each rank's GPU, when the rank had loaded.
+        decoder: what decodes beside them, if anything does.
+        decoder_free_bytes: of the decoder's own GPU; None where it shares that of rank 0.
+
+    Raises:
+        OutOfMemoryError: not one does.
+    """
+    working = memory.activation_bytes + memory.attention_bytes
+    fitting = [(free - working) // memory.session_bytes for free in free_bytes]
+    if decoder is not None and decoder_free_bytes is None:
+        held = decoder.weights_bytes + decoder.activation_bytes
+        fitting[0] = (free_bytes[0] - working - held) // (memory.session_bytes + decoder.cache_bytes)
+    elif decoder is not None and decoder_free_bytes is not None:
+        fitting.append((decoder_free_bytes - decoder.activation_bytes) // decoder.cache_bytes)
+    if min(fitting) < 1:
+        needed = working + memory.session_bytes
+        raise OutOfMemoryError(_does_not_fit(memory, "a session needs", needed, min(free_bytes), "GPU", decoder))
+    return min(fitting)
+
+
+def _does_not_fit(
+    memory: Memory, who: str, needed: int, available: int, place: str, decoder: DecoderMemory | None = None
+) -> str:
+    def parts(of: Memory | DecoderMemory) -> str:
+        return ", ".join(f"{name.removesuffix('_bytes')} {value / 2**30:.2f}" for name, value in asdict(of).items())
+
+    beside = "" if decoder is None else f"; the decoder: {parts(decoder)}"
     return (
-        f"{who} {needed / 2**30:.2f} GiB here and {available / 2**30:.2f} are free (GiB a rank: {parts}); "
+        f"{who} {needed / 2**30:.2f} GiB here and {available / 2**30:.2f} are free (GiB a rank: {parts(memory)}{beside}); "
         f"use fewer latent frames (`--set video.window_frames=...`), a smaller precision, or a larger {place}"
     )

@@ -2,7 +2,7 @@
 
 import pickle
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,40 @@ class CloseCommand:
     session: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadVaeCommand:
+    """Open the bundle's VAE; the first command to the decoder's process, answered by `Done`.
+
+    Attributes:
+        bundle: its folder, verified by the caller.
+        executor: whose way of running graphs is taken.
+        device: `cpu` or `cuda:N`.
+        num_threads: CPU threads.
+    """
+
+    bundle: Path
+    executor: str
+    device: str
+    num_threads: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeCommand:
+    """Decode a session's next latents `[F, 16, H, W]`, its first ones included: answered by `Frames`, then `Done`."""
+
+    session: int
+    latents: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeCommand:
+    """Encode frames, uint8 `[T, height, width, 3]`: answered by `Encoded`, then `Done`."""
+
+    frames: torch.Tensor
+
+
 Command = LoadCommand | OpenCommand | GivenCommand | ChunkCommand | PromptCommand | CloseCommand
+VaeCommand = LoadVaeCommand | DecodeCommand | EncodeCommand | CloseCommand
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,12 +123,43 @@ class Latents:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Frames:
+    """A chunk's frames, uint8 `[T, 8H, 8W, 3]`, which travel as plain bytes; `decode_ms` is what the decoder took."""
+
+    frames: torch.Tensor
+    decode_ms: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """Latents `[F, 16, H, W]` of frames that the caller gave."""
+
+    latents: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """The decoder cannot do what it was asked for, a `CausalRTError` of type `kind`; it is as it was."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """The command has ended on this rank."""
+    """The command has ended on this rank.
+
+    Attributes:
+        times: of a chunk.
+        records: what the chunk's forwards computed, where that was asked for.
+        kv_rows_moved: rows of one head that the session has moved to history.
+        free_bytes: what the rank's own device can still give, once it has loaded; None on the host.
+    """
 
     times: ChunkTimes | None = None
     records: tuple[StepRecord, ...] = ()
     kv_rows_moved: int = 0
+    free_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,12 +171,18 @@ class Failed:
     at: float = field(default_factory=time.monotonic)
 
 
-Reply = Latents | Done | Failed
+Reply = Latents | Frames | Encoded | Refused | Done | Failed
 
 
-def send(channel: "Connection[Any, Any]", message: Command | Reply) -> None:
+def send(channel: "Connection[Any, Any]", message: Command | VaeCommand | Reply) -> None:
     """Send by value. `Connection.send` would hand tensors over through shared memory and a listener of its own."""
+    pixels = None
+    if isinstance(message, Frames):  # 14 MB a chunk at 832x480, which pickle would copy
+        pixels = message.frames.contiguous()
+        message = replace(message, frames=torch.empty(0, *pixels.shape[1:], dtype=torch.uint8))
     channel.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+    if pixels is not None:
+        channel.send_bytes(pixels.view(-1).numpy().data)
 
 
 def receive(channel: "Connection[Any, Any]") -> Any:
@@ -121,4 +191,9 @@ def receive(channel: "Connection[Any, Any]") -> Any:
     Raises:
         EOFError: the other side has ended.
     """
-    return pickle.loads(channel.recv_bytes())
+    message = pickle.loads(channel.recv_bytes())
+    if isinstance(message, Frames):
+        height, width, channels = message.frames.shape[1:]
+        pixels = torch.frombuffer(bytearray(channel.recv_bytes()), dtype=torch.uint8)
+        message = replace(message, frames=pixels.view(-1, height, width, channels))
+    return message

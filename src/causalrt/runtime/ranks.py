@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from causalrt import errors
 from causalrt.errors import CausalRTError, EngineClosedError, RankError
-from causalrt.runtime.messages import Command, Done, Failed, Reply, receive, send
+from causalrt.runtime.messages import Command, Done, Failed, Reply, VaeCommand, receive, send
 
 logger = logging.getLogger(__name__)
 LOG_TAIL_LINES = 40
@@ -38,9 +38,10 @@ CAUSE_S = 0.2
 
 
 class RankPool:
-    """P rank processes, warm until closed."""
+    """P rank processes, or the decoder's one; warm until closed."""
 
-    def __init__(self, world_size: int, *, timeout_s: float) -> None:
+    def __init__(self, world_size: int, *, timeout_s: float, role: Literal["rank", "decoder"] = "rank") -> None:
+        self._role = role
         self.world_size = world_size
         self.timeout_s = timeout_s
         self._owner = os.getpid()
@@ -56,7 +57,7 @@ class RankPool:
                 self._process = subprocess.Popen(
                     [
                         *(sys.executable, "-P", "-m", "causalrt.runtime.worker"),
-                        *("--channels", ",".join(str(theirs.fileno()) for _, theirs in pairs)),
+                        *("--role", role, "--channels", ",".join(str(theirs.fileno()) for _, theirs in pairs)),
                         *("--folder", str(self._folder), "--parent", str(self._owner)),
                     ],
                     pass_fds=[theirs.fileno() for _, theirs in pairs],
@@ -74,7 +75,7 @@ class RankPool:
             for ours, _ in pairs:
                 ours.close()
             shutil.rmtree(self._folder, ignore_errors=True)
-            raise RankError(f"cannot start {world_size} rank processes: {error}") from error
+            raise RankError(f"cannot start {world_size} {role} process(es): {error}") from error
         finally:
             for _, theirs in pairs:
                 theirs.close()
@@ -93,9 +94,9 @@ class RankPool:
     def check_open(self) -> None:
         """Raise EngineClosedError if the ranks have ended."""
         if self._closed:
-            raise EngineClosedError("the rank processes have ended; load the bundle again")
+            raise EngineClosedError(f"the {self._role} processes have ended; load the bundle again")
 
-    def send(self, command: Command) -> None:
+    def send(self, command: Command | VaeCommand) -> None:
         """Give every rank a command.
 
         Raises:
@@ -143,11 +144,16 @@ class RankPool:
                     del waiting[channel]
                 yield rank, reply
 
+    def _name(self, *ranks: int) -> str:
+        if self._role == "decoder":
+            return "the decoder"
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
+
     def _fail_silent(self, ranks: Sequence[int], timeout_s: float) -> NoReturn:
         tail = self._log_tail(ranks)
         self.close(kill=True)
         raise RankError(
-            f"ranks {list(ranks)} gave no answer within {timeout_s:g} s (timeout_s); "
+            f"{self._name(*ranks)} gave no answer within {timeout_s:g} s (timeout_s); "
             "all ranks were ended, load the bundle again",
             rank=ranks[0] if len(ranks) == 1 else None,
             log_tail=tail,
@@ -163,7 +169,9 @@ class RankPool:
         if failed and isinstance(own, type) and issubclass(own, CausalRTError) and own is not RankError:
             raise own(failed.message)
         what = f"raised {failed.kind}: {failed.message}" if failed else "has died"
-        raise RankError(f"rank {rank} {what}; all ranks were ended, load the bundle again", rank=rank, log_tail=tail)
+        raise RankError(
+            f"{self._name(rank)} {what}; all ranks were ended, load the bundle again", rank=rank, log_tail=tail
+        )
 
     def _first_failure(self, rank: int, failed: Failed | None) -> tuple[int, Failed | None]:
         """Of the ranks that have failed by now, the one that died, or else the one that raised first.

@@ -1,10 +1,13 @@
 """A session as its caller sees it: an iterator of chunks; and the checks of what a caller hands over.
 
-session = engine.session(prompt_embeds, seed=0)
-chunk = next(session)
-session.switch_prompt(other_embeds, policy="keep")     # acts from the next chunk on
+session = engine.session("a fox in the snow", seed=0)
+chunk = next(session)                                  # or: async for chunk in session
+session.switch_prompt("the fox runs", policy="keep")   # acts from the next chunk on
+
+Nothing is made that nobody asked for: a reader that takes its time holds its session back, and no other.
 """
 
+import asyncio
 import contextlib
 import time
 import weakref
@@ -19,7 +22,7 @@ import torch
 
 from causalrt.config import Config
 from causalrt.errors import EngineClosedError, PromptError, RequestError
-from causalrt.runtime.messages import ChunkCommand, CloseCommand, Done, Latents, PromptCommand, Reply
+from causalrt.runtime.messages import ChunkCommand, Done, Latents, PromptCommand, Reply
 from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
 
 if TYPE_CHECKING:
@@ -30,21 +33,31 @@ Embeddings = torch.Tensor | npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """One generated chunk.
+    """One generated chunk, and where its time went, in milliseconds.
 
     Attributes:
         index: from 0.
         latents: `[F, 16, H, W]`, float32, normalised VAE latents.
-        latency_ms: from the request to the latents in the caller's hands.
-        queue_ms: the part of it spent waiting for earlier work, the previous chunk's refresh included.
+        frames: uint8 `[T, 8H, 8W, 3]`, or None without a VAE; 4 frames a latent, but one for the video's first.
+        latency_ms: from the request to latents and frames in the caller's hands.
+        queue_ms: the part of it spent waiting for earlier work: the previous chunk's refresh, other sessions.
         times: rank 0's stages; the refresh has not run yet (`Session.times` has it afterwards).
+        decode_ms: what the decoder took; 0 without a VAE.
     """
 
     index: int
     latents: torch.Tensor
+    frames: torch.Tensor | None
     latency_ms: float
     queue_ms: float
     times: ChunkTimes
+    decode_ms: float
+
+    @property
+    def hand_over_ms(self) -> float:
+        """The rest of the latency: latents and frames on their way between processes, noise drawn, slots bound."""
+        named = self.queue_ms + sum(self.times.denoise_ms) + self.times.gather_ms + self.decode_ms
+        return max(0.0, self.latency_ms - named)
 
 
 def latents_from_tokens(rows: torch.Tensor, config: Config) -> torch.Tensor:
@@ -149,11 +162,15 @@ class Session:
         records: with `record=True`, for each finished chunk what each forward computed.
         given_records: with `record=True`, for each given chunk what its forward computed.
         kv_rows_moved: rows of one head that the last finished chunk had moved to history, over the session.
+        text_ms: what encoding the prompt took; 0 for embeddings.
+        given_frames: what the given latents decode to, uint8 `[T, 8H, 8W, 3]`, if there were some and a VAE.
     """
 
-    def __init__(self, engine: "Engine", number: int, num_chunks: int, record: bool) -> None:
+    def __init__(self, engine: "Engine", number: int, num_chunks: int, record: bool, text_ms: float) -> None:
         self.number = number
         self.num_chunks = num_chunks
+        self.text_ms = text_ms
+        self.given_frames: torch.Tensor | None = None
         self.times: list[dict[int, ChunkTimes]] = []
         self.records: list[tuple[StepRecord, ...]] = []
         self.given_records: list[tuple[StepRecord, ...]] = []
@@ -162,28 +179,50 @@ class Session:
         self._record = record
         self._next = 0
         self._closed = False
+        self._cancelled = False
         self._finalizer = weakref.finalize(self, engine._dropped.append, number)
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
     def __next__(self) -> Chunk:
-        """Generate the next chunk; the session closes itself after the last.
+        """Generate the next chunk; the session closes itself after the last, and when it was cancelled.
 
         Raises:
-            RankError: a rank died, hung or raised.
+            RankError: a rank or the decoder died, hung or raised.
+            RequestError: the latents are not finite, and cannot be decoded.
             EngineClosedError: the session or the engine was closed.
         """
-        if self._closed and self._next < self.num_chunks:
-            raise EngineClosedError("the session was closed; open another with engine.session(...)")
-        if self._next == self.num_chunks:
+        if self._cancelled or self._next == self.num_chunks:
             self.close()
             raise StopIteration
+        if self._closed:
+            raise EngineClosedError("the session was closed; open another with engine.session(...)")
+        asked = time.perf_counter()
+        rows, times, queue_ms = self._generate()
+        latents, frames, decode_ms = latents_from_tokens(rows, self._engine.config), None, 0.0
+        if self._engine.decoder is not None:
+            decoded = self._engine.decode(self.number, latents)
+            frames, decode_ms = decoded.frames, decoded.decode_ms
+            queue_ms += decoded.queue_ms
+        self._next += 1
+        return Chunk(
+            index=self._next - 1,
+            latents=latents,
+            frames=frames,
+            latency_ms=1e3 * (time.perf_counter() - asked),
+            queue_ms=queue_ms,
+            times=times,
+            decode_ms=decode_ms,
+        )
+
+    def _generate(self) -> tuple[torch.Tensor, ChunkTimes, float]:
+        """The next chunk's rows `[N, 64]`, its times so far, milliseconds in the queue; the ranks go on to its refresh."""
         engine, index = self._engine, self._next
         asked = time.perf_counter()
         with engine._turn():
             engine._settle()
-            started = time.perf_counter()
+            queue_ms = 1e3 * (time.perf_counter() - asked)
             refresh = self._record or index + 1 < self.num_chunks
             engine._pool.send(ChunkCommand(session=self.number, index=index, refresh=refresh, record=self._record))
             self.times.append({})
@@ -191,32 +230,38 @@ class Session:
             engine._unfinished = self, replies
             for rank, reply in replies:
                 if isinstance(reply, Latents):
-                    delivered = reply
-                    break
+                    return reply.rows, reply.times, queue_ms
                 self.take(rank, reply)
-        self._next += 1
-        return Chunk(
-            index=index,
-            latents=latents_from_tokens(delivered.rows, engine.config),
-            latency_ms=1e3 * (time.perf_counter() - asked),
-            queue_ms=1e3 * (started - asked),
-            times=delivered.times,
-        )
+        raise AssertionError("rank 0 sends latents before it has done")
 
-    def switch_prompt(self, prompt_embeds: Embeddings, *, policy: SwitchPolicy = "keep") -> float:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """Like `next`, in a thread; a chunk that is under way when the task is cancelled is finished and dropped."""
+        chunk = await asyncio.to_thread(next, self, None)
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    def cancel(self) -> None:
+        """End the iteration before the next chunk. May be called from any thread, at any time."""
+        self._cancelled = True
+
+    def switch_prompt(self, prompt: str | Embeddings, *, policy: SwitchPolicy = "keep") -> float:
         """Change the prompt from the next chunk on, on all ranks.
 
         Args:
-            prompt_embeds: as for `Engine.session`.
+            prompt: as for `Engine.session`.
             policy: what becomes of history. `keep`: nothing, it keeps what the old prompt put there; `recache`: keys and values
                 of the frames in the window are computed again under the new prompt, a forward for each chunk; `flush`: it is
                 dropped, and the next chunk begins afresh.
 
         Returns:
-            Milliseconds from the call until the ranks are ready to go on, earlier work included.
+            Milliseconds from the call until the ranks are ready to go on, the text's encoding and earlier work included.
 
         Raises:
-            PromptError: wrong shape or type, or values that are not finite.
+            PromptError: text that cannot be encoded, wrong shape or type, or values that are not finite.
             RequestError: no such policy.
             RankError: a rank died, hung or raised.
             EngineClosedError: the session or the engine was closed.
@@ -224,10 +269,10 @@ class Session:
         engine = self._engine
         if policy not in get_args(SwitchPolicy):
             raise RequestError(f"policy must be {', '.join(get_args(SwitchPolicy))}, got {policy!r}")
-        text = checked_text(engine.config, prompt_embeds)
         if self._closed:
             raise EngineClosedError("the session was closed; open another with engine.session(...)")
         asked = time.perf_counter()
+        text, _ = engine.encode_prompt(prompt)
         with engine._turn():
             engine._settle()
             engine._run(PromptCommand(session=self.number, text=text, policy=policy))
@@ -256,7 +301,7 @@ class Session:
         self._finalizer.detach()
         with contextlib.suppress(EngineClosedError), self._engine._turn():
             self._engine._settle()
-            self._engine._run(CloseCommand(session=self.number))
+            self._engine._close_session(self.number)
 
     def __enter__(self) -> Self:
         return self

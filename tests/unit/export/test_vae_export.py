@@ -7,8 +7,10 @@ import pytest
 import torch
 from onnx import external_data_helper
 
+from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS
 from causalrt.engines.tensorrt_flavour import FLAVOURS
-from causalrt.engines.vae import FIRST_GRAPH, FRAMES, LATENT, NEXT_GRAPH, VAE_WEIGHTS, WRITTEN, OnnxVae
+from causalrt.engines.vae import FRAMES, LATENT, MADE
+from causalrt.engines.vae_onnx import OnnxVae
 from causalrt.errors import BuildError, BundleError, ExecutorError, RequestError
 from causalrt.export.engine_worker import build_engine
 from causalrt.export.vae import vae_engine_requests, write_vae, write_vae_weights
@@ -92,12 +94,12 @@ def test_the_graphs_say_what_goes_in_and_out(written):
     assert len(names) - len(filled) == 2
     wanted = {FIRST_GRAPH: ([LATENT], filled, 1), NEXT_GRAPH: ([LATENT, *names], names, 4)}
     shapes = {name: list(slot.shape) for name, slot in zip(names, written.slots, strict=True)}
-    shapes |= {name + WRITTEN: shape for name, shape in shapes.items()} | {LATENT: [1, 16, HEIGHT, WIDTH]}
+    shapes |= {name + MADE: shape for name, shape in shapes.items()} | {LATENT: [1, 16, HEIGHT, WIDTH]}
     for file, (inputs, caches, num_frames) in wanted.items():
         model = written.graph(file)
         graph = model.graph
         assert [value.name for value in graph.input] == inputs
-        assert [value.name for value in graph.output] == [FRAMES, *(cache + WRITTEN for cache in caches)]
+        assert [value.name for value in graph.output] == [FRAMES, *(cache + MADE for cache in caches)]
         shapes[FRAMES] = [1, 3, num_frames, 8 * HEIGHT, 8 * WIDTH]
         for value in (*graph.input, *graph.output):
             assert [size.dim_value for size in value.type.tensor_type.shape.dim] == shapes[value.name]

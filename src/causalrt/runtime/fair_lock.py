@@ -1,0 +1,55 @@
+"""A lock that is given to whoever has waited longest, so that sessions on one engine really take turns."""
+
+import threading
+from collections import deque
+from types import TracebackType
+
+
+class FairLock:
+    """Like `threading.Lock`, but first come, first served."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._held = False
+        self._waiting: deque[threading.Event] = deque()
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        """Take it, or say that another thread holds it."""
+        with self._mutex:
+            if not self._held:
+                self._held = True
+                return True
+            if not blocking:
+                return False
+            turn = threading.Event()
+            self._waiting.append(turn)
+        try:
+            turn.wait()
+        except BaseException:
+            self._give_up(turn)
+            raise
+        return True
+
+    def release(self) -> None:
+        """Hand it to the next one in the queue."""
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._held = False
+
+    def _give_up(self, turn: threading.Event) -> None:
+        """An interrupted thread leaves the queue; if its turn had come, it passes it on."""
+        with self._mutex:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+                return
+        self.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,0 +1,118 @@
+"""What a rank does: it holds an executor and the sessions' memory, and executes the commands that every rank gets."""
+
+import logging
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from causalrt.engines.base import Executor, make_executor
+from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.engines.kinds import executor_kind
+from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
+from causalrt.runtime.memory import check_device_memory, device_free_bytes, predict_memory
+from causalrt.runtime.messages import (
+    ChunkCommand,
+    CloseCommand,
+    Command,
+    Done,
+    GivenCommand,
+    Latents,
+    LoadCommand,
+    OpenCommand,
+    PromptCommand,
+    send,
+)
+from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session_memory import SessionMemories
+from causalrt.runtime.warm_up import warm_up
+
+logger = logging.getLogger("causalrt.worker")
+
+
+class RankServer:
+    """Executes commands on one rank."""
+
+    def __init__(self, rank: int, world_size: int, folder: Path, channel: "Connection[Any, Any]") -> None:
+        self._rank, self._world_size = rank, world_size
+        self._folder = folder
+        self._channel = channel
+        self._sessions: dict[int, Rollout] = {}
+        self._bundle: Bundle
+        self._executor: Executor
+        self._collectives: LocalCollectives | TorchCollectives
+        self._memories: SessionMemories
+
+    def run(self, command: Command) -> Done:
+        """Do it; what is answered last."""
+        match command:
+            case LoadCommand():
+                return self._load(command)
+            case OpenCommand():
+                self._sessions[command.session] = Rollout(
+                    self._executor,
+                    self._collectives,
+                    self._bundle.config,
+                    self._bundle.layout,
+                    text=command.text,
+                    noise=command.noise,
+                    memory=self._memories.take(),
+                )
+            case ChunkCommand():
+                rollout = self._sessions[command.session]
+                times, records = rollout.chunk(
+                    command.index,
+                    refresh=command.refresh,
+                    record=command.record,
+                    deliver=lambda rows, times: send(self._channel, Latents(rows=rows, times=times)),
+                )
+                return Done(times=times, records=tuple(records), kv_rows_moved=rollout.slots.rows_moved)
+            case GivenCommand():
+                given = self._sessions[command.session].take_given(command.rows, record=command.record)
+                return Done(records=tuple(given))
+            case PromptCommand():
+                self._sessions[command.session].switch_prompt(command.text, command.policy)
+            case CloseCommand():
+                closed = self._sessions.pop(command.session, None)
+                if closed is not None:
+                    self._memories.give_back(closed.memory)
+        return Done()
+
+    def _load(self, command: LoadCommand) -> Done:
+        torch.set_num_threads(command.num_threads)
+        device = torch.device(command.device, self._rank) if command.device == "cuda" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            torch.cuda.set_stream(stream)  # on the default one, TensorRT would wait for the device
+        self._bundle = open_bundle(command.bundle, verify=False)
+        if device.type == "cuda":
+            check_device_memory(predict_memory(self._bundle.config, command.executor), device)
+        if self._world_size > 1:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                device_id=device if device.type == "cuda" else None,
+                init_method=f"file://{self._folder / 'rendezvous'}",
+                rank=self._rank,
+                world_size=self._world_size,
+                timeout=timedelta(seconds=command.timeout_s),
+            )
+            self._collectives = TorchCollectives()
+        else:
+            self._collectives = LocalCollectives()
+        self._executor = make_executor(
+            command.executor,
+            self._bundle,
+            self._collectives,
+            num_threads=command.num_threads,
+            device=device,
+            plugins=command.plugins,
+        )
+        self._memories = SessionMemories(self._executor, self._bundle.config, self._bundle.layout)
+        if executor_kind(command.executor).warms_up:
+            warm_up(self._executor, self._bundle.config, self._bundle.layout, self._memories)
+        logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
+        return Done(free_bytes=device_free_bytes(device))

@@ -1,0 +1,142 @@
+"""The decoder from its caller's side: a process beside the ranks that turns latents into frames, for any number of sessions."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from causalrt import errors
+from causalrt.runtime.fair_lock import FairLock
+from causalrt.runtime.messages import (
+    CloseCommand,
+    DecodeCommand,
+    Done,
+    EncodeCommand,
+    Encoded,
+    Frames,
+    LoadVaeCommand,
+    Refused,
+    Reply,
+    VaeCommand,
+)
+from causalrt.runtime.ranks import START_S, RankPool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """A chunk's frames and where the time went.
+
+    Attributes:
+        frames: uint8 `[T, 8H, 8W, 3]`.
+        decode_ms: what the decoder took.
+        queue_ms: the wait for what other sessions had decoded.
+    """
+
+    frames: torch.Tensor
+    decode_ms: float
+    queue_ms: float
+
+
+class VaeDecoder:
+    """The decoder's process. Threads take turns, first come, first served.
+
+    Attributes:
+        free_bytes: what its own device could still give once it was loaded; None on the host.
+    """
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._lock = FairLock()
+        self._pool = RankPool(1, timeout_s=timeout_s, role="decoder")
+        self.free_bytes: int | None = None
+
+    def start(self, command: LoadVaeCommand) -> None:
+        """Have it load, without waiting for that.
+
+        Raises:
+            RankError: the process failed to start.
+        """
+        self._pool.send(command)
+
+    def wait_started(self) -> None:
+        """Return when it is ready.
+
+        Raises:
+            ExecutorError: the executor's way of running it is missing here.
+            RankError: the process failed to start, or raised.
+        """
+        *_, (_, done) = self._pool.replies(at_least_s=START_S)
+        assert isinstance(done, Done)
+        self.free_bytes = done.free_bytes
+
+    @property
+    def pid(self) -> int:
+        """Process number."""
+        return self._pool.pids[0]
+
+    def decode(self, session: int, latents: torch.Tensor) -> Decoded:
+        """The next frames of a session's video, whose first latents begin it.
+
+        Args:
+            session: its number.
+            latents: `[F, 16, H, W]`, normalised.
+
+        Raises:
+            RequestError: values that are not finite; the session's place in its video is as it was.
+            RankError: the process died, hung or raised.
+            EngineClosedError: it has ended.
+        """
+        asked = time.perf_counter()
+        with self._lock:
+            started = time.perf_counter()
+            frames, _ = self._run(DecodeCommand(session=session, latents=latents))
+        assert isinstance(frames, Frames)
+        return Decoded(frames=frames.frames, decode_ms=frames.decode_ms, queue_ms=1e3 * (started - asked))
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """Latents `[1 + k, 16, H, W]` of 1 + 4k frames (`causalrt.model.vae.encode`).
+
+        Raises:
+            RequestError: wrong shape, type, number of frames, or values.
+            RankError: the process died, hung or raised.
+            EngineClosedError: it has ended.
+        """
+        with self._lock:
+            encoded, _ = self._run(EncodeCommand(frames=frames))
+        assert isinstance(encoded, Encoded)
+        return encoded.latents
+
+    def close_session(self, session: int) -> None:
+        """Free its caches."""
+        with self._lock:
+            self._run(CloseCommand(session=session))
+
+    def close(self) -> None:
+        """End the process; one that is at work is killed, and whoever waits for it gets an EngineClosedError."""
+        if not self._lock.acquire(blocking=False):
+            self._pool.kill()
+            self._lock.acquire()
+        try:
+            self._pool.close()
+        finally:
+            self._lock.release()
+
+    def end(self) -> None:
+        """End the process at once and remove its folder; nobody may be talking to it."""
+        self._pool.close(kill=True)
+
+    def kill(self) -> None:
+        """End the process at once, from any thread."""
+        self._pool.kill()
+
+    def _run(self, command: VaeCommand) -> list[Reply]:
+        """What it answers. A conversation that breaks off ends the process: its answers would be left in the channel."""
+        try:
+            self._pool.send(command)
+            replies = [reply for _, reply in self._pool.replies()]
+        except BaseException:
+            self._pool.close(kill=True)
+            raise
+        for reply in replies:
+            if isinstance(reply, Refused):
+                raise getattr(errors, reply.kind)(reply.message)
+        return replies

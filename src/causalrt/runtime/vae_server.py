@@ -1,0 +1,90 @@
+"""The decoder's process: the VAE of a bundle, and for each session its place in its video.
+
+A process of its own, so that frames are decoded while the ranks refresh (or go on with another session), on whatever device is
+free for it, and so that what goes wrong in it is told and ended like a rank's failure.
+"""
+
+import logging
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from causalrt.engines.base import TORCH_DTYPES
+from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, open_bundle
+from causalrt.engines.vae import Vae, make_vae
+from causalrt.errors import CausalRTError
+from causalrt.model.decode_state import DecodeState
+from causalrt.runtime.memory import device_free_bytes
+from causalrt.runtime.messages import (
+    CloseCommand,
+    DecodeCommand,
+    Done,
+    EncodeCommand,
+    Encoded,
+    Frames,
+    LoadVaeCommand,
+    Refused,
+    Reply,
+    VaeCommand,
+    send,
+)
+
+logger = logging.getLogger("causalrt.vae")
+
+
+class VaeServer:
+    """Executes the commands that the decoder gets."""
+
+    def __init__(self, channel: "Connection[Any, Any]") -> None:
+        self._channel = channel
+        self._states: dict[int, DecodeState] = {}
+        self._device = torch.device("cpu")
+        self._bundle: Bundle
+        self._vae: Vae
+        self._whole_vae: Any = None
+
+    def run(self, command: VaeCommand) -> Done:
+        """Do it; what is answered last."""
+        match command:
+            case LoadVaeCommand():
+                return self._load(command)
+            case DecodeCommand() | EncodeCommand():
+                send(self._channel, self._answer(command))
+            case CloseCommand():
+                self._states.pop(command.session, None)
+        return Done()
+
+    def _answer(self, command: DecodeCommand | EncodeCommand) -> Reply:
+        try:
+            return self._decode(command) if isinstance(command, DecodeCommand) else self._encode(command)
+        except CausalRTError as error:
+            return Refused(kind=type(error).__name__, message=str(error))
+
+    def _load(self, command: LoadVaeCommand) -> Done:
+        torch.set_num_threads(command.num_threads)
+        self._device = torch.device(command.device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        self._bundle = open_bundle(command.bundle, verify=False)
+        self._vae = make_vae(self._bundle, command.executor, device=self._device, num_threads=command.num_threads)
+        logger.info("decoder ready: as %s does, on %s", command.executor, self._device)
+        return Done(free_bytes=device_free_bytes(self._device))
+
+    def _decode(self, command: DecodeCommand) -> Frames:
+        start = time.perf_counter()
+        if command.session not in self._states:
+            self._states[command.session] = self._vae.open()
+        frames = self._states[command.session].decode(command.latents).cpu()
+        return Frames(frames=frames, decode_ms=1e3 * (time.perf_counter() - start))
+
+    def _encode(self, command: EncodeCommand) -> Encoded:
+        from causalrt.model.vae import encode
+        from causalrt.model.vae_checkpoint import load_vae
+
+        if self._whole_vae is None:
+            dtype = TORCH_DTYPES[self._bundle.config.build.precision]
+            self._whole_vae = load_vae(self._bundle.path / VAE_WEIGHTS, dtype=dtype, device=self._device)
+        return Encoded(latents=encode(self._whole_vae, command.frames).cpu())

@@ -1,0 +1,246 @@
+"""Sessions with frames: latents through the decoder's process, against diffusers' own decode of the whole video."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from small_bundles import bundle_factory, prompt, tiny_config
+from small_encoders import write_text_encoder, write_vae
+
+import causalrt
+from causalrt.engines.bundle import VAE_WEIGHTS
+from causalrt.errors import BundleError, CapacityError, EngineClosedError, PromptError, RankError, RequestError
+from causalrt.model.decode_state import pixels_from_signal
+from causalrt.model.vae import encode
+from causalrt.model.vae_checkpoint import load_vae
+
+pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+PARTS = ("eager", "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    return write_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory, vae_folder):
+    made = {name: bundle_factory(tmp_path_factory.mktemp(name), executor=name, vae=vae_folder) for name in PARTS}
+    return lambda name="eager", world_size=1, changes=None: made[name](world_size, changes)
+
+
+@pytest.fixture(scope="module")
+def engine(bundles):
+    with causalrt.load(bundles(), executor="eager", device="cpu", max_sessions=2) as engine:
+        yield engine
+
+
+def decoded_whole(bundle, latents):
+    """What diffusers makes of a whole video's latents, as pixels."""
+    vae = load_vae(bundle / VAE_WEIGHTS)
+    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        video = vae.decode((latents * std + mean).transpose(0, 1).unsqueeze(0)).sample[0].transpose(0, 1)
+    return pixels_from_signal(video)
+
+
+def assert_same_pixels(frames, wanted):
+    """All but a rounding here and there."""
+    assert frames.shape == wanted.shape
+    assert frames.dtype == wanted.dtype == torch.uint8
+    difference = (frames.int() - wanted.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 1e-3
+    assert wanted.float().std() > 10  # there is something to see
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"), [("eager", 1), ("onnxruntime", 2), pytest.param("eager", 3, marks=pytest.mark.slow)]
+)
+def test_frames_are_those_of_the_whole_video(bundles, name, world_size):
+    path = bundles(name, world_size)
+    with causalrt.load(path, executor=name, device="cpu") as engine:
+        assert engine.has_vae
+        chunks = list(engine.session(prompt(), seed=1))
+    video = engine.config.video
+    assert [chunk.frames.shape for chunk in chunks] == [
+        (frames, video.pixel_height, video.pixel_width, 3) for frames in (9, 12, 12, 12)
+    ]
+    assert_same_pixels(
+        torch.cat([chunk.frames for chunk in chunks]), decoded_whole(path, torch.cat([c.latents for c in chunks]))
+    )
+    for chunk in chunks:
+        parts = chunk.queue_ms + sum(chunk.times.denoise_ms) + chunk.times.gather_ms + chunk.decode_ms
+        assert chunk.decode_ms > 0
+        assert chunk.latency_ms == pytest.approx(parts + chunk.hand_over_ms)
+
+
+def test_sessions_side_by_side_do_not_meet(engine):
+    alone = [torch.cat([chunk.frames for chunk in engine.session(prompt(seed), seed=seed)]) for seed in (0, 1)]
+    pair = [engine.session(prompt(seed), seed=seed) for seed in (0, 1)]
+    together = [
+        torch.cat(frames) for frames in zip(*[(a.frames, b.frames) for a, b in zip(*pair, strict=True)], strict=True)
+    ]
+    assert not torch.equal(*alone)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_given_latents_are_the_video_s_past(engine, bundles):
+    first = next(iter(engine.session(prompt(), seed=3)))
+    session = engine.session(prompt(), seed=3, given=first.latents)
+    assert torch.equal(session.given_frames, first.frames)
+    chunk = next(session)
+    assert len(chunk.frames) == 12
+    whole = decoded_whole(bundles(), torch.cat([first.latents, chunk.latents]))
+    assert_same_pixels(chunk.frames, whole[9:])
+    session.close()
+
+
+def test_a_clip_becomes_latents(engine, bundles):
+    clip = torch.randint(0, 256, (9, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    latents = engine.encode_frames(clip)
+    torch.testing.assert_close(latents, encode(load_vae(bundles() / VAE_WEIGHTS), clip), rtol=0, atol=1e-5)
+    with engine.session(prompt(), given=latents) as session:
+        assert len(next(session).frames) == 12
+    with pytest.raises(RequestError, match="must have 1 \\+ 4k frames"):
+        engine.encode_frames(clip[:3])
+    assert engine.decoder.pid  # a refusal ends nothing
+
+
+def test_more_sessions_than_fit_are_refused(engine):
+    held = [engine.session(prompt(seed)) for seed in range(2)]
+    with pytest.raises(CapacityError, match=r"2 sessions are open.*end one with"):
+        engine.session(prompt())
+    assert engine.open_sessions == 2
+    held.pop().close()
+    again = engine.session(prompt())
+    assert next(again).index == 0
+    engine.wait()
+    del again  # nobody holds it: its room is free
+    assert engine.open_sessions == 1
+    with engine.session(prompt()) as third:
+        assert next(third).frames is not None
+    held.pop().close()
+    assert engine.open_sessions == 0
+
+
+def test_async_iteration_and_cancel(engine):
+    async def watch():
+        async with asyncio.timeout(60):
+            return [chunk async for chunk in engine.session(prompt(), seed=5)]
+
+    assert [chunk.index for chunk in asyncio.run(watch())] == [0, 1, 2, 3]
+    session = engine.session(prompt())
+    next(session)
+    session.cancel()
+    assert list(session) == []
+    assert engine.open_sessions == 0
+
+
+def test_sessions_take_turns(engine):
+    """Two threads that never pause: neither gets two chunks more than the other."""
+    order, start = [], threading.Barrier(2)
+
+    def run(name):
+        with engine.session(prompt(), num_chunks=4) as session:
+            start.wait()
+            order.extend(name for _ in session)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ahead = [abs(order[:n].count("a") - order[:n].count("b")) for n in range(1, 9)]
+    assert max(ahead) <= 2
+
+
+def test_prompts_as_text(bundles, tmp_path):
+    folder = write_text_encoder(tmp_path)
+    with causalrt.load(bundles(), device="cpu", text_encoder=folder) as engine:
+        embeds, _ = engine.encode_prompt("a fox runs")
+        spoken, given = engine.session("a fox runs", seed=2), engine.session(embeds, seed=2)
+        assert spoken.text_ms > 0 == given.text_ms
+        for session in (spoken, given):
+            next(session)
+        assert spoken.switch_prompt("a cat sleeps") > 0
+        given.switch_prompt(engine.encode_prompt("a cat sleeps")[0])
+        assert torch.equal(next(spoken).frames, next(given).frames)
+    with causalrt.load(bundles(), device="cpu", vae=False) as engine:
+        assert not engine.has_vae
+        with pytest.raises(PromptError, match="no text encoder; load it with text_encoder=FOLDER"):
+            engine.session("a fox")
+        chunk = next(engine.session(prompt()))
+        assert (chunk.frames, chunk.decode_ms) == (None, 0.0)
+        with pytest.raises(RequestError, match="build the bundle with `--vae FILE`"):
+            engine.encode_frames(torch.zeros(1, 32, 48, 3, dtype=torch.uint8))
+
+
+def test_a_bundle_without_a_vae(tmp_path):
+    path = bundle_factory(tmp_path)(1)
+    with pytest.raises(BundleError, match="was built without a VAE; build it again with `--vae FILE`"):
+        causalrt.load(path, vae=True)
+    with causalrt.load(path, device="cpu") as engine:
+        assert not engine.has_vae
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=str)
+def test_a_decoder_that_fails_ends_the_engine(bundles, number):
+    engine = causalrt.load(bundles(), device="cpu", timeout_s=2)
+    pids = [*engine.rank_pids, engine.decoder.pid]
+    session = engine.session(prompt())
+    next(session)
+    os.kill(engine.decoder.pid, number)
+    with pytest.raises(RankError, match=r"the decoder (has died|gave no answer within 2 s)"):
+        next(session)
+    with pytest.raises(EngineClosedError):
+        engine.session(prompt())
+    engine.close()
+    assert_gone(pids)
+
+
+def test_ranks_that_fail_end_the_decoder(bundles):
+    engine = causalrt.load(bundles(), device="cpu", timeout_s=5)
+    pids = [*engine.rank_pids, engine.decoder.pid]
+    session = engine.session(prompt())
+    os.kill(engine.rank_pids[0], signal.SIGKILL)
+    with pytest.raises(RankError, match="rank 0 has died"):
+        next(session)
+    engine.close()
+    assert_gone(pids)
+
+
+def test_closing_in_mid_chunk(bundles):
+    engine = causalrt.load(bundles(changes={"sampler.steps": ",".join(map(str, range(1000, 600, -1)))}), device="cpu")
+    pids = [*engine.rank_pids, engine.decoder.pid]
+    raised = []
+
+    def run():
+        try:
+            list(engine.session(prompt()))
+        except EngineClosedError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    time.sleep(0.5)
+    engine.close()
+    thread.join(10)
+    assert len(raised) == 1
+    assert_gone(pids)
+
+
+def assert_gone(pids):
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        time.sleep(0.05)
+    assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []
+
+
+def test_pixels_of_the_recipe():
+    video = tiny_config().video
+    assert (video.pixel_height, video.pixel_width, video.fps) == (32, 48, 16)
