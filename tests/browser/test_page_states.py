@@ -271,3 +271,45 @@ def test_browser_that_cannot_play(new_page, server, expect, script, mime, words)
     page.goto(server.url)
     expect(page.get_by_role("alert")).to_contain_text(words)
     expect(page.get_by_role("button", name="Start")).to_be_disabled()
+
+
+def test_no_token_in_time_asks_for_one(new_page, server, expect):
+    server.token = "secret"
+    page = new_page()
+    page.goto(server.url)
+    expect(page.get_by_label("Access token")).to_be_visible()
+    server.close_connections(4408, "no token came in time")
+    expect(page.get_by_role("status")).to_have_text("The server asks for an access token.")
+    page.get_by_label("Access token").fill("secret")
+    page.get_by_role("button", name="Connect").click()
+    expect(page.get_by_role("status")).to_have_text("Ready.")
+
+
+def test_refused_switch_leaves_the_video_running(new_page, server, expect):
+    page = new_page()
+    start(page, server)
+    server.release(1)
+    expect(page.locator("#chunk-count")).to_have_text("1")
+    server.refuse_switch = {
+        "code": "rate_limited",
+        "message": "too many generations in a short time",
+        "retry_after_s": 3,
+    }
+    page.get_by_role("button", name="Switch prompt").click()
+    expect(page.locator("#alert-text")).to_have_text("too many generations in a short time. Try again in 3 s.")
+    server.release(1)
+    expect(page.locator("#chunk-count")).to_have_text("2")
+    expect(page.get_by_role("status")).to_have_text("Generating, with the prompt as it was.")
+
+
+BROKEN = "const append = SourceBuffer.prototype.appendBuffer; let calls = 0; SourceBuffer.prototype.appendBuffer ="
+BROKEN += "function (data) { append.call(this, ++calls === 6 ? new Uint8Array(64).fill(255) : data); };"
+
+
+def test_broken_video_stops_generation(new_page, server, expect):
+    page = new_page(scripts=(BROKEN,))
+    start(page, server)
+    server.release(3)
+    expect(page.get_by_role("alert")).to_contain_text("The video cannot be decoded")
+    expect(page.get_by_role("status")).to_contain_text("Stopped.")
+    assert len(server.messages("stop")) == 1

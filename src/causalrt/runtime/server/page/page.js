@@ -34,7 +34,10 @@ const state = {
   arrivals: [], // [time, frames] of recent chunks
   askedAt: 0,
 };
-const player = new Player($.video, (words) => complain(words));
+const player = new Player($.video, (words) => {
+  complain(words);
+  if (isUsable($.stop)) $.stop.click(); // nobody watches what would still be generated
+});
 const latency = new LatencyView($);
 const connection = new Connection({ message: receive, media: (data) => player.append(data), lost, silent, trying });
 
@@ -87,7 +90,7 @@ function receive(message) {
   const handle = {
     ready, started, chunk, switched,
     queued: ({ position }) => { state.phase = "queued"; say(`Waiting for a free place: number ${position} in the queue.`); },
-    paused: () => say(state.paused ? "Paused." : "Generation waits until playback catches up."),
+    paused: () => state.paused && say("Paused."), // when the page holds generation, the figures say so, without a word each time
     resumed: () => { state.arrivals = []; say("Generating."); },
     ended: ({ reason, chunks }) => finish(`${ENDINGS[reason] ?? "Ended."} ${chunks} ${chunks === 1 ? "chunk" : "chunks"}.`),
     error: failed,
@@ -176,7 +179,7 @@ function lost({ code, reason, retryInMs }) {
   state.server = null;
   state.phase = "connecting";
   connectionState("lost", "Not connected");
-  if (code === 4401 || (code === 4408 && !wasReady)) {
+  if (retryInMs === null) {
     complain($.token.value ? "The server does not accept this token. Check it and try again." : "");
     askForToken();
     finish("The server asks for an access token.");
@@ -197,7 +200,7 @@ function silent() {
 
 function askForToken() {
   $["token-form"].hidden = false;
-  if (document.activeElement === document.body || document.activeElement === $.prompt) $.token.focus();
+  if (!$.prompt.value) $.token.focus(); // but not away from under somebody's hands
 }
 
 // ---- what the user does ----
