@@ -105,7 +105,9 @@ class Running:
         return self.http.get(f"/v1/videos/{video_id}", headers=headers).json()
 
     def finished(self, video_id):
-        return until(lambda: (v := self.video(video_id)) and v["status"] in ("completed", "failed") and v, "the job's end")
+        return until(
+            lambda: (v := self.video(video_id)) and v["status"] in ("completed", "failed") and v, "the job's end"
+        )
 
     def metric(self, name):
         """The value of one line of /metrics, as `causalrt_jobs{status="failed"}`."""
@@ -114,7 +116,8 @@ class Running:
 
     @contextlib.contextmanager
     def realtime(self, *, ready=True, **how):
-        with connect(self.url.replace("http", "ws") + "/v1/realtime", compression=None, open_timeout=DEADLINE_S, **how) as socket:
+        url = self.url.replace("http", "ws") + "/v1/realtime"
+        with connect(url, compression=None, open_timeout=DEADLINE_S, **how) as socket:
             client = Client(socket)
             if ready:
                 client.ready = client.next("ready")

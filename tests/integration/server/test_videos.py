@@ -33,9 +33,20 @@ def test_a_job_from_request_to_file(server):
     assert answer.status_code == 200
     job = answer.json()
     assert job == {
-        **{"object": "video", "model": "causalrt", "prompt": "a fox", "seconds": "2", "size": "48x32", "seed": 7},
-        **{"status": "queued", "progress": 0, "error": None, "remixed_from_video_id": None},
-        **{"id": job["id"], "created_at": job["created_at"], "completed_at": None, "expires_at": None},
+        "object": "video",
+        "model": "causalrt",
+        "prompt": "a fox",
+        "seconds": "2",
+        "size": "48x32",
+        "seed": 7,
+        "status": "queued",
+        "progress": 0,
+        "error": None,
+        "remixed_from_video_id": None,
+        "id": job["id"],
+        "created_at": job["created_at"],
+        "completed_at": None,
+        "expires_at": None,
     }
     assert before - 1 < job["created_at"] < before + 30
     done = server.finished(job["id"])
@@ -114,7 +125,11 @@ def test_a_request_that_cannot_be_served_is_400(server, fields, param, message):
         (b"prompt", "text/plain", 415),
         (b"no form", "multipart/form-data", 400),
         (b"no form", "multipart/form-data; boundary=x", 400),
-        (b'--x\r\nContent-Disposition: form-data; name="prompt"; filename="a"\r\n\r\nA\r\n--x--\r\n', "multipart/form-data; boundary=x", 400),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="prompt"; filename="a"\r\n\r\nA\r\n--x--\r\n',
+            "multipart/form-data; boundary=x",
+            400,
+        ),
         (b"prompt=a&prompt=b", "application/x-www-form-urlencoded", 400),
         (b" " * 65537, "application/json", 413),
     ],
@@ -134,7 +149,16 @@ def test_a_body_without_a_length_is_limited_too(server):
 
 @pytest.mark.parametrize(
     "name",
-    ["video_" + "0" * 32, "x", "..", "../../etc/passwd", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "video_%00", "%ff", "video_" + "a" * 5000],
+    [
+        "video_" + "0" * 32,
+        "x",
+        "..",
+        "../../etc/passwd",
+        "%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+        "video_%00",
+        "%ff",
+        "video_" + "a" * 5000,
+    ],
 )
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 def test_an_unknown_id_is_404_whatever_it_looks_like(server, name, method):
@@ -166,7 +190,9 @@ def test_lists_are_paged(server):
 def test_a_deleted_video_is_gone_with_its_file(server):
     job = server.finished(server.post(seconds=1).json()["id"])
     assert server.http.delete(f"/v1/videos/{job['id']}").json() == {
-        **{"id": job["id"], "object": "video.deleted", "deleted": True}
+        "id": job["id"],
+        "object": "video.deleted",
+        "deleted": True,
     }
     assert server.http.get(f"/v1/videos/{job['id']}/content").status_code == 404
     assert not [path for path in server.services.spool.folder.iterdir() if job["id"] in path.name]
