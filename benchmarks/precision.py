@@ -72,9 +72,9 @@ class Forced:
         """See `Executor.warmed_up`."""
         self._executor.warmed_up()
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
         """See `Executor.bind`."""
-        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory)
+        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, lone=lone)
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
@@ -98,9 +98,9 @@ def recorded_inputs(recording: Recording, expected: Outputs) -> list[torch.Tenso
     inputs = []
     for chunk in range(recording.num_chunks):
         clean = [expected[0, f"out.c{chunk}.s{step}.x0"] for step in range(len(sigmas))]
-        inputs.append(noise[chunk, 0])
+        inputs.append(noise[chunk][0])
         inputs += [
-            (1 - s) * x0 + s * noise[chunk, k + 1] for k, (s, x0) in enumerate(zip(sigmas[1:], clean, strict=False))
+            (1 - s) * x0 + s * noise[chunk][k + 1] for k, (s, x0) in enumerate(zip(sigmas[1:], clean, strict=False))
         ]
         inputs.append(clean[-1])
     return inputs

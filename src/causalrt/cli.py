@@ -20,11 +20,9 @@ from rich.table import Table
 from causalrt import __version__
 from causalrt.config import RECIPES, Config, TimeIndex, override, recipe
 from causalrt.engines.kinds import EXECUTORS
-from causalrt.errors import CausalRTError, ConfigError, RequestError
+from causalrt.errors import CausalRTError, ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from causalrt.export.options import Progress as OnProgress
 
 DTYPES = {
@@ -89,6 +87,7 @@ def _build(arguments: argparse.Namespace) -> int:
             frontend=arguments.frontend,
             timing_cache=arguments.timing_cache,
             plugins=arguments.plugins,
+            vae=arguments.vae,
             overwrite=arguments.overwrite,
             on_progress=progress,
         )
@@ -118,6 +117,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     table = Table(title=found["path"], show_header=False, title_justify="left")
     table.add_row("executors", ", ".join(found["executors"]))
     table.add_row("plugins", found["plugins"])
+    vae = {key: value for key, value in (found["vae"] or {}).items() if not key.startswith("latents_")}
+    table.add_row("VAE", ", ".join(f"{key}={value}" for key, value in vae.items()) or "none: latents only")
     table.add_row("parameters", f"{found['parameters']:,}")
     for section, values in config.items():
         table.add_row(section, ", ".join(f"{key}={value}" for key, value in values.items()))
@@ -127,6 +128,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for name, parts in found["bytes_per_rank"].items():
         sizes = ", ".join(f"{key.removesuffix('_bytes')} {value / 2**20:,.1f}" for key, value in parts.items())
         table.add_row(f"MiB a rank, {name}", sizes)
+    for name, parts in found["decoder_bytes"].items():
+        sizes = ", ".join(f"{key.removesuffix('_bytes')} {value / 2**20:,.1f}" for key, value in parts.items())
+        table.add_row(f"MiB, decoder, {name}", sizes)
     if found["graphs"]:
         exchanges = sum(graph["exchange_after"] for graph in found["graphs"])
         table.add_row("onnxruntime, step", f"{len(found['graphs'])} segments, {exchanges} all-to-alls")
@@ -197,105 +201,38 @@ def _kernel_row(kernel: dict[str, Any]) -> tuple[str, str]:
     return name, ", ".join(facts)
 
 
-def _prompts(arguments: argparse.Namespace, config: Config) -> "tuple[torch.Tensor, dict[int, torch.Tensor]]":
-    """Embeddings of the first prompt, and of those that follow, by chunk: read from files, or encoded from text."""
-    from causalrt.model.text import TextEncoder
-    from causalrt.runtime.files import read_prompt_embeds
-
-    later = {}
-    for text in arguments.switch:
-        chunk, separator, prompt = text.partition("=")
-        if not separator or not chunk.isdecimal():
-            raise RequestError(f"--switch wants CHUNK=PROMPT, for example --switch '3=a fox runs', got {text!r}")
-        later[int(chunk)] = prompt
-    if arguments.prompt is None:
-        if arguments.text_encoder is not None:
-            raise RequestError("--text-encoder is for --prompt; leave it out, or give the prompt as text")
-        embeds = read_prompt_embeds(arguments.prompt_embeds)
-        return embeds, {chunk: read_prompt_embeds(Path(path)) for chunk, path in later.items()}
-    if arguments.text_encoder is None:
-        raise RequestError(
-            "--prompt needs --text-encoder FOLDER: Wan's released folder, or one in the diffusers layout"
-        )
-    model = config.model
-    encoder = TextEncoder.from_folder(arguments.text_encoder, text_dim=model.text_dim, max_tokens=model.text_len)
-    return encoder.encode(arguments.prompt), {chunk: encoder.encode(prompt) for chunk, prompt in later.items()}
-
-
 def _generate(arguments: argparse.Namespace) -> int:
-    import torch
+    from causalrt.tools.generate import Request, generate
 
-    from causalrt.engines.bundle import open_bundle
-    from causalrt.runtime.engine import load
-    from causalrt.runtime.files import check_writable, read_latents, write_latents
-    from causalrt.runtime.noise import SeededNoise
-    from causalrt.runtime.session import checked_chunks, checked_given
-
-    start = time.perf_counter()
-    given = None if arguments.given is None else read_latents(arguments.given)
-    check_writable(arguments.out)
-    SeededNoise(arguments.seed)  # refuse before the ranks are started
-    config = open_bundle(arguments.bundle, verify=False).config
-    prompt, switches = _prompts(arguments, config)
-    text_s = time.perf_counter() - start
-    num_chunks = checked_chunks(config, arguments.chunks, num_given=len(checked_given(config, given)))
-    late = [chunk for chunk in switches if not 0 < chunk < num_chunks]
-    if late:
-        raise RequestError(
-            f"--switch {late[0]}=...: chunks are 0 to {num_chunks - 1}, and the first has its prompt already"
-        )
-    start = time.perf_counter()
-    latents, report = [], []
-    with load(
-        arguments.bundle,
+    request = Request(
+        out=arguments.out,
+        prompt=arguments.prompt,
+        prompt_embeds=arguments.prompt_embeds,
+        text_encoder=arguments.text_encoder,
+        given=arguments.given,
+        switches=arguments.switch,
+        switch_policy=arguments.switch_policy,
+        seed=arguments.seed,
+        chunks=arguments.chunks,
+        warm=arguments.warm,
         executor=arguments.executor,
         device=arguments.device,
         plugins=None if arguments.plugins is None else arguments.plugins == "on",
-        num_threads=arguments.threads,
+        threads=arguments.threads,
         timeout_s=arguments.timeout,
-    ) as engine:
-        loaded_s = time.perf_counter() - start
-        with (
-            engine.session(prompt, seed=arguments.seed, num_chunks=arguments.chunks, given=given) as session,
-            shown_progress() as progress,
-        ):
-            progress("chunks", 0, session.num_chunks)
-            for index in range(session.num_chunks):
-                switch_ms = None
-                if index in switches:
-                    switch_ms = session.switch_prompt(switches[index], policy=arguments.switch_policy)
-                chunk = next(session)
-                latents.append(chunk.latents)
-                report.append(
-                    {
-                        "chunk": chunk.index,
-                        "latency_ms": chunk.latency_ms,
-                        "queue_ms": chunk.queue_ms,
-                        "switch_ms": switch_ms,
-                        "denoise_ms": chunk.times.denoise_ms,
-                        "exchange_ms": chunk.times.exchange_ms,
-                        "gather_ms": chunk.times.gather_ms,
-                    }
-                )
-                progress("chunks", chunk.index + 1, session.num_chunks)
-        video = torch.cat(latents if given is None else [given.float(), *latents])
-        write_latents(arguments.out, video, {"seed": str(arguments.seed), "causalrt": __version__})
-    summary = {
-        "out": str(arguments.out),
-        "shape": list(video.shape),
-        "executor": engine.executor,
-        "text_s": text_s,
-        "load_s": loaded_s,
-        "first_chunk_ms": report[0]["latency_ms"],
-        "chunks": report,
-    }
+    )
+    with shown_progress() as progress:
+        report = generate(arguments.bundle, request, on_progress=progress)
     if arguments.json:
-        print(json.dumps(summary))
-    else:
-        print(
-            f"{arguments.out}: latents {list(video.shape)}; loaded in {loaded_s:.1f} s, first chunk after "
-            f"{report[0]['latency_ms']:.0f} ms, then {report[-1]['latency_ms']:.0f} ms for the last"
-        )
+        print(json.dumps(report))
+        return 0
+    what = "frames" if "first_frame" in report else "latents"
+    print(f"{report['out']}: {what} {report['shape']}")
+    for name, first in report["first_frame" if what == "frames" else "first_latents"].items():
+        stages = ", ".join(f"{stage.replace('_', ' ')} {ms:.0f}" for stage, ms in first["stages_ms"].items())
+        print(f"first {what}, {name}: {first['total_ms']:.0f} ms ({stages})")
+    last = report["chunks"][-1]
+    print(f"last chunk: {last['latency_ms']:.0f} ms, {last['queue_ms']:.0f} of them waiting for the refresh before it")
     return 0
 
 
@@ -354,6 +291,15 @@ def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
         plugins=arguments.plugins == "on",
         time_index=arguments.time_index,
     )
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from causalrt.runtime.server.command import run
+
+    def started(url: str) -> None:
+        print(json.dumps({"url": url}) if arguments.json else f"serving at {url}", flush=True)
+
+    return run(arguments, version=__version__, on_start=started)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -432,7 +378,8 @@ def _parser() -> argparse.ArgumentParser:
         "build",
         _build,
         "Compile a checkpoint into a bundle.",
-        "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --world-size 8 --out bundle\n"
+        "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --vae Wan2.1_VAE.pth \\\n"
+        "      --world-size 8 --out bundle\n"
         "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --world-size 8 \\\n"
         "      --executor tensorrt_rtx --target sm80 --dtype bf16 --out bundle\n"
         "  causalrt build --recipe wan_1_3b_480p --checkpoint wan/ --set video.window_frames=12 \\\n"
@@ -440,6 +387,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--recipe", required=True, help=f"one of {', '.join(RECIPES)}")
     made.add_argument("--checkpoint", required=True, type=Path, help="Self-Forcing .pt, Wan or diffusers layout")
+    made.add_argument(
+        "--vae", type=Path, help="Wan2.1's VAE, its .pth or the diffusers layout; without it, latents only"
+    )
     made.add_argument("--out", required=True, type=Path, help="folder of the bundle")
     made.add_argument("--world-size", type=int, help="ranks")
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks")
@@ -494,8 +444,9 @@ def _parser() -> argparse.ArgumentParser:
     made = command(
         "generate",
         _generate,
-        "Generate latents from a prompt, or from the embeddings of one.",
-        "  causalrt generate bundle --prompt 'a fox in the snow' --text-encoder Wan2.1-T2V-1.3B --out latents.safetensors\n"
+        "Generate a video, or its latents, from a prompt, or from the embeddings of one.",
+        "  causalrt generate bundle --prompt 'a fox in the snow' --text-encoder Wan2.1-T2V-1.3B --out fox.mp4\n"
+        "  causalrt generate bundle --prompt 'it runs' --text-encoder Wan2.1-T2V-1.3B --given fox.mp4 --out more.mp4\n"
         "  causalrt generate bundle --prompt-embeds prompt.safetensors --seed 1 --out latents.safetensors",
     )
     made.add_argument("bundle", type=Path)
@@ -503,9 +454,9 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument("--prompt", help="what to show; with --text-encoder")
     prompts.add_argument("--prompt-embeds", type=Path, help=".safetensors, .npy or .pt, [rows, text_dim]")
     made.add_argument("--text-encoder", type=Path, help="folder of umT5: Wan's released one, or the diffusers layout")
-    made.add_argument("--out", required=True, type=Path, help="safetensors file to write, given frames included")
+    made.add_argument("--out", required=True, type=Path, help=".mp4 or .safetensors (latents); given frames included")
     made.add_argument(
-        "--given", type=Path, help="latents that the video begins with, whole chunks: what --out writes, say"
+        "--given", type=Path, help="what the video begins with: latents as --out writes them, or an image or clip"
     )
     made.add_argument(
         "--switch",
@@ -521,6 +472,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what becomes of history then: it stays, is computed again under the new prompt, or goes (keep)",
     )
     made.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    made.add_argument("--warm", action="store_true", help="then time the first frame of a second video, all being warm")
     made.add_argument(
         "--chunks", type=int, help="by default as many as the horizon holds; more with time_index=relative"
     )
@@ -559,6 +511,25 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--collectives", choices=("engine", "runtime"), help="with --emulate: who exchanges between ranks (engine)"
     )
+
+    from causalrt.runtime.server.command import add_arguments
+
+    made = command(
+        "serve",
+        _serve,
+        "Serve a bundle: video jobs, real-time sessions, and a page to try them.",
+        "  causalrt serve bundle --text-encoder Wan2.1-T2V-1.3B\n"
+        "  causalrt serve bundle --text-encoder Wan2.1-T2V-1.3B --host 0.0.0.0 --tokens tokens.txt --spool /var/lib/causalrt",
+    )
+    made.add_argument("bundle", type=Path)
+    made.add_argument(
+        "--text-encoder", required=True, type=Path, help="folder of umT5: Wan's released one, or the diffusers layout"
+    )
+    made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")
+    made.add_argument("--device", choices=("cuda", "cpu"), help="by default GPUs, where each rank has one")
+    made.add_argument("--threads", type=int, help="CPU threads of each rank")
+    made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
+    add_arguments(made)
 
     command("demo", _demo, "Build a small random model, run it on 2 ranks, compare with eager.", "  causalrt demo")
     command("doctor", _doctor, "Say what this machine can build and run, and why not.", "  causalrt doctor --json")

@@ -78,6 +78,9 @@ class VideoConfig:
     `window_frames` counts the current chunk, the sink and the rolled history (the reference's `local_attn_size`); None is
     full attention, whose window is the whole horizon.
 
+    With `independent_first_frame` a video's first chunk, generated or given, is one frame, and all others are `chunk_frames`:
+    image to video, say (model_spec section 7b). The horizon is then one frame and whole chunks.
+
     `time_index` is what rotary angles count time by. `global`: the frame's number, and keys are kept rotated; no rollout
     is longer than the horizon. `relative`: the distance to the current chunk, and keys are rotated whenever they are read,
     which the fused ops do (`model/relative_rope.py`); a rollout may go on beyond the horizon, which then is its length by
@@ -91,6 +94,7 @@ class VideoConfig:
     sink_frames: int = 0
     horizon_frames: int = 21
     time_index: TimeIndex = "global"
+    independent_first_frame: bool = False
 
     def __post_init__(self) -> None:
         for name in ("latent_height", "latent_width", "chunk_frames", "horizon_frames"):
@@ -100,10 +104,7 @@ class VideoConfig:
             self.horizon_frames <= MAX_LATENT_FRAMES,
             f"video.horizon_frames is {self.horizon_frames}, but the model has {MAX_LATENT_FRAMES} temporal positions",
         )
-        _require(
-            self.horizon_frames % self.chunk_frames == 0,
-            f"video.horizon_frames ({self.horizon_frames}) must be a multiple of video.chunk_frames ({self.chunk_frames})",
-        )
+        self._check_horizon()
         _require(
             self.time_index in get_args(TimeIndex),
             f"video.time_index must be one of {', '.join(get_args(TimeIndex))}, got {self.time_index!r}",
@@ -115,6 +116,45 @@ class VideoConfig:
                 f"video.window_frames is {self.window_frames}, but the sink ({self.sink_frames}) and one chunk "
                 f"({self.chunk_frames}) need {least}; the reference would overwrite its sink without a word",
             )
+
+    def _check_horizon(self) -> None:
+        horizon, chunk = self.horizon_frames, self.chunk_frames
+        if not self.independent_first_frame:
+            _require(
+                horizon % chunk == 0,
+                f"video.horizon_frames ({horizon}) must be a multiple of video.chunk_frames ({chunk})",
+            )
+            return
+        chunks = max(1, (horizon - 1) // chunk)
+        _require(
+            horizon > 1 and (horizon - 1) % chunk == 0,
+            f"video.horizon_frames ({horizon}) must be one frame and whole chunks of video.chunk_frames ({chunk}), for "
+            f"video.independent_first_frame is true: {1 + chunks * chunk} or {1 + (chunks + 1) * chunk}, say",
+        )
+
+    @property
+    def lone_first_frame(self) -> bool:
+        """A video's first chunk has fewer frames than the others: one."""
+        return self.independent_first_frame and self.chunk_frames > 1
+
+    @property
+    def kinds_of_chunk(self) -> tuple[bool, ...]:
+        """Whether lone, for each kind of chunk that there is; each has a step graph of its own."""
+        return (False, True) if self.lone_first_frame else (False,)
+
+    @property
+    def horizon_chunks(self) -> int:
+        """Chunks of a video that is as long as the horizon."""
+        return math.ceil(self.horizon_frames / self.chunk_frames)
+
+    def frames_at(self, first_frame: int) -> int:
+        """Frames of the chunk that begins at `first_frame` of the video."""
+        return 1 if self.lone_first_frame and first_frame == 0 else self.chunk_frames
+
+    def frames_of_chunks(self, num_chunks: int, *, first_chunk: int = 0) -> list[int]:
+        """Frames of each of `num_chunks` chunks of a video, from its chunk `first_chunk` on."""
+        chunks = range(first_chunk, first_chunk + num_chunks)
+        return [self.frames_at(chunk) for chunk in chunks]  # chunk 0 begins at frame 0, and no other does
 
     @property
     def pixel_height(self) -> int:

@@ -14,7 +14,7 @@ Every rank has the same shapes, and the packing index is the same constant on ev
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +114,12 @@ class Layout:
         """Heads whose keys and values a rank holds."""
         return sum(s.num_heads for s in self.shares)
 
+    def with_tokens(self, num_tokens: int) -> "Layout":
+        """The layout of a chunk of another length: every rank holds keys and values of the same heads, in the same shares."""
+        rows = math.ceil(num_tokens / self.world_size)
+        shares = tuple(replace(share, query_rows=math.ceil(rows / share.split)) for share in self.shares)
+        return replace(self, num_tokens=num_tokens, shares=shares)
+
     def tokens(self, rank: int) -> range:
         """Global tokens that `rank` holds, padding left out; empty for a rank past the end of the chunk."""
         start = min(rank * self.local_tokens, self.num_tokens)
@@ -182,6 +188,14 @@ def layout_from_config(config: Config) -> Layout:
     )
 
 
+def layouts_from_config(config: Config) -> tuple[Layout, ...]:
+    """The layout of a chunk and, where a video's first chunk is one frame, of that: `layouts[lone]`."""
+    layout = layout_from_config(config)
+    return tuple(
+        layout.with_tokens(config.tokens_per_frame) if lone else layout for lone in config.video.kinds_of_chunk
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotPlan:
     """Where latent frames live in the KV slots of a head (design section 6).
@@ -193,6 +207,9 @@ class SlotPlan:
 
     The attended set is the reference's (model_spec section 5): sink, the newest
     W - sink - F clean frames, and the current chunk. Order among keys does not matter to attention.
+
+    A lone first frame is staged in the first of the F frames. It has no history (nothing is lone after a flush), so what is
+    filled is a prefix then too; afterwards it is one frame of history like any other.
     """
 
     capacity_frames: int
@@ -204,13 +221,14 @@ class SlotPlan:
         """Slots of the ring."""
         return self.capacity_frames - self.sink_frames - self.chunk_frames
 
-    def valid_frames(self, first_frame: int) -> int:
+    def valid_frames(self, first_frame: int, *, lone: bool = False) -> int:
         """Filled slots, staging included, while the chunk that begins at `first_frame` is generated."""
-        return self.chunk_frames + min(first_frame, self.capacity_frames - self.chunk_frames)
+        assert not (lone and first_frame), "only the first chunk of a video is lone"
+        return 1 if lone else self.chunk_frames + min(first_frame, self.capacity_frames - self.chunk_frames)
 
-    def commits(self, first_frame: int) -> Iterator[tuple[int, int]]:
+    def commits(self, first_frame: int, *, lone: bool = False) -> Iterator[tuple[int, int]]:
         """(staging slot, history slot) of each frame to keep, once the chunk at `first_frame` is clean."""
-        end = first_frame + self.chunk_frames
+        end = first_frame + (1 if lone else self.chunk_frames)
         for frame in range(first_frame, end):
             if frame < self.sink_frames:
                 yield frame - first_frame, self.chunk_frames + frame
@@ -227,3 +245,16 @@ def slots_from_config(config: Config) -> SlotPlan:
         chunk_frames=video.chunk_frames,
         sink_frames=min(video.sink_frames, video.capacity_frames - video.chunk_frames),
     )
+
+
+def chunk_starts(config: Config) -> list[int]:
+    """Frames of history that a chunk of F frames may find, within the horizon, in rising order.
+
+    Whole chunks, and with a lone first frame one more or, once a flush has dropped that, whole chunks again.
+    """
+    video = config.video
+    last = video.horizon_frames - video.chunk_frames
+    starts = set(range(0, last + 1, video.chunk_frames))
+    if video.lone_first_frame:
+        starts.update(range(1, last + 1, video.chunk_frames))
+    return sorted(starts)

@@ -59,7 +59,7 @@ def build_stand_in(
             wan, config, folder, quiet, collectives=collectives, segmented=None, fused=fused
         )
         with (
-            mock.patch.object(engine_files, "_run_child", _write_engines),
+            mock.patch.object(engine_files, "run_child", _write_engines),
             mock.patch.object(torch.cuda, "get_device_properties", return_value=GPU),
         ):
             record = engine_files.build_engines(

@@ -120,6 +120,9 @@ def test_generate(bundle, tmp_path, capsys, suffix):
     [
         (["--chunks", "5"], "horizon"),
         (["--seed", "-1"], "seed"),
+        (["--out", "video.gif"], "must end in .mp4 for a video or .safetensors for latents, got video.gif"),
+        (["--out", "video.mp4"], "was built without a VAE; build it again with `--vae FILE`"),
+        (["--given", "clip.mp4"], "was built without a VAE; build it again with `--vae FILE`"),
         (["--out", "/nowhere/at/all.safetensors"], "cannot write"),
         (["--prompt-embeds", "/nowhere.npy"], "/nowhere.npy"),
         (["--prompt-embeds", "/nowhere.txt"], ".safetensors, .npy or .pt"),
@@ -194,15 +197,22 @@ def test_doctor(capsys):
 @pytest.mark.parametrize("flags", [["--threads", "0"], ["--timeout", "1e10"], ["--timeout", "0"]])
 def test_generate_refuses_numbers_out_of_range(bundle, tmp_path, capsys, flags):
     np.save(tmp_path / "prompt.npy", np.zeros((5, recipe("tiny").model.text_dim), np.float32))
-    base = ["generate", str(bundle), "--prompt-embeds", str(tmp_path / "prompt.npy"), "--out", str(tmp_path / "out")]
+    base = [
+        "generate",
+        str(bundle),
+        "--prompt-embeds",
+        str(tmp_path / "prompt.npy"),
+        "--out",
+        str(tmp_path / "o.safetensors"),
+    ]
     assert main([*base, *flags]) == 2
     assert "must" in capsys.readouterr().err
 
 
 def test_generate_does_not_replace_a_device(bundle, tmp_path, capsys):
     np.save(tmp_path / "prompt.npy", np.zeros((5, recipe("tiny").model.text_dim), np.float32))
-    os.mkfifo(tmp_path / "pipe")
-    flags = [str(bundle), "--prompt-embeds", str(tmp_path / "prompt.npy"), "--out", str(tmp_path / "pipe")]
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    flags = [str(bundle), "--prompt-embeds", str(tmp_path / "prompt.npy"), "--out", str(tmp_path / "pipe.safetensors")]
     assert main(["generate", *flags]) == 2
     assert "cannot write" in capsys.readouterr().err
 

@@ -216,7 +216,9 @@ class Allocations(TorchDispatchMode):
 
 def addresses(executor: TensorRTExecutor) -> list[dict[str, int]]:
     """Of every tensor of every engine, as TensorRT has them."""
-    return [{name: engine._context.get_tensor_address(name) for name in engine.names} for engine in executor._step]
+    return [
+        {name: engine._context.get_tensor_address(name) for name in engine.names} for engine in executor._set.engines
+    ]
 
 
 def all_slots(slots: KVSlots) -> list[torch.Tensor]:
@@ -260,7 +262,7 @@ def test_a_step_allocates_nothing_and_writes_staging_alone(replays: Replays, col
             assert not torch.equal(rows[1], rows[2])
         assert all(torch.equal(a, b) for a, b in zip(cross, (t for p in cross_kv for t in p), strict=True))
         ours = {tensor.data_ptr() for tensor in all_slots(slots)}
-        for engine, at in zip(executor._step, bound, strict=True):
+        for engine, at in zip(executor._set.engines, bound, strict=True):
             for name in engine.names:
                 if re.match(r"[kv]\.", name):
                     assert at[name] in ours, name
@@ -397,7 +399,7 @@ class Bound:
         self.executor.bind(self.slots.filled(0), self.cross, kv_rows=self.slots.filled_rows(0), memory=0)
 
     def step(self) -> None:
-        layout = self.executor._buffers["x"].shape
+        layout = self.executor._set.buffers["x"].shape
         self.executor.step(torch.zeros(layout), *self.executor.embed_time(1000.0), 0)
 
 
@@ -478,7 +480,7 @@ def test_scratch_memory_is_one_and_large_enough_for_all(replays: Replays) -> Non
 def test_updated_slots_in_memory_of_their_own(whole: Bundle) -> None:
     bound = ready(whole)
     bound.bind()
-    (engine,) = bound.executor._step
+    (engine,) = bound.executor._set.engines
     elsewhere = torch.empty_like(bound.slots.filled(0)[0][0][0])
     with pytest.raises(
         ExecutorError, match=r"k\.0\.0\.written updates k\.0\.0 in place and was given memory of its own"
@@ -638,7 +640,7 @@ def test_made_by_name(whole: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tensorrt_flavour.FLAVOURS, "tensorrt_rtx", STAND_INS["tensorrt_rtx"])  # type: ignore[arg-type]
     executor = make_executor("tensorrt_rtx", whole, LocalCollectives(), num_threads=1, device=CPU, plugins=False)
     assert isinstance(executor, TensorRTExecutor)
-    told = executor._step[0].information()
+    told = executor._set.engines[0].information()
     assert told["scratch_bytes"] > 0
     assert told["Layers"].count("TensorScatter") == 2 * whole.config.model.num_layers * len(whole.layout.shares)
 
@@ -663,7 +665,7 @@ def test_engines_with_names_of_their_own(damaged: tuple[Bundle, Path], replays: 
             executor, ranks, opened, text=torch.ones(2, opened.config.model.text_dim), noise=SeededNoise(0)
         )
         outputs.append({name: tensor for index in range(2) for name, tensor in play(session, index).items()})
-    assert executor._step[0]._own["x"] == "own/x"
+    assert executor._set.engines[0]._own["x"] == "own/x"
     assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
 
 

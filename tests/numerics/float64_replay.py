@@ -1,7 +1,7 @@
 """An independent replay of the reference in float64, sharing no code with the package: recordings of any sizes.
 
 It follows docs/model_spec.md line by line, with the reference's rolling cache (section 5) where the package has KV slots,
-and is itself held against the recorded case R. n tokens of a chunk, H heads of D channels, d = H * D.
+and is itself held against the recorded cases R, J and J2. n tokens of a chunk, H heads of D channels, d = H * D.
 """
 
 import json
@@ -59,6 +59,13 @@ def schedule(c: dict) -> tuple[list[float], list[float]]:
     return used, [float(sigmas[np.abs(table - f32(t)).argmin()]) for t in used]
 
 
+def sizes_of_chunks(c: dict) -> list[int]:
+    """Frames of each chunk of the video, given ones first; one for a lone first frame."""
+    frames, given = c["num_frame_per_block"], len(c.get("given_chunk_frames", []))
+    sizes = [frames] * (given + c["num_chunks"])
+    return [1, *sizes[1:]] if c.get("independent_first_frame") else sizes
+
+
 def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -79,16 +86,19 @@ class Replay:
         self.c, self.w = c, {name: tensor.to(F64) for name, tensor in state.items()}
         self.ph, self.pw = c["patch_size"][1:]
         self.h, self.wd = c["latent_h"] // self.ph, c["latent_w"] // self.pw
-        self.frames, self.heads = c["num_frame_per_block"], c["num_heads"]
+        self.heads, self.sizes = c["num_heads"], sizes_of_chunks(c)
         self.tokens = self.h * self.wd
-        text = torch.zeros(c["text_len"], c["text_dim"], dtype=F64)
-        text[: len(prompt)] = prompt
-        self.context = self.linear("text_embedding.2", gelu(self.linear("text_embedding.0", text)))
+        self.take_prompt(prompt)
         window = c["local_attn_size"]
-        self.capacity = (c["num_frames"] if window == -1 else window) * self.tokens
+        self.capacity = (sum(self.sizes) if window == -1 else window) * self.tokens
         shape = (c["num_layers"], self.capacity, self.heads, c["dim"] // self.heads)
         self.k, self.v = torch.zeros(shape, dtype=F64), torch.zeros(shape, dtype=F64)
         self.global_end = self.local_end = 0
+
+    def take_prompt(self, prompt):
+        text = torch.zeros(self.c["text_len"], self.c["text_dim"], dtype=F64)
+        text[: len(prompt)] = prompt
+        self.context = self.linear("text_embedding.2", gelu(self.linear("text_embedding.0", text)))
 
     def linear(self, name, x):
         return x @ self.w[f"{name}.weight"].flatten(1).T + self.w[f"{name}.bias"]
@@ -125,13 +135,14 @@ class Replay:
 
     def forward(self, x, timestep, start_frame):
         """[F, C, H, W] -> flow; the cache rules are those of section 5, in tokens."""
-        c, n = self.c, self.frames * self.tokens
+        c, frames = self.c, len(x)
+        n = frames * self.tokens
         half = c["freq_dim"] // 2
         angle = timestep * 10000.0 ** (-torch.arange(half, dtype=F64) / half)
         e = self.linear("time_embedding.0", torch.cat([angle.cos(), angle.sin()]))
         e = self.linear("time_embedding.2", silu(e))
         e0 = self.linear("time_projection.1", silu(e)).unflatten(0, (6, -1))
-        grid = x.reshape(self.frames, c["in_dim"], self.h, self.ph, self.wd, self.pw)
+        grid = x.reshape(frames, c["in_dim"], self.h, self.ph, self.wd, self.pw)
         rows = self.linear("patch_embedding", grid.permute(0, 2, 4, 1, 3, 5).reshape(n, -1))
 
         end, sink = start_frame * self.tokens + n, c["sink_size"] * self.tokens
@@ -159,16 +170,45 @@ class Replay:
         self.global_end, self.local_end = end, local_end
         shift, scale = self.w["head.modulation"][0] + e
         out = self.linear("head.head", self.layer_norm(rows) * (1 + scale) + shift)
-        grid = out.reshape(self.frames, self.h, self.wd, self.ph, self.pw, c["in_dim"])
+        grid = out.reshape(frames, self.h, self.wd, self.ph, self.pw, c["in_dim"])
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
 
-    def rollout(self, noise, renoise):
-        """Noise [T, C, H, W], renoise by (chunk, step) -> outputs by the recording's names."""
+    def switch(self, prompt, policy, latents):
+        """Another prompt; `latents` are the clean chunks so far. No policy but `keep` is the reference's own.
+
+        To recache: the chunks of which the window holds a frame are computed again, the others never were.
+        """
+        self.take_prompt(prompt)
+        if policy == "keep":
+            return
+        self.local_end = 0
+        starts = [sum(self.sizes[:i]) for i in range(len(latents) + 1)]
+        sink, frames = self.c["sink_size"], self.c["num_frame_per_block"]
+        oldest = starts[-1] - (self.capacity // self.tokens - sink - frames)
+        for first, clean in zip(starts, latents, strict=False):
+            if policy == "recache" and (first < sink or first + len(clean) > oldest):
+                self.global_end = first * self.tokens
+                self.forward(clean, float(self.c["context_noise"]), first)
+        self.global_end = starts[-1] * self.tokens
+
+    def rollout(self, noise, renoise, *, given=None, second=None, policy="keep"):
+        """Noise [T, C, H, W], renoise by (chunk, step) -> outputs by the recording's names.
+
+        `given` [G, C, H, W] comes before; from `prompt_switch_chunk` on the prompt is `second`.
+        """
         timesteps, sigmas = schedule(self.c)
         outputs, latents = {}, []
-        for chunk in range(self.c["num_chunks"]):
-            first = chunk * self.frames
-            x = noise[first : first + self.frames].to(F64)
+        num_given = len(self.sizes) - self.c["num_chunks"]
+        for chunk, size in enumerate(self.sizes[:num_given]):
+            first = sum(self.sizes[:chunk])
+            latents.append(given[first : first + size].to(F64))
+            outputs[f"out.g{chunk}.ctx.flow"] = self.forward(latents[-1], 0.0, first)
+        for chunk, size in enumerate(self.sizes[num_given:]):
+            first = sum(self.sizes[: num_given + chunk])
+            if chunk == self.c.get("prompt_switch_chunk"):
+                self.switch(second, policy, latents)
+            start = first - sum(self.sizes[:num_given])
+            x = noise[start : start + size].to(F64)
             for s, timestep in enumerate(timesteps):
                 flow = self.forward(x, timestep, first)
                 x0 = x - sigmas[s] * flow
@@ -180,10 +220,10 @@ class Replay:
         return outputs | {"out.latents": torch.cat(latents)}
 
 
-def record(c: dict, path) -> None:
+def record(c: dict, path, *, policy: str = "keep") -> None:
     """Write a synthetic recording of config `c`, in the format of tests/data/golden/README.md."""
-    batch, frames, chunks = c["batch_size"], c["num_frame_per_block"], c["num_chunks"]
-    c = c | {"num_frames": frames * chunks, "total_frames": frames * chunks, "chunk_frames": [frames] * chunks}
+    batch, chunks, sizes = c["batch_size"], c["num_chunks"], sizes_of_chunks(c)
+    c = c | {"num_frames": sum(sizes), "total_frames": sum(sizes), "chunk_frames": sizes}
     generator = torch.Generator().manual_seed(c["seed"])
     state = random_state(c, generator)
     latent = (c["in_dim"], c["latent_h"], c["latent_w"])
@@ -193,11 +233,15 @@ def record(c: dict, path) -> None:
     }
     draws = [(chunk, s) for chunk in range(chunks) for s in range(len(c["denoising_step_list"]) - 1)]
     for chunk, s in draws:
-        tensors[f"in.renoise.c{chunk}.s{s}"] = torch.randn(batch * frames, *latent, generator=generator)
+        tensors[f"in.renoise.c{chunk}.s{s}"] = torch.randn(batch * sizes[chunk], *latent, generator=generator)
+    if c.get("prompt_switch_chunk") is not None:
+        tensors["in.prompt_embeds.p1"] = torch.randn(batch, c["text_rows"], c["text_dim"], generator=generator)
     rollouts = []
     for b in range(batch):
-        renoise = {(k, s): tensors[f"in.renoise.c{k}.s{s}"][b * frames : (b + 1) * frames] for k, s in draws}
-        rollouts.append(Replay(c, state, tensors["in.prompt_embeds"][b]).rollout(tensors["in.noise"][b], renoise))
+        renoise = {(k, s): tensors[f"in.renoise.c{k}.s{s}"].chunk(batch)[b] for k, s in draws}
+        second = tensors.get("in.prompt_embeds.p1", [None] * batch)[b]
+        replay = Replay(c, state, tensors["in.prompt_embeds"][b])
+        rollouts.append(replay.rollout(tensors["in.noise"][b], renoise, second=second, policy=policy))
     tensors |= {name: torch.stack([r[name] for r in rollouts]).float().contiguous() for name in rollouts[0]}
     tensors |= {f"model.{name}": tensor for name, tensor in state.items()}
     save_file(tensors, path, metadata={"config": json.dumps(c)})

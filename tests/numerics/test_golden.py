@@ -1,7 +1,8 @@
 """Executors on 1, 2, 3 and 8 CPU ranks against the reference's own recordings, free-running over whole rollouts.
 
 B has 12 heads (8 ranks: one whole and half of another each), A, D and L 4 heads (8 ranks: half a head each), and
-the token counts 36, 48, 24, 15 and 18 leave padding on most of these numbers of ranks.
+the token counts 36, 48, 24, 15 and 18 leave padding on most of these numbers of ranks. J and J2 begin with a lone first
+frame, generated and given: chunks of 10 and 30, of 9 and 27 tokens.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from causalrt.tools.compare import TOLERANCE, Outputs, largest_errors, recorded_
 from causalrt.tools.recording import open_recording
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-CASES = ("A", "B", "C", "D", "I", "K", "L", "N1", "N2", "R")
+CASES = ("A", "B", "C", "D", "I", "J", "J2", "K", "L", "N1", "N2", "R")
 EXECUTORS = ("eager", "onnxruntime")
 """Those that run on any machine and start at once; inductor, TensorRT and GPUs have tests of their own."""
 RANK_TOLERANCE = 2e-5

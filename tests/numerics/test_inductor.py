@@ -51,9 +51,9 @@ def test_compiled_once_for_all_chunks_and_sessions(tmp_path, compiled_graphs):
     lengths = []
     bind = executor.bind
 
-    def bind_and_tell(kv, cross_kv, *, kv_rows, memory):
-        lengths.append(kv_rows)
-        bind(kv, cross_kv, kv_rows=kv_rows, memory=memory)
+    def bind_and_tell(kv, cross_kv, **bound):
+        lengths.append(bound["kv_rows"])
+        bind(kv, cross_kv, **bound)
 
     executor.bind = bind_and_tell
     player = Player(executor=executor, config=bundle.config, layout=bundle.layout)

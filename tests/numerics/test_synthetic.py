@@ -7,9 +7,11 @@ import float64_replay
 import pytest
 from safetensors import safe_open
 
-from causalrt.tools.compare import compare_recorded
+from causalrt.tools.compare import TOLERANCE, compare_recorded, largest_errors
+from causalrt.tools.recording import open_recording
+from causalrt.tools.replay import eager_player, recorded_outputs, replay_here
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "R.safetensors"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SMALL = {"dim": 60, "num_heads": 6, "num_layers": 1, "ffn_dim": 50, "freq_dim": 20}
 SMALL |= {"text_dim": 7, "text_len": 5, "text_rows": 2}
 CASES = {
@@ -78,6 +80,32 @@ CASES = {
         "local_attn_size": 3,
         "sink_size": 0,
     },
+    "lone first frame, window of three chunks with a sink of one": {
+        "latent_h": 2,
+        "latent_w": 6,
+        "num_chunks": 8,
+        "independent_first_frame": True,
+        "local_attn_size": 9,
+        "sink_size": 3,
+    },
+    "lone first frame, window and sink that no chunk divides, batch 2": {
+        "latent_h": 4,
+        "latent_w": 2,
+        "num_chunks": 7,
+        "batch_size": 2,
+        "independent_first_frame": True,
+        "local_attn_size": 7,
+        "sink_size": 1,
+    },
+    "lone first frame, one token a frame": {
+        "latent_h": 2,
+        "latent_w": 2,
+        "num_frame_per_block": 4,
+        "num_chunks": 4,
+        "independent_first_frame": True,
+        "local_attn_size": -1,
+        "sink_size": 0,
+    },
     "12 heads, 72 tokens: 9 on each of 8 ranks": {
         "dim": 96,
         "num_heads": 12,
@@ -91,20 +119,21 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with safe_open(GOLDEN, framework="pt") as file:
+def golden(case):
+    with safe_open(GOLDEN / f"{case}.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return json.loads(file.metadata()["config"]), tensors
 
 
-def test_the_replay_is_the_reference(golden):
-    config, tensors = golden
+@pytest.mark.parametrize("case", ["R", "J", "J2", "K"])
+def test_the_replay_is_the_reference(case):
+    config, tensors = golden(case)
     state = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     renoise = {(c, s): tensors[f"in.renoise.c{c}.s{s}"] for c in range(config["num_chunks"]) for s in range(3)}
-    outputs = float64_replay.Replay(config, state, tensors["in.prompt_embeds"][0]).rollout(
-        tensors["in.noise"][0], renoise
-    )
+    given, second = (tensors.get(name, [None])[0] for name in ("in.initial_latent", "in.prompt_embeds.p1"))
+    replay = float64_replay.Replay(config, state, tensors["in.prompt_embeds"][0])
+    outputs = replay.rollout(tensors["in.noise"][0], renoise, given=given, second=second)
+    outputs["out.latents"] = outputs["out.latents"].float()  # given frames are copied as they are
     assert {name for name in tensors if name.endswith((".flow", ".x0"))} < set(outputs)
     for name, output in outputs.items():
         assert (output - tensors[name][0]).abs().max() < 5e-6, name
@@ -115,8 +144,25 @@ def test_the_replay_is_the_reference(golden):
     ("executor", "world_size"),
     [("eager", 1), pytest.param("onnxruntime", 5, marks=pytest.mark.slow), ("onnxruntime", 8)],
 )
-def test_any_sizes(golden, tmp_path, case, executor, world_size):
+def test_any_sizes(tmp_path, case, executor, world_size):
     path = tmp_path / "recording.safetensors"
-    float64_replay.record(golden[0] | SMALL | CASES[case], path)
+    float64_replay.record(golden("R")[0] | SMALL | CASES[case], path)
     result = compare_recorded(path, executor=executor, world_size=world_size)
     assert result["passed"], result
+
+
+@pytest.mark.parametrize("lone", [False, True])
+@pytest.mark.parametrize(("window", "sink"), [(-1, 0), (9, 3), (8, 2), (7, 0)])
+@pytest.mark.parametrize("policy", ["keep", "recache", "flush"])
+def test_prompt_switches(tmp_path, policy, window, sink, lone):
+    """History dropped or computed again by cache rules that know no slots; the reference itself keeps it."""
+    sizes = {"latent_h": 2, "latent_w": 6, "num_chunks": 7, "prompt_switch_chunk": 4, "independent_first_frame": lone}
+    path = tmp_path / "recording.safetensors"
+    window_and_sink = {"local_attn_size": window, "sink_size": sink}
+    float64_replay.record(golden("R")[0] | SMALL | sizes | window_and_sink, path, policy=policy)
+    recording = open_recording(path, world_size=1)
+    checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
+    player = eager_player(recording.config, checkpoint=checkpoint, folder=tmp_path / "bundle")
+    errors = largest_errors(replay_here(recording, player, policy=policy), recorded_outputs(recording))
+    for name, error in errors.items():
+        assert error.largest <= TOLERANCE, f"{name}: {error.largest:.2e} at {error.at}"

@@ -42,6 +42,7 @@ CHANGES = {
     "video.sink_frames": ("2", 2),
     "video.horizon_frames": ("15", 15),
     "video.time_index": ("relative", "relative"),
+    "video.independent_first_frame": ("true", True),
     "sampler.steps": ("1000, 500", (1000, 500)),
     "sampler.shift": ("8", 8.0),
     "sampler.warp": ("false", False),
@@ -50,6 +51,9 @@ CHANGES = {
     "build.head_plan": ("mesh", "mesh"),
     "build.precision": ("bfloat16", "bfloat16"),
 }
+
+# What a change is put on top of, where that is not `tiny`: with and without this one, one horizon has to do.
+BASES = {"video.independent_first_frame": override(TINY, {"video.chunk_frames": "1"})}
 
 # Field changed on top of `tiny`, its text, and what the message must name.
 REFUSED = [
@@ -79,6 +83,8 @@ REFUSED = [
     ("video.horizon_frames", "0", ("video.horizon_frames", "0")),
     ("video.horizon_frames", "13", ("video.horizon_frames", "13")),
     ("video.horizon_frames", "1026", ("video.horizon_frames", "1026", str(MAX_LATENT_FRAMES))),
+    ("video.independent_first_frame", "true", ("video.horizon_frames (12)", "independent_first_frame", "10 or 13")),
+    ("video.independent_first_frame", "maybe", ("video.independent_first_frame", "bool", "'maybe'")),
     ("video.time_index", "absolute", ("video.time_index", "'absolute'", "global", "relative")),
     ("video.time_index", "none", ("video.time_index", "'none'")),
     ("sampler.steps", "", ("sampler.steps", "integers", "''")),
@@ -151,6 +157,35 @@ def test_capacity_is_the_window_within_the_horizon(window, horizon, capacity):
     assert video.capacity_frames == capacity
 
 
+def lone(*, chunk: int = 3, horizon: int) -> VideoConfig:
+    geometry = {"latent_height": 2, "latent_width": 2, "chunk_frames": chunk, "horizon_frames": horizon}
+    return VideoConfig(**geometry, independent_first_frame=True)
+
+
+def test_a_lone_first_frame_and_whole_chunks():
+    video = lone(horizon=10)
+    assert video.kinds_of_chunk == (False, True)
+    assert [video.frames_at(frame) for frame in (0, 1, 4, 7)] == [1, 3, 3, 3]
+    assert (video.frames_of_chunks(4), video.frames_of_chunks(2, first_chunk=1)) == ([1, 3, 3, 3], [3, 3])
+    assert (video.horizon_chunks, video.capacity_frames) == (4, 10)
+
+
+def test_where_chunks_have_one_frame_none_is_lone():
+    video = lone(chunk=1, horizon=5)
+    assert (video.kinds_of_chunk, video.frames_at(0), video.horizon_chunks) == ((False,), 1, 5)
+
+
+def test_without_the_flag_no_frame_is_lone():
+    video = recipe("tiny").video
+    assert (video.kinds_of_chunk, video.frames_at(0), video.horizon_chunks) == ((False,), 3, 4)
+
+
+@pytest.mark.parametrize(("horizon", "said"), [(1, "4 or 7"), (3, "4 or 7"), (12, "10 or 13"), (21, "19 or 22")])
+def test_horizons_that_a_lone_first_frame_does_not_fit(horizon, said):
+    with pytest.raises(ConfigError, match=rf"horizon_frames \({horizon}\) .* {said}, say"):
+        lone(horizon=horizon)
+
+
 # ---- override
 
 
@@ -161,13 +196,14 @@ def test_every_field_has_a_change():
 @pytest.mark.parametrize("name", sorted(CHANGES))
 def test_override_replaces_that_field_alone(name):
     text, value = CHANGES[name]
-    changed = override(TINY, {name: text})
+    base = BASES.get(name, TINY)
+    changed = override(base, {name: text})
     section, key = name.split(".")
     got = getattr(getattr(changed, section), key)
     assert got == value
     assert type(got) is type(value)
-    assert got != getattr(getattr(TINY, section), key), "the change must show"
-    before, after = TINY.as_dict(), changed.as_dict()
+    assert got != getattr(getattr(base, section), key), "the change must show"
+    before, after = base.as_dict(), changed.as_dict()
     before[section].pop(key), after[section].pop(key)
     assert after == before
 
@@ -237,7 +273,7 @@ def test_sections_are_frozen(section):
 
 @pytest.mark.parametrize("name", sorted(CHANGES))
 def test_round_trip_keeps_every_field(name):
-    changed = override(TINY, {name: CHANGES[name][0]})
+    changed = override(BASES.get(name, TINY), {name: CHANGES[name][0]})
     assert config_from_dict(json.loads(json.dumps(changed.as_dict()))) == changed
 
 

@@ -196,6 +196,20 @@ def test_destinations_are_the_scatter_index_from_the_other_side(plan, num_heads,
     assert used.sum() == index.size
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@settings(max_examples=100, deadline=None)
+@given(**sizes, other=st.integers(1, 700))
+@example(num_heads=12, world_size=8, num_tokens=4680, other=1560)
+@example(num_heads=12, world_size=8, num_tokens=27, other=9)
+@example(num_heads=5, world_size=7, num_tokens=3, other=1)
+def test_a_chunk_of_another_length_has_the_same_heads_on_each_rank(plan, num_heads, world_size, num_tokens, other):
+    layout = make_layout(plan, num_heads, world_size, num_tokens)
+    changed = layout.with_tokens(other)
+    assert changed == make_layout(plan, num_heads, world_size, other)
+    for one, two in zip(layout.shares, changed.shares, strict=True):
+        assert [one.heads(rank) for rank in range(world_size)] == [two.heads(rank) for rank in range(world_size)]
+
+
 @pytest.mark.parametrize(("plan", "places"), [("shares", 2), ("pad", 5), ("mesh", 2)])
 def test_most_places_of_a_row_of_twelve_heads_on_eight_ranks(plan, places):
     # shares: keys of a cut head go to both of its ranks; pad: the last head stands in for four more; mesh: to both halves.

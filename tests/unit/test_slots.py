@@ -4,60 +4,70 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causalrt.config import Config, VideoConfig, override, recipe
-from causalrt.layout import SlotPlan, layout_from_config, slots_from_config
+from causalrt.layout import SlotPlan, chunk_starts, layout_from_config, slots_from_config
 from causalrt.runtime.kv_slots import KVSlots
 
 PASSES = 5  # four denoising steps and the refresh
 
 
-def reference_windows(*, chunk, window, sink, chunks):
+def chunks_of(*, chunk, chunks, lone=False):
+    """(first frame, frames) of each chunk."""
+    first = 1 if lone else chunk
+    return [(0, first), *((first + c * chunk, chunk) for c in range(chunks - 1))]
+
+
+def reference_windows(*, chunk, window, sink, chunks, lone=False):
     """Frames attended in every pass of every chunk, by the reference's cache rules (model_spec section 5)."""
-    capacity = chunk * chunks if window is None else window
+    capacity = (
+        sum(frames for _, frames in chunks_of(chunk=chunk, chunks=chunks, lone=lone)) if window is None else window
+    )
     slots = [None] * capacity
     global_end = local_end = 0
-    for c in range(chunks):
+    for c, (first, frames) in enumerate(chunks_of(chunk=chunk, chunks=chunks, lone=lone)):
         for _ in range(PASSES):
-            end = c * chunk + chunk
+            end = first + frames
             local = local_end + (end - global_end)
-            if window is not None and end > global_end and chunk + local_end > capacity:
-                evicted = chunk + local_end - capacity
+            if window is not None and end > global_end and frames + local_end > capacity:
+                evicted = frames + local_end - capacity
                 keep = local_end - evicted - sink
                 slots[sink : sink + keep] = slots[sink + evicted : sink + evicted + keep]
                 local -= evicted
-            slots[local - chunk : local] = range(c * chunk, end)
+            slots[local - frames : local] = range(first, end)
             attended = slots[max(0, local - capacity) : local]
             assert len(set(attended)) == len(attended)
             yield c, set(attended)
             global_end, local_end = end, local
 
 
-def plan_windows(plan: SlotPlan, chunks: int):
+def plan_windows(plan: SlotPlan, chunks: int, *, lone=False):
     """Frames attended in every pass of every chunk, by the slot plan: staging is written, the filled prefix is read."""
     slots = [None] * plan.capacity_frames
-    for c in range(chunks):
-        first = c * plan.chunk_frames
-        filled = plan.valid_frames(first)
+    for c, (first, frames) in enumerate(chunks_of(chunk=plan.chunk_frames, chunks=chunks, lone=lone)):
+        alone = lone and c == 0
+        filled = plan.valid_frames(first, lone=alone)
         for _ in range(PASSES):
-            slots[: plan.chunk_frames] = range(first, first + plan.chunk_frames)
+            slots[:frames] = range(first, first + frames)
             assert None not in slots[:filled]
             assert set(slots[filled:]) <= {None}, "the filled slots are no prefix"
             assert len(set(slots[:filled])) == filled, "a frame is attended twice"
             yield c, set(slots[:filled])
-        moves = list(plan.commits(first))
-        assert len(moves) <= plan.chunk_frames
+        moves = list(plan.commits(first, lone=alone))
+        assert len(moves) <= frames
         for staged, slot in moves:
-            assert 0 <= staged < plan.chunk_frames <= slot < plan.capacity_frames
+            assert 0 <= staged < frames
+            assert plan.chunk_frames <= slot < plan.capacity_frames
             slots[slot] = slots[staged]
 
 
-def video(*, chunk, window, sink, chunks) -> Config:
+def video(*, chunk, window, sink, chunks, lone=False) -> Config:
     geometry = VideoConfig(
         latent_height=2,
         latent_width=2,
         chunk_frames=chunk,
         window_frames=window,
         sink_frames=sink,
-        horizon_frames=chunk * chunks,
+        horizon_frames=sum(frames for _, frames in chunks_of(chunk=chunk, chunks=chunks, lone=lone)),
+        independent_first_frame=lone,
     )
     return Config(model=recipe("tiny").model, video=geometry)
 
@@ -77,12 +87,19 @@ def frames(text: str) -> list[set[int]]:
     sink=st.integers(0, 6),
     spare=st.one_of(st.none(), st.integers(0, 14)),
     chunks=st.integers(1, 13),
+    lone=st.booleans(),
 )
-def test_attends_to_what_the_reference_attends_to(chunk, sink, spare, chunks):
+def test_attends_to_what_the_reference_attends_to(chunk, sink, spare, chunks, lone):
     window = None if spare is None else sink + chunk + spare
-    plan = slots_from_config(video(chunk=chunk, window=window, sink=sink, chunks=chunks))
-    sizes = {"chunk": chunk, "window": window, "sink": sink, "chunks": chunks}
-    assert list(plan_windows(plan, chunks)) == list(reference_windows(**sizes))
+    sizes = {
+        "chunk": chunk,
+        "window": window,
+        "sink": sink,
+        "chunks": chunks,
+        "lone": lone and chunk > 1 and chunks > 1,
+    }
+    plan = slots_from_config(video(**sizes))
+    assert list(plan_windows(plan, chunks, lone=sizes["lone"])) == list(reference_windows(**sizes))
 
 
 @pytest.mark.parametrize(("window", "sink"), [(None, 4), (None, 100), (20, 5), (9, 6)])
@@ -107,6 +124,29 @@ def test_recorded_rolling_layouts(window, sink, held):
     by_chunk = dict(plan_windows(slots_from_config(video(**sizes)), len(expected)))
     assert [by_chunk[c] for c in range(len(expected))] == expected
     assert dict(reference_windows(**sizes)) == by_chunk
+
+
+@pytest.mark.parametrize(
+    ("window", "sink", "held"),
+    [  # model_spec section 7b: the first eviction is one frame
+        (9, 3, "0 | 0-3 | 0-6 | 0-2,4-9 | 0-2,7-12 | 0-2,10-15"),
+        (7, 1, "0 | 0-3 | 0-6 | 0,4-9 | 0,7-12 | 0,10-15"),
+        (None, 0, "0 | 0-3 | 0-6 | 0-9"),
+    ],
+)
+def test_rolling_layouts_after_a_lone_first_frame(window, sink, held):
+    expected = frames(held)
+    sizes = {"chunk": 3, "window": window, "sink": sink, "chunks": len(expected), "lone": True}
+    by_chunk = dict(plan_windows(slots_from_config(video(**sizes)), len(expected), lone=True))
+    assert [by_chunk[c] for c in range(len(expected))] == expected
+    assert dict(reference_windows(**sizes)) == by_chunk
+
+
+def test_history_that_a_chunk_may_find():
+    """Whole chunks; after a lone first frame one frame more, or whole chunks again once a flush has dropped it."""
+    assert chunk_starts(video(chunk=3, window=7, sink=1, chunks=4)) == [0, 3, 6, 9]
+    assert chunk_starts(video(chunk=3, window=7, sink=1, chunks=4, lone=True)) == [0, 1, 3, 4, 6, 7]
+    assert chunk_starts(video(chunk=1, window=None, sink=0, chunks=3, lone=False)) == [0, 1, 2]
 
 
 @settings(max_examples=100, deadline=None)

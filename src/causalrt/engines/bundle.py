@@ -26,7 +26,7 @@ from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.step_record import FlavourEngines, StepPart, files_of, parse_engines, parse_parts
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
-from causalrt.layout import Layout, layout_from_config
+from causalrt.layout import Layout, layout_from_config, layouts_from_config
 from causalrt.model.vae_checkpoint import VaeConfig
 
 SCHEMA = 4
@@ -53,7 +53,9 @@ class Bundle:
         executors: names of the executors that it holds everything for.
         graphs: what the manifest says of the graph files.
         segments: onnxruntime's parts of the step.
+        lone_segments: those of a lone first frame's step; none where there is no such frame.
         engine_parts: the parts of the step that TensorRT's engines were built from; none if no ONNX file was.
+        lone_engine_parts: those of a lone first frame's step.
         engines: TensorRT's engines by flavour.
         hashes: sha256 of every file.
         toolchain: package versions at build time.
@@ -67,7 +69,9 @@ class Bundle:
     executors: tuple[str, ...]
     graphs: Mapping[str, Any]
     segments: tuple[StepPart, ...]
+    lone_segments: tuple[StepPart, ...]
     engine_parts: tuple[StepPart, ...]
+    lone_engine_parts: tuple[StepPart, ...]
     engines: Mapping[str, FlavourEngines]
     hashes: Mapping[str, str]
     toolchain: Mapping[str, str]
@@ -147,7 +151,12 @@ def _replace(target: Path, work: Path) -> None:
             retired.rmdir()
 
 
-def _layout_record(layout: Layout) -> dict[str, Any]:
+def _layout_record(config: Config) -> dict[str, Any]:
+    layout, *lone = map(_record_of_layout, layouts_from_config(config))
+    return layout | ({"lone": lone[0]} if lone else {})
+
+
+def _record_of_layout(layout: Layout) -> dict[str, Any]:
     return {
         "local_tokens": layout.local_tokens,
         "scatter_rows": layout.scatter_rows,
@@ -183,17 +192,24 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     executors, graphs = manifest["executors"], manifest["graphs"]
     if "eager" not in executors or not all(isinstance(name, str) and name in EXECUTORS for name in executors):
         raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
-    if manifest["layout"] != _layout_record(layout):
-        raise TypeError(f"it has the layout {manifest['layout']}, this version plans {_layout_record(layout)}")
+    if manifest["layout"] != _layout_record(config):
+        raise TypeError(f"it has the layout {manifest['layout']}, this version plans {_layout_record(config)}")
     vae = None if manifest["vae"] is None else VaeConfig.from_mapping(manifest["vae"])
-    segments = parse_parts(graphs.get("segments", []), "graphs.segments")
-    engine_parts = parse_parts(graphs.get("tensorrt", []), "graphs.tensorrt")
-    engines = parse_engines(manifest["engines"], engine_parts)
-    if {name for name in executors if name in FLAVOURS} != set(engines) or ("onnxruntime" in executors) != bool(
-        segments
+    segments, lone_segments, engine_parts, lone_engine_parts = (
+        parse_parts(graphs.get(key, []), f"graphs.{key}")
+        for key in ("segments", "lone_segments", "tensorrt", "lone_tensorrt")
+    )
+    lone = config.video.lone_first_frame
+    engines = parse_engines(manifest["engines"], engine_parts, lone_engine_parts, lone=lone)
+    runs_segments = "onnxruntime" in executors
+    if (
+        {name for name in executors if name in FLAVOURS} != set(engines)
+        or bool(segments) != runs_segments
+        or bool(lone_segments) != (runs_segments and lone)
     ):
         raise TypeError(f"executors {executors} do not fit the graphs and engines")
-    needed = [WEIGHTS, *(part.file for part in segments), *files_of(engines, engine_parts)]
+    needed = [WEIGHTS, *(part.file for part in (*segments, *lone_segments))]
+    needed += files_of(engines, (*engine_parts, *lone_engine_parts))
     if segments:
         needed += [PROMPT_GRAPH, TIME_GRAPH]
     if vae is not None:
@@ -217,7 +233,9 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         executors=tuple(executors),
         graphs=graphs,
         segments=segments,
+        lone_segments=lone_segments,
         engine_parts=engine_parts,
+        lone_engine_parts=lone_engine_parts,
         engines=engines,
         hashes={name: entry["sha256"] for name, entry in manifest["files"].items()},
         toolchain=manifest["toolchain"],
@@ -243,7 +261,6 @@ def write_manifest(
     vae: VaeConfig | None = None,
 ) -> None:
     """Hash every file in `folder` and write the manifest; the last act of a build."""
-    layout = layout_from_config(config)
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(folder.iterdir())
@@ -254,7 +271,7 @@ def write_manifest(
         "config": config.as_dict(),
         "plugins": "on" if plugins else "off",
         "vae": None if vae is None else vae.to_mapping(),
-        "layout": _layout_record(layout),
+        "layout": _layout_record(config),
         "executors": list(executors),
         "graphs": dict(graphs),
         "engines": dict(engines),

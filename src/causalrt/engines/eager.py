@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from causalrt.engines.base import Collectives
 from causalrt.engines.bundle import WEIGHTS, Bundle
+from causalrt.layout import layouts_from_config
 from causalrt.model.step import ChunkStep, FusedOps, KVPair, KVTensors, StepOps
 from causalrt.model.wan import PromptGraph, TimeGraph, sinusoid, wan_from_weights
 from causalrt.plugins.attention import attend, kv_attention_in_place
@@ -47,7 +48,11 @@ class EagerExecutor:
         )
         if ops.fused is None and (plugins or bundle.config.video.time_index == "relative"):
             ops = replace(ops, fused=FUSED_OPS)
-        self._step = ChunkStep(self._wan, bundle.config, bundle.layout, ops).eval().to(device)
+        self._steps = [
+            ChunkStep(self._wan, bundle.config, layout, ops).eval().to(device)
+            for layout in layouts_from_config(bundle.config)
+        ]
+        self._step = self._steps[0]
         self._rank = torch.tensor([collectives.rank], device=device)
         self._first_frame = torch.zeros(1, dtype=torch.int64, device=device)
         self._kv_rows = torch.zeros(1, dtype=torch.int64, device=device)
@@ -70,8 +75,9 @@ class EagerExecutor:
         e, e0 = self._time(sinusoid(timestep, self._freq_dim).to(self.device, self._dtype))
         return e, e0
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
         """See `Executor.bind`."""
+        self._step = self._steps[lone]
         self._kv, self._cross_kv = kv, cross_kv
         self._kv_rows.fill_(kv_rows)
 

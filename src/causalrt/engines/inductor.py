@@ -59,21 +59,28 @@ class InductorExecutor(EagerExecutor):
         if device.type == "cpu" and cpp_compiler() is None:
             raise ExecutorError("inductor needs a C++ compiler on a CPU; install g++, set CXX, or take executor eager")
         super().__init__(bundle, collectives, device=device, plugins=plugins, ops=COMPILED_OPS)
-        self._compiled = torch.compile(self._step, fullgraph=True)
+        # Of two steps, each is compiled for its own sizes alone (`dynamic`); what is marked dynamic stays so.
+        dynamic = False if len(self._steps) > 1 else None
+        self._compiled = [torch.compile(step, fullgraph=True, dynamic=dynamic) for step in self._steps]
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)
-        layout, model = bundle.layout, bundle.config.model
-        self._x = torch.zeros(layout.local_tokens, model.patch_features, dtype=self._dtype, device=device)
+        model = bundle.config.model
+        self._xs = [
+            torch.zeros(step.layout.local_tokens, model.patch_features, dtype=self._dtype, device=device)
+            for step in self._steps
+        ]
         self._e = torch.zeros(model.dim, dtype=self._dtype, device=device)
         self._e0 = torch.zeros(6, model.dim, dtype=self._dtype, device=device)
-        self._flow = torch.zeros_like(self._x)
+        self._flows = [torch.zeros_like(x) for x in self._xs]
+        self._lone = False
         self._rows = range(bundle.config.tokens_per_chunk, bundle.config.slot_rows + 1)
         self._key = (-1, 0)
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
         """See `Executor.bind`."""
-        super().bind(kv, cross_kv, kv_rows=kv_rows, memory=memory)
+        super().bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, lone=lone)
+        self._lone = lone
         tensors = [tensor for layer in kv for pair in layer for tensor in pair]
-        if len(self._rows) > 1:
+        if len(self._rows) > 1 and not lone:
             for tensor in tensors:
                 torch._dynamo.mark_dynamic(tensor, 1, min=self._rows[0], max=self._rows[-1])
         crossing = [tensor for pair in cross_kv for tensor in pair]
@@ -83,15 +90,14 @@ class InductorExecutor(EagerExecutor):
     @torch.no_grad()
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
-        self._x.copy_(x)
+        self._xs[self._lone].copy_(x)
         self._e.copy_(e)
         self._e0.copy_(e0)
         self._first_frame.fill_(first_frame)
         self._graphs.run(self._key, self._work)
-        return self._flow
+        return self._flows[self._lone]
 
     def _work(self) -> None:
-        flow, _ = self._compiled(
-            self._x, self._e, self._e0, self._rank, self._first_frame, self._kv, self._cross_kv, self._kv_rows
-        )
-        self._flow.copy_(flow)
+        compiled, x = self._compiled[self._lone], self._xs[self._lone]
+        flow, _ = compiled(x, self._e, self._e0, self._rank, self._first_frame, self._kv, self._cross_kv, self._kv_rows)
+        self._flows[self._lone].copy_(flow)

@@ -128,27 +128,30 @@ class OnnxRuntimeExecutor:
         folder = bundle.path
         self._prompt = _Segment(str(folder / PROMPT_GRAPH), device)
         self._time = _Segment(str(folder / TIME_GRAPH), device)
-        self._segments = [
-            _Segment(str(folder / part.file), device, part.sent, part.received) for part in bundle.segments
+        self._steps = [
+            self._open_step([_Segment(str(folder / part.file), device, part.sent, part.received) for part in parts])
+            for parts in (bundle.segments, bundle.lone_segments)
+            if parts
         ]
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._bind_buffers()
-        self._buffers["rank"].fill_(collectives.rank)
+        self._segments, self._buffers = self._steps[0]
         self._bound: list[torch.Tensor] = []
 
-    def _bind_buffers(self) -> None:
+    def _open_step(self, segments: list[_Segment]) -> tuple[list[_Segment], dict[str, torch.Tensor]]:
         """Allocate what passes between segments, once, and bind it; KV slots and the prompt are bound by `bind`."""
-        for segment in self._segments:
+        buffers: dict[str, torch.Tensor] = {}
+        for segment in segments:
             for output, values in ((False, segment.inputs), (True, segment.outputs)):
                 for name in values:
                     if is_callers(name):
                         continue
-                    if name not in self._buffers:
-                        self._buffers[name] = segment.empty(name)
-                    segment.bind(name, self._buffers[name], output=output)
+                    if name not in buffers:
+                        buffers[name] = segment.empty(name)
+                    segment.bind(name, buffers[name], output=output)
             if segment.sent is not None:
                 assert segment.received is not None
-                self._buffers[segment.received] = torch.empty_like(self._buffers[segment.sent])
+                buffers[segment.received] = torch.empty_like(buffers[segment.sent])
+        buffers["rank"].fill_(self._collectives.rank)
+        return segments, buffers
 
     def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
         """See `Executor.encode_prompt`."""
@@ -160,8 +163,9 @@ class OnnxRuntimeExecutor:
         made = self._time.run_alone({"sinusoid": sinusoid(timestep, self._freq_dim).to(self.device, self._dtype)})
         return made["e"], made["e0"]
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
         """See `Executor.bind`."""
+        self._segments, self._buffers = self._steps[lone]
         named: dict[str, torch.Tensor] = {}
         for layer in self._layers:
             named[f"cross_k.{layer}"], named[f"cross_v.{layer}"] = cross_kv[layer]

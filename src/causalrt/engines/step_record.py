@@ -3,6 +3,8 @@
 graphs.segments    onnxruntime's parts of the step, in order
 graphs.tensorrt    the parts that TensorRT's engines were built from, in order (torch-tensorrt leaves none)
 engines            {flavour: {collectives, frontend, targets: {target: {version, prompt, time, step, vae, networks, names}}}}
+
+A lone first frame has parts and engines of its own: graphs.lone_segments, graphs.lone_tensorrt, lone_step beside step.
 """
 
 import re
@@ -41,6 +43,7 @@ class TargetEngines:
         prompt: file of the prompt's engine.
         time: file of the time's engine.
         step: files of the step's engines, in order.
+        lone_step: those of a lone first frame's step; none where there is no such frame.
         vae: files of the VAE's two engines, for the first latent and for the next ones; none without a VAE.
         networks: file that says what is in them.
         names: by file, our name of each tensor that the engine calls something else.
@@ -50,14 +53,15 @@ class TargetEngines:
     prompt: str
     time: str
     step: tuple[str, ...]
-    vae: tuple[str, ...]
+    lone_step: tuple[str, ...] = ()
+    vae: tuple[str, ...] = ()
     networks: str
     names: Mapping[str, Mapping[str, str]]
 
     @property
     def engine_files(self) -> tuple[str, ...]:
         """The engines of the transformer."""
-        return (self.prompt, self.time, *self.step)
+        return (self.prompt, self.time, *self.step, *self.lone_step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,8 +99,10 @@ def parse_parts(plain: Any, where: str) -> tuple[StepPart, ...]:
     return tuple(parts)
 
 
-def parse_engines(plain: Any, parts: tuple[StepPart, ...]) -> dict[str, FlavourEngines]:
-    """Engines by flavour; `parts` are those of the graphs they were built from.
+def parse_engines(
+    plain: Any, parts: tuple[StepPart, ...], lone_parts: tuple[StepPart, ...] = (), *, lone: bool = False
+) -> dict[str, FlavourEngines]:
+    """Engines by flavour; `parts` and `lone_parts` are those of the graphs they were built from.
 
     Raises:
         TypeError: something is missing, of a wrong type, or does not fit the rest.
@@ -111,26 +117,30 @@ def parse_engines(plain: Any, parts: tuple[StepPart, ...]) -> dict[str, FlavourE
             raise TypeError(f"{at}: collectives {collectives!r} or frontend {frontend!r} is not known")
         if collectives == "runtime" and frontend != "onnx":
             raise TypeError(f"{at}: {frontend} leaves no graphs for collectives at runtime")
-        count = len(parts) if frontend == "onnx" else 1
+        counts = (len(parts), len(lone_parts)) if frontend == "onnx" else (1, int(lone))
         targets = {
-            target: _parse_target(files, f"{at}.targets.{target}", count)
+            target: _parse_target(files, f"{at}.targets.{target}", counts, lone=lone)
             for target, files in expect(dict, entry.get("targets"), f"{at}.targets").items()
         }
         wrong = [target for target in targets if not re.fullmatch(r"sm\d{2,3}", target)]
         if wrong or not targets:
             raise TypeError(f"{at}.targets must be architectures as sm80, got {wrong or 'none'}")
-        if collectives == "engine" and (count != 1 or any(part.sent or part.writes for part in parts)):
+        cut = any(part.sent or part.writes for part in (*parts, *lone_parts))
+        if collectives == "engine" and (counts != (1, int(lone)) or cut):
             raise TypeError(f"{at}: the whole step is one engine, and graphs.tensorrt says otherwise")
         found[flavour] = FlavourEngines(collectives=collectives, frontend=frontend, targets=targets)
     return found
 
 
-def _parse_target(plain: Any, at: str, count: int) -> TargetEngines:
+def _parse_target(plain: Any, at: str, counts: tuple[int, int], *, lone: bool) -> TargetEngines:
     expect(dict, plain, at)
     texts = {key: expect(str, plain.get(key), f"{at}.{key}") for key in ("version", "prompt", "time", "networks")}
-    step = tuple(expect(str, name, f"{at}.step") for name in expect(list, plain.get("step"), f"{at}.step"))
-    if len(step) != count or not step:
-        raise TypeError(f"{at}.step has {len(step)} engines for {count} parts of the step")
+    steps = {}
+    for key, count, wanted in (("step", counts[0], True), ("lone_step", counts[1], lone)):
+        names_of_step = expect(list, plain.get(key, []), f"{at}.{key}")
+        steps[key] = tuple(expect(str, name, f"{at}.{key}") for name in names_of_step)
+        if len(steps[key]) != count or bool(count) != wanted:
+            raise TypeError(f"{at}.{key} has {len(steps[key])} engines for {count} parts of the step")
     vae = tuple(expect(str, name, f"{at}.vae") for name in expect(list, plain.get("vae", []), f"{at}.vae"))
     if len(vae) not in (0, 2):
         raise TypeError(f"{at}.vae has {len(vae)} engines, wanted 2 or none")
@@ -138,7 +148,7 @@ def _parse_target(plain: Any, at: str, count: int) -> TargetEngines:
         file: _names(mapping, f"{at}.names.{file}")
         for file, mapping in expect(dict, plain.get("names", {}), f"{at}.names").items()
     }
-    return TargetEngines(**texts, step=step, vae=vae, names=names)
+    return TargetEngines(**texts, step=steps["step"], lone_step=steps["lone_step"], vae=vae, names=names)
 
 
 def files_of(engines: Mapping[str, FlavourEngines], parts: tuple[StepPart, ...]) -> Iterator[str]:

@@ -8,6 +8,7 @@ Every tensor has one address for as long as a session is bound, and nothing in a
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,11 +17,27 @@ from causalrt.engines.bundle import Bundle
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.engines.step_record import StepPart, TargetEngines
 from causalrt.engines.tensor_names import KV_ROWS, is_callers
-from causalrt.engines.tensorrt_engine import EngineLoader
+from causalrt.engines.tensorrt_engine import EngineLoader, LoadedEngine
 from causalrt.engines.tensorrt_flavour import Flavour, device_target
 from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors
 from causalrt.model.wan import sinusoid
+
+
+class StepEngines(NamedTuple):
+    """The engines of one kind of step, and what passes into, between and out of them.
+
+    Attributes:
+        engines: in order.
+        parts: of the step, one for each engine.
+        buffers: by tensor name; KV slots and the prompt's keys and values are the session's.
+        staged: rows of the KV slots that the step writes.
+    """
+
+    engines: list[LoadedEngine]
+    parts: tuple[StepPart, ...]
+    buffers: dict[str, torch.Tensor]
+    staged: int
 
 
 class TensorRTExecutor:
@@ -48,33 +65,42 @@ class TensorRTExecutor:
         plugins = (
             bundle.plugins and config.video.time_index == "global"
         )  # no plugin rotates: see `export/engine_files.py`
-        self._prompt, self._time, *self._step = (
+        self._prompt, self._time, *steps = (
             self._engines.load(bundle.path / file, files.names.get(file), plugins=plugins)
             for file in files.engine_files
         )
-        self._parts = bundle.engine_parts or (StepPart(file=files.step[0]),)
         self._engines.share_scratch()
         if exchanges and config.build.world_size > 1:
-            self._step[0].set_communicator(collectives.communicator())
+            for engine in steps:
+                engine.set_communicator(collectives.communicator())
             check_one_nccl(Path("/proc/self/maps").read_text())
-        self._buffers = self._make_buffers()
-        self._buffers["rank"].fill_(collectives.rank)
+        self._sets = [
+            self._make_step(steps[: len(files.step)], bundle.engine_parts, files.step, config.tokens_per_chunk)
+        ]
+        if files.lone_step:
+            lone = steps[len(files.step) :]
+            self._sets.append(self._make_step(lone, bundle.lone_engine_parts, files.lone_step, config.tokens_per_frame))
+        self._set = self._sets[0]
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)
         self._kv_rows = 0
         self._key = (-1, 0)
         self._bound: dict[str, torch.Tensor] = {}
 
-    def _make_buffers(self) -> dict[str, torch.Tensor]:
-        """What passes into, between and out of the engines; KV slots and the prompt's keys and values are the session's."""
-        callers = {written for part in self._parts for written in part.writes}
+    def _make_step(
+        self, engines: list[LoadedEngine], parts: tuple[StepPart, ...], files: tuple[str, ...], staged: int
+    ) -> StepEngines:
+        """A kind of step with its memory; torch-tensorrt leaves no parts, and one engine."""
+        parts = parts or (StepPart(file=files[0]),)
+        callers = {written for part in parts for written in part.writes}
         buffers: dict[str, torch.Tensor] = {}
-        for engine, part in zip(self._step, self._parts, strict=True):
+        for engine, part in zip(engines, parts, strict=True):
             for name in engine.names:
                 if not is_callers(name) and name not in callers and name not in buffers:
                     buffers[name] = engine.empty(name)
             if part.sent is not None and part.received is not None:
                 buffers[part.received] = torch.empty_like(buffers[part.sent])
-        return buffers
+        buffers["rank"].fill_(self._collectives.rank)
+        return StepEngines(engines, parts, buffers, staged)
 
     def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
         """See `Executor.encode_prompt`."""
@@ -87,29 +113,31 @@ class TensorRTExecutor:
         made = self._time.run_alone({"sinusoid": features})
         return made["e"], made["e0"]
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
         """See `Executor.bind`."""
+        self._set = self._sets[lone]
         named: dict[str, torch.Tensor] = {}
-        staged = self._config.tokens_per_chunk
         for layer, (shares, cross) in enumerate(zip(kv, cross_kv, strict=True)):
             named[f"cross_k.{layer}"], named[f"cross_v.{layer}"] = cross
             for share, pair in enumerate(shares):
                 for kind, slots in zip("kv", pair, strict=True):
                     named[f"{kind}.{layer}.{share}"] = named[f"{kind}.{layer}.{share}.written"] = slots
-        for part in self._parts:
+        self._graphs.bind(memory, tuple(tensor.data_ptr() for tensor in named.values()))
+        for part in self._set.parts:
             for output, written in part.writes.items():
-                named[output] = named[written][:, :staged]
+                named[output] = named[written][:, : self._set.staged]
         self._bound = named  # engines and graphs hold addresses only
         self._kv_rows = kv_rows
-        self._graphs.bind(memory, tuple(tensor.data_ptr() for tensor in named.values()))
-        self._key = (memory, 0 if self.whole_slots else kv_rows)  # whole slots: `kv_rows` is read as a tensor
-        for engine in self._step:
+        # Whole slots: `kv_rows` is read as a tensor, and one graph serves all; a lone frame's, whose rows are its own, another.
+        self._key = (memory, 0 if self.whole_slots and not lone else kv_rows)
+        buffers = self._set.buffers
+        for engine in self._set.engines:
             engine.select_profile(kv_rows)
-            engine.bind({name: self._buffers[name] if name in self._buffers else named[name] for name in engine.names})
+            engine.bind({name: buffers[name] if name in buffers else named[name] for name in engine.names})
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
-        buffers = self._buffers
+        buffers = self._set.buffers
         for name, value in (("x", x), ("e", e), ("e0", e0)):
             buffers[name].copy_(value, non_blocking=True)
         if "first_frame" in buffers:  # nothing reads it where time is relative and no history is kept
@@ -124,10 +152,11 @@ class TensorRTExecutor:
         self._engines.keep_kernels()
 
     def _run_parts(self) -> None:
-        for engine, part in zip(self._step, self._parts, strict=True):
+        buffers = self._set.buffers
+        for engine, part in zip(self._set.engines, self._set.parts, strict=True):
             engine.enqueue()
             if part.sent is not None and part.received is not None:
-                self._collectives.all_to_all(self._buffers[part.received], self._buffers[part.sent])
+                self._collectives.all_to_all(buffers[part.received], buffers[part.sent])
 
 
 def check_one_nccl(maps: str) -> None:

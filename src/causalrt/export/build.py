@@ -75,7 +75,7 @@ def build(
     decoder = None if vae is None else _opened_vae(Path(vae), config)
     weight_bytes = sum(dtype.itemsize * math.prod(shape) for shape in opened.shapes.values())
     chosen = tuple(name for name in EXECUTORS if name == "eager" or name in executors)
-    engine_sets = sum(len(found) for found in flavours.values())
+    engine_sets = sum(len(found) for found in flavours.values()) * len(config.video.kinds_of_chunk)
     if decoder is not None:
         weight_bytes += sum(parameter.nbytes for parameter in decoder.parameters())
     needed_bytes = weight_bytes * (1 + engine_sets) + GRAPH_BYTES
@@ -234,15 +234,20 @@ def _write_graphs(
     wan = wan_from_file(config, folder / WEIGHTS)
     write_small_graphs(wan, config, folder, progress)
     graphs: dict[str, Any] = {}
-    segmented = None
-    if "onnxruntime" in chosen:
-        segmented = step_graph(wan, config, folder, progress, whole_slots=False, fused=fused)
-        graphs["segments"] = write_segments(segmented, folder, "step", progress, at_cache_writes=False)
-    if tensorrt and frontend == "onnx":
-        graphs["tensorrt"] = write_engine_graphs(
-            wan, config, folder, progress, collectives=collectives, segmented=segmented, fused=fused
-        )
-    del wan, segmented
+    for lone in config.video.kinds_of_chunk:
+        prefix, key = ("lone-", "lone_") if lone else ("", "")
+        segmented = None
+        if "onnxruntime" in chosen:
+            segmented = step_graph(wan, config, folder, progress, whole_slots=False, fused=fused, lone=lone)
+            graphs[f"{key}segments"] = write_segments(
+                segmented, folder, f"{prefix}step", progress, at_cache_writes=False
+            )
+        if tensorrt and frontend == "onnx":
+            graphs[f"{key}tensorrt"] = write_engine_graphs(
+                wan, config, folder, progress, collectives=collectives, segmented=segmented, fused=fused, lone=lone
+            )
+        del segmented
+    del wan
     gc.collect()
     return graphs
 
@@ -274,6 +279,7 @@ def _build_target(
             folder,
             graphs["tensorrt"],
             progress,
+            lone_parts=graphs.get("lone_tensorrt", ()),
             flavour=flavour,
             target=target,
             timing_cache=cache if flavour.timing_cache else None,

@@ -39,7 +39,7 @@ from causalrt.export.options import CollectivesMode, Progress
 from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.scale_queries import scale_queries_pass
 from causalrt.export.split_lone_heads import split_lone_heads_pass
-from causalrt.layout import slots_from_config
+from causalrt.layout import chunk_starts, slots_from_config
 from causalrt.model.wan import Wan
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def write_engine_graphs(
     collectives: CollectivesMode,
     segmented: onnx.ModelProto | None,
     fused: bool = False,
+    lone: bool = False,
 ) -> list[dict[str, Any]]:
     """Write the step in the lowering that TensorRT parses.
 
@@ -70,25 +71,27 @@ def write_engine_graphs(
         collectives: who exchanges.
         segmented: the step graph over the filled prefix, if it is at hand.
         fused: self-attention is made of the fused ops.
+        lone: the step is that of a lone first frame.
 
     Returns:
         The step's parts in order, as the manifest has them.
     """
+    prefix = "lone-" if lone else ""
     if collectives == "runtime" and not fused:
-        step = segmented or step_graph(wan, config, folder, on_progress, whole_slots=False)
+        step = segmented or step_graph(wan, config, folder, on_progress, whole_slots=False, lone=lone)
         prepare_attentions(step, config)
-        return write_segments(step, folder, "cut-step", on_progress, at_cache_writes=True)
+        return write_segments(step, folder, f"{prefix}cut-step", on_progress, at_cache_writes=True)
     plugins = wants_plugins(config, fused=fused)
-    step = step_graph(wan, config, folder, on_progress, whole_slots=True, fused=fused)
+    step = step_graph(wan, config, folder, on_progress, whole_slots=True, fused=fused, lone=lone)
     if not plugins:
         step = expand_functions(step)
     prepare_attentions(step, config, plugins=plugins)
     if collectives == "runtime":
-        return write_segments(step, folder, "cut-step", on_progress, at_cache_writes=False)
+        return write_segments(step, folder, f"{prefix}cut-step", on_progress, at_cache_writes=False)
     exchanges = lower_exchanges_pass(step, world_size=config.build.world_size)
     assert exchanges == (2 * config.model.num_layers if config.build.world_size > 1 else 0)
-    onnx.save(step, folder / WHOLE_STEP)
-    return [{"file": WHOLE_STEP, "sent": None, "received": None, "writes": {}}]
+    onnx.save(step, folder / f"{prefix}{WHOLE_STEP}")
+    return [{"file": f"{prefix}{WHOLE_STEP}", "sent": None, "received": None, "writes": {}}]
 
 
 def wants_plugins(config: Config, *, fused: bool) -> bool:
@@ -104,9 +107,9 @@ def prepare_attentions(step: onnx.ModelProto, config: Config, *, plugins: bool =
 
 
 def kv_lengths(config: Config) -> tuple[int, ...]:
-    """Rows of the filled prefix that occur, in rising order."""
-    plan, frames = slots_from_config(config), range(0, config.video.horizon_frames, config.video.chunk_frames)
-    return tuple(sorted({plan.valid_frames(frame) * config.tokens_per_frame for frame in frames}))
+    """Rows of the filled prefix that occur with chunks of F frames, in rising order."""
+    plan = slots_from_config(config)
+    return tuple(sorted({plan.valid_frames(frame) * config.tokens_per_frame for frame in chunk_starts(config)}))
 
 
 def build_engines(
@@ -119,15 +122,18 @@ def build_engines(
     target: str,
     timing_cache: Path | None,
     fused: bool = False,
+    lone_parts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Build the engines of one target in a child process; what the manifest says of them.
+
+    `parts` are those of a chunk's step, `lone_parts` those of a lone first frame's, if there is one.
 
     Raises:
         BuildError: TensorRT refused a graph, or the child died.
         ExecutorError: TensorRT is not installed.
     """
     prefix = f"{flavour.name}-{target}"
-    names = [PROMPT_GRAPH, TIME_GRAPH, *(part["file"] for part in parts)]
+    names = [PROMPT_GRAPH, TIME_GRAPH, *(part["file"] for part in (*parts, *lone_parts))]
     requests = [_request(config, folder, name, f"{prefix}-{Path(name).stem}.engine") for name in names]
     plugins = plugin_device(target) if wants_plugins(config, fused=fused) else None
     answer = run_child(request_json(flavour, target, folder, timing_cache, requests, plugins), target, on_progress)
@@ -139,7 +145,8 @@ def build_engines(
         "networks": networks,
         "prompt": engines[0],
         "time": engines[1],
-        "step": engines[2:],
+        "step": engines[2 : 2 + len(parts)],
+        **({"lone_step": engines[2 + len(parts) :]} if lone_parts else {}),
     }
 
 
@@ -230,7 +237,7 @@ def _follow(child: "subprocess.Popen[bytes]", target: str, on_progress: Progress
             engines = message["total"]
             on_progress(f"engines for {target}", message["done"], engines)
             stem = Path(message["name"]).stem.removeprefix("tensorrt_rtx-").removeprefix("tensorrt-")
-        elif message["kind"] == "phase" and engines <= 3:
+        elif message["kind"] == "phase" and engines <= 4:
             on_progress(f"{stem}: {message['phase']}", message["done"], message["total"])
         elif message["kind"] == "warning":
             logger.warning("%s", message["text"])

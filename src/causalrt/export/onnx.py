@@ -46,16 +46,23 @@ def write_small_graphs(wan: Wan, config: Config, folder: Path, on_progress: Prog
 
 
 def step_graph(
-    wan: Wan, config: Config, folder: Path, on_progress: Progress, *, whole_slots: bool, fused: bool = False
+    wan: Wan,
+    config: Config,
+    folder: Path,
+    on_progress: Progress,
+    *,
+    whole_slots: bool,
+    fused: bool = False,
+    lone: bool = False,
 ) -> onnx.ModelProto:
-    """Trace and translate the step, over the filled prefix of the KV slots or over the slots whole.
+    """Trace and translate the step of a chunk or of a lone first frame, over the filled KV slots or over the slots whole.
 
     Raises:
         RuntimeError: fused ops were asked for, and not every layer has them.
     """
-    stage = f"step graph ({'whole slots' if whole_slots else 'segments'})"
+    stage = f"{'lone ' if lone else ''}step graph ({'whole slots' if whole_slots else 'segments'})"
     on_progress(stage, 0, 2)
-    program = trace_step(wan, config, whole_slots=whole_slots, fused=fused)
+    program = trace_step(wan, config, whole_slots=whole_slots, fused=fused, lone=lone)
     on_progress(stage, 1, 2)
     inputs, outputs = step_names(config, whole_slots=whole_slots, fused=fused)
     translated = onnx_from_program(program, input_names=inputs, output_names=outputs)

@@ -48,6 +48,12 @@ class PromptCache:
             while self._held_bytes > self._max_bytes:
                 self._held_bytes -= _entry_bytes(*self._entries.popitem(last=False))
 
+    def clear(self) -> None:
+        """Hold nothing; the counts stay."""
+        with self._lock:
+            self._entries.clear()
+            self._held_bytes = 0
+
     def info(self) -> CacheInfo:
         """Counts so far."""
         with self._lock:

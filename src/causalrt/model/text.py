@@ -144,6 +144,10 @@ class TextEncoder:
                     self._cache.put(text, embeds)
         return embeds.to(torch.float32, copy=True)
 
+    def forget_prompts(self) -> None:
+        """Empty the prompt cache."""
+        self._cache.clear()
+
     def cache_info(self) -> CacheInfo:
         """How often the prompt cache served, and what it holds."""
         return self._cache.info()

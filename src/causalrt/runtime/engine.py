@@ -15,7 +15,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, open_bundle
+from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import BundleError, CapacityError, ExecutorError, PromptError, RequestError
@@ -31,10 +31,9 @@ from causalrt.plugins.kernel_launch import require_triton
 from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.memory import (
     UNLIMITED,
-    DecoderMemory,
     check_memory,
+    decoder_memory,
     device_sessions,
-    predict_decoder_memory,
     predict_memory,
 )
 from causalrt.runtime.messages import (
@@ -47,7 +46,7 @@ from causalrt.runtime.messages import (
     OpenCommand,
     Reply,
 )
-from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
+from causalrt.runtime.noise import Noise, SeededNoise, checked_noise
 from causalrt.runtime.ranks import START_S, WARM_START_S, RankPool
 from causalrt.runtime.session import Embeddings, Session, checked_chunks, checked_given, checked_text
 from causalrt.runtime.vae_decoder import Decoded, VaeDecoder
@@ -139,14 +138,13 @@ def load(
             f"onnxruntime on a CPU runs float32 only, and {bundle} is {opened.config.build.precision}; load it with "
             "executor='eager', run it on a GPU with onnxruntime-gpu, or build it again with `--dtype float32`"
         )
-    encoder = None if text_encoder is None else _open_text_encoder(Path(text_encoder), opened.config)
     return Engine(
         opened,
         chosen,
         device=where,
         plugins=fused,
         decodes=decodes,
-        text_encoder=encoder,
+        text_encoder=None if text_encoder is None else Path(text_encoder),
         max_sessions=max_sessions,
         num_threads=num_threads,
         timeout_s=timeout_s,
@@ -157,12 +155,6 @@ def _open_text_encoder(folder: Path, config: Config) -> "TextEncoder":
     from causalrt.model.text import TextEncoder
 
     return TextEncoder.from_folder(folder, text_dim=config.model.text_dim, max_tokens=config.model.text_len)
-
-
-def _decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
-    assert bundle.vae is not None
-    size = (bundle.path / VAE_WEIGHTS).stat().st_size
-    return predict_decoder_memory(bundle.vae, bundle.config, executor, weights_bytes=size)
 
 
 class Engine:
@@ -188,7 +180,7 @@ class Engine:
         device: str,
         plugins: bool,
         decodes: bool,
-        text_encoder: "TextEncoder | None",
+        text_encoder: Path | None,
         max_sessions: int | None,
         num_threads: int | None,
         timeout_s: float,
@@ -201,7 +193,7 @@ class Engine:
         cores = len(os.sched_getaffinity(0))
         self.num_threads = num_threads or max(1, cores // world_size)
         self.memory = predict_memory(bundle.config, executor)
-        self.decoder_memory = _decoder_memory(bundle, executor) if decodes else None
+        self.decoder_memory = decoder_memory(bundle, executor) if decodes else None
         fitting = UNLIMITED
         if device == "cpu":
             shared_weights = not executor_kind(executor).compiled
@@ -214,7 +206,7 @@ class Engine:
         self._open: set[int] = set()
         self._dropped: deque[int] = deque()
         self._unfinished: tuple[Session, Iterator[tuple[int, Reply]]] | None = None
-        self._text_encoder = text_encoder
+        self._text_encoder: TextEncoder | None = None
         self._pool = RankPool(world_size, timeout_s=timeout_s)
         self.decoder: VaeDecoder | None = None
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
@@ -231,7 +223,7 @@ class Engine:
                         num_threads=num_threads or cores,
                     )
                 )
-            answers = self._run_on_all(
+            self._pool.send(
                 LoadCommand(
                     bundle=bundle.path,
                     executor=executor,
@@ -241,6 +233,9 @@ class Engine:
                     timeout_s=max(timeout_s, self._start_s),
                 )
             )
+            if text_encoder is not None:  # while the ranks load
+                self._text_encoder = _open_text_encoder(text_encoder, bundle.config)
+            answers = self._answers(at_least_s=self._start_s)
             if self.decoder is not None:
                 self.decoder.wait_started()
         if device == "cuda":
@@ -280,6 +275,11 @@ class Engine:
         embeds = self._text_encoder.encode(prompt)
         return checked_text(self.config, embeds), 1e3 * (time.perf_counter() - start)
 
+    def forget_prompts(self) -> None:
+        """Have each text encoded again when it comes next; for measurements."""
+        if self._text_encoder is not None:
+            self._text_encoder.forget_prompts()
+
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames -> latents `[1 + k, 16, H, W]` that `session(given=...)` takes.
 
@@ -303,7 +303,7 @@ class Engine:
         seed: int = 0,
         num_chunks: int | None = None,
         given: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
+        noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
         record: bool = False,
     ) -> Session:
         """Begin a rollout.
@@ -315,8 +315,10 @@ class Engine:
             num_chunks: chunks to generate; by default as many as the horizon holds, given frames included, and with
                 `video.time_index=relative` any number is possible.
             given: `[G, 16, H, W]`, clean latents that the video begins with (an encoded clip, or the end of an earlier video),
-                whole chunks; they are not among the chunks that come out.
-            noise: `[chunks, steps, N, 64]` token rows to use instead of the seed's.
+                whole chunks, after one frame where a video's first is alone (`independent_first_frame`); they are not among
+                the chunks that come out.
+            noise: for each chunk `[steps, N, 64]` token rows to use instead of the seed's; one tensor will do where all chunks
+                are of one length.
             record: keep the flow and x0 of every forward in `Session.records`.
 
         Raises:
@@ -328,15 +330,7 @@ class Engine:
         chunks = checked_chunks(self.config, num_chunks, num_given=len(given_rows))
         source: Noise = SeededNoise(seed)
         if noise is not None:
-            shape = (
-                chunks,
-                len(self.config.sampler.steps),
-                self.config.tokens_per_chunk,
-                self.config.model.patch_features,
-            )
-            if tuple(noise.shape) != shape:
-                raise RequestError(f"noise must be {list(shape)} (chunks, steps, N, 64), got {list(noise.shape)}")
-            source = RecordedNoise(noise.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format))
+            source = checked_noise(self.config, noise, num_chunks=chunks, num_given=len(given_rows))
         text, text_ms = self.encode_prompt(prompt)
         with self._turn():
             self._settle()
@@ -396,14 +390,13 @@ class Engine:
 
     def _run(self, command: Command) -> Done:
         """Have every rank do it; what rank 0 answers."""
-        return self._run_on_all(command)[0]
-
-    def _run_on_all(self, command: Command) -> dict[int, Done]:
-        """Have every rank do it; what each answers last."""
         self._pool.send(command)
-        answers = dict(self._pool.replies(at_least_s=self._start_s if isinstance(command, LoadCommand) else 0.0))
-        assert all(isinstance(answer, Done) for answer in answers.values())
-        return answers  # type: ignore[return-value]
+        return self._answers()[0]
+
+    def _answers(self, *, at_least_s: float = 0.0) -> dict[int, Done]:
+        """What each rank answers last."""
+        answers = dict(self._pool.replies(at_least_s=at_least_s))
+        return {rank: answer for rank, answer in answers.items() if isinstance(answer, Done)}
 
     def _close_session(self, number: int) -> None:
         """Free a session's memory everywhere."""

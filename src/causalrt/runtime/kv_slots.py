@@ -54,21 +54,21 @@ class KVSlots:
                     for tensor in pair:
                         tensor.zero_()
 
-    def filled_rows(self, first_frame: int) -> int:
+    def filled_rows(self, first_frame: int, *, lone: bool = False) -> int:
         """Rows that are filled, staging included, while the chunk at `first_frame` is generated."""
-        return self.plan.valid_frames(first_frame) * self._tokens_per_frame
+        return self.plan.valid_frames(first_frame, lone=lone) * self._tokens_per_frame
 
-    def filled(self, first_frame: int) -> list[list[KVPair]]:
+    def filled(self, first_frame: int, *, lone: bool = False) -> list[list[KVPair]]:
         """Views of the filled prefix; the slots whole, where that is how they are bound."""
         if self.whole_slots:
             return self._pairs
-        rows = self.filled_rows(first_frame)
+        rows = self.filled_rows(first_frame, lone=lone)
         return [[(k[:, :rows], v[:, :rows]) for k, v in layer] for layer in self._pairs]
 
-    def commit(self, first_frame: int) -> None:
+    def commit(self, first_frame: int, *, lone: bool = False) -> None:
         """Copy the clean chunk from staging to history; at most F frames, whatever the window."""
         rows = self._tokens_per_frame
-        for staged, slot in self.plan.commits(first_frame):
+        for staged, slot in self.plan.commits(first_frame, lone=lone):
             self.rows_moved += rows
             source, target = slice(staged * rows, (staged + 1) * rows), slice(slot * rows, (slot + 1) * rows)
             for layer in self._pairs:

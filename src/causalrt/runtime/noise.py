@@ -4,11 +4,13 @@ Noise depends on the seed, the chunk, the draw and the token's global index, nev
 the whole chunk and keeps its rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from causalrt.config import Config
 from causalrt.errors import RequestError
 
 
@@ -30,13 +32,34 @@ class SeededNoise:
 
 @dataclass(frozen=True, slots=True)
 class RecordedNoise:
-    """Draws given by the caller: `[chunks, steps, N, 64]`, in token order."""
+    """Draws given by the caller: `[steps, N, 64]` for each chunk, in token order; N is that of the chunk."""
 
-    draws: torch.Tensor
+    draws: Sequence[torch.Tensor] | torch.Tensor
 
     def draw(self, chunk: int, draw: int, shape: tuple[int, int]) -> torch.Tensor:
         """`[N, 64]`, float32."""
-        return self.draws[chunk, draw]
+        return self.draws[chunk][draw]
 
 
 Noise = SeededNoise | RecordedNoise
+
+
+def checked_noise(
+    config: Config, noise: Sequence[torch.Tensor] | torch.Tensor, *, num_chunks: int, num_given: int
+) -> RecordedNoise:
+    """A caller's noise for `num_chunks` chunks after `num_given` given ones, in memory of its own.
+
+    Raises:
+        RequestError: not a tensor `[steps, N, 64]` for each chunk.
+    """
+    frames = config.video.frames_of_chunks(num_chunks, first_chunk=num_given)
+    steps, features = len(config.sampler.steps), config.model.patch_features
+    wanted = [[steps, count * config.tokens_per_frame, features] for count in frames]
+    found = [list(draws.shape) for draws in noise]
+    if found != wanted:
+        at = next((k for k, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
+        fault = (
+            f"{len(found)} chunks, not {len(wanted)}" if at is None else f"{found[at]} for chunk {at}, not {wanted[at]}"
+        )
+        raise RequestError(f"noise must be a tensor [steps, N, 64] for each chunk, got {fault}")
+    return RecordedNoise(tuple(draws.detach().to("cpu", torch.float32, copy=True).contiguous() for draws in noise))

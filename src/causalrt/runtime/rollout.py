@@ -5,7 +5,8 @@
     given:   step(frames) at timestep 0, commit: frames that the caller has are history like generated ones
 
 Two counts: `_frame` is where the next chunk lies in the video, `_history` is how many frames the slots have taken in. They
-differ after a prompt switch that drops or rebuilds history.
+differ after a prompt switch that drops or rebuilds history. The chunk at frame 0 may be one frame (`independent_first_frame`);
+it has a layout, and an executor's step, of its own.
 
 Elementwise work is on local rows; the only communication is the step's own and the gather of what leaves the ranks. On a GPU
 everything is queued without waiting: the host first waits when it copies the latents out, and again at the chunk's end.
@@ -78,7 +79,10 @@ class Rollout:
         memory: SessionMemory,
     ) -> None:
         self._executor, self._collectives = executor, collectives
-        self._config, self._layout = config, layout
+        self._config = config
+        self._layouts = layout, layout.with_tokens(config.tokens_per_frame)
+        self._lone = config.video.lone_first_frame
+        self._layout = self._layouts[self._lone]
         self._noise = noise
         self.memory, self.slots = memory, memory.slots
         memory.begin(executor.encode_prompt(text))
@@ -102,7 +106,7 @@ class Rollout:
         """
         slots, watch = self.slots, stopwatch_for(self._device)
         self._bind()
-        times = ChunkTimes(kv_frames=slots.plan.valid_frames(self._history))
+        times = ChunkTimes(kv_frames=slots.plan.valid_frames(self._history, lone=self._lone))
         records: list[StepRecord] = []
         sigmas = self._schedule.sigmas
         self._collectives.take_traffic()
@@ -147,7 +151,8 @@ class Rollout:
         """Make a chunk that the caller has history: one forward at timestep 0, whatever the context timestep is.
 
         Args:
-            rows: `[N, 64]`, clean; chunks are given in order, before the first one is generated.
+            rows: `[N, 64]`, clean, those of one frame for a lone first one; chunks are given in order, before the first one is
+                generated.
             record: gather the flow of the forward on rank 0.
         """
         self._bind()
@@ -180,12 +185,15 @@ class Rollout:
         self._wait()
 
     def _bind(self) -> None:
-        """Bind what the next chunk attends to."""
+        """Go to the next chunk, and bind what it attends to."""
+        self._lone = self._config.video.lone_first_frame and self._frame == 0
+        self._layout = self._layouts[self._lone]
         self._executor.bind(
-            self.slots.filled(self._history),
+            self.slots.filled(self._history, lone=self._lone),
             self.memory.cross_kv,
-            kv_rows=self.slots.filled_rows(self._history),
+            kv_rows=self.slots.filled_rows(self._history, lone=self._lone),
             memory=self.memory.number,
+            lone=self._lone,
         )
 
     def _step(self, x: torch.Tensor, time: KVPair) -> torch.Tensor:
@@ -194,15 +202,16 @@ class Rollout:
 
     def _commit(self, clean: torch.Tensor) -> None:
         """Staging holds a clean chunk, whose rows are `clean`: make it history, and go on to the next."""
-        plan = self.slots.plan
-        self.slots.commit(self._history)
+        plan, frames = self.slots.plan, self._config.video.frames_at(self._frame)
+        self.slots.commit(self._history, lone=self._lone)
         self._clean.append((self._frame, clean))
-        sinks = math.ceil(plan.sink_frames / plan.chunk_frames)
+        first = self._config.video.frames_at(self._clean[0][0])
+        sinks = 1 + math.ceil((plan.sink_frames - first) / plan.chunk_frames) if plan.sink_frames else 0
         ring = math.ceil(plan.ring_frames / plan.chunk_frames)
         if len(self._clean) > sinks + ring:
             del self._clean[sinks]
-        self._frame += plan.chunk_frames
-        self._history += plan.chunk_frames
+        self._frame += frames
+        self._history += frames
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -37,7 +37,7 @@ class Chunk:
 
     Attributes:
         index: from 0.
-        latents: `[F, 16, H, W]`, float32, normalised VAE latents.
+        latents: `[F, 16, H, W]`, float32, normalised VAE latents; `[1, 16, H, W]` for a lone first frame.
         frames: uint8 `[T, 8H, 8W, 3]`, or None without a VAE; 4 frames a latent, but one for the video's first.
         latency_ms: from the request to latents and frames in the caller's hands.
         queue_ms: the part of it spent waiting for earlier work: the previous chunk's refresh, other sessions.
@@ -83,7 +83,7 @@ def checked_chunks(config: Config, num_chunks: int | None, *, num_given: int = 0
         RequestError: not a whole number, or more than the horizon holds while time is counted by the global index.
     """
     video = config.video
-    within_horizon = video.horizon_frames // video.chunk_frames - num_given
+    within_horizon = video.horizon_chunks - num_given
     endless = video.time_index == "relative"
     if num_chunks is None and (within_horizon >= 1 or endless):
         return max(1, within_horizon)
@@ -129,7 +129,7 @@ def checked_text(config: Config, prompt_embeds: Embeddings) -> torch.Tensor:
 
 
 def checked_given(config: Config, given: torch.Tensor | None) -> list[torch.Tensor]:
-    """Given latents as rows `[N, 64]`, chunk by chunk; none is no chunk.
+    """Given latents as rows `[N, 64]`, chunk by chunk (the first may be one frame); none is no chunk.
 
     Raises:
         RequestError: wrong shape or type, no whole number of chunks, or values that are not finite.
@@ -143,14 +143,18 @@ def checked_given(config: Config, given: torch.Tensor | None) -> list[torch.Tens
         raise RequestError(
             f"given latents must be a floating-point tensor [frames, {', '.join(map(str, frame))}], got {found}"
         )
-    if not len(given) or len(given) % video.chunk_frames:
+    lone = int(video.lone_first_frame)
+    chunks, left = divmod(len(given) - lone, video.chunk_frames)
+    if not len(given) or left:
+        first = "one frame, alone, and then " if lone else ""
         raise RequestError(
-            f"{len(given)} latent frames given; the bundle takes whole chunks of {video.chunk_frames}: leave some out"
+            f"{len(given)} latent frames given; the bundle takes {first}whole chunks of {video.chunk_frames}: leave some out"
         )
     rows = tokens_from_latents(given.detach().to("cpu", torch.float32), config)
     if not torch.isfinite(rows).all():
         raise RequestError("given latents hold values that are not finite; check the encoder that they come from")
-    return list(torch.split(rows, config.tokens_per_chunk))
+    frames = video.frames_of_chunks(lone + chunks)
+    return list(torch.split(rows, [count * config.tokens_per_frame for count in frames]))
 
 
 class Session:

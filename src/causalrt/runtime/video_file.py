@@ -188,6 +188,36 @@ class FragmentWriter:
         return self._sink.take()
 
 
+def read_frames(path: Path, *, height: int, width: int, max_frames: int) -> torch.Tensor:
+    """Frames of an image or a video, uint8 `[T, height, width, 3]`, T at most `max_frames`: the middle of each picture, scaled.
+
+    Raises:
+        RequestError: the file cannot be read, or holds no picture.
+        ExecutorError: PyAV is not installed.
+    """
+    av = pyav()
+    frames: list[npt.NDArray[np.uint8]] = []
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                array = frame.to_ndarray(format="rgb24")
+                high, wide = (
+                    min(frame.height, frame.width * height // width),
+                    min(frame.width, frame.height * width // height),
+                )
+                top, left = (frame.height - high) // 2, (frame.width - wide) // 2
+                middle = np.ascontiguousarray(array[top : top + high, left : left + wide])
+                scaled = av.VideoFrame.from_ndarray(middle, format="rgb24").reformat(width=width, height=height)
+                frames.append(scaled.to_ndarray(format="rgb24"))
+                if len(frames) == max_frames:
+                    break
+    except (OSError, IndexError, ValueError, av.FFmpegError) as error:
+        raise RequestError(f"{path} cannot be read as an image or a video: {error}") from error
+    if not frames:
+        raise RequestError(f"{path} holds no picture; give an image or a video")
+    return torch.from_numpy(np.stack(frames))
+
+
 class _Muxer:
     """An H.264 stream in an MP4 container that goes to a path or to an object with `write`."""
 

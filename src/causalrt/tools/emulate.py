@@ -29,7 +29,7 @@ from causalrt.export.onnx import write_small_graphs
 from causalrt.export.options import CollectivesMode
 from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.trace import wan_from_file
-from causalrt.layout import Layout, layout_from_config
+from causalrt.layout import Layout, layout_from_config, layouts_from_config
 from causalrt.model.step import KVPair, KVTensors
 from causalrt.model.wan import sinusoid
 from causalrt.tools.emulated_graph import emulate_precision, emulate_ranks, rank_name
@@ -47,6 +47,7 @@ class EngineGraphs:
         config: that they were written from.
         collectives: who exchanges.
         parts: of the step, in order, as the manifest has them.
+        lone_parts: of a lone first frame's step; none where there is no such frame.
         fused: self-attention is made of the fused ops; the step takes KV slots whole.
     """
 
@@ -54,6 +55,7 @@ class EngineGraphs:
     config: Config
     collectives: CollectivesMode
     parts: Sequence[Mapping[str, Any]]
+    lone_parts: Sequence[Mapping[str, Any]] = ()
     fused: bool = False
 
 
@@ -79,8 +81,16 @@ def write_graphs(
     )
     wan = wan_from_file(config, folder / WEIGHTS)
     write_small_graphs(wan, config, folder, on_progress)
-    parts = write_engine_graphs(wan, config, folder, on_progress, collectives=collectives, segmented=None, fused=fused)
-    return EngineGraphs(folder=folder, config=config, collectives=collectives, parts=parts, fused=fused)
+    parts, lone_parts = (
+        write_engine_graphs(
+            wan, config, folder, on_progress, collectives=collectives, segmented=None, fused=fused, lone=lone
+        )
+        if lone in config.video.kinds_of_chunk
+        else []
+        for lone in (False, True)
+    )
+    sets = {"parts": parts, "lone_parts": lone_parts}
+    return EngineGraphs(folder=folder, config=config, collectives=collectives, fused=fused, **sets)
 
 
 class _Graph:
@@ -111,12 +121,17 @@ class _AllRanks:
     device = torch.device("cpu")
 
     def __init__(self, graphs: EngineGraphs, *, num_threads: int) -> None:
-        self._config, self._layout = graphs.config, layout_from_config(graphs.config)
+        self._config, self._layouts = graphs.config, layouts_from_config(graphs.config)
+        self._lone = False
         self._prompt = _Graph(graphs.folder, PROMPT_GRAPH, num_threads=num_threads)
         self._time = _Graph(graphs.folder, TIME_GRAPH, num_threads=num_threads)
         self._layers = range(graphs.config.model.num_layers)
-        self._ranks = range(self._layout.world_size)
+        self._ranks = range(self._layouts[0].world_size)
         self._bound: list[Arrays] = []
+
+    @property
+    def _layout(self) -> Layout:
+        return self._layouts[self._lone]
 
     def warmed_up(self) -> None:
         """Nothing to keep."""
@@ -131,8 +146,9 @@ class _AllRanks:
         made = self._time.run({"sinusoid": sinusoid(timestep, self._config.model.freq_dim).float().numpy()})
         return torch.from_numpy(made["e"]), torch.from_numpy(made["e0"])
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
         """See `Executor.bind`; a layer's pairs are those of rank 0's shares, of rank 1's, and so on."""
+        self._lone = lone
         shares = len(self._layout.shares)
         self._bound = []
         for rank in self._ranks:
@@ -165,15 +181,16 @@ class EmulatedEngine(_AllRanks):
 
     def __init__(self, graphs: EngineGraphs, *, num_threads: int) -> None:
         super().__init__(graphs, num_threads=num_threads)
-        (part,) = graphs.parts
-        ranks = self._layout.world_size
-        self._step = _Graph(graphs.folder, part["file"], num_threads=num_threads, world_size=ranks)
+        self._steps = [
+            _Graph(graphs.folder, part["file"], num_threads=num_threads, world_size=len(self._ranks))
+            for part in (*graphs.parts, *graphs.lone_parts)
+        ]
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         given = self._given(x, e, e0, first_frame)
         feed = {rank_name(rank, name): value for rank in self._ranks for name, value in given[rank].items()}
-        made = self._step.run(feed)
+        made = self._steps[self._lone].run(feed)
         for rank in self._ranks:
             for name, slots in self._bound[rank].items():
                 if name.startswith(("k.", "v.")):
@@ -187,12 +204,15 @@ class EmulatedSegments(_AllRanks):
     def __init__(self, graphs: EngineGraphs, *, num_threads: int) -> None:
         super().__init__(graphs, num_threads=num_threads)
         self.whole_slots = graphs.fused
-        self._segments = [(part, _Graph(graphs.folder, part["file"], num_threads=num_threads)) for part in graphs.parts]
+        self._steps = [
+            [(part, _Graph(graphs.folder, part["file"], num_threads=num_threads)) for part in parts]
+            for parts in (graphs.parts, graphs.lone_parts)
+        ]
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         ranks = self._given(x, e, e0, first_frame)
-        for part, segment in self._segments:
+        for part, segment in self._steps[self._lone]:
             for values in ranks:
                 made = segment.run(values)
                 for name in made.keys() & {f"{name}.written" for name in values}:

@@ -12,7 +12,7 @@ from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.export.options import Progress
 from causalrt.model.wan import num_parameters
 from causalrt.plugins.ptx import default_cache
-from causalrt.runtime.memory import predict_memory
+from causalrt.runtime.memory import decoder_memory, predict_memory
 from causalrt.tools.inspect_engines import describe_engines
 from causalrt.tools.inspect_kernels import describe_kernels, targets_from_names
 
@@ -39,6 +39,7 @@ def inspect_bundle(
         "path": str(bundle.path),
         "executors": list(bundle.executors),
         "plugins": "on" if bundle.plugins else "off",
+        "vae": None if bundle.vae is None else bundle.vae.to_mapping(),
         "config": config.as_dict(),
         "parameters": num_parameters(config.model),
         "layout": {
@@ -50,6 +51,7 @@ def inspect_bundle(
             "shares": [asdict(share) for share in layout.shares],
         },
         "bytes_per_rank": {name: asdict(predict_memory(config, name)) for name in bundle.executors},
+        "decoder_bytes": {name: asdict(decoder_memory(bundle, name)) for name in bundle.executors if bundle.vae},
         "graphs": _describe_graphs(bundle),
         "engines": describe_engines(bundle),
         "toolchain": dict(bundle.toolchain),

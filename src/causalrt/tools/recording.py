@@ -3,9 +3,10 @@
 Tensor names: `model.*` (weights), `in.noise` `[B, T, 16, H, W]`, `in.prompt_embeds` `[B, L, E]`, `in.renoise.c{c}.s{s}`
 `[B * F, 16, H, W]`, `out.c{c}.s{s}.{flow,x0}`, `out.c{c}.ctx.flow`, `out.latents`. Metadata key `config`: JSON. Where the video
 begins with given frames, `in.initial_latent` `[B, G, 16, H, W]` and `out.g{i}.ctx.flow`; where the prompt changes,
-`in.prompt_embeds.p1`.
+`in.prompt_embeds.p1`. F is one for a lone first frame (`independent_first_frame`), generated or given.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +43,24 @@ class Recording:
     switch_chunk: int | None
     tensors: dict[str, torch.Tensor]
 
+    @property
+    def given_frames(self) -> list[int]:
+        """Frames of each given chunk."""
+        return self.config.video.frames_of_chunks(self.num_given)
+
+    @property
+    def chunk_frames(self) -> list[int]:
+        """Frames of each generated chunk."""
+        return self.config.video.frames_of_chunks(self.num_chunks, first_chunk=self.num_given)
+
     def misshapen_outputs(self) -> list[str]:
         """Names of recorded outputs that a comparison needs and that are missing or of a wrong shape."""
         video, steps = self.config.video, range(len(self.config.sampler.steps))
         frame = (self.config.model.latent_channels, video.latent_height, video.latent_width)
         names = [f"s{step}.{kind}" for step in steps for kind in ("flow", "x0")] + ["ctx.flow"]
-        wanted = {f"out.c{chunk}.{name}": video.chunk_frames for chunk in range(self.num_chunks) for name in names}
-        wanted |= {f"out.g{chunk}.ctx.flow": video.chunk_frames for chunk in range(self.num_given)}
-        wanted["out.latents"] = (self.num_given + self.num_chunks) * video.chunk_frames
+        wanted = {f"out.c{chunk}.{name}": frames for chunk, frames in enumerate(self.chunk_frames) for name in names}
+        wanted |= {f"out.g{chunk}.ctx.flow": frames for chunk, frames in enumerate(self.given_frames)}
+        wanted["out.latents"] = sum(self.given_frames) + sum(self.chunk_frames)
         return [
             name
             for name, frames in wanted.items()
@@ -75,18 +86,27 @@ class Recording:
         """`[G, 16, H, W]`, or None."""
         return self.tensors["in.initial_latent"][element] if self.num_given else None
 
-    def noise(self, element: int) -> torch.Tensor:
-        """`[chunks, steps, N, 64]` in token order."""
-        frames = self.config.video.chunk_frames
+    def noise(self, element: int) -> list[torch.Tensor]:
+        """For each chunk `[steps, N, 64]` in token order."""
         draws = []
-        for chunk in range(self.num_chunks):
-            start = self.tensors["in.noise"][element, chunk * frames : (chunk + 1) * frames]
+        for chunk, (first, frames) in enumerate(_spans(self.chunk_frames)):
+            start = self.tensors["in.noise"][element, first : first + frames]
             again = [
                 self.tensors[f"in.renoise.c{chunk}.s{step}"][element * frames : (element + 1) * frames]
                 for step in range(len(self.config.sampler.steps) - 1)
             ]
             draws.append(torch.stack([tokens_from_latents(latents, self.config) for latents in (start, *again)]))
-        return torch.stack(draws)
+        return draws
+
+    def latents(self, element: int) -> list[torch.Tensor]:
+        """What was generated, for each chunk `[F, 16, H, W]`."""
+        generated = self.tensors["out.latents"][element, sum(self.given_frames) :]
+        return list(torch.split(generated, self.chunk_frames))
+
+
+def _spans(sizes: list[int]) -> list[tuple[int, int]]:
+    """(first, size) of pieces that lie one after another."""
+    return [(end - size, size) for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
 
 
 def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "shares") -> Recording:
@@ -103,11 +123,6 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
             tensors = {name: file.get_tensor(name) for name in names}
         recorded: dict[str, Any] = json.loads(metadata["config"])
         given_frames = recorded.get("given_chunk_frames", [])
-        if recorded.get("independent_first_frame"):
-            raise RecordingError(
-                f"{path}: this version does not know a lone first frame (independent_first_frame=True); replay a recording "
-                "whose chunks are of one length"
-            )
         window = recorded["local_attn_size"]
         patch_frames, patch_height, patch_width = recorded["patch_size"]
         if patch_frames != 1:
@@ -127,6 +142,7 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
                 window_frames=None if window == -1 else window,
                 sink_frames=recorded["sink_size"],
                 horizon_frames=recorded["num_frames"] + sum(given_frames),
+                independent_first_frame=recorded.get("independent_first_frame", False),
             ),
             sampler=SamplerConfig(
                 steps=tuple(recorded["denoising_step_list"]),

@@ -19,7 +19,7 @@ from causalrt.layout import Layout
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.noise import RecordedNoise
-from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord
+from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord, SwitchPolicy
 from causalrt.runtime.session import checked_given, checked_text, tokens_from_latents
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.tools.emulate import EngineGraphs, emulated_executor, rollout_view
@@ -82,8 +82,8 @@ def eager_player(config: Config, *, checkpoint: Path, folder: Path) -> Player:
     return Player(executor=executor, config=config, layout=bundle.layout)
 
 
-def replay_here(recording: Recording, player: Player) -> Outputs:
-    """`replay` in this process."""
+def replay_here(recording: Recording, player: Player, *, policy: SwitchPolicy = "keep") -> Outputs:
+    """`replay` in this process; `policy` is what becomes of history where the prompt changes (the reference keeps it)."""
     outputs: Outputs = {}
     memories = SessionMemories(player.executor, player.config, player.layout)
     for element in range(recording.batch_size):
@@ -102,7 +102,7 @@ def replay_here(recording: Recording, player: Player) -> Outputs:
             outputs[element, f"out.g{index}.ctx.flow"] = record.flow
         for index in range(recording.num_chunks):
             if index == recording.switch_chunk:
-                session.switch_prompt(checked_text(player.config, recording.second_prompt(element)), "keep")
+                session.switch_prompt(checked_text(player.config, recording.second_prompt(element)), policy)
             latents: list[torch.Tensor] = []
             deliver = functools.partial(_keep, latents)
             _, records = session.chunk(index, refresh=True, record=True, deliver=deliver)
@@ -129,13 +129,10 @@ def _outputs_of_chunk(element: int, index: int, records: Sequence[StepRecord]) -
 def recorded_outputs(recording: Recording) -> Outputs:
     """What the recording holds of the same outputs."""
     expected: Outputs = {}
-    frames = recording.config.video.chunk_frames
     for element in range(recording.batch_size):
         for name, tensor in recording.tensors.items():
             if name.startswith(("out.c", "out.g")) and name.endswith((".flow", ".x0")):
                 expected[element, name] = tokens_from_latents(tensor[element], recording.config)
-        for chunk in range(recording.num_chunks):
-            first = (recording.num_given + chunk) * frames
-            latents = recording.tensors["out.latents"][element, first : first + frames]
+        for chunk, latents in enumerate(recording.latents(element)):
             expected[element, f"out.c{chunk}"] = tokens_from_latents(latents, recording.config)
     return expected

@@ -481,7 +481,7 @@ def child(tmp_path, monkeypatch):
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "executable", str(program))
-            return engine_files._run_child("{}", "sm80", lambda *args: told is None or told.append(args))
+            return engine_files.run_child("{}", "sm80", lambda *args: told is None or told.append(args))
 
     return run
 
@@ -561,7 +561,7 @@ def test_worker_keeps_its_answers_apart_and_imports_from_where_its_caller_does(t
     (tmp_path / "torch.py").write_text("raise SystemExit('the wrong torch')")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BuildError) as caught:
-        engine_files._run_child('{"flavour": "nonesuch", "folder": "."}', "sm80", lambda stage, done, total: None)
+        engine_files.run_child('{"flavour": "nonesuch", "folder": "."}', "sm80", lambda stage, done, total: None)
     assert str(caught.value).rstrip().endswith("KeyError: 'nonesuch'")
 
     source = """

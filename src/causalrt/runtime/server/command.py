@@ -4,6 +4,7 @@ import argparse
 import importlib
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-auth", "no_auth", "let everybody who reaches the server use it", action="store_true")
     add("--model-name", "model_name", "what clients call the model")
     add("--spool", "spool", "folder of jobs and videos, kept over restarts (one that goes with the server)", type=Path)
-    add("--max-sessions", "max_sessions", "generations at once (as many as fit in memory)", type=int)
+    add("--max-sessions", "max_sessions", "generations at once, fewer if memory holds fewer", type=int)
     add("--max-queue", "max_queue", "generations that may wait", type=int)
     add("--max-connections", "max_connections", "WebSockets at once", type=int)
     add("--max-prompt-chars", "max_prompt_chars", "characters of a prompt", type=int)
@@ -49,8 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trust-proxy", "trusted_proxies", "proxy whose X-Forwarded headers are believed; may be given again")
 
 
-def run(arguments: argparse.Namespace, *, version: str) -> int:
+def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str], None]) -> int:
     """Load the bundle and serve it until a signal.
+
+    Args:
+        arguments: what `add_arguments` added, and the bundle, the text encoder, and how to load them.
+        version: of the OpenAPI document.
+        on_start: told the URL once requests are taken.
 
     Returns:
         0, the exit code of an orderly end.
@@ -72,6 +78,7 @@ def run(arguments: argparse.Namespace, *, version: str) -> int:
     from causalrt.runtime.server.auth import Tokens
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     tokens = Tokens() if settings.tokens is None else Tokens.from_file(settings.tokens)
     model = open_bundle(arguments.bundle, verify=False).config.model
     listening = running.listen(settings.host, settings.port, send_buffer_bytes=settings.send_buffer_bytes)
@@ -85,10 +92,8 @@ def run(arguments: argparse.Namespace, *, version: str) -> int:
             num_threads=arguments.threads,
             timeout_s=arguments.timeout,
             vae=True,
+            max_sessions=settings.max_sessions,
         )
-
-    def started(server: running.Server) -> None:
-        logging.getLogger(__name__).info("serving %s at %s", arguments.bundle, running.address(listening))
 
     with listening, load_engine() as engine:
         asyncio.run(
@@ -100,7 +105,7 @@ def run(arguments: argparse.Namespace, *, version: str) -> int:
                 tokens=tokens,
                 listening=listening,
                 version=version,
-                on_start=started,
+                on_start=lambda server: on_start(running.address(listening)),
             )
         )
     return 0

@@ -205,6 +205,11 @@ class Generator:
         self._metrics.generations.labels(kind, reason).inc()
         return reason, chunks
 
+    @property
+    def stopping(self) -> int:
+        """Generations that were told to stop and are still in their last chunk."""
+        return sum(control.reason is not None for control in self._controls)
+
     def stop_all(self, reason: str) -> None:
         """End every generation before its next chunk."""
         for control in list(self._controls):

@@ -227,8 +227,11 @@ class Connection:
         header = bearer_token(self._websocket.headers.get("authorization"))
         if header is not None or not tokens.wanted:
             return tokens.owner(header)
-        async with asyncio.timeout(self._settings.auth_s):
-            message = await self._receive()
+        try:
+            async with asyncio.timeout(self._settings.auth_s):
+                message = await self._receive()
+        except Problem:
+            raise unauthorized() from None
         if not isinstance(message, Auth):
             raise unauthorized()
         return tokens.owner(message.token)

@@ -29,6 +29,11 @@ FAREWELL_S = 5.0  # that open connections have once everything has ended
 class RealtimeProtocol(WebSocketsSansIOProtocol):
     """uvicorn's WebSocket, with a way to end a connection whose reader does not read: closing waits for what is unsent."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As uvicorn makes it; but messages, which may hold tokens, are not logged at any level."""
+        super().__init__(*args, **kwargs)
+        self.conn.debug = False
+
     def handle_connect(self, event: Any) -> None:
         """Offer the way to the application, as an ASGI extension."""
         super().handle_connect(event)

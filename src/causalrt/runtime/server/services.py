@@ -160,8 +160,7 @@ def make_services(
 
 
 def _slots(engine: EngineLike, settings: ServerSettings) -> int:
-    most = max(1, engine.max_sessions)
-    return most if settings.max_sessions is None else min(settings.max_sessions, most)
+    return max(1, min(settings.max_sessions, engine.max_sessions))
 
 
 def _kv_bytes(engine: EngineLike) -> int:

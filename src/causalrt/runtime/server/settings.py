@@ -20,7 +20,7 @@ class ServerSettings:
         no_auth: whoever reaches the server may use it, even from other machines.
         model_name: what jobs call the model.
         spool: folder of jobs and their videos, kept over restarts; None makes one that goes with the server.
-        max_sessions: generations at once, at most what the engine's memory holds; None is that.
+        max_sessions: generations at once; fewer if the engine's memory holds fewer. They take turns by chunk.
         max_queue: generations that may wait for their turn.
         max_connections: WebSockets at once.
         max_body_bytes: of a request.
@@ -52,7 +52,7 @@ class ServerSettings:
     no_auth: bool = False
     model_name: str = "causalrt"
     spool: Path | None = None
-    max_sessions: int | None = None
+    max_sessions: int = 4
     max_queue: int = 64
     max_connections: int = 100
     max_body_bytes: int = 65536

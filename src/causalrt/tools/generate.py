@@ -1,0 +1,265 @@
+"""`causalrt generate`: a video from a prompt, as a file, and how long its first frame took, cold and warm, by stage."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import causalrt
+from causalrt.config import Config
+from causalrt.engines.bundle import open_bundle
+from causalrt.engines.vae import check_has_vae
+from causalrt.errors import RequestError
+from causalrt.export.options import Progress
+from causalrt.runtime.engine import DEFAULT_TIMEOUT_S, Engine, load
+from causalrt.runtime.files import check_writable, read_latents, read_prompt_embeds, write_latents
+from causalrt.runtime.noise import SeededNoise
+from causalrt.runtime.rollout import SwitchPolicy
+from causalrt.runtime.session import Chunk, Session, checked_chunks, checked_given
+from causalrt.runtime.video_file import Mp4Writer, check_picture, pyav, read_frames
+
+LATENTS, VIDEO = ".safetensors", ".mp4"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to generate.
+
+    Attributes:
+        out: an MP4 file, or a safetensors file of latents; given frames are included.
+        prompt: what to show, as text; with `text_encoder`.
+        prompt_embeds: or a file of embeddings.
+        text_encoder: folder of umT5.
+        given: latents that the video begins with (safetensors), or an image or clip, which is encoded.
+        switches: `CHUNK=PROMPT`, other prompts from these chunks on, given as the first one is.
+        switch_policy: what becomes of history then.
+        seed: of the noise.
+        chunks: how many; by default as many as the horizon holds.
+        warm: afterwards begin a second video on the warm ranks, for the latency of its first frame.
+        executor: as for `load`, like what follows.
+        device: `cuda` or `cpu`.
+        plugins: fused ops.
+        threads: of each rank, on a CPU.
+        timeout_s: of a silent rank.
+    """
+
+    out: Path
+    prompt: str | None = None
+    prompt_embeds: Path | None = None
+    text_encoder: Path | None = None
+    given: Path | None = None
+    switches: Sequence[str] = field(default=())
+    switch_policy: SwitchPolicy = "keep"
+    seed: int = 0
+    chunks: int | None = None
+    warm: bool = False
+    executor: str | None = None
+    device: str | None = None
+    plugins: bool | None = None
+    threads: int | None = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+
+def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[str, Any]:
+    """Make the file; what is refused is refused before the ranks are started, and `out` appears whole or not at all.
+
+    Returns:
+        `out`, `shape` (of the latents, or of the frames), `executor`, `load_s` (ranks, decoder and text encoder), `text_s`,
+        `first_frame` (`cold`, and `warm` if that was asked for: total and stages, ms; `first_latents` where there is no VAE),
+        and for each of `chunks` where its time went.
+
+    Raises:
+        CausalRTError: of the type that fits; the message says what to do.
+    """
+    opened = open_bundle(bundle, verify=False)
+    config, as_video = opened.config, request.out.suffix == VIDEO
+    if request.out.suffix not in (LATENTS, VIDEO):
+        raise RequestError(f"--out must end in {VIDEO} for a video or {LATENTS} for latents, got {request.out.name}")
+    check_writable(request.out)
+    SeededNoise(request.seed)
+    if as_video:
+        pyav()
+        check_has_vae(opened)
+        check_picture(height=config.video.pixel_height, width=config.video.pixel_width, fps=config.video.fps)
+    encodes = request.given is not None and request.given.suffix != LATENTS
+    if encodes:
+        check_has_vae(opened)
+    given = _read_given(request.given, config)
+    num_given = (
+        0
+        if given is None
+        else (_latents_of(given, config) // config.video.chunk_frames if encodes else len(checked_given(config, given)))
+    )
+    prompt, switches = _prompts(request)
+    num_chunks = checked_chunks(config, request.chunks, num_given=num_given)
+    late = [chunk for chunk in switches if not 0 < chunk < num_chunks]
+    if late:
+        raise RequestError(
+            f"--switch {late[0]}=...: chunks are 0 to {num_chunks - 1}, and the first has its prompt already"
+        )
+    start = time.perf_counter()
+    with load(
+        bundle,
+        executor=request.executor,
+        device=request.device,
+        plugins=request.plugins,
+        vae=as_video or encodes,
+        text_encoder=request.text_encoder,
+        num_threads=request.threads,
+        timeout_s=request.timeout_s,
+    ) as engine:
+        load_s = time.perf_counter() - start
+        encoded, encode_ms = given, 0.0
+        if given is not None and encodes:
+            start = time.perf_counter()
+            encoded = engine.encode_frames(given)
+            encode_ms = 1e3 * (time.perf_counter() - start)
+        with (
+            engine.session(prompt, seed=request.seed, num_chunks=request.chunks, given=encoded) as session,
+            _sink(request, config, session, encoded) as write,
+        ):
+            on_progress("chunks", 0, session.num_chunks)
+            report = []
+            for index in range(session.num_chunks):
+                switch_ms = None
+                if index in switches:
+                    switch_ms = session.switch_prompt(switches[index], policy=request.switch_policy)
+                chunk = next(session)
+                cold_ms = 1e3 * process_age_s() if index == 0 else 0.0
+                if index == 0:
+                    before = {"load": 1e3 * load_s, "text": session.text_ms, "given": encode_ms}
+                    cold = _first(chunk, total_ms=cold_ms, before=before)
+                start = time.perf_counter()
+                shape = write(chunk)
+                write_ms = 1e3 * (time.perf_counter() - start)
+                report.append({**chunk_report(chunk), "switch_ms": switch_ms, "write_ms": write_ms})
+                on_progress("chunks", chunk.index + 1, session.num_chunks)
+        warm = _warm(engine, request, prompt, encoded) if request.warm else None
+    return {
+        "out": str(request.out),
+        "shape": shape,
+        "executor": engine.executor,
+        "text_s": session.text_ms / 1e3,
+        "load_s": load_s,
+        "first_frame" if as_video else "first_latents": {"cold": cold, **({"warm": warm} if warm else {})},
+        "first_chunk_ms": report[0]["latency_ms"],
+        "chunks": report,
+    }
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, its interpreter and imports included."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def chunk_report(chunk: Chunk) -> dict[str, Any]:
+    """Where a chunk's time went, for JSON."""
+    return {
+        "chunk": chunk.index,
+        "latency_ms": chunk.latency_ms,
+        "queue_ms": chunk.queue_ms,
+        "denoise_ms": chunk.times.denoise_ms,
+        "exchange_ms": chunk.times.exchange_ms,
+        "gather_ms": chunk.times.gather_ms,
+        "decode_ms": chunk.decode_ms,
+        "hand_over_ms": chunk.hand_over_ms,
+    }
+
+
+def _first(chunk: Chunk, *, total_ms: float, before: Mapping[str, float]) -> dict[str, Any]:
+    """The way to the first chunk, by stage; `other` is what has no name, the interpreter's start and imports when cold."""
+    stages = dict(before) | {
+        "queue": chunk.queue_ms,
+        "denoise": sum(chunk.times.denoise_ms),
+        "gather": chunk.times.gather_ms,
+        "decode": chunk.decode_ms,
+        "hand_over": chunk.hand_over_ms,
+    }
+    return {"total_ms": total_ms, "stages_ms": stages | {"other": max(0.0, total_ms - sum(stages.values()))}}
+
+
+def _warm(engine: Engine, request: Request, prompt: str | torch.Tensor, given: torch.Tensor | None) -> dict[str, Any]:
+    """The first frame of a second video: ranks, decoder and encoder are there, the prompt is encoded anew."""
+    engine.wait()
+    engine.forget_prompts()
+    start = time.perf_counter()
+    with engine.session(prompt, seed=request.seed + 1, num_chunks=1, given=given) as session:
+        chunk = next(session)
+    return _first(chunk, total_ms=1e3 * (time.perf_counter() - start), before={"text": session.text_ms})
+
+
+def _prompts(request: Request) -> tuple[str | torch.Tensor, dict[int, str | torch.Tensor]]:
+    """The first prompt, and those that follow by chunk: texts, or embeddings read from files."""
+    later = {}
+    for text in request.switches:
+        chunk, separator, prompt = text.partition("=")
+        if not separator or not chunk.isdecimal():
+            raise RequestError(f"--switch wants CHUNK=PROMPT, for example --switch '3=a fox runs', got {text!r}")
+        later[int(chunk)] = prompt
+    if request.prompt is None:
+        if request.text_encoder is not None:
+            raise RequestError("--text-encoder is for --prompt; leave it out, or give the prompt as text")
+        assert request.prompt_embeds is not None
+        embeds = read_prompt_embeds(request.prompt_embeds)
+        return embeds, {chunk: read_prompt_embeds(Path(path)) for chunk, path in later.items()}
+    if request.text_encoder is None:
+        raise RequestError(
+            "--prompt needs --text-encoder FOLDER: Wan's released folder, or one in the diffusers layout"
+        )
+    return request.prompt, dict(later)
+
+
+def _read_given(path: Path | None, config: Config) -> torch.Tensor | None:
+    """Latents, or the frames of an image or clip at the video's size, as many as make whole chunks."""
+    if path is None or path.suffix == LATENTS:
+        return None if path is None else read_latents(path)
+    video = config.video
+    frames = read_frames(path, height=video.pixel_height, width=video.pixel_width, max_frames=4 * video.horizon_frames)
+    num = _latents_of(frames, config)
+    if num == 0:
+        raise RequestError(
+            f"{path} has {len(frames)} frame(s), and the bundle's chunks have {video.chunk_frames} latents, "
+            f"{4 * video.chunk_frames - 3} frames for the first; give a longer clip"
+        )
+    return frames[: 4 * num - 3]
+
+
+def _latents_of(frames: torch.Tensor, config: Config) -> int:
+    """How many latents of a clip make whole chunks."""
+    lone, size = int(config.video.lone_first_frame), config.video.chunk_frames
+    return lone + (1 + (len(frames) - 1) // 4 - lone) // size * size
+
+
+@contextlib.contextmanager
+def _sink(request: Request, config: Config, session: Session, given: torch.Tensor | None) -> Iterator[Any]:
+    """What takes each chunk and says the shape of everything so far; the file is there when the block has ended well."""
+    if request.out.suffix == LATENTS:
+        latents = [] if given is None else [given.float()]
+
+        def collect(chunk: Chunk) -> list[int]:
+            latents.append(chunk.latents)
+            return [sum(map(len, latents)), *chunk.latents.shape[1:]]
+
+        yield collect
+        metadata = {"seed": str(request.seed), "causalrt": causalrt.__version__}
+        write_latents(request.out, torch.cat(latents), metadata)
+        return
+    video = config.video
+    written = 0
+    with Mp4Writer(request.out, height=video.pixel_height, width=video.pixel_width, fps=video.fps) as writer:
+
+        def encode(frames: torch.Tensor) -> list[int]:
+            nonlocal written
+            writer.write(frames)
+            written += len(frames)
+            return [written, *frames.shape[1:]]
+
+        if session.given_frames is not None:
+            encode(session.given_frames)
+        yield lambda chunk: encode(chunk.frames)

@@ -1,0 +1,88 @@
+"""`causalrt generate` with a VAE: an MP4 from a prompt, continued from a file, with the first frame's latency by stage."""
+
+import json
+
+import av
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_bundles import bundle_factory, tiny_config
+from small_encoders import write_text_encoder, write_vae
+
+from causalrt.cli import main
+
+pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+STAGES = ["text", "queue", "denoise", "gather", "decode", "hand_over", "other"]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    bundle = bundle_factory(folder, vae=write_vae(folder / "vae"))
+    text_encoder = write_text_encoder(folder / "text")
+    return [str(bundle(2)), "--device", "cpu", "--prompt", "a fox runs", "--text-encoder", str(text_encoder), "--json"]
+
+
+def run(capsys, *flags):
+    code = main(["generate", *map(str, flags)])
+    printed = capsys.readouterr()
+    return json.loads(printed.out) if code == 0 else printed.err + printed.out
+
+
+def pictures(path):
+    with av.open(str(path)) as container:
+        return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])
+
+
+def test_a_prompt_becomes_a_video(flags, tmp_path, capsys):
+    report = run(capsys, *flags, "--chunks", 2, "--out", tmp_path / "fox.mp4", "--warm")
+    video = tiny_config().video
+    assert report["shape"] == [21, video.pixel_height, video.pixel_width, 3]
+    frames = pictures(tmp_path / "fox.mp4")
+    assert list(frames.shape) == report["shape"]
+    assert frames.float().std() > 10
+    cold, warm = (report["first_frame"][name] for name in ("cold", "warm"))
+    assert list(cold["stages_ms"]) == ["load", "text", "given", *STAGES[1:]]
+    assert list(warm["stages_ms"]) == STAGES
+    for first in (cold, warm):
+        assert sum(first["stages_ms"].values()) == pytest.approx(first["total_ms"])
+        assert all(first["stages_ms"][stage] > 0 for stage in ("text", "denoise", "decode"))
+    assert [path.name for path in tmp_path.iterdir()] == ["fox.mp4"]
+
+    more = run(capsys, *flags, "--chunks", 1, "--given", tmp_path / "fox.mp4", "--out", tmp_path / "more.mp4")
+    assert more["shape"] == [21 + 12, video.pixel_height, video.pixel_width, 3]
+    assert more["first_frame"]["cold"]["stages_ms"]["given"] > 0
+    latents = run(capsys, *flags, "--chunks", 1, "--given", tmp_path / "fox.mp4", "--out", tmp_path / "l.safetensors")
+    assert latents["shape"] == [6 + 3, 16, video.latent_height, video.latent_width]
+    assert list(load_file(tmp_path / "l.safetensors")["latents"].shape) == latents["shape"]
+
+
+def test_what_cannot_be_given(flags, tmp_path, capsys):
+    out = tmp_path / "out.mp4"
+    image = av.VideoFrame.from_ndarray(torch.zeros(20, 30, 3, dtype=torch.uint8).numpy(), format="rgb24")
+    with av.open(str(tmp_path / "image.png"), "w", format="image2") as container:
+        stream = container.add_stream("png")
+        stream.width, stream.height, stream.pix_fmt = 30, 20, "rgb24"
+        container.mux([*stream.encode(image), *stream.encode(None)])
+    message = run(capsys, *flags, "--given", tmp_path / "image.png", "--out", out)
+    assert (
+        "has 1 frame(s), and the bundle's chunks have 3 latents, 9 frames for the first; give a longer clip" in message
+    )
+    (tmp_path / "no.mp4").write_bytes(b"nothing")
+    assert "cannot be read as an image or a video" in run(capsys, *flags, "--given", tmp_path / "no.mp4", "--out", out)
+    assert not out.exists()
+
+
+def test_an_interrupted_video_leaves_nothing(flags, tmp_path, monkeypatch):
+    from causalrt.runtime.session import Session
+
+    real = Session.__next__
+
+    def second_fails(self):
+        if self._next:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(Session, "__next__", second_fails)
+    assert main(["generate", *flags, "--out", str(tmp_path / "out.mp4")]) == 130
+    assert list(tmp_path.iterdir()) == []
