@@ -31,6 +31,7 @@ const state = {
   chunks: 0,
   wanted: null,
   playable: true,
+  cause: "", // why there is no connection, in words
   arrivals: [], // [time, frames] of recent chunks
   askedAt: 0,
 };
@@ -46,7 +47,7 @@ function say(words) {
 }
 
 function complain(words, { retry = false } = {}) {
-  $["alert-text"].textContent = words;
+  if ($["alert-text"].textContent !== words) $["alert-text"].textContent = words;
   $.alert.hidden = !words;
   $.retry.hidden = !retry;
 }
@@ -102,6 +103,7 @@ function receive(message) {
 function ready(message) {
   state.server = message;
   state.phase = "idle";
+  if ($["token-form"].contains(document.activeElement)) $.prompt.focus();
   $["token-form"].hidden = true;
   $.format.textContent = `${message.width} × ${message.height}, ${message.fps} frames a second`;
   $.stage.style.aspectRatio = `${message.width} / ${message.height}`;
@@ -111,6 +113,7 @@ function ready(message) {
   connectionState("ready", "Connected");
   const why = whyUnplayable(message.mime);
   state.playable = why === null;
+  state.cause = "";
   complain(why ?? "");
   say(state.chunks ? "Connected again. Start begins a new video." : "Ready.");
 }
@@ -185,11 +188,16 @@ function lost({ code, reason, retryInMs }) {
     finish("The server asks for an access token.");
     return;
   }
-  const why = code === 4429 ? "The server has no place free now" : code === 1001 ? "The server is shutting down or restarting"
-    : code === 1009 ? "The message was too big for the server" : code === 1011 ? "The server failed"
-    : wasReady ? "The connection was lost" : "The server cannot be reached";
-  const what = wasBusy ? " The video ends here; what arrived can be played and downloaded." : "";
-  complain(`${why}${reason ? ` (${reason})` : ""}.${what} Trying again in ${Math.max(1, Math.round(retryInMs / 1000))} s.`, { retry: true });
+  if (wasReady || !state.cause) {
+    state.cause = code === 4429 ? "The server has no place free now" : code === 1001 ? "The server is shutting down or restarting"
+      : code === 1009 ? "The message was too big for the server" : code === 1011 ? "The server failed"
+      : wasReady ? "The connection was lost" : "The server cannot be reached";
+    state.cause += `${reason ? ` (${reason})` : ""}.`;
+    if (wasBusy) state.cause += " The video ends here; what arrived can be played and downloaded.";
+  }
+  // Said once; how long each try is waited for stands where nobody is interrupted by it.
+  complain(`${state.cause} The page keeps trying to connect.`, { retry: true });
+  connectionState("lost", `Not connected, next try in ${Math.max(1, Math.round(retryInMs / 1000))} s`);
   finish("Not connected.");
 }
 
@@ -272,6 +280,7 @@ $.download.addEventListener("click", () => {
 
 $.retry.addEventListener("click", () => {
   complain("");
+  $.prompt.focus(); // this button goes
   connection.open();
 });
 
