@@ -9,8 +9,6 @@ import torch
 from causalrt.config import override, recipe
 from causalrt.errors import CapacityError, EngineClosedError, PromptError, RankError
 
-CHUNK_FRAMES, FPS = 3, 16
-
 
 def fake_config(changes=None):
     return override(recipe("tiny"), {"video.horizon_frames": "21", **(changes or {})})
@@ -29,6 +27,7 @@ class FakeEngine:
     def __init__(self, *, max_sessions=4, chunk_s=0.0, changes=None):
         self.config = fake_config(changes)
         self.has_vae = True
+        self.decoder = None
         self.max_sessions = max_sessions
         self.memory = SimpleNamespace(kv_bytes=1000)
         self.rank_pids = []
@@ -102,7 +101,7 @@ class FakeSession:
         video, index = self._engine.config.video, self._next
         self._next += 1
         self._engine.made[self.number] = self._next
-        count = 4 * CHUNK_FRAMES - 3 if index == 0 else 4 * CHUNK_FRAMES
+        count = 4 * video.frames_at(index) - 3 * (index == 0)
         shape = (count, video.pixel_height, video.pixel_width, 3)
         noise = torch.Generator().manual_seed(self._seed + index)
         return SimpleNamespace(

@@ -45,6 +45,7 @@ class EngineLike(Protocol):
     """What the server uses of an `Engine`, whose docs hold."""
 
     config: Config
+    decoder: Any
 
     @property
     def has_vae(self) -> bool:
@@ -124,15 +125,15 @@ class EngineHost:
             return self._engine
 
     def ranks_alive(self) -> bool:
-        """Whether every rank process is there. One that is not is reported, as if a session had failed on it."""
+        """Whether every rank's process is there, and the decoder's. If not, that is reported, as if a session had failed."""
         if self._state != "ready":
             return False
         engine = self._engine
         try:
-            for pid in engine.rank_pids:
+            for pid in (*engine.rank_pids, *([engine.decoder.pid] if engine.decoder else ())):
                 os.kill(pid, 0)
         except (OSError, CausalRTError) as error:
-            self.report(engine, f"a rank process has died ({error})")
+            self.report(engine, f"a rank process or the decoder has died ({error})")
             return False
         return True
 

@@ -27,6 +27,7 @@ class Offer:
         width: pixels.
         fps: frames a second.
         chunk_frames: latent frames of a chunk.
+        first_frames: latent frames of a video's first chunk.
         mime: of the fragments, for a browser.
         max_chunks: of a generation; None is without an end.
         max_seconds: of a job's video.
@@ -38,6 +39,7 @@ class Offer:
     width: int
     fps: int
     chunk_frames: int
+    first_frames: int
     mime: str
     max_chunks: int | None
     max_seconds: float
@@ -52,8 +54,7 @@ class Offer:
             ExecutorError: PyAV is not installed.
         """
         video = config.video
-        horizon = video.horizon_frames // video.chunk_frames
-        max_chunks = settings.max_chunks if video.time_index == "relative" else horizon
+        max_chunks = settings.max_chunks if video.time_index == "relative" else video.horizon_chunks
         if max_chunks is not None and settings.max_chunks is not None:
             max_chunks = min(max_chunks, settings.max_chunks)
         height, width, fps = video.pixel_height, video.pixel_width, video.fps
@@ -63,6 +64,7 @@ class Offer:
             width=width,
             fps=fps,
             chunk_frames=video.chunk_frames,
+            first_frames=video.frames_at(0),
             mime=FragmentWriter(height=height, width=width, fps=fps).mime,
             max_chunks=max_chunks,
             max_seconds=settings.max_seconds,
@@ -85,13 +87,13 @@ class Offer:
 
     def num_frames(self, chunks: int) -> int:
         """Frames of so many chunks: the first latent frame is one, each later one is four."""
-        return TEMPORAL_SCALE * (chunks * self.chunk_frames - 1) + 1
+        return TEMPORAL_SCALE * (self.first_frames + (chunks - 1) * self.chunk_frames - 1) + 1
 
     def frames_and_chunks(self, seconds: float) -> tuple[int, int]:
         """Frames of a video of this length, at least one, and the chunks that hold them."""
         frames = max(1, round(seconds * self.fps))
         latents = 1 + math.ceil((frames - 1) / TEMPORAL_SCALE)
-        return frames, math.ceil(latents / self.chunk_frames)
+        return frames, 1 + max(0, math.ceil((latents - self.first_frames) / self.chunk_frames))
 
     def checked_prompt(self, prompt: str) -> str:
         """The prompt as it was given.
