@@ -305,6 +305,11 @@ setInterval(() => {
   else if (state.held && ahead < GO_ON_S) state.held = !connection.send({ type: "resume" });
 }, 200);
 
+// A browser may stop the video of a page that nobody sees; generation then waits, and goes on with it.
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && state.phase === "running" && !state.paused) player.play();
+});
+
 $.token.value = sessionStorage.getItem("token") ?? "";
 render();
 connection.open($.token.value);
