@@ -293,6 +293,15 @@ def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    from causalrt.runtime.server.command import run
+
+    def started(url: str) -> None:
+        print(json.dumps({"url": url}) if arguments.json else f"serving at {url}", flush=True)
+
+    return run(arguments, version=__version__, on_start=started)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from causalrt.tools.demo import run_demo
 
@@ -502,6 +511,25 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--collectives", choices=("engine", "runtime"), help="with --emulate: who exchanges between ranks (engine)"
     )
+
+    from causalrt.runtime.server.command import add_arguments
+
+    made = command(
+        "serve",
+        _serve,
+        "Serve a bundle: video jobs, real-time sessions, and a page to try them.",
+        "  causalrt serve bundle --text-encoder Wan2.1-T2V-1.3B\n"
+        "  causalrt serve bundle --text-encoder Wan2.1-T2V-1.3B --host 0.0.0.0 --tokens tokens.txt --spool /var/lib/causalrt",
+    )
+    made.add_argument("bundle", type=Path)
+    made.add_argument(
+        "--text-encoder", required=True, type=Path, help="folder of umT5: Wan's released one, or the diffusers layout"
+    )
+    made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")
+    made.add_argument("--device", choices=("cuda", "cpu"), help="by default GPUs, where each rank has one")
+    made.add_argument("--threads", type=int, help="CPU threads of each rank")
+    made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
+    add_arguments(made)
 
     command("demo", _demo, "Build a small random model, run it on 2 ranks, compare with eager.", "  causalrt demo")
     command("doctor", _doctor, "Say what this machine can build and run, and why not.", "  causalrt doctor --json")

@@ -18,6 +18,8 @@ def test_wheel_holds_the_package_once(tmp_path):
     sources = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "causalrt").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
     assert "causalrt/py.typed" in names
+    page = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "causalrt").glob("runtime/server/page/*")}
+    assert "causalrt/runtime/server/page/index.html" in page <= names
     assert "causalrt.cli:main" in entry_points
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

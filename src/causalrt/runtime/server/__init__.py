@@ -1,0 +1,14 @@
+"""The server: video jobs, real-time sessions and a page, over HTTP and WebSocket.
+
+    command.py     what `causalrt serve` does            app.py        the routes, put together
+    settings.py    limits and places                     guard.py      what every request passes first
+    auth.py        bearer tokens from a file             problems.py   errors as clients see them
+    admission.py   who may begin: slots, queue, rate     metrics.py    what Prometheus scrapes
+    engine_host.py the engine, loaded again if it dies   generation.py a thread that drives one session
+    jobs.py        jobs and their order                  spool.py      their files
+    videos.py      /v1/videos                            realtime.py   /v1/realtime
+    run.py         listening, and an end that loses nothing
+
+Everything but `generation.py` runs on one event loop, and needs no locks; a generation has a thread of its own. FastAPI and
+uvicorn are imported when the server is started, not before.
+"""

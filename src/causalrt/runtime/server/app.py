@@ -1,0 +1,148 @@
+"""The application: routes, guard, and errors in one shape."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, JSONResponse
+
+from causalrt.runtime.server.guard import Guard, Owner
+from causalrt.runtime.server.metrics import CONTENT_TYPE
+from causalrt.runtime.server.problems import Problem, bad_request
+from causalrt.runtime.server.realtime import realtime_routes
+from causalrt.runtime.server.services import Services
+from causalrt.runtime.server.videos import video_routes
+
+KINDS = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong, and with what."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """An error, in OpenAI's shape."""
+
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    """The state in a word, and the reason if it is a bad one."""
+
+    status: str
+    detail: str | None = None
+
+
+def make_app(services: Services, *, version: str) -> FastAPI:
+    """The ASGI application of `services`, which it watches and closes."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watch = asyncio.create_task(services.watch())
+        yield
+        watch.cancel()
+        await services.close()
+
+    problem = {"model": ErrorBody}
+    app = FastAPI(
+        title="CausalRT",
+        version=version,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=dict.fromkeys((400, 401, 403, 404, 408, 409, 413, 415, 421, 429, 503), problem),
+        redirect_slashes=False,
+    )
+    app.state.tokens = services.tokens
+    app.add_middleware(Guard, settings=services.settings)
+    _handle_errors(app, services)
+    app.include_router(video_routes(services))
+    app.include_router(realtime_routes(services))
+    _add_state_routes(app, services)
+    _add_page(app)
+    app.openapi = _openapi_without_422(app)  # type: ignore[method-assign]
+    return app
+
+
+def _handle_errors(app: FastAPI, services: Services) -> None:
+    def answer(problem: Problem) -> JSONResponse:
+        services.metrics.problems.labels(problem.code).inc()
+        return problem.response()
+
+    @app.exception_handler(Problem)
+    async def _problem(request: Request, error: Problem) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return answer(bad_request(first["msg"], param=".".join(str(part) for part in first["loc"][1:])))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        response = answer(Problem(error.status_code, codes.get(error.status_code, "invalid_request"), error.detail))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def _internal(request: Request, error: Exception) -> JSONResponse:
+        return answer(Problem(500, "internal", "the server has failed here; its log says why"))
+
+
+def _add_state_routes(app: FastAPI, services: Services) -> None:
+    @app.get("/healthz", tags=["state"], summary="Whether the process lives")
+    async def healthz() -> Health:
+        return Health(status="alive")
+
+    @app.get("/readyz", tags=["state"], summary="Whether requests are served", responses={503: {"model": Health}})
+    async def readyz(response: Response) -> Health:
+        try:
+            services.check_ready()
+        except Problem as problem:
+            response.status_code = 503
+            return Health(status="not ready", detail=problem.message)
+        return Health(status="ready")
+
+    @app.get("/metrics", tags=["state"], summary="For Prometheus", response_class=Response)
+    async def metrics(owner: Owner) -> Response:
+        return Response(services.metrics.page(), media_type=CONTENT_TYPE)
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = Path(str(files("causalrt.runtime.server") / "page"))
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix not in KINDS:
+            continue
+
+        async def page(path: Path = path) -> FileResponse:
+            # Asked for again each time, and answered with 304 as long as it is the same.
+            return FileResponse(path, media_type=KINDS[path.suffix], headers={"Cache-Control": "no-cache"})
+
+        app.add_api_route("/" if path.name == "index.html" else f"/{path.name}", page, include_in_schema=False)
+
+
+def _openapi_without_422(app: FastAPI) -> Any:
+    """FastAPI's own document, without the answer that we never give."""
+    whole = app.openapi
+
+    def document() -> dict[str, Any]:
+        made = whole()
+        for path in made["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return made
+
+    return document

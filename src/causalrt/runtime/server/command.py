@@ -1,0 +1,121 @@
+"""What `causalrt serve` does with its arguments. Nothing heavy is imported before it is needed."""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from causalrt.errors import ExecutorError
+from causalrt.runtime.server.settings import ServerSettings
+
+LIBRARIES = ("fastapi", "uvicorn", "websockets", "prometheus_client", "python_multipart", "av")
+_DEFAULTS = {field.name: field.default for field in ServerSettings.__dataclass_fields__.values()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `causalrt serve`, those of the engine aside."""
+
+    def add(flag: str, field: str, what: str, **how: Any) -> None:
+        default = _DEFAULTS[field]
+        shown = (
+            "" if default in (None, False, ()) else f" ({default:g})" if isinstance(default, float) else f" ({default})"
+        )
+        if isinstance(default, tuple):
+            how |= {"action": "append", "default": []}
+        parser.add_argument(flag, dest=field, help=what + shown, **{"default": default, **how})
+
+    add("--host", "host", "address to listen on; others than loopback want --tokens or --no-auth")
+    add("--port", "port", "TCP port; 0 takes a free one", type=int)
+    add("--tokens", "tokens", "file of bearer tokens, one a line, as TOKEN or NAME:TOKEN; mode 600", type=Path)
+    add("--no-auth", "no_auth", "let everybody who reaches the server use it", action="store_true")
+    add("--model-name", "model_name", "what clients call the model")
+    add("--spool", "spool", "folder of jobs and videos, kept over restarts (one that goes with the server)", type=Path)
+    add("--max-sessions", "max_sessions", "generations at once, fewer if memory holds fewer", type=int)
+    add("--max-queue", "max_queue", "generations that may wait", type=int)
+    add("--max-connections", "max_connections", "WebSockets at once", type=int)
+    add("--max-prompt-chars", "max_prompt_chars", "characters of a prompt", type=int)
+    add("--max-seconds", "max_seconds", "length of a job's video", type=float)
+    add("--max-chunks", "max_chunks", "chunks of a generation (as the bundle allows)", type=int)
+    add("--rate", "generations_per_minute", "jobs, starts and switches a minute of a token, or of an address", type=int)
+    add("--max-spool-bytes", "max_spool_bytes", "bytes of kept videos from which on no job is taken", type=int)
+    add("--keep", "job_ttl_s", "seconds that a finished job is kept", type=float)
+    add("--stall", "stall_s", "seconds without progress after which a reader is given up", type=float)
+    add("--max-pause", "pause_s", "seconds that a pause may last", type=float)
+    add("--grace", "grace_s", "seconds that running generations have after SIGTERM", type=float)
+    add("--allow-origin", "allowed_origins", "page of another origin that may use the server; may be given again")
+    add("--allow-host", "allowed_hosts", "name that the server is called by; may be given again")
+    add("--trust-proxy", "trusted_proxies", "proxy whose X-Forwarded headers are believed; may be given again")
+
+
+def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str], None]) -> int:
+    """Load the bundle and serve it until a signal.
+
+    Args:
+        arguments: what `add_arguments` added, and the bundle, the text encoder, and how to load them.
+        version: of the OpenAPI document.
+        on_start: told the URL once requests are taken.
+
+    Returns:
+        0, the exit code of an orderly end.
+
+    Raises:
+        CausalRTError: a setting, a library, the bundle or the text encoder is not as it must be.
+    """
+    given = {name: getattr(arguments, name) for name in _DEFAULTS if hasattr(arguments, name)}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    settings = ServerSettings(**values)
+    _check_libraries()
+
+    import asyncio
+
+    from causalrt.engines.bundle import open_bundle
+    from causalrt.model.text import TextEncoder
+    from causalrt.runtime.engine import Engine, load
+    from causalrt.runtime.server import run as running
+    from causalrt.runtime.server.auth import Tokens
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+    tokens = Tokens() if settings.tokens is None else Tokens.from_file(settings.tokens)
+    model = open_bundle(arguments.bundle, verify=False).config.model
+    listening = running.listen(settings.host, settings.port, send_buffer_bytes=settings.send_buffer_bytes)
+    encoder = TextEncoder.from_folder(arguments.text_encoder, text_dim=model.text_dim, max_tokens=model.text_len)
+
+    def load_engine() -> Engine:
+        return load(
+            arguments.bundle,
+            executor=arguments.executor,
+            device=arguments.device,
+            num_threads=arguments.threads,
+            timeout_s=arguments.timeout,
+            vae=True,
+            max_sessions=settings.max_sessions,
+        )
+
+    with listening, load_engine() as engine:
+        asyncio.run(
+            running.serve(
+                engine,
+                load_engine,
+                encoder.encode,
+                settings,
+                tokens=tokens,
+                listening=listening,
+                version=version,
+                on_start=lambda server: on_start(running.address(listening)),
+            )
+        )
+    return 0
+
+
+def _check_libraries() -> None:
+    for name in LIBRARIES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ExecutorError(
+                f"the server needs {name}, which cannot be imported ({error}); pip install 'causalrt[serve]'"
+            ) from None

@@ -1,0 +1,248 @@
+"""Video jobs: taken, queued, generated into a file, kept for a while, removed.
+
+    submit -> queued -> in_progress -> completed, its file in the spool
+           or -> failed, with a reason, at any time
+    delete: at any time; one that runs ends before its next chunk
+
+Belongs to the event loop, its output aside, which a generation's thread calls.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from causalrt.errors import CausalRTError
+from causalrt.runtime.server.admission import Admission, LeftError, Ticket
+from causalrt.runtime.server.generation import Control, Generator, Wish
+from causalrt.runtime.server.metrics import Metrics
+from causalrt.runtime.server.offer import Offer
+from causalrt.runtime.server.problems import Problem, not_found, not_ready
+from causalrt.runtime.server.settings import ServerSettings
+from causalrt.runtime.server.spool import STATUSES, Job, Spool
+from causalrt.runtime.video_file import Mp4Writer
+
+log = logging.getLogger(__name__)
+
+ENDINGS = {
+    "draining": ("server_shutdown", "the server was shut down before the video was complete; send the request again"),
+    "cancelled": ("server_shutdown", "the server was shut down before the video was complete; send the request again"),
+}
+
+
+class _JobOutput:
+    """Writes a job's file, as many frames as were asked for."""
+
+    def __init__(self, job: Job, path: Path, offer: Offer, metrics: Metrics, *, asked: float) -> None:
+        self._job = job
+        self._path = path
+        self._offer = offer
+        self._metrics = metrics
+        self._asked = asked
+        self._writer: Mp4Writer | None = None
+        self._left = job.num_frames
+
+    def started(self, *, text_ms: float) -> None:
+        self._writer = Mp4Writer(self._path, height=self._offer.height, width=self._offer.width, fps=self._offer.fps)
+
+    def write(self, frames: torch.Tensor) -> float:
+        assert self._writer is not None
+        begun = time.perf_counter()
+        self._writer.write(frames[: self._left])
+        self._left -= min(self._left, len(frames))
+        return 1e3 * (time.perf_counter() - begun)
+
+    def chunk_done(self, *, index: int, frames: int, latency_ms: float, stages: dict[str, float | None]) -> None:
+        if index == 0:
+            self._metrics.first_frame.labels("job").observe(time.perf_counter() - self._asked)
+        self._job.progress = min(99, 100 * (index + 1) // self._job.num_chunks)
+
+    def paused(self, yes: bool) -> None:
+        raise AssertionError("jobs are not paused")
+
+    def switched(self, *, ms: float, from_chunk: int, policy: str) -> None:
+        raise AssertionError("jobs are not switched")
+
+    def refused(self, problem: Problem) -> None:
+        raise AssertionError("jobs are not switched")
+
+    def finish(self) -> None:
+        assert self._writer is not None
+        if self._left:  # stopped early: half a video is none
+            self._writer.discard()
+        else:
+            self._writer.close()
+
+    def discard(self) -> None:
+        if self._writer is not None:
+            self._writer.discard()
+
+
+class Jobs:
+    """All jobs, by id, oldest first."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        offer: Offer,
+        admission: Admission,
+        generator: Generator,
+        metrics: Metrics,
+        settings: ServerSettings,
+    ) -> None:
+        """Take up what the spool holds."""
+        self._spool = spool
+        self._offer = offer
+        self._admission = admission
+        self._generator = generator
+        self._metrics = metrics
+        self._settings = settings
+        self._jobs: dict[str, Job] = {}
+        self._running: dict[str, tuple[asyncio.Task[None], Ticket, Control]] = {}
+        for job in spool.load():
+            self._jobs[job.id] = job
+            if not job.ended:
+                self._end(job, "failed", *ENDINGS["draining"])
+
+    def counts(self) -> Mapping[str, float]:
+        """Jobs by status."""
+        return {**dict.fromkeys(STATUSES, 0), **Counter(job.status for job in list(self._jobs.values()))}
+
+    def submit(self, *, owner: str, prompt: str, seed: int, seconds: str, asked: float) -> Job:
+        """Take a job; it has its place in the queue when this returns.
+
+        Args:
+            owner: who may see it.
+            prompt: checked.
+            seed: of the noise.
+            seconds: length of the video, a number as text.
+            asked: `time.perf_counter()` when the request came.
+
+        Raises:
+            Problem: 429, no place in the queue or the spool; 503, no job is taken any more, or the disk is full.
+        """
+        self._check_room()
+        frames, chunks = self._offer.frames_and_chunks(float(seconds))
+        job = Job(
+            id=f"video_{secrets.token_hex(16)}",
+            owner=owner,
+            model=self._offer.model_name,
+            prompt=prompt,
+            seed=seed,
+            size=self._offer.size,
+            seconds=seconds,
+            num_frames=frames,
+            num_chunks=chunks,
+            created_at=int(time.time()),
+        )
+        ticket = self._admission.enter()
+        try:
+            self._spool.save(job)
+        except OSError as error:
+            ticket.leave()
+            log.error("the spool cannot be written: %s", error)
+            raise not_ready("the server's disk is full or cannot be written", retry_after_s=60) from None
+        self._jobs[job.id] = job
+        control = Control()
+        task = asyncio.create_task(self._run(job, ticket, control, asked))
+        self._running[job.id] = task, ticket, control
+        return job
+
+    def get(self, job_id: str, owner: str) -> Job:
+        """The job of this id.
+
+        Raises:
+            Problem: 404, there is none, or it is somebody else's.
+        """
+        job = self._jobs.get(job_id)
+        if job is None or job.owner != owner:
+            raise not_found(f"there is no video {job_id[:64]!r}")
+        return job
+
+    def owned(self, owner: str) -> list[Job]:
+        """Somebody's jobs, oldest first."""
+        return [job for job in self._jobs.values() if job.owner == owner]
+
+    def video(self, job: Job) -> Path:
+        """The file of a completed job."""
+        return self._spool.video(job.id)
+
+    def delete(self, job: Job) -> None:
+        """Forget a job and remove its file; one that runs ends before its next chunk."""
+        del self._jobs[job.id]
+        if job.id in self._running:
+            _, ticket, control = self._running[job.id]
+            control.stop("deleted")
+            ticket.give_up("deleted")
+        self._spool.remove(job.id)
+
+    def expire(self) -> None:
+        """Remove the jobs whose time has passed."""
+        now = time.time()
+        for job in list(self._jobs.values()):
+            if job.expires_at is not None and job.expires_at <= now:
+                self.delete(job)
+
+    async def finished(self) -> None:
+        """Return when no job runs or waits."""
+        while self._running:
+            await asyncio.wait([task for task, _, _ in self._running.values()])
+
+    def _check_room(self) -> None:
+        used = sum(job.num_bytes for job in self._jobs.values())
+        if len(self._jobs) < self._settings.max_jobs and used < self._settings.max_spool_bytes:
+            return
+        ends = min((job.expires_at for job in self._jobs.values() if job.expires_at), default=time.time() + 60)
+        raise Problem(
+            429,
+            "spool_full",
+            "the server keeps as many videos as it may; delete some, or wait until some expire",
+            retry_after_s=max(1.0, ends - time.time()),
+        )
+
+    async def _run(self, job: Job, ticket: Ticket, control: Control, asked: float) -> None:
+        try:
+            await ticket.admitted()
+            if control.reason is None:
+                job.status = "in_progress"
+                wish = Wish(prompt=job.prompt, seed=job.seed, num_chunks=job.num_chunks)
+                output = _JobOutput(job, self._spool.video(job.id), self._offer, self._metrics, asked=asked)
+                reason, _ = await self._generator.run("job", wish, control, output)
+            else:
+                reason = control.reason
+            if reason == "done":
+                job.num_bytes = self._spool.video(job.id).stat().st_size
+                job.progress = 100
+                self._end(job, "completed")
+            else:
+                self._end(job, "failed", *ENDINGS.get(reason, (reason, f"the job was ended: {reason}")))
+        except LeftError as left:
+            self._end(job, "failed", *ENDINGS.get(left.reason, (left.reason, f"the job was ended: {left.reason}")))
+        except Problem as problem:
+            self._end(job, "failed", problem.code, problem.message)
+        except Exception:
+            log.exception("job %s failed", job.id)
+            self._end(job, "failed", "internal", "the generation failed; the server's log says why")
+        finally:
+            ticket.leave()
+            self._running.pop(job.id, None)
+            if job.id not in self._jobs:  # it was deleted meanwhile
+                self._spool.remove(job.id)
+
+    def _end(self, job: Job, status: str, code: str | None = None, message: str | None = None) -> None:
+        job.status = "completed" if status == "completed" else "failed"
+        job.error_code, job.error_message = code, message
+        now = int(time.time())
+        job.completed_at = now if status == "completed" else None
+        job.expires_at = now + int(self._settings.job_ttl_s)
+        if job.id not in self._jobs:
+            return
+        try:
+            self._spool.save(job)
+        except (OSError, CausalRTError) as error:
+            log.error("the record of job %s cannot be written: %s", job.id, error)

@@ -1,0 +1,73 @@
+"""What Prometheus scrapes: one registry a server."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+STAGES = ("queue", "text", "denoise", "exchange", "gather", "decode", "hand_over", "encode")
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Counters and histograms that the server fills; gauges ask where the number lives."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.first_frame = Histogram(
+            "causalrt_first_frame_seconds",
+            "From the request to the first frames on their way to who asked, waiting included",
+            ["kind"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.chunk = Histogram(
+            "causalrt_chunk_seconds",
+            "Latency of a chunk: whole, and by stage",
+            ["stage"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.switch = Histogram(
+            "causalrt_switch_seconds",
+            "Prompt switches, text included",
+            ["policy"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.frames = Counter("causalrt_frames", "Frames generated", ["kind"], registry=registry)
+        self.dropped_frames = Counter(
+            "causalrt_dropped_frames",
+            "Frames generated for a reader that had left, stalled or stopped; one that stays gets every frame",
+            registry=registry,
+        )
+        self.generations = Counter(
+            "causalrt_generations", "Generations ended, by how", ["kind", "reason"], registry=registry
+        )
+        self.problems = Counter("causalrt_errors", "Requests refused or failed, by code", ["code"], registry=registry)
+        self.reloads = Counter("causalrt_engine_reloads", "Engines loaded again after ranks died", registry=registry)
+        for stage in ("whole", *STAGES):
+            self.chunk.labels(stage)
+        for kind in ("job", "realtime"):
+            self.first_frame.labels(kind)
+            self.frames.labels(kind)
+
+    def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
+        """A number that is asked for when it is scraped."""
+        Gauge(f"causalrt_{name}", what, registry=self.registry).set_function(value)
+
+    def gauges(self, name: str, what: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
+        """Numbers by label, the same labels each time."""
+        gauge = Gauge(f"causalrt_{name}", what, [label], registry=self.registry)
+        for key in values():
+            gauge.labels(key).set_function(partial(_entry, values, key))
+
+    def page(self) -> bytes:
+        """The exposition."""
+        return generate_latest(self.registry)
+
+
+def _entry(values: Callable[[], Mapping[str, float]], key: str) -> float:
+    return values()[key]

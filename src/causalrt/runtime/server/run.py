@@ -1,0 +1,148 @@
+"""Listening, and an end that loses nothing: SIGTERM drains, a second one does not wait."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from causalrt.errors import RequestError
+from causalrt.runtime.server.app import make_app
+from causalrt.runtime.server.auth import Tokens
+from causalrt.runtime.server.engine_host import EngineLike
+from causalrt.runtime.server.realtime import END
+from causalrt.runtime.server.services import Services, make_services
+from causalrt.runtime.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+LINGER_S = 5.0  # that a reader who stalled has to take the last word
+FAREWELL_S = 5.0  # that open connections have once everything has ended
+
+
+class RealtimeProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, with a way to end a connection whose reader does not read: closing waits for what is unsent."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As uvicorn makes it; but messages, which may hold tokens, are not logged at any level."""
+        super().__init__(*args, **kwargs)
+        self.conn.debug = False
+
+    def handle_connect(self, event: Any) -> None:
+        """Offer the way to the application, as an ASGI extension."""
+        super().handle_connect(event)
+        if hasattr(self, "scope"):
+            self.scope["extensions"][END] = self._end  # type: ignore[assignment]
+
+    def keepalive_timeout(self) -> None:
+        """A client that answers no ping is gone; what it has not read goes nowhere."""
+        super().keepalive_timeout()
+        self.transport.abort()
+
+    def _end(self, code: int, reason: str) -> None:
+        if self.disconnected or self.close_sent:
+            return
+        self.conn.send_close(code, reason)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        self.close_timer = self.loop.call_later(LINGER_S, self.transport.abort)
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains before it ends, and ends with exit code 0."""
+
+    services: Services | None = None
+    _drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, a further one ends at once."""
+        asyncio.get_running_loop().call_soon_threadsafe(self.end, sig)
+
+    def end(self, sig: int = signal.SIGTERM) -> None:
+        """On the loop: what a signal does."""
+        if self._drain is not None or self.services is None:
+            self.should_exit = True
+            if sig == signal.SIGINT:
+                self.force_exit = True
+            return
+        self._drain = asyncio.create_task(self._drain_and_exit(self.services))
+
+    async def _drain_and_exit(self, services: Services) -> None:
+        try:
+            await services.drain()
+        finally:
+            self.should_exit = True
+
+
+def listen(host: str, port: int, *, send_buffer_bytes: int) -> socket.socket:
+    """A listening socket; the connections that it accepts have its send buffer.
+
+    Raises:
+        RequestError: the address is taken, or is not ours.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        listening = socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise RequestError(f"cannot listen on {host}:{port}: {error}; choose another with --host and --port") from None
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    return listening
+
+
+def address(listening: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(
+    engine: EngineLike,
+    load: Callable[[], EngineLike],
+    encode: Callable[[str], torch.Tensor],
+    settings: ServerSettings,
+    *,
+    tokens: Tokens,
+    listening: socket.socket,
+    version: str,
+    on_start: Callable[[Server], None] = lambda server: None,
+) -> None:
+    """Serve until a signal; returns when everything has ended and the engine is closed.
+
+    Args:
+        engine: loaded; the server closes it.
+        load: makes another one, if its ranks die.
+        encode: prompt -> embeddings `[rows, text_dim]`.
+        settings: limits and places.
+        tokens: who may use it.
+        listening: from `listen`.
+        version: of the OpenAPI document.
+        on_start: told the server before it starts.
+
+    Raises:
+        RequestError: the engine makes no frames, or the spool cannot be used.
+    """
+    services = make_services(engine, load, encode, settings, tokens)
+    app = make_app(services, version=version)
+    config = uvicorn.Config(
+        app,
+        ws=RealtimeProtocol,
+        ws_per_message_deflate=False,
+        ws_max_size=settings.max_message_bytes,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        timeout_graceful_shutdown=int(FAREWELL_S),
+        lifespan="on",
+    )
+    server = Server(config)
+    server.services = services
+    on_start(server)
+    await server.serve(sockets=[listening])

@@ -1,0 +1,171 @@
+"""What the routes share: everything that one server is made of."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from causalrt.errors import RequestError
+from causalrt.runtime.server.admission import Admission, RateLimit
+from causalrt.runtime.server.auth import Tokens
+from causalrt.runtime.server.engine_host import EngineHost, EngineLike
+from causalrt.runtime.server.generation import Control, Generator
+from causalrt.runtime.server.jobs import Jobs
+from causalrt.runtime.server.metrics import Metrics
+from causalrt.runtime.server.offer import Offer
+from causalrt.runtime.server.problems import not_ready
+from causalrt.runtime.server.settings import ServerSettings
+from causalrt.runtime.server.spool import Spool
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+EXPIRE_EVERY = 10
+END_S = 20.0  # that generations have for the chunk they are in, once they were told to stop
+DRAINING = "the server is shutting down; try another, or later"
+
+
+@dataclass(kw_only=True, slots=True)
+class Services:
+    """The parts of a server; made by `make_services`."""
+
+    settings: ServerSettings
+    tokens: Tokens
+    offer: Offer
+    host: EngineHost
+    admission: Admission
+    rate: RateLimit
+    generator: Generator
+    jobs: Jobs
+    spool: Spool
+    metrics: Metrics
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def control(self, *, credit: int | None = None) -> Control:
+        """For a new generation."""
+        return Control(credit=credit, pause_s=self.settings.pause_s)
+
+    def check_ready(self) -> None:
+        """Refuse what would not be done.
+
+        Raises:
+            Problem: 503, with the reason.
+        """
+        if self.draining.is_set():
+            raise not_ready(DRAINING)
+        if not self.host.ranks_alive():
+            state = "are being started again" if self.host.state == "reloading" else "could not be started again"
+            raise not_ready(f"the generating processes have died and {state}")
+
+    async def watch(self) -> None:
+        """See dead ranks before a request does, and remove what has expired. Runs until it is cancelled."""
+        ticks = 0
+        while True:
+            await asyncio.sleep(WATCH_S)
+            ticks += 1
+            self.host.ranks_alive()
+            if ticks % EXPIRE_EVERY == 0:
+                self.jobs.expire()
+
+    async def drain(self) -> None:
+        """Take nothing new, let what runs finish within the grace time, then end it; return when all has ended."""
+        if self.draining.is_set():
+            return
+        log.warning("draining: %d generations run, %d wait", self.admission.running, self.admission.waiting)
+        self.draining.set()
+        self.admission.close(DRAINING, reason="draining")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.admission.empty(), self.settings.grace_s)
+        self.generator.stop_all("draining")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.admission.empty(), END_S)
+            return
+        log.error("%d generations did not end in time; ending the engine under them", self.admission.running)
+        await asyncio.to_thread(self.host.close)
+
+    async def close(self) -> None:
+        """End the engine and give the spool back, once nothing runs."""
+        await asyncio.to_thread(self.host.close)
+        await self.jobs.finished()
+        self.generator.close()
+        self.spool.close()
+
+
+def make_services(
+    engine: EngineLike,
+    load: Callable[[], EngineLike],
+    encode: Callable[[str], torch.Tensor],
+    settings: ServerSettings,
+    tokens: Tokens,
+) -> Services:
+    """Put a server together on the running event loop.
+
+    Args:
+        engine: loaded, with a VAE.
+        load: makes another one, if its ranks die.
+        encode: prompt -> embeddings `[rows, text_dim]`; called from several threads.
+        settings: limits and places.
+        tokens: who may use it.
+
+    Raises:
+        RequestError: the engine makes no frames, or the spool cannot be used.
+    """
+    if not engine.has_vae:
+        raise RequestError(
+            "the bundle has no VAE, so it makes latents and no pictures; build it with one to serve videos"
+        )
+    slots = _slots(engine, settings)
+    metrics = Metrics()
+    offer = Offer.from_config(engine.config, settings)
+    admission = Admission(slots=slots, max_queue=settings.max_queue)
+    loop = asyncio.get_running_loop()
+
+    def reloaded() -> None:
+        metrics.reloads.inc()
+        loop.call_soon_threadsafe(lambda: admission.resize(min(slots, _slots(host.current, settings))))
+
+    host = EngineHost(
+        engine,
+        load,
+        attempts=settings.reload_attempts,
+        first_wait_s=settings.reload_after_s,
+        on_reload=reloaded,
+    )
+    generator = Generator(host, encode, metrics, threads=slots)
+    spool = Spool(settings.spool)
+    jobs = Jobs(spool, offer, admission, generator, metrics, settings)
+    services = Services(
+        settings=settings,
+        tokens=tokens,
+        offer=offer,
+        host=host,
+        admission=admission,
+        rate=RateLimit(settings.generations_per_minute),
+        generator=generator,
+        jobs=jobs,
+        spool=spool,
+        metrics=metrics,
+    )
+    metrics.gauge("sessions", "Generations that run", lambda: admission.running)
+    metrics.gauge("sessions_limit", "Generations that may run at once", lambda: admission.slots)
+    metrics.gauge("queue_length", "Generations that wait for their turn", lambda: admission.waiting)
+    metrics.gauge("queue_limit", "Generations that may wait", lambda: settings.max_queue)
+    metrics.gauge("kv_bytes", "KV slots of open sessions on all ranks", lambda: _kv_bytes(host.current))
+    metrics.gauge("ready", "1 if requests are served, else 0", lambda: _ready(services))
+    metrics.gauges("jobs", "Jobs kept, by status", "status", jobs.counts)
+    return services
+
+
+def _slots(engine: EngineLike, settings: ServerSettings) -> int:
+    return max(1, min(settings.max_sessions, engine.max_sessions))
+
+
+def _kv_bytes(engine: EngineLike) -> int:
+    return engine.memory.kv_bytes * engine.config.build.world_size * engine.open_sessions
+
+
+def _ready(services: Services) -> int:
+    return int(services.host.state == "ready" and not services.draining.is_set())

@@ -1,0 +1,108 @@
+"""What a server allows, and where it listens and writes."""
+
+import ipaddress
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from causalrt.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """Limits, places and times of a server; checked when made.
+
+    Attributes:
+        host: address to listen on; beyond loopback it takes tokens, or `no_auth`.
+        port: TCP port; 0 takes a free one.
+        tokens: file of bearer tokens (`auth.py`); None asks for none.
+        no_auth: whoever reaches the server may use it, even from other machines.
+        model_name: what jobs call the model.
+        spool: folder of jobs and their videos, kept over restarts; None makes one that goes with the server.
+        max_sessions: generations at once; fewer if the engine's memory holds fewer. They take turns by chunk.
+        max_queue: generations that may wait for their turn.
+        max_connections: WebSockets at once.
+        max_body_bytes: of a request.
+        max_message_bytes: of a WebSocket message from a client.
+        max_prompt_chars: of a prompt.
+        max_seconds: of a job's video.
+        max_chunks: of a real-time generation, where the bundle sets no end; None sets none.
+        generations_per_minute: jobs, starts and switches of one token, or of one address where there are no tokens.
+        max_jobs: jobs that the spool keeps.
+        max_spool_bytes: bytes of finished videos from which on no job is taken.
+        job_ttl_s: seconds after its end at which a job and its file are removed.
+        max_queued_chunks: chunks made and not yet sent; a reader that is slower stops the generator.
+        stall_s: seconds without progress after which a reader is given up.
+        pause_s: seconds that a pause may last.
+        auth_s: seconds that a WebSocket has for its token.
+        body_s: seconds that a request has for its body.
+        grace_s: seconds that running generations have when the server ends.
+        reload_attempts: tries to load the engine again after its ranks died.
+        reload_after_s: wait before the first of them; each further one waits four times as long.
+        send_buffer_bytes: of a connection, in the kernel: so much may be under way to a reader that does not read.
+        allowed_origins: pages of other origins that may use the server, as `https://example.org`.
+        allowed_hosts: names that it is called by, beside loopback's own; checked on loopback, or if some are given.
+        trusted_proxies: addresses whose `X-Forwarded-For` and `-Proto` are believed.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    tokens: Path | None = None
+    no_auth: bool = False
+    model_name: str = "causalrt"
+    spool: Path | None = None
+    max_sessions: int = 4
+    max_queue: int = 64
+    max_connections: int = 100
+    max_body_bytes: int = 65536
+    max_message_bytes: int = 65536
+    max_prompt_chars: int = 2000
+    max_seconds: float = 60.0
+    max_chunks: int | None = None
+    generations_per_minute: int = 120
+    max_jobs: int = 10_000
+    max_spool_bytes: int = 10 * 2**30
+    job_ttl_s: float = 86400.0
+    max_queued_chunks: int = 2
+    stall_s: float = 20.0
+    pause_s: float = 600.0
+    auth_s: float = 10.0
+    body_s: float = 20.0
+    grace_s: float = 30.0
+    reload_attempts: int = 3
+    reload_after_s: float = 1.0
+    send_buffer_bytes: int = 262_144
+    allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("port", "max_queue", "reload_attempts", "reload_after_s", "grace_s") else 1e-3
+            if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= 2**53:
+                raise ConfigError(f"{field.name} must be at least {'0' if least == 0 else '1'}, got {value}")
+        if self.port > 65535:
+            raise ConfigError(f"port must be 0 to 65535, got {self.port}")
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.model_name):
+            raise ConfigError(f"model_name must be 1 to 64 letters, digits, '.', '_' and '-', got {self.model_name!r}")
+        for origin in self.allowed_origins:
+            parts = urlsplit(origin)
+            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path or parts.query:
+                raise ConfigError(f"an origin is a scheme and a host, as https://example.org, got {origin!r}")
+        if self.tokens is None and not self.no_auth and not self.on_loopback:
+            raise ConfigError(
+                f"{self.host} can be reached from other machines: give a file of tokens (--tokens FILE), listen on "
+                "127.0.0.1, or say --no-auth if something else keeps strangers out"
+            )
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

@@ -1,0 +1,271 @@
+"""`/v1/videos`: video jobs as OpenAI's API has them, with a seed."""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse
+
+from causalrt.runtime.server.guard import Owner
+from causalrt.runtime.server.offer import MAX_SEED, Offer
+from causalrt.runtime.server.problems import Problem, bad_request, not_found
+from causalrt.runtime.server.services import Services
+from causalrt.runtime.server.spool import Job
+
+POLL_MS = 1000
+SECONDS = r"[0-9]{1,5}(\.[0-9]{1,3})?"
+FIELDS = ("model", "prompt", "seconds", "size", "seed")
+
+
+class VideoError(BaseModel):
+    """Why a job has failed."""
+
+    code: str
+    message: str
+
+
+class Video(BaseModel):
+    """A video job. Times are Unix times in seconds."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    prompt: str
+    seconds: str
+    size: str
+    seed: int
+    remixed_from_video_id: None = None
+    error: VideoError | None
+
+
+class VideoList(BaseModel):
+    """A page of jobs."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    """A job that is gone."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+def video_routes(services: Services) -> APIRouter:
+    """The routes of jobs."""
+    router = APIRouter(prefix="/v1/videos", tags=["videos"])
+    jobs, offer, settings = services.jobs, services.offer, services.settings
+
+    @router.post(
+        "", response_model=Video, openapi_extra={"requestBody": _request_body(offer)}, summary="Ask for a video"
+    )
+    async def create(request: Request, owner: Owner) -> Video:
+        asked = time.perf_counter()
+        services.check_ready()
+        fields = await _fields(request, timeout_s=settings.body_s)
+        prompt, seed, seconds = _checked(fields, offer)
+        services.rate.take(owner if services.tokens.wanted else _address(request))
+        return _video(jobs.submit(owner=owner, prompt=prompt, seed=seed, seconds=seconds, asked=asked))
+
+    @router.get("", response_model=VideoList, summary="List videos")
+    async def list_all(
+        owner: Owner,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: Annotated[
+            str | None, Query(max_length=64, description="id of the last video of the page before")
+        ] = None,
+    ) -> VideoList:
+        found = jobs.owned(owner)
+        if order == "desc":
+            found.reverse()
+        if after is not None:
+            place = next((place for place, job in enumerate(found) if job.id == after), None)
+            if place is None:
+                raise bad_request(f"there is no video {after!r} to go on after", param="after")
+            found = found[place + 1 :]
+        page = [_video(job) for job in found[:limit]]
+        return VideoList(
+            data=page,
+            first_id=page[0].id if page else None,
+            last_id=page[-1].id if page else None,
+            has_more=len(found) > limit,
+        )
+
+    @router.get("/{video_id}", response_model=Video, summary="How far a video is")
+    async def retrieve(video_id: str, owner: Owner, response: Response) -> Video:
+        response.headers["openai-poll-after-ms"] = str(POLL_MS)
+        return _video(jobs.get(video_id, owner))
+
+    @router.delete("/{video_id}", response_model=VideoDeleted, summary="Remove a video, or end its generation")
+    async def delete(video_id: str, owner: Owner) -> VideoDeleted:
+        jobs.delete(jobs.get(video_id, owner))
+        return VideoDeleted(id=video_id)
+
+    async def content(video_id: str, owner: Owner, variant: Literal["video"] = "video") -> Response:
+        job = jobs.get(video_id, owner)
+        if job.status == "failed":
+            raise not_found(f"the video has failed: {job.error_message}")
+        if job.status != "completed":
+            raise Problem(
+                409,
+                "video_not_ready",
+                f"the video is {job.status}, {job.progress} % done",
+                retry_after_s=POLL_MS / 1000,
+            )
+        path = jobs.video(job)
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            raise not_found("the video's file is gone") from None
+        return FileResponse(path, media_type="video/mp4", filename=path.name, stat_result=found)
+
+    mp4 = {"description": "The MP4, or the range of it", "content": {"video/mp4": {}}}
+    router.add_api_route(
+        "/{video_id}/content",
+        content,
+        methods=["GET"],
+        response_class=FileResponse,
+        responses={200: mp4, 206: mp4, 409: {"description": "Not complete yet"}, 416: {"description": "No such range"}},
+        summary="The video itself; ranges are served",
+    )
+    router.add_api_route("/{video_id}/content", content, methods=["HEAD"], include_in_schema=False)
+    return router
+
+
+def _video(job: Job) -> Video:
+    error = None
+    if job.error_code is not None:
+        error = VideoError(code=job.error_code, message=job.error_message or "")
+    return Video(
+        id=job.id,
+        model=job.model,
+        status=job.status,
+        progress=job.progress,
+        created_at=job.created_at,
+        completed_at=job.completed_at,
+        expires_at=job.expires_at,
+        prompt=job.prompt,
+        seconds=job.seconds,
+        size=job.size,
+        seed=job.seed,
+        error=error,
+    )
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else "unknown"
+
+
+async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
+    """The fields of a body, JSON or a form.
+
+    Raises:
+        Problem: 400, 408, 413, 415.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("application/json", "multipart/form-data", "application/x-www-form-urlencoded"):
+        raise Problem(415, "unsupported_media_type", f"send application/json or multipart/form-data, got {kind[:64]!r}")
+    try:
+        async with asyncio.timeout(timeout_s):
+            if kind == "application/json":
+                found = json.loads(await request.body())
+                if not isinstance(found, dict):
+                    raise bad_request("the body must be a JSON object")
+                return found
+            form = await request.form(max_files=0, max_fields=len(FIELDS) + 1)
+    except TimeoutError:
+        raise Problem(408, "timeout", f"the body did not come within {timeout_s:g} s") from None
+    except HTTPException as error:
+        raise bad_request(f"the form cannot be read: {error.detail}") from None
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"the body is no JSON: {str(error) or type(error).__name__}") from None
+    items = form.multi_items()
+    if len({name for name, _ in items}) < len(items):
+        raise bad_request("a field is there twice")
+    return dict(items)
+
+
+def _checked(fields: Mapping[str, Any], offer: Offer) -> tuple[str, int, str]:
+    """Prompt, seed and seconds of a request; null is as good as nothing, as in OpenAI's clients.
+
+    Raises:
+        Problem: 400, with the field at fault.
+    """
+    for name in fields:
+        if name not in FIELDS:
+            raise bad_request(
+                f"unknown parameter {name[:64]!r}; known are {', '.join(FIELDS)}",
+                param=name[:64].encode("ascii", "backslashreplace").decode(),
+                code="unknown_parameter",
+            )
+    given = {name: value for name, value in fields.items() if value is not None}
+    if not isinstance(given.get("prompt"), str):
+        raise bad_request("prompt must be a text", param="prompt")
+    model = given.get("model", offer.model_name)
+    if model != offer.model_name:
+        raise bad_request(
+            f"this server has the model {offer.model_name!r} alone", param="model", code="model_not_found"
+        )
+    if given.get("size", offer.size) != offer.size:
+        raise bad_request(f"this server makes videos of {offer.size} alone", param="size")
+    return offer.checked_prompt(given["prompt"]), _seed(given.get("seed", 0)), _seconds(given.get("seconds"), offer)
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value, re.ASCII):  # of a form
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+        raise bad_request(f"seed must be a whole number from 0 to {MAX_SEED}", param="seed")
+    return value
+
+
+def _seconds(value: Any, offer: Offer) -> str:
+    if value is None:
+        return offer.default_seconds
+    text = f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    if isinstance(value, bool) or not re.fullmatch(SECONDS, text, re.ASCII) or not 0 < float(text) <= offer.max_seconds:
+        raise bad_request(
+            f"seconds must be a number over 0 and at most {offer.max_seconds:g}, as 4 or '4'", param="seconds"
+        )
+    return text
+
+
+def _request_body(offer: Offer) -> dict[str, Any]:
+    """The request's body for the OpenAPI document, with the limits of this server."""
+    seconds: list[dict[str, Any]] = [
+        {"type": "string", "pattern": f"^{SECONDS}$"},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": offer.max_seconds},
+    ]
+    properties: dict[str, Any] = {
+        "prompt": {"type": "string", "minLength": 1, "maxLength": offer.max_prompt_chars},
+        "model": {"type": "string", "enum": [offer.model_name]},
+        "seconds": {
+            "anyOf": seconds,
+            "description": f"at most {offer.max_seconds:g}",
+            "default": offer.default_seconds,
+        },
+        "size": {"type": "string", "enum": [offer.size]},
+        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED, "default": 0},
+    }
+    schema = {"type": "object", "required": ["prompt"], "properties": properties, "additionalProperties": False}
+    return {
+        "required": True,
+        "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}},
+    }

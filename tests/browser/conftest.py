@@ -1,0 +1,86 @@
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "integration"))  # its small bundles and encoders
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# A page that was closed, or asked for, while its server was away: Chromium logs the failed connection whatever the page does.
+LOST_CONNECTION = re.compile(r"WebSocket connection to .* failed")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'causalrt[test]'")
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"needs a browser, one of {', '.join(BROWSERS)} (Debian: apt install chromium)")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_page(browser) -> Iterator[Callable[..., object]]:
+    """Opens pages (options as of Playwright's `new_context`) and fails the test if one complained or broke its policy.
+
+    `page.complaints` lists what was logged as an error or thrown; `connection_may_fail=True` leaves out lost connections.
+    """
+    opened = []
+
+    def open_page(*, connection_may_fail: bool = False, scripts: tuple[str, ...] = (), **options):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        context.set_default_timeout(20_000)
+        page = context.new_page()
+        page.complaints = []
+
+        def complain(words: str) -> None:
+            if not (connection_may_fail and LOST_CONNECTION.search(words)):
+                page.complaints.append(words)
+
+        page.on("console", lambda message: message.type in ("error", "warning") and complain(message.text))
+        page.on("pageerror", lambda error: complain(str(error)))
+        page.add_init_script(
+            "addEventListener('securitypolicyviolation',"
+            " (event) => console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`))"
+        )
+        for script in scripts:
+            page.add_init_script(script)
+        opened.append(page)
+        return page
+
+    yield open_page
+    complaints = [words for page in opened for words in page.complaints]
+    for page in opened:
+        page.context.close()
+    assert complaints == []
+
+
+@pytest.fixture
+def screenshots(tmp_path) -> Path:
+    folder = Path(os.environ.get("CAUSALRT_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def expect():
+    expect = pytest.importorskip("playwright.sync_api").expect
+    expect.set_options(timeout=20_000)
+    return expect
+
+
+@pytest.fixture
+def server():
+    pytest.importorskip("fastapi")
+    pytest.importorskip("av")
+    from stand_in_server import StandInServer
+
+    with StandInServer().running() as server:
+        yield server

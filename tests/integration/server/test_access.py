@@ -1,0 +1,270 @@
+"""Who may use the server: tokens, hosts, origins; and what every answer carries."""
+
+import re
+
+import pytest
+from running import Running
+from websockets.exceptions import InvalidStatus
+
+from causalrt.errors import ConfigError
+from causalrt.runtime.server.auth import Tokens
+from causalrt.runtime.server.settings import ServerSettings
+
+ALICE, BOB = "alice-0123456789", "bob-9876543210-x"
+
+
+def token_file(path, text, mode=0o600):
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    path = token_file(tmp_path_factory.mktemp("tokens") / "tokens", f"# ours\nalice:{ALICE}\n\nbob:{BOB}\n")
+    with Running(tokens=Tokens.from_file(path), auth_s=0.5) as running:
+        yield running
+
+
+def bearer(token):
+    return {"Authorization": f"Bearer {token}"}
+
+
+# ---- tokens
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        bearer("wrong-0123456789"),
+        {"Authorization": "Bearer"},
+        bearer(ALICE[:-1]),
+        bearer(ALICE + "x"),
+        {"Authorization": f"Basic {ALICE}"},
+    ],
+)
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/videos"),
+        ("GET", "/v1/videos"),
+        ("GET", "/v1/videos/x"),
+        ("GET", "/v1/videos/x/content"),
+        ("DELETE", "/v1/videos/x"),
+        ("GET", "/metrics"),
+    ],
+)
+def test_without_a_valid_token_everything_is_401(guarded, method, path, headers):
+    answer = guarded.http.request(method, path, headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.json()["error"]["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/openapi.json"])
+def test_health_needs_no_token(guarded, path):
+    assert guarded.http.get(path).status_code == 200
+
+
+def test_jobs_are_their_owners_alone(guarded):
+    job = guarded.http.post("/v1/videos", json={"prompt": "a fox"}, headers=bearer(ALICE)).json()
+    for method, tail in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
+        url = f"/v1/videos/{job['id']}{tail}"
+        assert guarded.http.request(method, url, headers=bearer(BOB)).status_code == 404
+    assert guarded.http.get("/v1/videos", headers=bearer(BOB)).json()["data"] == []
+    assert [found["id"] for found in guarded.http.get("/v1/videos", headers=bearer(ALICE)).json()["data"]] == [
+        job["id"]
+    ]
+
+
+def test_a_websocket_takes_its_token_from_the_handshake_or_the_first_message(guarded):
+    with guarded.realtime(additional_headers=bearer(ALICE)) as client:
+        client.start(chunks=1)
+        client.next("ended")
+    with guarded.realtime(ready=False) as client:
+        client.send("auth", token=ALICE)
+        client.next("ready")
+        client.send("auth", token=BOB)  # somebody else, in the midst of it
+        assert client.next("error")["code"] == "unauthorized"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        '{"type": "auth", "token": "wrong-0123456789"}',
+        '{"type": "auth", "token": ""}',
+        '{"type": "start", "prompt": "x"}',
+    ],
+)
+def test_a_websocket_without_a_valid_token_is_closed(guarded, message):
+    with guarded.realtime(ready=False) as client:
+        client.socket.send(message)
+        assert client.next("error")["code"] == "unauthorized"
+        assert client.closed() == 4401
+    assert not guarded.engine.open_sessions
+
+
+def test_a_websocket_that_says_nothing_is_closed(guarded):
+    with guarded.realtime(ready=False) as client:
+        assert client.closed() == 4408
+    with guarded.realtime(ready=False, additional_headers=bearer("wrong-0123456789")) as client:
+        assert client.closed() == 4401
+    with guarded.realtime(ready=False) as client:
+        client.socket.send("{")
+        assert client.closed() == 4401
+
+
+def test_tokens_are_never_logged(guarded, caplog):
+    with caplog.at_level(0):
+        guarded.http.get("/v1/videos", headers=bearer(ALICE))
+        guarded.http.get("/v1/videos", headers=bearer("wrong-0123456789"))
+        with guarded.realtime(ready=False) as client:
+            client.send("auth", token=ALICE)
+            client.next("ready")
+    ours = [
+        record for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "websockets.client"))
+    ]
+    logged = "\n".join(record.getMessage() for record in ours)
+    assert "/v1/videos" in logged
+    assert ALICE not in logged
+    assert "wrong-0123456789" not in logged
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "complaint"),
+    [
+        (f"alice:{ALICE}\n", 0o640, "chmod 600"),
+        (f"alice:{ALICE}\n", 0o604, "chmod 600"),
+        ("# nothing\n", 0o600, "holds no token"),
+        ("alice:short\n", 0o600, "line 1 .* at least 16"),
+        (f"al ice:{ALICE}\n", 0o600, "line 1"),
+        ("alice:with blanks in the midst\n", 0o600, "line 1"),
+        (f"a:{ALICE}\nb:{ALICE}\n", 0o600, "line 2 .* earlier"),
+        (f"a:{ALICE}\na:{BOB}\n", 0o600, "line 2 .* earlier"),
+        ("alice:sch\xf6n-0123456789\n", 0o600, "cannot be read"),
+    ],
+)
+def test_token_files_are_checked_and_not_quoted(text, mode, complaint, tmp_path):
+    with pytest.raises(ConfigError, match=complaint) as raised:
+        Tokens.from_file(token_file(tmp_path / "tokens", text, mode))
+    assert ALICE not in str(raised.value)
+    assert "short" not in str(raised.value)
+
+
+def test_a_missing_token_file_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Tokens.from_file(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_beyond_loopback_tokens_are_needed(host, tmp_path):
+    with pytest.raises(ConfigError, match="--tokens FILE"):
+        ServerSettings(host=host)
+    assert not ServerSettings(host=host, no_auth=True).on_loopback
+    assert not ServerSettings(host=host, tokens=tmp_path).on_loopback
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_on_loopback_they_are_not(host):
+    assert ServerSettings(host=host).on_loopback
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": 65536},
+        {"port": -1},
+        {"max_sessions": 0},
+        {"stall_s": 0},
+        {"model_name": "a b"},
+        {"allowed_origins": ("example.org",)},
+    ],
+)
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong)).replace("allowed_", "")[:6]):
+        ServerSettings(**wrong)
+
+
+# ---- hosts, origins, headers
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Running(allowed_origins=("https://studio.example",)) as running:
+        yield running
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "localhost.evil"])
+def test_other_names_of_a_loopback_server_are_refused(server, host):
+    assert server.http.get("/healthz", headers={"Host": host}).status_code in (400, 421)
+    with pytest.raises(InvalidStatus), server.realtime(additional_headers={"Host": host}):
+        pass
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:80"])
+def test_its_own_names_are_not(server, host):
+    assert server.http.get("/healthz", headers={"Host": host}).status_code == 200
+
+
+def test_a_name_can_be_allowed():
+    with Running(allowed_hosts=("studio.example",)) as running:
+        assert running.http.get("/healthz", headers={"Host": "studio.example"}).status_code == 200
+        assert running.http.get("/healthz", headers={"Host": "evil.example"}).status_code == 421
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1:1", "https://studio.example.evil"]
+)
+def test_pages_of_other_origins_are_refused(server, origin):
+    answer = server.http.post("/v1/videos", data={"prompt": "a fox"}, headers={"Origin": origin})
+    assert answer.status_code == 403
+    assert server.http.delete("/v1/videos/x", headers={"Origin": origin}).status_code == 403
+    with pytest.raises(InvalidStatus, match="403"), server.realtime(origin=origin):
+        pass
+
+
+def test_its_own_pages_and_allowed_ones_are_served(server):
+    for origin in (server.url, "https://studio.example", "HTTPS://Studio.Example"):
+        assert server.http.post("/v1/videos", json={"prompt": "a fox"}, headers={"Origin": origin}).status_code == 200
+        with server.realtime(origin=origin):
+            pass
+
+
+def test_answers_carry_security_headers(server):
+    for path in ("/healthz", "/v1/videos", "/nowhere"):
+        headers = server.http.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        policy = dict(part.strip().partition(" ")[::2] for part in headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == "'self'"
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["cache-control"] == "no-store"
+        assert "server" not in headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("POST", "/healthz", 405),
+        ("PUT", "/v1/videos", 405),
+        ("GET", "/v1/videos/", 404),
+        ("GET", "/docs", 404),
+    ],
+)
+def test_errors_have_one_shape(server, method, path, status):
+    answer = server.http.request(method, path)
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_metrics_are_there_before_anything_happens(server):
+    text = server.http.get("/metrics").text
+    for name in (
+        *("causalrt_first_frame_seconds_bucket", "causalrt_chunk_seconds_bucket", "causalrt_queue_length"),
+        *("causalrt_sessions", "causalrt_kv_bytes", "causalrt_dropped_frames_total", "causalrt_jobs", "causalrt_ready"),
+    ):
+        assert re.search(f"^{name}[ {{]", text, re.MULTILINE), name
+    for stage in ("whole", "queue", "text", "denoise", "exchange", "gather", "decode", "hand_over", "encode"):
+        assert f'stage="{stage}"' in text

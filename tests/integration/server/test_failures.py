@@ -1,0 +1,122 @@
+"""What becomes of requests when the ranks die, and when the server ends."""
+
+import pytest
+from fake_engine import FakeEngine
+from running import Running, until
+
+from causalrt.errors import RankError, RequestError
+from causalrt.runtime.server.run import listen
+
+
+def test_ranks_that_die_fail_what_runs_and_come_back():
+    engine = FakeEngine(max_sessions=2)
+    engine.hold()
+    with Running(engine, reload_after_s=0.3) as server, server.realtime() as client:
+        job = server.post(seconds=1).json()["id"]
+        client.start()
+        client.next("started")
+        queued = server.post(seconds=1).json()["id"]
+        engine.die()
+        failed = server.finished(job)
+        assert (failed["status"], failed["error"]["code"]) == ("failed", "not_ready")
+        assert "rank 0" not in failed["error"]["message"]
+        assert client.next("error")["code"] == "not_ready"
+        answer = server.http.get("/readyz")
+        assert (answer.status_code, answer.json()["status"]) == (503, "not ready")
+        assert server.http.get("/healthz").status_code == 200
+        refused = server.post()
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+        until(lambda: server.http.get("/readyz").status_code == 200, "the reload")
+        assert engine.closed
+        assert server.finished(queued)["status"] == "completed"  # it had waited
+        assert server.finished(server.post(seconds=1).json()["id"])["status"] == "completed"
+        client.start(chunks=1)
+        assert client.next("ended")["reason"] == "done"
+        assert server.metric("causalrt_engine_reloads_total") == 1
+
+
+def test_dead_ranks_are_seen_without_a_request():
+    engine = FakeEngine()
+    with Running(engine, reload_after_s=60) as server:
+        engine.rank_pids = [2**22 + 1]  # beyond what Linux hands out
+        until(lambda: server.metric("causalrt_ready") == 0)
+        assert engine.closed or until(lambda: engine.closed)
+
+
+def test_an_engine_that_cannot_be_loaded_again_stays_lost():
+    tried = []
+
+    def load():
+        tried.append(1)
+        raise RankError("no GPU is left")
+
+    engine = FakeEngine()
+    engine.hold()
+    with Running(engine, load=load, reload_after_s=0.01, reload_attempts=2) as server:
+        job, waiting = (server.post(seconds=1).json()["id"] for _ in range(2))
+        engine.die()
+        assert server.finished(job)["status"] == server.finished(waiting)["status"] == "failed"
+        until(lambda: server.services.host.state == "lost")
+        assert len(tried) == 2
+        answer = server.http.get("/readyz")
+        assert answer.status_code == 503
+        assert "could not be started again" in answer.json()["detail"]
+        assert server.post().status_code == 503
+
+
+# ---- the end
+
+
+def test_draining_finishes_what_runs_and_takes_nothing_new():
+    engine = FakeEngine(max_sessions=2)
+    engine.hold()
+    with Running(engine) as server, server.realtime() as client, server.realtime() as idle:
+        job = server.post(seconds=1).json()["id"]
+        client.start(chunks=2)
+        client.next("started")
+        queued = server.post(seconds=1).json()["id"]
+        server.end()
+        assert idle.closed() == 1001
+        until(lambda: server.http.get("/readyz").status_code == 503)
+        assert server.post().status_code == 503
+        failed = server.finished(queued)
+        assert (failed["status"], failed["error"]["code"]) == ("failed", "server_shutdown")
+        assert server.video(job)["status"] == "in_progress"
+        engine.let(10)
+        assert client.next("ended")["reason"] == "done"
+        assert client.closed() == 1001
+        server.ended()
+        assert engine.closed
+        assert not engine.open_sessions
+
+
+def test_draining_ends_what_takes_too_long(tmp_path):
+    engine = FakeEngine(max_sessions=2)
+    engine.hold()
+    with Running(engine, grace_s=0.2, spool=tmp_path / "spool") as server, server.realtime() as client:
+        job = server.post(seconds=5).json()["id"]
+        client.start()
+        client.next("started")
+        server.end()
+        until(lambda: server.services.generator.stopping == 2, "the end of the grace time")
+        engine.let(2)  # the chunks that are under way
+        ended = client.next("ended")
+        assert (ended["reason"], ended["chunks"]) == ("draining", 1)
+        assert client.closed() == 1001
+        server.ended()
+        assert engine.closed
+        assert server.services.jobs.get(job, "anonymous").error_code == "server_shutdown"
+        assert not list((tmp_path / "spool").glob("*.mp4*"))
+
+
+def test_a_bundle_without_a_vae_is_refused():
+    engine = FakeEngine()
+    engine.has_vae = False
+    with pytest.raises(RequestError, match="no VAE"), Running(engine):
+        pass
+
+
+def test_an_address_that_is_taken_is_an_error():
+    taken = listen("127.0.0.1", 0, send_buffer_bytes=4096)
+    with taken, pytest.raises(RequestError, match="choose another"):
+        listen("127.0.0.1", taken.getsockname()[1], send_buffer_bytes=4096)

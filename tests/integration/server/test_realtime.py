@@ -1,0 +1,328 @@
+"""Real-time sessions over a WebSocket, against a fake engine."""
+
+import io
+import json
+import re
+import time
+
+import av
+import pytest
+from fake_engine import FakeEngine
+from running import Running, until
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from causalrt.runtime.server import run
+from causalrt.runtime.video_file import boxes
+
+
+@pytest.fixture
+def held():
+    """A server whose chunks come when the test lets them."""
+    engine = FakeEngine(max_sessions=1)
+    engine.hold()
+    with Running(engine) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Running() as running:
+        yield running
+
+
+def frames_in(media):
+    with av.open(io.BytesIO(b"".join(media))) as container:
+        return [frame.pts * frame.time_base for frame in container.decode(video=0)]
+
+
+def test_a_video_arrives_while_it_is_made(held):
+    with held.realtime() as client:
+        ready = client.ready
+        assert (ready["width"], ready["height"], ready["fps"]) == (48, 32, 16)
+        assert (ready["max_prompt_chars"], ready["max_chunks"]) == (2000, 7)
+        client.start(seed=3, chunks=3)
+        started = client.next("started")
+        assert (started["seed"], started["chunks"]) == (3, 3)
+        held.engine.let(1)
+        first = client.next("chunk")
+        assert (first["index"], first["frames"]) == (0, 9)
+        assert set(first["stages"]) == {
+            "queue",
+            "text",
+            "denoise",
+            "exchange",
+            "gather",
+            "decode",
+            "hand_over",
+            "encode",
+        }
+        assert (first["stages"]["denoise"], first["stages"]["exchange"]) == (3.0, None)
+        assert first["first_frame_ms"] > 0
+        assert len(frames_in(client.media)) == 8  # the muxer keeps one back
+        held.engine.let(2)
+        second = client.next("chunk")
+        assert (second["index"], second["frames"]) == (1, 12)
+        assert "first_frame_ms" not in second
+        assert "text" not in second["stages"]
+        ended = client.next("ended")
+        assert (ended["reason"], ended["chunks"]) == ("done", 3)
+        assert frames_in(client.media) == [number / 16 for number in range(33)]
+        assert [name for name, _ in boxes(client.media[0])] == ["ftyp", "moov"]
+        for part in client.media[1:-1]:
+            assert [name for name, _ in boxes(part)] == ["moof", "mdat"]
+        assert ready["mime"].startswith('video/mp4; codecs="avc1.')
+
+
+def test_one_after_the_other_on_a_connection(server):
+    with server.realtime() as client:
+        for seed in range(3):
+            client.media.clear()
+            client.start(seed=seed, chunks=2)
+            assert client.next("ended")["reason"] == "done"
+            assert len(frames_in(client.media)) == 21
+    until(lambda: server.engine.open_sessions == 0)
+
+
+def test_without_a_number_the_horizon_is_filled(server):
+    with server.realtime() as client:
+        client.start()
+        assert client.next("started")["chunks"] == 7
+        assert client.next("ended")["chunks"] == 7
+
+
+def test_a_bundle_without_an_end_goes_on_until_it_is_stopped():
+    changes = {"video.time_index": "relative", "video.window_frames": "9"}
+    with Running(FakeEngine(changes=changes)) as server, server.realtime() as client:
+        assert client.ready["max_chunks"] is None
+        client.start()
+        assert client.next("started")["chunks"] is None
+        client.next("chunk", index=40)
+        client.send("stop")
+        ended = client.next("ended")
+        assert ended["reason"] == "stopped"
+        assert ended["chunks"] > 40
+
+
+def test_a_switch_acts_from_the_next_chunk_on(held):
+    with held.realtime() as client:
+        client.start()
+        held.engine.let(2)
+        client.next("chunk", index=1)
+        client.send("switch", prompt="a bear", policy="recache")
+        held.engine.let(1)  # the chunk that is under way
+        switched = client.next("switched")
+        assert (switched["from_chunk"], switched["policy"]) == (3, "recache")
+        assert held.engine.switches == [(0, 3, "recache")]
+        client.send("switch", prompt="unencodable")
+        held.engine.let(1)
+        assert client.next("error")["code"] == "bad_request"
+        held.engine.let(5)
+        assert client.next("ended")["chunks"] == 7
+
+
+def test_pause_holds_the_generator_and_resume_goes_on(held):
+    with held.realtime() as client:
+        client.start()
+        held.engine.let(1)
+        client.next("chunk")
+        client.send("pause")
+        held.engine.let(5)
+        client.next("paused")
+        made = held.engine.made[0]
+        time.sleep(0.2)
+        assert held.engine.made[0] == made <= 3
+        client.send("switch", prompt="a bear")  # may be asked for meanwhile
+        client.next("switched")
+        client.send("resume")
+        client.next("resumed")
+        held.engine.let(5)
+        assert client.next("ended")["chunks"] == 7
+
+
+def test_a_pause_does_not_last_for_ever():
+    with Running(FakeEngine(max_sessions=1), pause_s=0.2) as server, server.realtime() as client:
+        server.engine.hold()
+        client.start()
+        client.next("started")
+        client.send("pause")
+        server.engine.let(1)
+        assert client.next("ended")["reason"] == "stalled"
+        until(lambda: server.engine.open_sessions == 0)
+
+
+def test_stop_ends_before_the_next_chunk(held):
+    with held.realtime() as client:
+        client.start()
+        held.engine.let(1)
+        client.next("chunk")
+        client.send("stop")
+        held.engine.let(1)
+        assert client.next("ended")["reason"] == "stopped"
+        assert held.engine.made[0] == 2
+        until(lambda: held.engine.open_sessions == 0)
+
+
+def test_waiting_clients_are_told_their_place(held):
+    with held.realtime() as first, held.realtime() as second, held.realtime() as third:
+        first.start(chunks=1)
+        first.next("started")
+        second.start(chunks=1)
+        assert second.next("queued")["position"] == 1
+        third.start(chunks=1)
+        assert third.next("queued")["position"] == 2
+        second.send("stop")
+        assert second.next("ended") == {"type": "ended", "reason": "stopped", "chunks": 0}
+        assert third.next("queued")["position"] == 1
+        held.engine.let(2)
+        assert first.next("ended")["reason"] == third.next("ended")["reason"] == "done"
+        assert held.engine.most_open == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        ("{", "JSON"),
+        ("[]", "object"),
+        ('{"type": "fly"}', "tag 'fly'"),
+        ('{"type": "start"}', "prompt: Field required"),
+        ('{"type": "start", "prompt": 1}', "prompt: Input should be a valid string"),
+        ('{"type": "start", "prompt": ""}', "empty"),
+        ('{"type": "start", "prompt": "\\u0000"}', "U[+]0000"),
+        (json.dumps({"type": "start", "prompt": "x" * 2001}), "2000 characters"),
+        ('{"type": "start", "prompt": "x", "chunks": 8}', "chunks must be 1 to 7"),
+        ('{"type": "start", "prompt": "x", "chunks": 0}', "chunks must be 1 to 7"),
+        ('{"type": "start", "prompt": "x", "seed": -1}', "seed: Input should be greater"),
+        ('{"type": "start", "prompt": "x", "seed": "1"}', "seed: Input should be a valid integer"),
+        ('{"type": "start", "prompt": "x", "more": 1}', "more: Extra inputs"),
+        ('{"type": "pause"}', "no generation to pause"),
+        ('{"type": "stop"}', "no generation to stop"),
+        ('{"type": "switch", "prompt": "x"}', "no generation to switch"),
+        (b"\x00", "JSON"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_the_connection_stays(server, message, complaint):
+    with server.realtime() as client:
+        client.socket.send(message)
+        error = client.next("error")
+        assert error["code"] == "bad_request"
+        assert re.search(complaint, error["message"])
+        client.start(chunks=1)
+        assert client.next("ended")["reason"] == "done"
+
+
+def test_a_second_start_is_refused_and_the_first_goes_on(held):
+    with held.realtime() as client:
+        client.start(chunks=1)
+        client.start(chunks=1)
+        assert "runs already" in client.next("error")["message"]
+        held.engine.let(1)
+        assert client.next("ended")["reason"] == "done"
+
+
+def test_too_many_switches_are_refused(held):
+    with held.realtime() as client:
+        client.start()
+        client.next("started")
+        for _ in range(5):
+            client.send("switch", prompt="a bear")
+        error = client.next("error")
+        assert (error["code"], error["retry_after_s"]) == ("busy", 1)
+        held.engine.let(10)
+        client.next("ended")
+        assert len(held.engine.switches) == 4
+
+
+def test_a_message_that_is_too_big_ends_the_connection(server):
+    with server.realtime() as client:
+        client.socket.send("x" * 65_537)
+        assert client.closed() == 1009
+
+
+# ---- readers that are slow, stalled, or gone
+
+
+def test_a_slow_reader_stops_the_generator_and_gets_every_frame():
+    engine = FakeEngine(changes={"video.latent_height": "40", "video.latent_width": "60"})
+    with Running(engine, send_buffer_bytes=4096) as server, server.realtime(max_queue=1) as client:
+        client.start(chunks=7)
+        client.next("started")
+        made = until(lambda: (a := engine.made.get(0, 0)) and time.sleep(0.5) is None and engine.made[0] == a and a)
+        assert made < 7  # it waits for the reader
+        assert client.next("ended")["chunks"] == 7
+        assert len(frames_in(client.media)) == 9 + 6 * 12
+        assert server.metric("causalrt_dropped_frames_total") == 0
+
+
+def test_a_stalled_reader_is_given_up_and_its_session_freed(monkeypatch):
+    monkeypatch.setattr(run, "LINGER_S", 0.2)
+    engine = FakeEngine(max_sessions=1, changes={"video.latent_height": "40", "video.latent_width": "60"})
+    with (
+        Running(engine, send_buffer_bytes=4096, stall_s=0.5) as server,
+        server.realtime(max_queue=1, close_timeout=0.2) as client,
+    ):
+        client.start(chunks=7)
+        client.next("started")  # and reads nothing more
+        until(lambda: engine.open_sessions == 1)
+        until(lambda: engine.open_sessions == 0, "freeing the session")
+        assert engine.made[0] < 7
+        with server.realtime() as other:
+            other.start(chunks=1)
+            assert other.next("ended")["reason"] == "done"
+        until(lambda: server.metric("causalrt_connections") == 0, "ending the connection")
+        assert server.metric('causalrt_generations_total{kind="realtime",reason="stalled"}') == 1
+        assert server.metric("causalrt_dropped_frames_total") > 0
+
+
+def test_a_stalled_reader_that_comes_back_is_told():
+    engine = FakeEngine(max_sessions=1, changes={"video.latent_height": "40", "video.latent_width": "60"})
+    with Running(engine, send_buffer_bytes=4096, stall_s=0.3) as server, server.realtime(max_queue=1) as client:
+        client.start(chunks=7)
+        until(lambda: engine.open_sessions == 1)
+        until(lambda: engine.open_sessions == 0)
+        assert client.closed() == 4408
+
+
+@pytest.mark.parametrize("how", ["politely", "abruptly"])
+def test_a_client_that_vanishes_in_mid_chunk_frees_its_session_within_it(held, how):
+    with held.realtime() as client:
+        client.start()
+        held.engine.let(1)
+        client.next("chunk")
+        if how == "politely":
+            client.socket.close()
+        else:
+            client.socket.socket.close()
+    until(lambda: held.services.generator.stopping, "noticing")
+    assert held.engine.open_sessions == 1  # the chunk is under way
+    held.engine.let(1)
+    until(lambda: held.engine.open_sessions == 0, "freeing the session")
+    assert held.engine.made == {0: 2}
+    with held.realtime() as other:
+        other.start(chunks=1)
+        held.engine.let(1)
+        assert other.next("ended")["reason"] == "done"
+
+
+def test_a_client_that_vanishes_from_the_queue_leaves_it(held):
+    with held.realtime() as client, held.realtime() as waiting:
+        client.start(chunks=1)
+        client.next("started")
+        waiting.start(chunks=1)
+        waiting.next("queued")
+        waiting.socket.close()
+        until(lambda: held.services.admission.waiting == 0, "leaving")
+        held.engine.let(1)
+        client.next("ended")
+    assert len(held.engine.sessions) == 1
+
+
+def test_connections_are_limited():
+    with Running(max_connections=1) as server, server.realtime(), server.realtime(ready=False) as second:
+        assert second.next("error")["code"] == "busy"
+        assert second.closed() == 4429
+
+
+def test_a_handshake_at_another_path_is_refused(server):
+    with pytest.raises(InvalidStatus):
+        connect(server.url.replace("http", "ws") + "/v1/other")

@@ -1,0 +1,312 @@
+"""Video jobs over HTTP, against a fake engine."""
+
+import io
+import json
+import os
+import re
+import time
+
+import av
+import httpx
+import pytest
+from fake_engine import FakeEngine
+from running import Running, until
+
+from causalrt.errors import RequestError
+from causalrt.runtime.server.spool import Spool
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Running() as running:
+        yield running
+
+
+def frames_of(data):
+    with av.open(io.BytesIO(data)) as container:
+        return [frame.pts * frame.time_base for frame in container.decode(video=0)]
+
+
+def test_a_job_from_request_to_file(server):
+    before = time.time()
+    answer = server.post(seconds="2", seed=7, size="48x32", model="causalrt")
+    assert answer.status_code == 200
+    job = answer.json()
+    assert job == {
+        "object": "video",
+        "model": "causalrt",
+        "prompt": "a fox",
+        "seconds": "2",
+        "size": "48x32",
+        "seed": 7,
+        "status": "queued",
+        "progress": 0,
+        "error": None,
+        "remixed_from_video_id": None,
+        "id": job["id"],
+        "created_at": job["created_at"],
+        "completed_at": None,
+        "expires_at": None,
+    }
+    assert before - 1 < job["created_at"] < before + 30
+    done = server.finished(job["id"])
+    assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None)
+    assert done["created_at"] <= done["completed_at"] < done["expires_at"]
+    content = server.http.get(f"/v1/videos/{job['id']}/content")
+    assert content.headers["content-type"] == "video/mp4"
+    assert frames_of(content.content) == [number / 16 for number in range(32)]  # two seconds, no frame more
+
+
+def test_a_video_is_served_in_ranges(server):
+    job = server.finished(server.post(seconds=1).json()["id"])
+    url = f"/v1/videos/{job['id']}/content"
+    whole = server.http.get(url)
+    assert server.http.head(url).headers["content-length"] == str(len(whole.content))
+    part = server.http.get(url, headers={"Range": "bytes=4-7"})
+    assert (part.status_code, part.content) == (206, b"ftyp")
+    assert part.headers["content-range"] == f"bytes 4-7/{len(whole.content)}"
+    tail = server.http.get(url, headers={"Range": "bytes=-10", "If-Range": whole.headers["etag"]})
+    assert tail.content == whole.content[-10:]
+    assert server.http.get(url, headers={"Range": f"bytes={10**9}-"}).status_code == 416
+    assert server.http.get(url, params={"variant": "thumbnail"}).status_code == 400
+
+
+def test_a_form_is_as_good_as_json(server):
+    form = {name: (None, value) for name, value in {"prompt": "a fox", "seconds": "1.5", "seed": "3"}.items()}
+    job = server.http.post("/v1/videos", files=form).json()
+    assert (job["seconds"], job["seed"]) == ("1.5", 3)
+    assert server.http.post("/v1/videos", data={"prompt": "a fox"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": None}, "prompt", "must be a text"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": "  \n"}, "prompt", "empty"),
+        ({"prompt": "x" * 2001}, "prompt", "2000 characters, got 2001"),
+        ({"prompt": "a\x00b"}, "prompt", "U[+]0000"),
+        ({"prompt": "\ud800"}, "prompt", "U[+]D800"),
+        ({"prompt": ["a"]}, "prompt", "must be a text"),
+        ({"size": "1280x720"}, "size", "48x32 alone"),
+        ({"model": "sora-2"}, "model", "causalrt"),
+        ({"seconds": "0"}, "seconds", "at most 5.062"),
+        ({"seconds": "-1"}, "seconds", "at most 5.062"),
+        ({"seconds": "6"}, "seconds", "at most 5.062"),
+        ({"seconds": "1e1"}, "seconds", "at most"),
+        ({"seconds": float("nan")}, "seconds", "at most"),
+        ({"seconds": True}, "seconds", "at most"),
+        ({"seed": -1}, "seed", "whole number"),
+        ({"seed": 2**64}, "seed", "whole number"),
+        ({"seed": True}, "seed", "whole number"),
+        ({"seed": 1.5}, "seed", "whole number"),
+        ({"input_reference": "x"}, "input_reference", "unknown parameter"),
+        ({"\ud800": "x"}, "\\ud800", "unknown parameter"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_400(server, fields, param, message):
+    body = json.dumps({"prompt": "a fox", **fields})
+    answer = server.http.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert re.search(message, error["message"])
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b"[" * 60_000, "application/json", 400),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "application/json", 400),
+        (b"\xff", "application/json", 400),
+        (b"", "application/json", 400),
+        (b"prompt", "text/plain", 415),
+        (b"no form", "multipart/form-data", 400),
+        (b"no form", "multipart/form-data; boundary=x", 400),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="prompt"; filename="a"\r\n\r\nA\r\n--x--\r\n',
+            "multipart/form-data; boundary=x",
+            400,
+        ),
+        (b"prompt=a&prompt=b", "application/x-www-form-urlencoded", 400),
+        (b" " * 65537, "application/json", 413),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused(server, body, kind, status):
+    answer = server.http.post("/v1/videos", content=body, headers={"Content-Type": kind})
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+def test_a_body_without_a_length_is_limited_too(server):
+    answer = server.http.post(
+        "/v1/videos", content=(b" " * 1000 for _ in range(100)), headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "video_" + "0" * 32,
+        "x",
+        "..",
+        "../../etc/passwd",
+        "%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+        "video_%00",
+        "%ff",
+        "video_" + "a" * 5000,
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_an_unknown_id_is_404_whatever_it_looks_like(server, name, method):
+    for tail in ("", "/content"):
+        if method == "DELETE" and tail:
+            continue
+        # httpx would tidy dots away: the path is sent as it stands.
+        url = httpx.URL(server.url).copy_with(raw_path=f"/v1/videos/{name}{tail}".encode())
+        answer = server.http.request(method, url)
+        assert answer.status_code in (404, 405)
+        assert "root:" not in answer.text
+
+
+def test_lists_are_paged(server):
+    made = [server.post(seconds=1).json()["id"] for _ in range(3)]
+    for video_id in made:
+        server.finished(video_id)
+    newest = server.http.get("/v1/videos", params={"limit": 2}).json()
+    assert [job["id"] for job in newest["data"]] == made[:0:-1]
+    assert (newest["first_id"], newest["last_id"], newest["has_more"]) == (made[2], made[1], True)
+    following = server.http.get("/v1/videos", params={"limit": 1, "after": made[1]}).json()
+    assert [job["id"] for job in following["data"]] == [made[0]]
+    oldest = server.http.get("/v1/videos", params={"order": "asc", "limit": 100}).json()
+    assert [job["id"] for job in oldest["data"]][-3:] == made
+    assert server.http.get("/v1/videos", params={"limit": 0}).status_code == 400
+    assert server.http.get("/v1/videos", params={"after": "x"}).status_code == 400
+
+
+def test_a_deleted_video_is_gone_with_its_file(server):
+    job = server.finished(server.post(seconds=1).json()["id"])
+    assert server.http.delete(f"/v1/videos/{job['id']}").json() == {
+        "id": job["id"],
+        "object": "video.deleted",
+        "deleted": True,
+    }
+    assert server.http.get(f"/v1/videos/{job['id']}/content").status_code == 404
+    assert not [path for path in server.services.spool.folder.iterdir() if job["id"] in path.name]
+
+
+def test_the_spool_is_private(server):
+    server.finished(server.post(seconds=1).json()["id"])
+    folder = server.services.spool.folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_prompt_that_cannot_be_encoded_fails_its_job_alone(server):
+    job = server.finished(server.post(prompt="unencodable").json()["id"])
+    assert (job["status"], job["error"]["code"]) == ("failed", "invalid_value")
+    answer = server.http.get(f"/v1/videos/{job['id']}/content")
+    assert answer.status_code == 404
+    assert "cannot be encoded" in answer.json()["error"]["message"]
+    assert server.finished(server.post(seconds=1).json()["id"])["status"] == "completed"
+
+
+# ---- jobs under way
+
+
+def test_progress_and_deletion_of_a_job_that_runs():
+    engine = FakeEngine(max_sessions=1)
+    engine.hold()
+    with Running(engine) as server:
+        first, second, third = (server.post(seconds=5).json()["id"] for _ in range(3))
+        engine.let(2)
+        until(lambda: server.video(first)["progress"] == 2 * 100 // 7)
+        assert server.video(first)["status"] == "in_progress"
+        assert server.video(second)["status"] == "queued"
+        answer = server.http.get(f"/v1/videos/{first}/content")
+        assert (answer.status_code, answer.headers["retry-after"]) == (409, "1")
+        assert server.metric("causalrt_queue_length") == 2
+        assert server.metric('causalrt_jobs{status="in_progress"}') == 1
+        assert server.metric("causalrt_kv_bytes") == 1000
+        server.http.delete(f"/v1/videos/{second}")  # it waits
+        server.http.delete(f"/v1/videos/{first}")  # it runs, and ends with the chunk it is in
+        engine.let(8)
+        assert server.finished(third)["status"] == "completed"
+        assert engine.made == {0: 3, 1: 7}
+        assert [path.suffix for path in server.services.spool.folder.glob("video_*")].count(".mp4") == 1
+        assert not list(server.services.spool.folder.glob("*.partial"))
+
+
+def test_finished_jobs_outlive_a_server_and_halves_do_not(tmp_path):
+    engine = FakeEngine()
+    with Running(engine, spool=tmp_path / "spool", grace_s=0.0) as server:
+        kept = server.finished(server.post(seconds=1).json()["id"])
+        engine.hold()
+        engine.let(1)
+        broken = server.post(seconds=5).json()["id"]
+        until(lambda: server.video(broken)["progress"])
+        assert list((tmp_path / "spool").glob("*.partial"))
+        server.end()
+        engine.let(1)
+        server.ended()
+        assert not list((tmp_path / "spool").glob("*.partial"))
+    (tmp_path / "spool" / ".left.mp4.x.partial").touch()
+    (tmp_path / "spool" / f"video_{'0' * 32}.mp4").touch()
+    (tmp_path / "spool" / f"video_{'1' * 32}.json").write_text("{")
+    with Running(spool=tmp_path / "spool") as server:
+        assert server.video(kept["id"]) == kept
+        assert frames_of(server.http.get(f"/v1/videos/{kept['id']}/content").content)
+        found = server.video(broken)
+        assert (found["status"], found["error"]["code"]) == ("failed", "server_shutdown")
+        names = sorted(path.name for path in (tmp_path / "spool").iterdir())
+        assert names == sorted([".lock", f"{kept['id']}.json", f"{kept['id']}.mp4", f"{broken}.json"])
+        with pytest.raises(RequestError, match="another server uses"):
+            Spool(tmp_path / "spool")
+
+
+def test_jobs_expire():
+    with Running(job_ttl_s=0.5) as server:
+        job = server.finished(server.post(seconds=1).json()["id"])
+        until(lambda: server.services.jobs.expire() or not server.http.get("/v1/videos").json()["data"])
+        assert server.http.get(f"/v1/videos/{job['id']}").status_code == 404
+        assert not list(server.services.spool.folder.glob("video_*"))
+
+
+@pytest.mark.parametrize("limit", [{"max_jobs": 1}, {"max_spool_bytes": 1}])
+def test_a_full_spool_takes_no_job(limit):
+    with Running(**limit) as server:
+        job = server.finished(server.post(seconds=1).json()["id"])
+        refused = server.post()
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "spool_full"
+        assert 80_000 < int(refused.headers["retry-after"]) <= 86_400
+        server.http.delete(f"/v1/videos/{job['id']}")
+        assert server.post().status_code == 200
+
+
+def test_a_disk_that_cannot_be_written_is_503_or_fails_the_job(tmp_path):
+    with Running(spool=tmp_path / "spool") as server:
+        folder = server.services.spool.folder
+        folder.rename(tmp_path / "away")
+        assert server.post().status_code == 503
+        (tmp_path / "away").rename(folder)
+        server.engine.hold()
+        job = server.post(seconds=5).json()["id"]
+        until(lambda: list(folder.glob("*.partial")))
+        folder.rename(tmp_path / "away")
+        server.engine.let(10)
+        failed = server.finished(job)
+        assert (failed["status"], failed["error"]["code"]) == ("failed", "video_failed")
+        assert str(tmp_path) not in failed["error"]["message"]
+        (tmp_path / "away").rename(folder)
+
+
+def test_spools_that_cannot_be_used_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="--spool"):
+        Spool(tmp_path / "file")
+    if os.geteuid():
+        with pytest.raises(RequestError, match="--spool"):
+            Spool(tmp_path / "nowhere")
