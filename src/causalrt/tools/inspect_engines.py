@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
                     "lone_step": describe_step(bundle, [networks[name] for name in files.lone_step], lone=True)
                     if files.lone_step
                     else None,
-                    "bytes_per_rank": _bytes_per_rank(bundle, flavour, networks),
+                    "bytes_per_rank": _bytes_per_rank(bundle, flavour, networks, files.lone_step),
                     "inspector": inspect_on_gpu(bundle, flavour, target, files),
                 }
             )
@@ -125,9 +125,13 @@ def check_constants(bundle: Bundle, networks: list[NetworkRecord], *, lone: bool
     }
 
 
-def _bytes_per_rank(bundle: Bundle, flavour: str, networks: Mapping[str, NetworkRecord]) -> dict[str, int]:
+def _bytes_per_rank(
+    bundle: Bundle, flavour: str, networks: Mapping[str, NetworkRecord], lone_step: Sequence[str]
+) -> dict[str, int]:
     """Bytes of one rank with one session; the activations are an estimate, which only a GPU can replace."""
-    inputs = {entry.name: entry for network in networks.values() for entry in network.inputs}
+    # A lone frame's step may be bound to less of the slots than a chunk's, never to more.
+    sessions = [network for name, network in networks.items() if name not in lone_step]
+    inputs = {entry.name: entry for network in sessions for entry in network.inputs}
     rows = bundle.config.slot_rows
 
     def total(*prefixes: str) -> int:
