@@ -196,7 +196,7 @@ class Engine:
         world_size = bundle.config.build.world_size
         cores = len(os.sched_getaffinity(0))
         self.num_threads = num_threads or max(1, cores // world_size)
-        self.memory = predict_memory(bundle.config, executor)
+        self.memory = predict_memory(bundle.config, executor, device=device)
         self.decoder_memory = decoder_memory(bundle, executor) if decodes else None
         fitting = UNLIMITED
         if device == "cpu":

@@ -102,7 +102,7 @@ class RankServer:
             torch.cuda.set_stream(stream)  # on the default one, TensorRT would wait for the device
         self._bundle = open_bundle(command.bundle, verify=False)
         if device.type == "cuda":
-            check_device_memory(predict_memory(self._bundle.config, command.executor), device)
+            check_device_memory(predict_memory(self._bundle.config, command.executor, device="cuda"), device)
         if self._world_size > 1:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",

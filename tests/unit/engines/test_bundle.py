@@ -31,16 +31,20 @@ CONTENTS = {
 }
 
 
-def fill(folder, contents=CONTENTS, vae=None):
+LONE = override(CONFIG, {"video.horizon_frames": "13", "video.independent_first_frame": "true"})
+LONE_GRAPHS = GRAPHS | {"lone_segments": [{"file": "lone-step-000.onnx", "sent": None, "received": None}]}
+
+
+def fill(folder, contents=CONTENTS, *, config=CONFIG, graphs=GRAPHS, vae=None):
     for name, data in contents.items():
         (folder / name).write_bytes(data)
     executors = ("eager", "onnxruntime")
-    write_manifest(folder, config=CONFIG, plugins=False, executors=executors, graphs=GRAPHS, engines={}, vae=vae)
+    write_manifest(folder, config=config, plugins=False, executors=executors, graphs=graphs, engines={}, vae=vae)
 
 
 def make_bundle(target, *, overwrite=False, contents=CONTENTS, then=lambda: None, vae=None):
     with new_bundle(target, overwrite=overwrite, needed_bytes=0) as folder:
-        fill(folder, contents, vae)
+        fill(folder, contents, vae=vae)
         then()
     return target
 
@@ -437,4 +441,33 @@ def test_a_bundle_of_another_layout(made, field):
 def test_a_graph_file_that_is_not_listed(made):
     edit_manifest(made, lambda m: m["graphs"]["segments"][0].update(file="../evil.onnx"), sign=True)
     with pytest.raises(BundleError, match=r"evil\.onnx"):
+        open_bundle(made)
+
+
+def lone_bundle(target, graphs=LONE_GRAPHS, config=LONE):
+    with new_bundle(target, overwrite=False, needed_bytes=0) as folder:
+        fill(folder, CONTENTS | {"lone-step-000.onnx": b"graph"}, config=config, graphs=graphs)
+    return target
+
+
+def test_a_bundle_with_a_lone_first_frame(tmp_path):
+    opened = open_bundle(lone_bundle(tmp_path / "b"))
+    assert [part.file for part in opened.segments] == ["step-000.onnx"]
+    assert [part.file for part in opened.lone_segments] == ["lone-step-000.onnx"]
+    layout = json.loads((opened.path / MANIFEST).read_text())["layout"]
+    assert (layout["local_tokens"], layout["lone"]["local_tokens"]) == (9, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "graphs"), [(LONE, GRAPHS), (CONFIG, LONE_GRAPHS)], ids=["its graph is missing", "there is none"]
+)
+def test_graphs_that_do_not_fit_the_lone_first_frame(tmp_path, config, graphs):
+    with pytest.raises(BundleError, match="do not fit the graphs"):
+        open_bundle(lone_bundle(tmp_path / "b", graphs, config))
+
+
+def test_another_layout_of_the_lone_first_frame(tmp_path):
+    made = lone_bundle(tmp_path / "b")
+    edit_manifest(made, lambda m: m["layout"]["lone"].update(gather_rows=0), sign=True)
+    with pytest.raises(BundleError, match="layout"):
         open_bundle(made)

@@ -81,6 +81,18 @@ def test_prediction_grows_with_the_window_alone():
     assert after["kv_bytes"] * 7 == before["kv_bytes"] * 12
 
 
+@pytest.mark.parametrize(
+    ("executor", "device", "sets"),
+    [("eager", "cuda", 1), ("inductor", "cuda", 1), ("onnxruntime", "cpu", 1), ("onnxruntime", "cuda", 2)]
+    + [(flavour, "cuda", 2) for flavour in ("tensorrt", "tensorrt_rtx")],
+)
+def test_weights_of_a_lone_first_frame(executor, device, sets):
+    config = override(recipe("tiny"), {"video.horizon_frames": "13", "video.independent_first_frame": "true"})
+    one_set = num_parameters(config.model) * 4
+    assert predict_memory(config, executor, device=device).weights_bytes == sets * one_set
+    assert predict_memory(recipe("tiny"), executor, device=device).weights_bytes == one_set
+
+
 def test_onnxruntime_holds_the_scores():
     config = recipe("tiny")
     assert predict_memory(config, "eager").attention_bytes == 0
