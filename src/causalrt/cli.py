@@ -512,7 +512,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--text-encoder", type=Path, help="folder of umT5: Wan's released one, or the diffusers layout")
     made.add_argument("--out", required=True, type=Path, help="safetensors file to write, given frames included")
     made.add_argument(
-        "--given", type=Path, help="latents that the video begins with, whole chunks: what --out writes, say"
+        "--given",
+        type=Path,
+        help="latents that the video begins with: what --out writes, say, or one image, where a first frame is alone",
     )
     made.add_argument(
         "--switch",
