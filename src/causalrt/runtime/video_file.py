@@ -9,7 +9,7 @@ comes out with the next call: that is the whole lag. This module owns neither th
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from causalrt.engines.bundle import publish_file
 from causalrt.errors import ExecutorError, RequestError, VideoError
 
 Frames = torch.Tensor | npt.NDArray[np.uint8]
@@ -48,11 +47,10 @@ class Mp4Writer:
         check_picture(height=height, width=width, fps=fps)
         pyav()
         try:
-            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
+            self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.partial")
+            os.close(os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # and what the umask lets
         except OSError as error:
             raise RequestError(f"cannot write {path}: {error}; choose a file in an existing, writable folder") from None
-        os.close(handle)
-        self._partial = Path(name)
         with self._or_nothing():
             self._muxer = _Muxer(
                 str(self._partial),
@@ -90,7 +88,7 @@ class Mp4Writer:
             raise RequestError(f"no frames were written to {self.path}; a video needs at least one")
         with self._or_nothing():
             self._muxer.finish()
-            publish_file(self._partial, self.path)
+            self._partial.replace(self.path)
         self._open = False
 
     def discard(self) -> None:
