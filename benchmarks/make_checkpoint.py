@@ -1,6 +1,9 @@
 """Write a random checkpoint laid out as the released Self-Forcing file: {"generator_ema": {"model.<name>": float32}}.
 
     python benchmarks/make_checkpoint.py --recipe wan_1_3b_480p --seed 0 --out /tmp/random.pt
+    python benchmarks/make_checkpoint.py --recipe tiny --out trial/tiny.pt --vae trial --text-encoder trial
+
+For a trial, `--vae` and `--text-encoder` write small random ones beside it, in the layout of a diffusers folder.
 
 torch.save wants every tensor at once, 5.7 GB for the 1.3B model. So the file is first laid out without data, then
 mapped and filled tensor by tensor.
@@ -16,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from causalrt.config import RECIPES, ModelConfig, override, recipe
 from causalrt.export.checkpoint import model_shapes
+from causalrt.export.random_encoders import SMALL_VAE, random_vae, write_text_encoder
 from causalrt.export.random_weights import random_weights
 
 
@@ -46,9 +50,16 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as model.num_layers=2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, help="folder for a small VAE")
+    parser.add_argument("--text-encoder", type=Path, help="folder for a small text encoder")
     args = parser.parse_args()
-    changes = dict(change.split("=", 1) for change in args.set)
-    make_checkpoint(override(recipe(args.recipe), changes).model, seed=args.seed, out=args.out)
+    model = override(recipe(args.recipe), dict(change.split("=", 1) for change in args.set)).model
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    make_checkpoint(model, seed=args.seed, out=args.out)
+    if args.vae is not None:
+        random_vae(SMALL_VAE, seed=args.seed).save_pretrained(args.vae / "vae")
+    if args.text_encoder is not None:
+        write_text_encoder(args.text_encoder, text_dim=model.text_dim, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.export.engine_worker import build_engine
-from causalrt.export.random_weights import random_vae
+from causalrt.export.random_encoders import random_vae
 from causalrt.export.vae import vae_engine_requests, write_vae
 from causalrt.model.vae import StreamingDecoder, cache_bytes
 from causalrt.model.vae_checkpoint import VaeConfig

@@ -108,7 +108,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         found = inspect_bundle(
             arguments.bundle, kernels=arguments.target if arguments.kernels else None, on_progress=progress
         )
-    tables = [table for engines in found["engines"] for table in engines["step"]["constants"].values()]
+    steps = [step for engines in found["engines"] for step in (engines["step"], engines["lone_step"]) if step]
+    tables = [table for step in steps for table in step["constants"].values()]
     code = 0 if all(table["equal_constants"] for table in tables) else EXIT_FAILED
     if arguments.json:
         print(json.dumps(found))
@@ -145,21 +146,36 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
-    step, name = engines["step"], f"{engines['flavour']} {engines['target']}"
+    name = f"{engines['flavour']} {engines['target']}"
     files, sizes = engines["files"], engines["bytes_per_rank"]
-    where = "inside the engine" if engines["collectives"] == "engine" else "at runtime"
-    exchanges = step["collectives_in_engine"] + step["collectives_at_runtime"]
     table.add_row(
         name,
         f"{engines['flavour']} {engines['version']}, {len(files)} files for every rank, "
         f"{sum(file['bytes'] for file in files.values()) / 2**20:,.1f} MiB, by {engines['frontend']}",
     )
+    for kind, step in (("step", engines["step"]), ("lone step", engines["lone_step"])):
+        if step:
+            _add_step_rows(table, f"{name}, {kind}", step, engines["collectives"])
+    if engines["collectives"] == "engine":
+        step_file, entry = list(files.items())[2]
+        table.add_row(f"{name}, one for all ranks", f"{step_file}, sha256 {entry['sha256'][:16]}...")
     table.add_row(
-        f"{name}, step",
+        f"MiB a rank, {name}",
+        ", ".join(f"{key.replace('_bytes', '')} {value / 2**20:,.1f}" for key, value in sizes.items()),
+    )
+    inspector = engines["inspector"]
+    table.add_row(f"{name}, inspector", inspector.get("unavailable") or f"see --json ({len(inspector)} engines)")
+
+
+def _add_step_rows(table: Table, name: str, step: dict[str, Any], collectives: str) -> None:
+    where = "inside the engine" if collectives == "engine" else "at runtime"
+    exchanges = step["collectives_in_engine"] + step["collectives_at_runtime"]
+    table.add_row(
+        name,
         f"{step['engines']} engine(s), {sum(step['layers'].values()):,} layers; {step['self_attentions']} self-attentions "
         f"({step['self_attentions_with_lengths']} with KV lengths), {step['cross_attentions']} cross-attentions, "
         f"{step['decomposable_attentions']} decomposable; {step['cache_updates']} KV updates in place; "
-        + "".join(f"{count} {name} plugins; " for name, count in step["plugins"].items())
+        + "".join(f"{count} {plugin} plugins; " for plugin, count in step["plugins"].items())
         + f"{exchanges} all-to-alls {where}"
         + (f" of {step['ranks_of_collectives']} ranks" if step["ranks_of_collectives"] else ""),
     )
@@ -168,15 +184,6 @@ def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
         for key, entry in step["constants"].items()
     )
     table.add_row(f"{name}, constants", tables)
-    if engines["collectives"] == "engine":
-        step_file, entry = list(files.items())[-1]
-        table.add_row(f"{name}, one for all ranks", f"{step_file}, sha256 {entry['sha256'][:16]}...")
-    table.add_row(
-        f"MiB a rank, {name}",
-        ", ".join(f"{key.replace('_bytes', '')} {value / 2**20:,.1f}" for key, value in sizes.items()),
-    )
-    inspector = engines["inspector"]
-    table.add_row(f"{name}, inspector", inspector.get("unavailable") or f"see --json ({len(inspector)} engines)")
 
 
 def _kernel_row(kernel: dict[str, Any]) -> tuple[str, str]:

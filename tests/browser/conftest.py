@@ -1,10 +1,13 @@
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "integration"))  # its small bundles and encoders
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # A page that was closed, or asked for, while its server was away: Chromium logs the failed connection whatever the page does.

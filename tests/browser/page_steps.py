@@ -23,7 +23,7 @@ def start(page, server, prompt="a fox in the snow", *, chunks=None) -> None:
     page.locator("#connection[data-state=ready]").wait_for()
     page.get_by_label("Prompt", exact=True).fill(prompt)
     if chunks:
-        page.get_by_label("Chunks").fill(str(chunks))
+        page.get_by_label("Chunks", exact=True).fill(str(chunks))
     page.get_by_role("button", name="Start").click()
 
 

@@ -20,10 +20,10 @@ from fastapi import FastAPI, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import FileResponse
 
 import causalrt.runtime
+from causalrt.runtime.server.guard import SECURITY_HEADERS
 from causalrt.runtime.video_file import FragmentWriter
 
 PAGE = Path(causalrt.runtime.__file__).parent / "server" / "page"
-POLICY = "default-src 'self'; media-src blob:; connect-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 
 
 def pictures(first: int, count: int, *, height: int, width: int, prompt: str) -> npt.NDArray[np.uint8]:
@@ -74,6 +74,7 @@ class StandInServer:
 
     token: what the page must send, or None.
     refuse: errors that answer the next "start"s, in order.
+    refuse_switch: the error that answers every "switch".
     chunk_s: seconds a chunk takes, or None: a chunk is made for each `release`.
     """
 
@@ -86,6 +87,7 @@ class StandInServer:
     chunk_s: float | None = None
     port: int = 0
     refuse: list[dict[str, Any]] = field(default_factory=list)
+    refuse_switch: dict[str, Any] | None = None
     received: list[dict[str, Any]] = field(default_factory=list)
     sent: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
@@ -118,7 +120,7 @@ class StandInServer:
             path = PAGE / (name or "index.html")
             if path.parent != PAGE or not path.is_file():
                 return Response(status_code=404)
-            return FileResponse(path, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
+            return FileResponse(path, headers=SECURITY_HEADERS)
 
         @app.websocket("/v1/realtime")
         async def realtime(socket: WebSocket) -> None:
@@ -177,6 +179,9 @@ class _Connection:
         self.task = asyncio.create_task(self.generate(message))
 
     async def on_switch(self, message: dict[str, Any]) -> None:
+        if self.server.refuse_switch:
+            await self.say("error", **self.server.refuse_switch)
+            return
         self.prompt = message["prompt"]
         await self.say("switched", ms=6.5, from_chunk=self.next_chunk, policy=message["policy"])
 

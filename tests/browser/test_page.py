@@ -19,7 +19,7 @@ def test_video_plays_while_it_is_generated(new_page, server, expect, screenshots
     page.screenshot(path=screenshots / "wide-ready.png", full_page=True)
     page.get_by_label("Prompt", exact=True).fill("a fox in the snow")
     page.get_by_label("Seed").fill("7")
-    page.get_by_label("Chunks").fill("8")
+    page.get_by_label("Chunks", exact=True).fill("8")
     page.get_by_label("Prompt", exact=True).press("Enter")
     expect(status).to_have_text("Generating the first chunk.")
     assert server.messages("start") == [{"type": "start", "prompt": "a fox in the snow", "seed": 7, "chunks": 8}]

@@ -23,6 +23,7 @@ def test_token_is_asked_for(new_page, server, expect, screenshots):
     box.press("Enter")
     expect(page.get_by_role("status")).to_have_text("Ready.")
     expect(box).to_be_hidden()
+    expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
     expect(page.get_by_role("alert")).to_be_hidden()
     page.reload()
     expect(page.get_by_role("status")).to_have_text("Ready.")
@@ -55,11 +56,10 @@ def test_lost_connection_comes_back(new_page, expect, screenshots):
         first.release(2)
         wait_for(page, f"{PLAYED} > 0.2")
     expect(page.get_by_role("alert")).to_contain_text("what arrived can be played and downloaded")
-    expect(page.get_by_role("alert")).to_contain_text("Trying again in")
+    expect(page.locator("#connection")).to_contain_text("next try in")
     page.screenshot(path=screenshots / "lost.png", full_page=True)
     wait_for(page, "document.querySelector('video').ended")
     expect(page.get_by_role("button", name="Download")).to_be_enabled()
-    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
     with StandInServer(port=first.port).running() as second:
         page.get_by_role("button", name="Try now").click()
         expect(page.get_by_role("status")).to_have_text("Connected again. Start begins a new video.")
@@ -162,7 +162,7 @@ def test_accessible_in_every_state(new_page, server, expect, scheme, width):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_wide_screen(new_page, server, expect, screenshots, scheme):
-    server.chunk_s, server.width, server.height = 0.45, 832, 480
+    server.chunk_s, server.width, server.height = 0.42, 640, 368
     page = new_page(color_scheme=scheme, reduced_motion="reduce")
     start(page, server, chunks=30)
     expect(page.locator("#chunk-count")).to_have_text("9")
@@ -271,3 +271,45 @@ def test_browser_that_cannot_play(new_page, server, expect, script, mime, words)
     page.goto(server.url)
     expect(page.get_by_role("alert")).to_contain_text(words)
     expect(page.get_by_role("button", name="Start")).to_be_disabled()
+
+
+def test_no_token_in_time_asks_for_one(new_page, server, expect):
+    server.token = "secret"
+    page = new_page()
+    page.goto(server.url)
+    expect(page.get_by_label("Access token")).to_be_visible()
+    server.close_connections(4408, "no token came in time")
+    expect(page.get_by_role("status")).to_have_text("The server asks for an access token.")
+    page.get_by_label("Access token").fill("secret")
+    page.get_by_role("button", name="Connect").click()
+    expect(page.get_by_role("status")).to_have_text("Ready.")
+
+
+def test_refused_switch_leaves_the_video_running(new_page, server, expect):
+    page = new_page()
+    start(page, server)
+    server.release(1)
+    expect(page.locator("#chunk-count")).to_have_text("1")
+    server.refuse_switch = {
+        "code": "rate_limited",
+        "message": "too many generations in a short time",
+        "retry_after_s": 3,
+    }
+    page.get_by_role("button", name="Switch prompt").click()
+    expect(page.locator("#alert-text")).to_have_text("too many generations in a short time. Try again in 3 s.")
+    server.release(1)
+    expect(page.locator("#chunk-count")).to_have_text("2")
+    expect(page.get_by_role("status")).to_have_text("Generating, with the prompt as it was.")
+
+
+BROKEN = "const append = SourceBuffer.prototype.appendBuffer; let calls = 0; SourceBuffer.prototype.appendBuffer ="
+BROKEN += "function (data) { append.call(this, ++calls === 6 ? new Uint8Array(64).fill(255) : data); };"
+
+
+def test_broken_video_stops_generation(new_page, server, expect):
+    page = new_page(scripts=(BROKEN,))
+    start(page, server)
+    server.release(3)
+    expect(page.get_by_role("alert")).to_contain_text("The video cannot be decoded")
+    expect(page.get_by_role("status")).to_contain_text("Stopped.")
+    assert len(server.messages("stop")) == 1

@@ -32,6 +32,8 @@ pytestmark = [
 ]
 FUSED = "A"
 """The recording for TensorRT: its heads have 32 channels, and for the 8 of B there is no fused kernel."""
+LONE = ("J", "J2")
+"""Recordings whose first chunk is one frame, generated and given."""
 GRAPH_TOLERANCE = 2e-5
 """With CUDA graphs and without, float32: a matrix product may be given another workspace, and so another order of sums."""
 ENGINE_RATIO = 1.5
@@ -95,6 +97,14 @@ def test_float32_is_the_recording_and_the_cpu(cases, kind):
     check(outputs, on_cpu, TOLERANCE)
 
 
+@pytest.mark.parametrize("name", LONE)
+@pytest.mark.parametrize("kind", [EagerExecutor, InductorExecutor])
+def test_a_lone_first_frame(cases, kind, name):
+    case = cases("float32", name=name)
+    outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE))
+    check(outputs, recorded_outputs(case.recording), TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", [EagerExecutor, InductorExecutor])
 def test_fused_kernels_in_float32(cases, kind):
     pytest.importorskip("triton", reason="the fused kernels need Triton")
@@ -112,20 +122,22 @@ def test_fused_kernels_in_low_precision(cases, kind, precision):
     check_low(outputs, eager_outputs(case), recorded_outputs(case.recording), EAGER_RATIO)
 
 
-def test_onnxruntime_on_cuda(cases):
+@pytest.mark.parametrize("name", ["B", *LONE])
+def test_onnxruntime_on_cuda(cases, name):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime with CUDA: pip install onnxruntime-gpu in onnxruntime's place")
-    case = cases("float32", "onnxruntime")
+    case = cases("float32", "onnxruntime", name=name)
     executor = make_executor(
         "onnxruntime", case.bundle, LocalCollectives(), num_threads=1, device=DEVICE, plugins=False
     )
     check(play(case, executor), recorded_outputs(case.recording), TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["B", "J"])
 @pytest.mark.parametrize("executor", ["eager", "inductor"])
-def test_through_a_rank_process(cases, executor):
-    case = cases("float32")
+def test_through_a_rank_process(cases, executor, name):
+    case = cases("float32", name=name)
     with load(case.bundle.path, executor=executor, device="cuda") as engine:
         assert engine.device == "cuda"
         outputs = replay(case.recording, engine)
@@ -190,13 +202,13 @@ def step_without_waiting(case, executor):
 # TensorRT
 
 
-def tensorrt_case(cases, flavour, collectives, world_size=1):
+def tensorrt_case(cases, flavour, collectives, world_size=1, name=FUSED):
     """The recording's bundle with engines for this GPU; skipped with a reason where they cannot be built here."""
     pytest.importorskip(FLAVOURS[flavour].module, reason=f"needs the Python module {FLAVOURS[flavour].module}")
     target = device_target(DEVICE)
     if FLAVOURS[flavour].targets and target not in FLAVOURS[flavour].targets:
         pytest.skip(f"{flavour} does not build for this GPU ({target})")
-    options = {"name": FUSED, "collectives": collectives, "world_size": world_size}
+    options = {"name": name, "collectives": collectives, "world_size": world_size}
     return cases("bfloat16", flavour, targets=(target,), **options)
 
 
@@ -210,6 +222,15 @@ def test_tensorrt_is_as_good_as_eager(cases, flavour, collectives):
     graphs = len(executor._graphs._graphs)
     assert graphs == (1 if collectives == "engine" else case.recording.num_chunks)
     step_without_waiting(case, executor)
+
+
+@pytest.mark.parametrize("collectives", ["engine", "runtime"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_tensorrt_after_a_lone_first_frame(cases, flavour, collectives):
+    case = tensorrt_case(cases, flavour, collectives, name=LONE[0])
+    executor = TensorRTExecutor(FLAVOURS[flavour], case.bundle, LocalCollectives(), device=DEVICE)
+    check_low(play(case, executor), eager_outputs(case), recorded_outputs(case.recording), ENGINE_RATIO)
+    assert len(executor._graphs._graphs) == (2 if collectives == "engine" else case.recording.num_chunks)
 
 
 @pytest.mark.parametrize("collectives", ["engine", "runtime"])

@@ -55,18 +55,31 @@ def build_stand_in(
         else:
             for name in (PROMPT_GRAPH, TIME_GRAPH):
                 shutil.copy(small_graphs / name, folder / name)
-        parts = engine_files.write_engine_graphs(
-            wan, config, folder, quiet, collectives=collectives, segmented=None, fused=fused
+        parts, lone_parts = (
+            engine_files.write_engine_graphs(
+                wan, config, folder, quiet, collectives=collectives, segmented=None, fused=fused, lone=lone
+            )
+            if lone in config.video.kinds_of_chunk
+            else []
+            for lone in (False, True)
         )
         with (
             mock.patch.object(engine_files, "run_child", _write_engines),
             mock.patch.object(torch.cuda, "get_device_properties", return_value=GPU),
         ):
             record = engine_files.build_engines(
-                config, folder, parts, quiet, flavour=STAND_INS[flavour], target=TARGET, timing_cache=None, fused=fused
+                config,
+                folder,
+                parts,
+                quiet,
+                flavour=STAND_INS[flavour],
+                target=TARGET,
+                timing_cache=None,
+                fused=fused,
+                lone_parts=lone_parts,
             )
         engines = {flavour: {"collectives": collectives, "frontend": "onnx", "targets": {TARGET: record}}}
-        executors, graphs = ("eager", flavour), {"tensorrt": parts}
+        executors, graphs = ("eager", flavour), {"tensorrt": parts, "lone_tensorrt": lone_parts}
         write_manifest(folder, config=config, plugins=fused, executors=executors, graphs=graphs, engines=engines)
     return out
 

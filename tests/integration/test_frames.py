@@ -89,6 +89,30 @@ def test_sessions_side_by_side_do_not_meet(engine):
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
+def test_chunks_made_ahead_are_the_same(engine):
+    wanted = list(engine.session(prompt(), seed=2))
+    session = engine.session(prompt(), seed=2, ahead=True)
+    assert session.next_chunk == 0
+    first = next(session)
+    assert session.next_chunk == 2  # chunk 1 is under way
+    found = [first, *session]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.index == other.index
+        assert torch.equal(one.latents, other.latents)
+        assert torch.equal(one.frames, other.frames)
+    switched = engine.session(prompt(), seed=2, ahead=True)
+    chunks = [next(switched)]
+    switched.switch_prompt(prompt(1))
+    chunks += switched
+    same = [torch.equal(one.latents, other.latents) for one, other in zip(chunks, wanted, strict=True)]
+    assert same == [True, True, False, False]
+    held = engine.session(prompt(), ahead=True)
+    next(held)
+    held.close()  # with a chunk under way
+    assert engine.open_sessions == 0
+    assert engine.makes_ahead is False
+
+
 def test_given_latents_are_the_video_s_past(engine, bundles):
     first = next(iter(engine.session(prompt(), seed=3)))
     session = engine.session(prompt(), seed=3, given=first.latents)

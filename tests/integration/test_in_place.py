@@ -1,13 +1,15 @@
-"""Keys and values are not copied for nothing: ONNX Runtime says so when it copies a cache, and it is not to say so."""
+"""What ONNX Runtime does not copy: a cache (it says so when it does), and weights that two steps share."""
 
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
 from causalrt.config import override, recipe
+from causalrt.engines.bundle import WEIGHTS
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
 
@@ -26,23 +28,49 @@ SCRIPT = """
     e, e0 = executor.embed_time(1000.0)
     kept = []  # bindings hold addresses only
     cross = executor.encode_prompt(torch.zeros(model.text_len, model.text_dim))
-    for first_frame in (0, 3, 6):
-        kv = slots.filled(first_frame)
+    lone = config.video.lone_first_frame
+    for first_frame in (0, 1, 4) if lone else (0, 3, 6):
+        alone = lone and first_frame == 0
+        kv = slots.filled(first_frame, lone=alone)
         before = kv[0][0][0].clone()
-        executor.bind(kv, cross, kv_rows=slots.filled_rows(first_frame), memory=0)
+        executor.bind(kv, cross, kv_rows=slots.filled_rows(first_frame, lone=alone), memory=0, lone=alone)
         if sys.argv[2] == "elsewhere":
             for segment in executor._segments:
                 for name in segment.outputs:
                     if name.startswith("k."):
                         kept.append(torch.empty_like(before))
                         segment.bind(name, kept[-1], output=True)
-        executor.step(torch.randn(bundle.layout.local_tokens, 64), e, e0, first_frame)
-        written = kv[0][0][0][:, : config.tokens_per_chunk]
-        assert sys.argv[2] == "elsewhere" or not torch.equal(written, before[:, : config.tokens_per_chunk])
+        rows = config.tokens_per_frame if alone else config.tokens_per_chunk
+        executor.step(torch.randn(rows, 64), e, e0, first_frame)
+        assert sys.argv[2] == "elsewhere" or not torch.equal(kv[0][0][0][:, :rows], before[:, :rows])
+"""
+LONE = {"video.independent_first_frame": "true", "video.horizon_frames": "13"}
+ANONYMOUS = """
+    import dataclasses
+    import sys
+    import torch
+    from causalrt.engines.bundle import open_bundle
+    from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
+    from causalrt.runtime.collectives import LocalCollectives
+
+    def anonymous_bytes():
+        with open("/proc/self/smaps_rollup") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("Anonymous:"))
+
+    bundle = open_bundle(sys.argv[1])
+    if sys.argv[2] == "one step":
+        bundle = dataclasses.replace(bundle, lone_segments=())
+    before = anonymous_bytes()
+    executor = OnnxRuntimeExecutor(bundle, LocalCollectives(), num_threads=1, device=torch.device("cpu"))
+    print(anonymous_bytes() - before)
 """
 
 
-@pytest.fixture(scope="module", params=[({}, "off"), ({}, "on"), ({"video.time_index": "relative"}, "auto")], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[({}, "off"), ({}, "on"), ({"video.time_index": "relative"}, "auto"), (LONE, "off"), (LONE, "on")],
+    ids=str,
+)
 def bundle(request, tmp_path_factory):
     changes, plugins = request.param
     config = override(recipe("tiny"), {"video.window_frames": "none", **changes})
@@ -60,3 +88,29 @@ def test_onnxruntime_copies_a_cache_only_when_made_to(bundle, where, copies):
     )
     assert done.returncode == 0, done.stderr
     assert ("TensorScatter" in done.stderr) == copies, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc/self/smaps_rollup")
+def test_a_lone_frames_step_holds_no_weights_of_its_own(tmp_path):
+    """They are read where the file is mapped; the step of chunks packs a copy, which shows that one would be seen."""
+    sizes = {"model.dim": "768", "model.num_heads": "6", "model.ffn_dim": "4096"}
+    config = override(recipe("tiny"), {**sizes, **LONE})
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    save_file(dict(random_weights(config.model, seed=0)), checkpoint)
+    path = build(config, checkpoint=checkpoint, out=tmp_path / "bundle")
+
+    def anonymous_bytes(steps):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(ANONYMOUS), str(path), steps],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        return int(done.stdout)
+
+    weights = (path / WEIGHTS).stat().st_size
+    one, both = (anonymous_bytes(steps) for steps in ("one step", "both"))
+    assert one > weights / 2
+    assert both - one < weights / 4

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from causalrt.cli import _parser
 from causalrt.config import override, recipe
 from causalrt.export.build import build
+from causalrt.export.random_encoders import SMALL_VAE, random_vae, write_text_encoder
 from causalrt.export.random_weights import random_weights
 
 ROOT = Path(__file__).parents[2]
@@ -36,11 +37,16 @@ def test_every_linked_file_exists():
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     config = override(recipe("tiny"), {"model.text_len": "20"})
     save_file(dict(random_weights(config.model, seed=0)), tmp_path / "checkpoint.safetensors")
-    build(config, checkpoint=tmp_path / "checkpoint.safetensors", out=tmp_path / "bundle")
+    write_text_encoder(tmp_path / "Wan2.1-T2V-1.3B", text_dim=config.model.text_dim)
+    random_vae(SMALL_VAE, seed=0).save_pretrained(tmp_path / "vae")
+    build(config, checkpoint=tmp_path / "checkpoint.safetensors", vae=tmp_path, out=tmp_path / "bundle")
     monkeypatch.chdir(tmp_path)
     (example,) = [block for language, block in BLOCKS if language == "python"]
     exec(compile(example, "README.md", "exec"), {})
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" torch.Size")[1].split(")")[0] for line in printed] == [
+        f"([{frames}, 32, 48, 3]" for frames in (9, 12, 12, 12)
+    ]
 
 
 def test_the_demo_agrees_with_eager():

@@ -4,6 +4,7 @@ What is left to a GPU: TensorRT's own kernels, CUDA graphs and streams, NCCL.
 """
 
 import dataclasses
+import functools
 import gc
 import inspect
 import logging
@@ -34,6 +35,7 @@ from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, capsule
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise, SeededNoise
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session import checked_given
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.runtime.warm_up import warm_up
 from causalrt.tools.compare import TOLERANCE, largest_errors
@@ -41,7 +43,7 @@ from causalrt.tools.recording import Recording, open_recording
 from causalrt.tools.replay import Outputs, recorded_outputs
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-FLAVOUR_OF_CASE = {"B": "tensorrt_rtx", "D": "tensorrt", "R": "tensorrt_rtx"}
+FLAVOUR_OF_CASE = {"B": "tensorrt_rtx", "D": "tensorrt", "J": "tensorrt_rtx", "J2": "tensorrt", "R": "tensorrt_rtx"}
 CPU = torch.device("cpu")
 LOWERINGS = ("engine", "runtime")
 
@@ -132,6 +134,9 @@ def play(session: Rollout, index: int) -> dict[str, torch.Tensor]:
             (case, ranks, False)
             for case, ranks in (("B", 1), ("B", 2), ("B", 8), ("D", 8), ("R", 1), ("R", 2), ("R", 8))
         ),
+        *(("J", ranks, False) for ranks in (1, 2, 8)),
+        ("J2", 8, False),
+        ("J", 2, True),
         ("B", 8, True),
         ("R", 2, True),
         pytest.param("B", 1, True, marks=pytest.mark.slow),
@@ -141,7 +146,10 @@ def play(session: Rollout, index: int) -> dict[str, torch.Tensor]:
 def test_rollout_is_the_recorded_one(
     replays: Replays, case: str, world_size: int, fused: bool, collectives: str
 ) -> None:
-    """B: 12 heads, so that 8 ranks cut some. D: one frame a chunk, padded ranks. R: a sink and a ring that goes round."""
+    """B: 12 heads, so that 8 ranks cut some. D: one frame a chunk, padded ranks. R: a sink and a ring that goes round.
+
+    J, J2: a first chunk of one frame, generated and given.
+    """
     recording, bundle = replays(case, world_size, collectives, fused=fused)
     steps = len(bundle.config.sampler.steps)
     exchanges = 2 * bundle.config.model.num_layers if world_size > 1 else 0
@@ -152,12 +160,17 @@ def test_rollout_is_the_recorded_one(
         for element in range(recording.batch_size):
             text, noise = recording.prompt(element), RecordedNoise(recording.noise(element))
             session = open_session(executor, ranks, bundle, text=text, noise=noise)
+            for index, rows in enumerate(checked_given(bundle.config, recording.given(element))):
+                for record in session.take_given(rows, record=True):
+                    outputs[element, f"out.g{index}.ctx.flow"] = record.flow
+                ranks.take_traffic()
             for index in range(recording.num_chunks):
                 outputs |= {(element, name): tensor for name, tensor in play(session, index).items()}
                 if collectives == "runtime":  # what the refresh added; the denoising steps' was taken by the rollout
                     assert ranks.take_traffic().all_to_all_calls == exchanges
-        forwards = recording.batch_size * recording.num_chunks * (steps + 1)
-        assert ranks.nccl.joined == (collectives == "engine" and world_size > 1)
+        forwards = recording.batch_size * (recording.num_given + recording.num_chunks * (steps + 1))
+        engines = len(bundle.config.video.kinds_of_chunk)
+        assert ranks.nccl.joined == (engines if collectives == "engine" and world_size > 1 else 0)
         assert ranks.nccl.exchanges == (forwards * exchanges if collectives == "engine" else 0)
         return outputs
 
@@ -372,6 +385,52 @@ def test_graphs_are_kept_by_session_and_kv_length(replays: Replays, collectives:
     assert {key[0] for key in of_one} == {0}
     assert {key[0] for key in of_other} == {1}
     assert all(len(addresses) == 1 for addresses in graphs.addresses.values())
+
+
+@pytest.mark.parametrize("collectives", LOWERINGS)
+def test_a_lone_first_frame_has_graphs_of_its_own(replays: Replays, collectives: str) -> None:
+    """Two sessions take turns, so that one is lone while the other is not; the memory stays where it is."""
+    _, bundle = replays("J", 1, collectives)
+    executor = make(bundle, LocalCollectives())
+    graphs = executor._graphs = KeptKeys()  # type: ignore[assignment]
+    text = torch.zeros(2, bundle.config.model.text_dim)
+    one, other = (
+        open_session(executor, LocalCollectives(), bundle, text=text, noise=SeededNoise(seed)) for seed in (0, 1)
+    )
+    by_chunk = []
+    for session, index in ((one, 0), (one, 1), (other, 0), (one, 2), (other, 1)):
+        graphs.keys.clear()
+        play(session, index)
+        (key,) = set(graphs.keys)
+        by_chunk.append(key)
+    lone, first, other_lone, second, other_first = by_chunk
+    assert len({lone, first, other_lone, other_first}) == 4
+    assert (first == second) == (collectives == "engine")
+    assert all(len(addresses) == 1 for addresses in graphs.addresses.values())
+
+
+@pytest.mark.parametrize("collectives", LOWERINGS)
+def test_a_flush_after_a_lone_first_frame(replays: Replays, collectives: str) -> None:
+    """History is whole chunks then, and no longer one frame more; the warm-up has met each length of it."""
+    _, bundle = replays("J", 1, collectives)
+    executor = make(bundle, LocalCollectives())
+    graphs = executor._graphs = KeptKeys()  # type: ignore[assignment]
+    warm_up(executor, bundle.config, bundle.layout, SessionMemories(executor, bundle.config, bundle.layout))
+    warmed = {key[1] for key in graphs.keys}
+    text = torch.zeros(bundle.config.model.text_len, bundle.config.model.text_dim)
+    for switch, frames in ((None, [1, 4, 7]), (1, [1, 3, 6]), (2, [1, 4, 3])):
+        session = open_session(executor, LocalCollectives(), bundle, text=text, noise=SeededNoise(0))
+        attended = []
+        for index in range(3):
+            if index == switch:
+                session.switch_prompt(text, "flush")
+            latents: list[torch.Tensor] = []
+            keep = functools.partial(lambda kept, rows, times: kept.append(rows), latents)
+            times, _ = session.chunk(index, refresh=True, record=False, deliver=keep)
+            attended.append(times.kv_frames)
+            assert bool(torch.isfinite(latents[0]).all())
+        assert attended == frames
+    assert {key[1] for key in graphs.keys} <= warmed
 
 
 # What TensorRT refuses

@@ -12,7 +12,7 @@ from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH
 from causalrt.engines.vae_onnx import OnnxVae
 from causalrt.engines.vae_tensorrt import TensorRTVae
 from causalrt.errors import ExecutorError
-from causalrt.export.random_weights import random_vae
+from causalrt.export.random_encoders import random_vae
 from causalrt.export.vae import write_vae
 
 pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")

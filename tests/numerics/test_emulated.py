@@ -24,8 +24,14 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 ENGINE = [
     *((case, 8, "engine") for case in "ABCDR"),
     *(pytest.param(case, world_size, "engine", marks=pytest.mark.slow) for case in "ABCDR" for world_size in (1, 2, 3)),
+    ("J", 8, "engine"),
+    *(pytest.param("J2", world_size, "engine", marks=pytest.mark.slow) for world_size in (1, 2, 8)),
 ]
-RUNTIME = [("B", 8, "runtime"), *(pytest.param("R", ranks, "runtime", marks=pytest.mark.slow) for ranks in (1, 2, 8))]
+RUNTIME = [
+    ("B", 8, "runtime"),
+    ("J2", 2, "runtime"),
+    *(pytest.param("R", ranks, "runtime", marks=pytest.mark.slow) for ranks in (1, 2, 8)),
+]
 
 
 @pytest.mark.parametrize(("case", "world_size", "collectives"), ENGINE + RUNTIME)

@@ -19,11 +19,11 @@ from causalrt.tools.recording import open_recording
 from causalrt.tools.replay import Player, recorded_outputs, replay, replay_here
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="inductor needs a C++ compiler on a CPU: install g++")
-RECORDING = Path(__file__).parents[1] / "data" / "golden" / "B.safetensors"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
-def recording_and_bundle(world_size, folder):
-    recording = open_recording(RECORDING, world_size=world_size)
+def recording_and_bundle(world_size, folder, case="B"):
+    recording = open_recording(GOLDEN / f"{case}.safetensors", world_size=world_size)
     checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
     return recording, build(recording.config, checkpoint=checkpoint, out=folder / "bundle", executors=["inductor"])
 
@@ -61,6 +61,17 @@ def test_compiled_once_for_all_chunks_and_sessions(tmp_path, compiled_graphs):
         check(replay_here(recording, player), recording)
         assert compiled_graphs() == 1
     assert lengths == [48, 96, 144] * 2
+
+
+def test_a_lone_first_frame_is_compiled_once_too(tmp_path, compiled_graphs):
+    """Each of the two steps for its own sizes, with chunks' KV rows symbolic as ever."""
+    recording, path = recording_and_bundle(1, tmp_path, "J")
+    bundle = open_bundle(path)
+    executor = InductorExecutor(bundle, LocalCollectives(), device=torch.device("cpu"))
+    player = Player(executor=executor, config=bundle.config, layout=bundle.layout)
+    for _ in range(2):
+        check(replay_here(recording, player), recording)
+        assert compiled_graphs() == 2
 
 
 def test_exchanges_are_part_of_the_compiled_step(tmp_path):

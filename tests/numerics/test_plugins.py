@@ -38,7 +38,7 @@ def test_references_in_eager(case, world_size):
 
 @pytest.mark.parametrize(
     ("case", "world_size"),
-    [("B", 1), ("B", 8), ("R", 2), *(pytest.param(case, 8, marks=pytest.mark.slow) for case in "ACDR")],
+    [("B", 1), ("B", 8), ("J", 2), ("R", 2), *(pytest.param(case, 8, marks=pytest.mark.slow) for case in "ACDR")],
 )
 def test_functions_in_onnxruntime(case, world_size):
     result = compare_recorded(
@@ -52,6 +52,7 @@ def test_functions_in_onnxruntime(case, world_size):
     [
         ("B", 8, "engine"),
         ("R", 2, "runtime"),
+        pytest.param("J", 2, "engine", marks=pytest.mark.slow),
         *(pytest.param(case, 8, "engine", marks=pytest.mark.slow) for case in "ACDR"),
         pytest.param("B", 8, "runtime", marks=pytest.mark.slow),
     ],

@@ -28,14 +28,14 @@ from causalrt.tools.recording import open_recording
 from causalrt.tools.replay import Player, recorded_outputs, replay_here
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-QUICK = (("eager", "B", 8), ("eager", "C", 2), ("onnxruntime", "R", 8))
+QUICK = (("eager", "B", 8), ("eager", "C", 2), ("onnxruntime", "J", 8), ("onnxruntime", "R", 8))
 
 
 @pytest.mark.parametrize(
     ("executor", "case", "world_size"),
     [
         pytest.param(*rollout, marks=[] if rollout in QUICK else pytest.mark.slow)
-        for rollout in itertools.product(("eager", "onnxruntime"), "ABCDR", (1, 2, 8))
+        for rollout in itertools.product(("eager", "onnxruntime"), (*"ABCDR", "J", "J2"), (1, 2, 8))
     ],
 )
 def test_recorded_rollouts(executor, case, world_size):

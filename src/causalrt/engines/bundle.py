@@ -195,6 +195,10 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     if manifest["layout"] != _layout_record(config):
         raise TypeError(f"it has the layout {manifest['layout']}, this version plans {_layout_record(config)}")
     vae = None if manifest["vae"] is None else VaeConfig.from_mapping(manifest["vae"])
+    if vae is not None and vae.z_dim != config.model.latent_channels:
+        raise TypeError(
+            f"the VAE has {vae.z_dim} channels, and model.latent_channels is {config.model.latent_channels}"
+        )
     segments, lone_segments, engine_parts, lone_engine_parts = (
         parse_parts(graphs.get(key, []), f"graphs.{key}")
         for key in ("segments", "lone_segments", "tensorrt", "lone_tensorrt")

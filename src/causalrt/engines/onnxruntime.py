@@ -60,8 +60,18 @@ def _providers(device: torch.device) -> list[Any]:
 class _Segment:
     """A session with its bindings."""
 
-    def __init__(self, path: str, device: torch.device, sent: str | None = None, received: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        device: torch.device,
+        sent: str | None = None,
+        received: str | None = None,
+        *,
+        prepack: bool = True,
+    ) -> None:
         options = ort.SessionOptions()
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         options.use_per_session_threads = False
         options.log_severity_level = 2
         self._device = device
@@ -129,8 +139,14 @@ class OnnxRuntimeExecutor:
         self._prompt = _Segment(str(folder / PROMPT_GRAPH), device)
         self._time = _Segment(str(folder / TIME_GRAPH), device)
         self._steps = [
-            self._open_step([_Segment(str(folder / part.file), device, part.sent, part.received) for part in parts])
-            for parts in (bundle.segments, bundle.lone_segments)
+            self._open_step(
+                # Packed weights are a copy. A lone frame's steps, five a video, read them where the file is mapped.
+                [
+                    _Segment(str(folder / part.file), device, part.sent, part.received, prepack=not lone)
+                    for part in parts
+                ]
+            )
+            for lone, parts in ((False, bundle.segments), (True, bundle.lone_segments))
             if parts
         ]
         self._segments, self._buffers = self._steps[0]

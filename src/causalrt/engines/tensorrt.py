@@ -71,8 +71,9 @@ class TensorRTExecutor:
         )
         self._engines.share_scratch()
         if exchanges and config.build.world_size > 1:
+            communicator = collectives.communicator()
             for engine in steps:
-                engine.set_communicator(collectives.communicator())
+                engine.set_communicator(communicator)
             check_one_nccl(Path("/proc/self/maps").read_text())
         self._sets = [
             self._make_step(steps[: len(files.step)], bundle.engine_parts, files.step, config.tokens_per_chunk)

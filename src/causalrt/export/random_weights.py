@@ -7,13 +7,11 @@ one-hot, and every parameter moves the result, so that a wrong transpose or a lo
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from causalrt.config import ModelConfig
 from causalrt.export.checkpoint import model_shapes
-from causalrt.model.vae_checkpoint import VaeConfig, empty_vae
 
 
 def random_weights(model: ModelConfig, *, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -39,25 +37,3 @@ def _mean_and_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     if name.endswith(".bias"):
         return 0.0, 0.02
     return 0.0, 1 / math.sqrt(math.prod(shape[1:]))
-
-
-def random_vae(config: VaeConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    """A `diffusers.AutoencoderKLWan` with random weights, whose activations neither die nor grow.
-
-    Raises:
-        ExecutorError: diffusers is not installed.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    vae = empty_vae(config)
-    state = {}
-    for name, shape in {name: value.shape for name, value in vae.state_dict().items()}.items():
-        noise = torch.randn(shape, generator=generator)
-        if "gamma" in name:
-            values = 1 + 0.2 * noise
-        elif len(shape) > 3:
-            values = noise * noise[0].numel() ** -0.5
-        else:
-            values = 0.02 * noise
-        state[name] = values.to(dtype)
-    vae.load_state_dict(state, assign=True)
-    return vae.requires_grad_(False).eval()

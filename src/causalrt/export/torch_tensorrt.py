@@ -110,7 +110,12 @@ def build_with_torch_tensorrt(
         ("prompt", lambda: trace_prompt(wan), ["text"], cross_kv_names(config)),
         ("time", lambda: trace_time(wan), ["sinusoid"], ["e", "e0"]),
         ("whole-step", lambda: trace_step(wan, config, whole_slots=True), *step_names(config, whole_slots=True)),
-    )
+        (
+            "lone-whole-step",
+            lambda: trace_step(wan, config, whole_slots=True, lone=True),
+            *step_names(config, whole_slots=True),
+        ),
+    )[: 2 + len(config.video.kinds_of_chunk)]
     prefix = f"{flavour.name}-{target}"
     names: dict[str, dict[str, str]] = {}
     networks: dict[str, dict[str, Any]] = {}
@@ -132,13 +137,14 @@ def build_with_torch_tensorrt(
             gc.collect()
     on_progress(f"engines for {target}", len(graphs), len(graphs))
     (folder / f"{prefix}-networks.json").write_text(json.dumps(networks, indent=1))
-    prompt, time, *step = names
+    prompt, time, step, *lone = names
     return {
         "version": trt.__version__,
         "networks": f"{prefix}-networks.json",
         "prompt": prompt,
         "time": time,
-        "step": step,
+        "step": [step],
+        **({"lone_step": lone} if lone else {}),
         "names": names,
     }
 

@@ -44,11 +44,14 @@ from causalrt.runtime.messages import (
     LoadCommand,
     LoadVaeCommand,
     OpenCommand,
+    Refused,
     Reply,
+    ResumeCommand,
 )
 from causalrt.runtime.noise import Noise, SeededNoise, checked_noise
 from causalrt.runtime.ranks import START_S, WARM_START_S, RankPool
 from causalrt.runtime.session import Embeddings, Session, checked_chunks, checked_given, checked_text
+from causalrt.runtime.snapshot import read_session
 from causalrt.runtime.vae_decoder import Decoded, VaeDecoder
 
 if TYPE_CHECKING:
@@ -170,6 +173,7 @@ class Engine:
         decoder_memory: likewise for the decoder, if there is one.
         decoder: what makes frames of latents, in a process of its own.
         max_sessions: how many may be open at once.
+        makes_ahead: sessions make a chunk ahead unless they are told otherwise: the decoder has a GPU of its own.
     """
 
     def __init__(
@@ -192,7 +196,7 @@ class Engine:
         world_size = bundle.config.build.world_size
         cores = len(os.sched_getaffinity(0))
         self.num_threads = num_threads or max(1, cores // world_size)
-        self.memory = predict_memory(bundle.config, executor)
+        self.memory = predict_memory(bundle.config, executor, device=device)
         self.decoder_memory = decoder_memory(bundle, executor) if decodes else None
         fitting = UNLIMITED
         if device == "cpu":
@@ -210,7 +214,8 @@ class Engine:
         self._pool = RankPool(world_size, timeout_s=timeout_s)
         self.decoder: VaeDecoder | None = None
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
-        own_gpu = torch.cuda.device_count() > world_size
+        own_gpu = device == "cuda" and torch.cuda.device_count() > world_size
+        self.makes_ahead = decodes and own_gpu
         with self._turn():
             if decodes:
                 self.decoder = VaeDecoder(timeout_s=timeout_s)
@@ -304,6 +309,7 @@ class Engine:
         num_chunks: int | None = None,
         given: torch.Tensor | None = None,
         noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        ahead: bool | None = None,
         record: bool = False,
     ) -> Session:
         """Begin a rollout.
@@ -319,6 +325,8 @@ class Engine:
                 the chunks that come out.
             noise: for each chunk `[steps, N, 64]` token rows to use instead of the seed's; one tensor will do where all chunks
                 are of one length.
+            ahead: have the ranks make the next chunk while one is decoded and used, so that decoding costs no frames a second;
+                a prompt switch then acts a chunk later. By default where the decoder has a device of its own.
             record: keep the flow and x0 of every forward in `Session.records`.
 
         Raises:
@@ -333,16 +341,17 @@ class Engine:
             source = checked_noise(self.config, noise, num_chunks=chunks, num_given=len(given_rows))
         text, text_ms = self.encode_prompt(prompt)
         with self._turn():
-            self._settle()
-            while self._dropped:
-                self._close_session(self._dropped[0])
-                self._dropped.popleft()
-            if len(self._open) >= self.max_sessions:
-                raise CapacityError(
-                    f"{len(self._open)} sessions are open, and there is room for no more (max_sessions, by default what fits "
-                    "in memory); end one with session.close(), or wait for one to end"
-                )
-            session = Session(self, next(self._numbers), chunks, record, text_ms)
+            self._make_room()
+            session = Session(
+                self,
+                next(self._numbers),
+                chunks,
+                record,
+                text,
+                source,
+                text_ms,
+                self.makes_ahead if ahead is None else ahead,
+            )
             self._run(OpenCommand(session=session.number, text=text, noise=source))
             self._open.add(session.number)
             for rows in given_rows:
@@ -350,6 +359,56 @@ class Engine:
         if given is not None and self.decoder is not None:
             session.given_frames = self.decode(session.number, given.detach().float()).frames
         return session
+
+    def resume(self, folder: str | Path, *, num_chunks: int | None = None) -> Session:
+        """Take up a session that `Session.snapshot` has written, where it stood.
+
+        Args:
+            folder: of the snapshot; it stays as it is.
+            num_chunks: chunks of the whole session, those before the snapshot included; by default as it was begun.
+
+        Raises:
+            CapacityError: no further session fits.
+            RequestError: no snapshot, damaged, of another checkpoint or config, without the frames that this engine makes, or
+                more chunks than the bundle can make.
+        """
+        folder = Path(folder).absolute()
+        record, text, ahead = read_session(folder, self.bundle)
+        if self.decoder is not None and not record.has_frames:
+            raise RequestError(f"{folder} was made without frames; load the engine with vae=False to resume it")
+        wanted = record.num_chunks if num_chunks is None else checked_chunks(self.config, num_chunks)
+        if wanted <= record.next_chunk:
+            raise RequestError(
+                f"the session has {record.next_chunk} chunks already; resume it with a larger num_chunks"
+            )
+        noise = SeededNoise(record.seed)
+        with self._turn():
+            self._make_room()
+            session = Session(self, next(self._numbers), wanted, False, text, noise, 0.0, self.makes_ahead)
+            session.begin_at(record.next_chunk, ahead)
+            self._run(OpenCommand(session=session.number, text=text, noise=noise))
+            self._open.add(session.number)
+            try:
+                self._run(ResumeCommand(session=session.number, folder=folder))
+                if self.decoder is not None:
+                    self.decoder.resume(session.number, folder)
+            except RequestError:
+                self._close_session(session.number)
+                session.forget()
+                raise
+        return session
+
+    def _make_room(self) -> None:
+        """Free what nobody holds any more, and refuse a session too many."""
+        self._settle()
+        while self._dropped:
+            self._close_session(self._dropped[0])
+            self._dropped.popleft()
+        if len(self._open) >= self.max_sessions:
+            raise CapacityError(
+                f"{len(self._open)} sessions are open, and there is room for no more (max_sessions, by default what fits "
+                "in memory); end one with session.close(), or wait for one to end"
+            )
 
     def decode(self, session: int, latents: torch.Tensor) -> Decoded:
         """The next frames of a session's video; a decoder that breaks down takes the ranks along.
@@ -374,7 +433,7 @@ class Engine:
         with self._lock:
             try:
                 yield
-            except CapacityError:
+            except (CapacityError, RequestError):  # refused, with the conversation at its end
                 raise
             except BaseException:
                 self._pool.close(kill=True)
@@ -394,9 +453,21 @@ class Engine:
         return self._answers()[0]
 
     def _answers(self, *, at_least_s: float = 0.0) -> dict[int, Done]:
-        """What each rank answers last."""
-        answers = dict(self._pool.replies(at_least_s=at_least_s))
-        return {rank: answer for rank, answer in answers.items() if isinstance(answer, Done)}
+        """What each rank answers last.
+
+        Raises:
+            CausalRTError: a rank has refused.
+        """
+        answers: dict[int, Done] = {}
+        refused: Refused | None = None
+        for rank, reply in self._pool.replies(at_least_s=at_least_s):
+            if isinstance(reply, Refused):
+                refused = refused or reply
+            elif isinstance(reply, Done):
+                answers[rank] = reply
+        if refused is not None:
+            raise refused.error()
+        return answers
 
     def _close_session(self, number: int) -> None:
         """Free a session's memory everywhere."""

@@ -33,6 +33,7 @@ class KVSlots:
         self.whole_slots = whole_slots
         self._tokens_per_frame = config.tokens_per_frame
         rows, dim = self.plan.capacity_frames * config.tokens_per_frame, config.model.head_dim
+        self._head_dim = dim
 
         def slots(heads: int) -> torch.Tensor:
             if whole_slots:  # unfilled rows are masked: they weigh zero, and zero times a NaN that lies there is NaN
@@ -64,6 +65,22 @@ class KVSlots:
             return self._pairs
         rows = self.filled_rows(first_frame, lone=lone)
         return [[(k[:, :rows], v[:, :rows]) for k, v in layer] for layer in self._pairs]
+
+    def history(self, first_frame: int) -> dict[str, torch.Tensor]:
+        """Views of history's rows `[rows, heads, D]` by name, layer by layer, when the chunk at `first_frame` comes next."""
+        start = self.plan.chunk_frames * self._tokens_per_frame
+        rows = slice(start, max(start, self.filled_rows(first_frame)))
+        found = {}
+        for layer, shares in enumerate(self._pairs):
+            for share, pair in enumerate(shares):
+                for kind, tensor in zip("kv", pair, strict=True):
+                    if self.whole_slots:
+                        view = tensor[0, :, rows].transpose(0, 1)
+                    else:
+                        heads = tensor.shape[2] // self._head_dim
+                        view = tensor[0, rows].view(-1, heads, self._head_dim)
+                    found[f"{kind}.{layer}.{share}"] = view
+        return found
 
     def commit(self, first_frame: int, *, lone: bool = False) -> None:
         """Copy the clean chunk from staging to history; at most F frames, whatever the window."""

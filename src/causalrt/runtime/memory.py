@@ -12,6 +12,7 @@ from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
 from causalrt.engines.kinds import executor_kind
+from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import OutOfMemoryError
 from causalrt.layout import layout_from_config
 from causalrt.model.vae import TEMPORAL_SCALE, cache_bytes
@@ -87,8 +88,13 @@ def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
     )
 
 
-def predict_memory(config: Config, executor: str) -> Memory:
-    """Bytes that one rank of `config` will hold under `executor`, with one session open."""
+def predict_memory(config: Config, executor: str, *, device: str = "cpu") -> Memory:
+    """Bytes that one rank of `config` will hold under `executor` on a kind of device, with one session open.
+
+    A lone first frame's step has the same weights. Engines hold a copy of their own, and so does ONNX Runtime on a GPU.
+    """
+    copies = executor in FLAVOURS or (executor == "onnxruntime" and device == "cuda")
+    weight_sets = len(config.video.kinds_of_chunk) if copies else 1
     layout, model = layout_from_config(config), config.model
     size = ELEMENT_BYTES[config.build.precision]
     slots = config.slot_rows
@@ -96,7 +102,7 @@ def predict_memory(config: Config, executor: str) -> Memory:
     exchange = 2 * layout.world_size * layout.scatter_rows * model.head_dim if layout.world_size > 1 else 0
     scores = max(s.num_heads * layout.world_size * s.query_rows for s in layout.shares) * slots
     return Memory(
-        weights_bytes=num_parameters(model) * size,
+        weights_bytes=num_parameters(model) * size * weight_sets,
         kv_bytes=2 * model.num_layers * layout.kv_heads * slots * model.head_dim * size,
         cross_kv_bytes=2 * model.num_layers * model.text_len * model.dim * size,
         activation_bytes=(layout.local_tokens * widest + exchange) * size,

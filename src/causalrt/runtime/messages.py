@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from causalrt import errors
 from causalrt.runtime.noise import Noise
 from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
 
@@ -72,6 +73,22 @@ class PromptCommand:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SaveCommand:
+    """Write a session to a snapshot's folder; `Refused` comes before `Done` if that fails. Ranks and decoder take it."""
+
+    session: int
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumeCommand:
+    """Take a session up from a snapshot's folder, a new one, as `SaveCommand` left it; a rank's is open already."""
+
+    session: int
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CloseCommand:
     """Free a session."""
 
@@ -110,8 +127,10 @@ class EncodeCommand:
     frames: torch.Tensor
 
 
-Command = LoadCommand | OpenCommand | GivenCommand | ChunkCommand | PromptCommand | CloseCommand
-VaeCommand = LoadVaeCommand | DecodeCommand | EncodeCommand | CloseCommand
+Command = (
+    LoadCommand | OpenCommand | GivenCommand | ChunkCommand | PromptCommand | SaveCommand | ResumeCommand | CloseCommand
+)
+VaeCommand = LoadVaeCommand | DecodeCommand | EncodeCommand | SaveCommand | ResumeCommand | CloseCommand
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,10 +158,15 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
-    """The decoder cannot do what it was asked for, a `CausalRTError` of type `kind`; it is as it was."""
+    """What was asked for cannot be done, a `CausalRTError` of type `kind`; who says so is as it was, and goes on."""
 
     kind: str
     message: str
+
+    def error(self) -> errors.CausalRTError:
+        """To raise where the request came from."""
+        made: errors.CausalRTError = getattr(errors, self.kind)(self.message)
+        return made
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from causalrt.engines.base import Executor, make_executor
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.kinds import executor_kind
+from causalrt.errors import RequestError
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
 from causalrt.runtime.memory import check_device_memory, device_free_bytes, predict_memory
 from causalrt.runtime.messages import (
@@ -24,10 +25,14 @@ from causalrt.runtime.messages import (
     LoadCommand,
     OpenCommand,
     PromptCommand,
+    Refused,
+    ResumeCommand,
+    SaveCommand,
     send,
 )
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
+from causalrt.runtime.snapshot import rank_file
 from causalrt.runtime.warm_up import warm_up
 
 logger = logging.getLogger("causalrt.worker")
@@ -75,6 +80,13 @@ class RankServer:
                 return Done(records=tuple(given))
             case PromptCommand():
                 self._sessions[command.session].switch_prompt(command.text, command.policy)
+            case SaveCommand() | ResumeCommand():
+                rollout = self._sessions[command.session]
+                act = rollout.save if isinstance(command, SaveCommand) else rollout.load
+                try:
+                    act(command.folder / rank_file(self._rank))
+                except RequestError as error:
+                    send(self._channel, Refused(kind=type(error).__name__, message=str(error)))
             case CloseCommand():
                 closed = self._sessions.pop(command.session, None)
                 if closed is not None:
@@ -90,7 +102,7 @@ class RankServer:
             torch.cuda.set_stream(stream)  # on the default one, TensorRT would wait for the device
         self._bundle = open_bundle(command.bundle, verify=False)
         if device.type == "cuda":
-            check_device_memory(predict_memory(self._bundle.config, command.executor), device)
+            check_device_memory(predict_memory(self._bundle.config, command.executor, device="cuda"), device)
         if self._world_size > 1:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",

@@ -15,18 +15,21 @@ everything is queued without waiting: the host first waits when it copies the la
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from causalrt.config import Config
 from causalrt.engines.base import Executor
+from causalrt.errors import RequestError
 from causalrt.layout import Layout
 from causalrt.model.schedule import schedule_from_config
 from causalrt.model.step import KVPair
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
 from causalrt.runtime.noise import Noise
 from causalrt.runtime.session_memory import SessionMemory
+from causalrt.runtime.snapshot import check_tensors, load_tensors, save_tensors
 from causalrt.runtime.stopwatch import stopwatch_for
 
 SwitchPolicy = Literal["keep", "recache", "flush"]
@@ -182,6 +185,44 @@ class Rollout:
                 self._step(rows, self._context_time)
                 self._commit(rows)
             self._frame = where
+        self._wait()
+
+    def save(self, path: Path) -> None:
+        """Write what a rank needs to go on from here, between chunks (`runtime/snapshot.py`).
+
+        Raises:
+            RequestError: it cannot be written; the session is as it was.
+        """
+        tensors = {
+            **self.slots.history(self._history),
+            **{f"clean.{i}": rows for i, (_, rows) in enumerate(self._clean)},
+        }
+        tensors["frames"] = torch.tensor([self._frame, self._history, *(frame for frame, _ in self._clean)])
+        save_tensors(tensors, path, {})
+
+    @torch.inference_mode()
+    def load(self, path: Path) -> None:
+        """Go to where `save` was called; the prompt is set already.
+
+        Raises:
+            RequestError: the file cannot be read, or is not of this rank of this bundle.
+        """
+        tensors = load_tensors(path)
+        frames = tensors.pop("frames", torch.empty(0)).tolist()
+        video = self._config.video
+        most = video.horizon_frames if video.time_index == "global" else 2**53
+        if len(frames) < 2 or not all(type(frame) is int and 0 <= frame <= most for frame in frames):
+            raise RequestError(f"{path} is damaged: it does not say where in the video it is; take another snapshot")
+        self._frame, self._history, *starts = frames
+        slots = self.slots.history(self._history)
+        wanted = {name: (list(view.shape), view.dtype) for name, view in slots.items()}
+        for index, start in enumerate(starts):
+            rows = self._layouts[video.frames_at(start) != video.chunk_frames].local_tokens
+            wanted[f"clean.{index}"] = ([rows, self._config.model.patch_features], torch.float32)
+        check_tensors(path, tensors, wanted)
+        for name, view in slots.items():
+            view.copy_(tensors[name])
+        self._clean = [(start, tensors[f"clean.{index}"].to(self._device)) for index, start in enumerate(starts)]
         self._wait()
 
     def _bind(self) -> None:

@@ -4,7 +4,7 @@ session = engine.session("a fox in the snow", seed=0)
 chunk = next(session)                                  # or: async for chunk in session
 session.switch_prompt("the fox runs", policy="keep")   # acts from the next chunk on
 
-Nothing is made that nobody asked for: a reader that takes its time holds its session back, and no other.
+A reader that takes its time holds its session back, and no other: at most one chunk is made that nobody has asked for yet.
 """
 
 import asyncio
@@ -12,7 +12,9 @@ import contextlib
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -22,12 +24,16 @@ import torch
 
 from causalrt.config import Config
 from causalrt.errors import EngineClosedError, PromptError, RequestError
-from causalrt.runtime.messages import ChunkCommand, Done, Latents, PromptCommand, Reply
+from causalrt.runtime.messages import ChunkCommand, Done, Latents, PromptCommand, Reply, SaveCommand
+from causalrt.runtime.noise import Noise, SeededNoise
 from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
+from causalrt.runtime.snapshot import SessionRecord, new_snapshot, write_session
 
 if TYPE_CHECKING:
     from causalrt.runtime.engine import Engine
 
+Made = tuple[torch.Tensor, ChunkTimes, float]
+"""A chunk's rows `[N, 64]`, rank 0's stages, and the milliseconds in the queue."""
 Embeddings = torch.Tensor | npt.NDArray[np.floating[Any]]
 
 
@@ -39,7 +45,8 @@ class Chunk:
         index: from 0.
         latents: `[F, 16, H, W]`, float32, normalised VAE latents; `[1, 16, H, W]` for a lone first frame.
         frames: uint8 `[T, 8H, 8W, 3]`, or None without a VAE; 4 frames a latent, but one for the video's first.
-        latency_ms: from the request to latents and frames in the caller's hands.
+        latency_ms: from the request to latents and frames in the caller's hands; stages that ran before the request, where
+            chunks are made ahead, are no part of it.
         queue_ms: the part of it spent waiting for earlier work: the previous chunk's refresh, other sessions.
         times: rank 0's stages; the refresh has not run yet (`Session.times` has it afterwards).
         decode_ms: what the decoder took; 0 without a VAE.
@@ -170,8 +177,21 @@ class Session:
         given_frames: what the given latents decode to, uint8 `[T, 8H, 8W, 3]`, if there were some and a VAE.
     """
 
-    def __init__(self, engine: "Engine", number: int, num_chunks: int, record: bool, text_ms: float) -> None:
+    def __init__(
+        self,
+        engine: "Engine",
+        number: int,
+        num_chunks: int,
+        record: bool,
+        text: torch.Tensor,
+        noise: Noise,
+        text_ms: float,
+        ahead: bool,
+    ) -> None:
         self.number = number
+        self._text, self._noise = text, noise
+        self._maker = ThreadPoolExecutor(1, f"causalrt-session-{number}") if ahead else None
+        self._made: Future[Made] | None = None
         self.num_chunks = num_chunks
         self.text_ms = text_ms
         self.given_frames: torch.Tensor | None = None
@@ -203,10 +223,17 @@ class Session:
         if self._closed:
             raise EngineClosedError("the session was closed; open another with engine.session(...)")
         asked = time.perf_counter()
-        rows, times, queue_ms = self._generate()
+        made, self._made = self._made, None
+        rows, times, queue_ms = self._generate(self._next) if made is None else made.result()
+        if self._maker is not None and self._next + 1 < self.num_chunks:
+            self._made = self._maker.submit(self._generate, self._next + 1)
         latents, frames, decode_ms = latents_from_tokens(rows, self._engine.config), None, 0.0
         if self._engine.decoder is not None:
-            decoded = self._engine.decode(self.number, latents)
+            try:
+                decoded = self._engine.decode(self.number, latents)
+            except RequestError:  # the ranks are a chunk ahead of the decoder now
+                self.close()
+                raise
             frames, decode_ms = decoded.frames, decoded.decode_ms
             queue_ms += decoded.queue_ms
         self._next += 1
@@ -220,9 +247,14 @@ class Session:
             decode_ms=decode_ms,
         )
 
-    def _generate(self) -> tuple[torch.Tensor, ChunkTimes, float]:
-        """The next chunk's rows `[N, 64]`, its times so far, milliseconds in the queue; the ranks go on to its refresh."""
-        engine, index = self._engine, self._next
+    @property
+    def next_chunk(self) -> int:
+        """Number of the first chunk that has not been begun: where a prompt switch would act."""
+        return self._next if self._made is None else self._next + 1
+
+    def _generate(self, index: int) -> Made:
+        """A chunk's rows `[N, 64]`, its times so far, milliseconds in the queue; the ranks go on to its refresh."""
+        engine = self._engine
         asked = time.perf_counter()
         with engine._turn():
             engine._settle()
@@ -253,7 +285,7 @@ class Session:
         self._cancelled = True
 
     def switch_prompt(self, prompt: str | Embeddings, *, policy: SwitchPolicy = "keep") -> float:
-        """Change the prompt from the next chunk on, on all ranks.
+        """Change the prompt from the next chunk that has not been begun (`next_chunk`) on, on all ranks.
 
         Args:
             prompt: as for `Engine.session`.
@@ -280,7 +312,51 @@ class Session:
         with engine._turn():
             engine._settle()
             engine._run(PromptCommand(session=self.number, text=text, policy=policy))
+        self._text = text
         return 1e3 * (time.perf_counter() - asked)
+
+    def snapshot(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the session to a folder, from which `Engine.resume` takes it up; it can go on here, too.
+
+        The folder holds the KV slots, the decoder's caches and the prompt: gigabytes for a long window.
+
+        Raises:
+            RequestError: after the last chunk, or with noise of the caller's; or the folder cannot be written: nothing is left.
+            RankError: a rank or the decoder died, hung or raised.
+            EngineClosedError: the session or the engine was closed.
+        """
+        engine = self._engine
+        if not isinstance(self._noise, SeededNoise):
+            raise RequestError(
+                "a snapshot holds a seed, and the session has noise that was given; begin it with a seed"
+            )
+        if self._closed or self._next == self.num_chunks:
+            raise RequestError("the session has ended, nothing follows that could be resumed; take a snapshot earlier")
+        record = SessionRecord(
+            seed=self._noise.seed, next_chunk=self._next, num_chunks=self.num_chunks, has_frames=engine.has_vae
+        )
+        ahead = None if self._made is None else self._made.result()[0]
+        if ahead is not None and self._next + 1 == self.num_chunks:
+            raise RequestError("the last chunk is made already, nothing follows it; take a snapshot earlier")
+        with engine._turn():
+            engine._settle()
+            with new_snapshot(Path(folder), overwrite=overwrite) as work:
+                write_session(work, engine.bundle, record, self._text, ahead)
+                engine._run(SaveCommand(session=self.number, folder=work))
+                if engine.decoder is not None:
+                    engine.decoder.save(self.number, work)
+
+    def begin_at(self, chunk: int, rows: torch.Tensor | None) -> None:
+        """Go on at this chunk: the session was resumed. `rows` are the chunk's, if it was made before that."""
+        self._next = chunk
+        if rows is not None:
+            self._made = Future()
+            self._made.set_result((rows, ChunkTimes(), 0.0))
+
+    def forget(self) -> None:
+        """The session never came to be: there is nothing to free."""
+        self._closed = True
+        self._finalizer.detach()
 
     def take_given(self, reply: Done) -> None:
         """Keep what rank 0 says of a given chunk."""
@@ -303,6 +379,8 @@ class Session:
             return
         self._closed = True
         self._finalizer.detach()
+        if self._maker is not None:
+            self._maker.shutdown(cancel_futures=True)
         with contextlib.suppress(EngineClosedError), self._engine._turn():
             self._engine._settle()
             self._engine._close_session(self.number)

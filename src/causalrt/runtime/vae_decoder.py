@@ -2,10 +2,10 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from causalrt import errors
 from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.messages import (
     CloseCommand,
@@ -17,6 +17,8 @@ from causalrt.runtime.messages import (
     LoadVaeCommand,
     Refused,
     Reply,
+    ResumeCommand,
+    SaveCommand,
     VaeCommand,
 )
 from causalrt.runtime.ranks import START_S, RankPool
@@ -105,6 +107,26 @@ class VaeDecoder:
         assert isinstance(encoded, Encoded)
         return encoded.latents
 
+    def save(self, session: int, folder: Path) -> None:
+        """Write a session's place in its video to a snapshot's folder.
+
+        Raises:
+            RequestError: it cannot be written.
+            RankError: the process died, hung or raised.
+        """
+        with self._lock:
+            self._run(SaveCommand(session=session, folder=folder))
+
+    def resume(self, session: int, folder: Path) -> None:
+        """Open a session where `save` has left it.
+
+        Raises:
+            RequestError: the snapshot is damaged, or of another VAE.
+            RankError: the process died, hung or raised.
+        """
+        with self._lock:
+            self._run(ResumeCommand(session=session, folder=folder))
+
     def close_session(self, session: int) -> None:
         """Free its caches."""
         with self._lock:
@@ -138,5 +160,5 @@ class VaeDecoder:
             raise
         for reply in replies:
             if isinstance(reply, Refused):
-                raise getattr(errors, reply.kind)(reply.message)
+                raise reply.error()
         return replies

@@ -27,9 +27,12 @@ from causalrt.runtime.messages import (
     LoadVaeCommand,
     Refused,
     Reply,
+    ResumeCommand,
+    SaveCommand,
     VaeCommand,
     send,
 )
+from causalrt.runtime.snapshot import DECODER_FILE, load_tensors, save_tensors
 
 logger = logging.getLogger("causalrt.vae")
 
@@ -50,15 +53,28 @@ class VaeServer:
         match command:
             case LoadVaeCommand():
                 return self._load(command)
-            case DecodeCommand() | EncodeCommand():
-                send(self._channel, self._answer(command))
+            case DecodeCommand() | EncodeCommand() | SaveCommand() | ResumeCommand():
+                answer = self._answer(command)
+                if answer is not None:
+                    send(self._channel, answer)
             case CloseCommand():
                 self._states.pop(command.session, None)
         return Done()
 
-    def _answer(self, command: DecodeCommand | EncodeCommand) -> Reply:
+    def _answer(self, command: DecodeCommand | EncodeCommand | SaveCommand | ResumeCommand) -> Reply | None:
         try:
-            return self._decode(command) if isinstance(command, DecodeCommand) else self._encode(command)
+            match command:
+                case DecodeCommand():
+                    return self._decode(command)
+                case EncodeCommand():
+                    return self._encode(command)
+                case SaveCommand():
+                    save_tensors(self._state(command.session).snapshot(), command.folder / DECODER_FILE, {})
+                case ResumeCommand():
+                    state = self._vae.open()
+                    state.restore(load_tensors(command.folder / DECODER_FILE))
+                    self._states[command.session] = state
+            return None
         except CausalRTError as error:
             return Refused(kind=type(error).__name__, message=str(error))
 
@@ -73,11 +89,15 @@ class VaeServer:
         logger.info("decoder ready: as %s does, on %s", command.executor, self._device)
         return Done(free_bytes=device_free_bytes(self._device))
 
+    def _state(self, session: int) -> DecodeState:
+        """A session's place in its video, which begins when it is first asked for."""
+        if session not in self._states:
+            self._states[session] = self._vae.open()
+        return self._states[session]
+
     def _decode(self, command: DecodeCommand) -> Frames:
         start = time.perf_counter()
-        if command.session not in self._states:
-            self._states[command.session] = self._vae.open()
-        frames = self._states[command.session].decode(command.latents).cpu()
+        frames = self._state(command.session).decode(command.latents).cpu()
         return Frames(frames=frames, decode_ms=1e3 * (time.perf_counter() - start))
 
     def _encode(self, command: EncodeCommand) -> Encoded:

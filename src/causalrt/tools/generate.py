@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-import causalrt
 from causalrt.config import Config
-from causalrt.engines.bundle import open_bundle
+from causalrt.engines.bundle import open_bundle, toolchain_versions
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import RequestError
 from causalrt.export.options import Progress
@@ -247,7 +246,7 @@ def _sink(request: Request, config: Config, session: Session, given: torch.Tenso
             return [sum(map(len, latents)), *chunk.latents.shape[1:]]
 
         yield collect
-        metadata = {"seed": str(request.seed), "causalrt": causalrt.__version__}
+        metadata = {"seed": str(request.seed), "causalrt": toolchain_versions().get("causalrt", "unknown")}
         write_latents(request.out, torch.cat(latents), metadata)
         return
     video = config.video

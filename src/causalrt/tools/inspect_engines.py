@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from causalrt.engines.step_record import TargetEngines, expect
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import BundleError, ExecutorError
+from causalrt.layout import layouts_from_config
 from causalrt.model.relative_rope import RelativeRope
 from causalrt.model.rope import rope_tables
 from causalrt.runtime.memory import predict_memory
@@ -43,7 +44,10 @@ def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
                         for name in files.engine_files
                     },
                     "step": describe_step(bundle, [networks[name] for name in files.step]),
-                    "bytes_per_rank": _bytes_per_rank(bundle, flavour, networks),
+                    "lone_step": describe_step(bundle, [networks[name] for name in files.lone_step], lone=True)
+                    if files.lone_step
+                    else None,
+                    "bytes_per_rank": _bytes_per_rank(bundle, flavour, networks, files.lone_step),
                     "inspector": inspect_on_gpu(bundle, flavour, target, files),
                 }
             )
@@ -60,11 +64,12 @@ def _read_networks(bundle: Bundle, files: TargetEngines) -> dict[str, NetworkRec
         raise BundleError(f"{path} does not say what is in the engines: {error}; {REBUILD}") from error
 
 
-def describe_step(bundle: Bundle, networks: list[NetworkRecord]) -> dict[str, Any]:
-    """The step's engines, taken together."""
+def describe_step(bundle: Bundle, networks: list[NetworkRecord], *, lone: bool = False) -> dict[str, Any]:
+    """The engines of a chunk's step, or of a lone first frame's, taken together."""
     attentions = [attention for network in networks for attention in network.attentions]
     own = [attention for attention in attentions if not attention.key_source.startswith("cross_k.")]
     ranks = [count for network in networks for count in network.collective_ranks]
+    parts = bundle.lone_engine_parts if lone else bundle.engine_parts
     layers, plugins = Counter[str](), Counter[str]()
     for network in networks:
         layers.update(network.layers)
@@ -79,15 +84,15 @@ def describe_step(bundle: Bundle, networks: list[NetworkRecord]) -> dict[str, An
         "cache_updates": sum(network.cache_updates for network in networks),
         "plugins": dict(sorted(plugins.items())),
         "collectives_in_engine": len(ranks),
-        "collectives_at_runtime": sum(part.sent is not None for part in bundle.engine_parts),
+        "collectives_at_runtime": sum(part.sent is not None for part in parts),
         "ranks_of_collectives": sorted(set(ranks)),
-        "constants": check_constants(bundle, networks),
+        "constants": check_constants(bundle, networks, lone=lone),
     }
 
 
-def expected_constants(bundle: Bundle) -> dict[str, np.ndarray[Any, Any]]:
+def expected_constants(bundle: Bundle, *, lone: bool = False) -> dict[str, np.ndarray[Any, Any]]:
     """The tables that a step folds in, by name: rotary angles of the global time index, and the exchange's packing."""
-    layout, config = bundle.layout, bundle.config
+    layout, config = layouts_from_config(bundle.config)[lone], bundle.config
     if config.video.time_index == "relative" and config.slot_rows == config.tokens_per_chunk:
         # Nothing but staging: no table depends on `first_frame`, and the exporter looks them up once and for all.
         slots = RelativeRope(config)(torch.zeros(1, dtype=torch.int64))
@@ -106,7 +111,7 @@ def expected_constants(bundle: Bundle) -> dict[str, np.ndarray[Any, Any]]:
     return tables
 
 
-def check_constants(bundle: Bundle, networks: list[NetworkRecord]) -> dict[str, dict[str, Any]]:
+def check_constants(bundle: Bundle, networks: list[NetworkRecord], *, lone: bool = False) -> dict[str, dict[str, Any]]:
     """For each table its shape, type, size, and how many constants of the networks equal it, bit for bit."""
     digests = Counter(digest for network in networks for digest in network.constant_digests)
     return {
@@ -116,13 +121,17 @@ def check_constants(bundle: Bundle, networks: list[NetworkRecord]) -> dict[str, 
             "bytes": table.nbytes,
             "equal_constants": digests[hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()],
         }
-        for name, table in expected_constants(bundle).items()
+        for name, table in expected_constants(bundle, lone=lone).items()
     }
 
 
-def _bytes_per_rank(bundle: Bundle, flavour: str, networks: Mapping[str, NetworkRecord]) -> dict[str, int]:
+def _bytes_per_rank(
+    bundle: Bundle, flavour: str, networks: Mapping[str, NetworkRecord], lone_step: Sequence[str]
+) -> dict[str, int]:
     """Bytes of one rank with one session; the activations are an estimate, which only a GPU can replace."""
-    inputs = {entry.name: entry for network in networks.values() for entry in network.inputs}
+    # A lone frame's step may be bound to less of the slots than a chunk's, never to more.
+    sessions = [network for name, network in networks.items() if name not in lone_step]
+    inputs = {entry.name: entry for network in sessions for entry in network.inputs}
     rows = bundle.config.slot_rows
 
     def total(*prefixes: str) -> int:

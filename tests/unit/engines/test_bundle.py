@@ -8,9 +8,20 @@ import pytest
 
 from causalrt.config import override, recipe
 from causalrt.engines import bundle as bundle_module
-from causalrt.engines.bundle import MANIFEST, REBUILD, new_bundle, open_bundle, write_manifest
+from causalrt.engines.bundle import (
+    FIRST_GRAPH,
+    MANIFEST,
+    NEXT_GRAPH,
+    REBUILD,
+    SCHEMA,
+    VAE_WEIGHTS,
+    new_bundle,
+    open_bundle,
+    write_manifest,
+)
 from causalrt.errors import BuildError, BundleError
 from causalrt.layout import layout_from_config
+from causalrt.model.vae_checkpoint import VaeConfig
 
 CONFIG = override(recipe("tiny"), {"build.world_size": "2"})
 GRAPHS = {"segments": [{"file": "step-000.onnx", "sent": None, "received": None}]}
@@ -20,15 +31,20 @@ CONTENTS = {
 }
 
 
-def fill(folder, contents=CONTENTS):
+LONE = override(CONFIG, {"video.horizon_frames": "13", "video.independent_first_frame": "true"})
+LONE_GRAPHS = GRAPHS | {"lone_segments": [{"file": "lone-step-000.onnx", "sent": None, "received": None}]}
+
+
+def fill(folder, contents=CONTENTS, *, config=CONFIG, graphs=GRAPHS, vae=None):
     for name, data in contents.items():
         (folder / name).write_bytes(data)
-    write_manifest(folder, config=CONFIG, plugins=False, executors=("eager", "onnxruntime"), graphs=GRAPHS, engines={})
+    executors = ("eager", "onnxruntime")
+    write_manifest(folder, config=config, plugins=False, executors=executors, graphs=graphs, engines={}, vae=vae)
 
 
-def make_bundle(target, *, overwrite=False, contents=CONTENTS, then=lambda: None):
+def make_bundle(target, *, overwrite=False, contents=CONTENTS, then=lambda: None, vae=None):
     with new_bundle(target, overwrite=overwrite, needed_bytes=0) as folder:
-        fill(folder, contents)
+        fill(folder, contents, vae=vae)
         then()
     return target
 
@@ -308,7 +324,7 @@ def test_another_schema(made, schema, sign):
     edit_manifest(made, lambda manifest: manifest.update(schema=schema), sign=sign)
     with pytest.raises(BundleError) as caught:
         open_bundle(made)
-    for part in (str(made), f"schema {schema!r}", "reads 3", REBUILD):
+    for part in (str(made), f"schema {schema!r}", f"reads {SCHEMA}", REBUILD):
         assert part in str(caught.value)
 
 
@@ -380,6 +396,40 @@ def test_a_signed_manifest_of_wrong_types(made, change):
         open_bundle(made)
 
 
+def test_a_vae_is_in_the_manifest(tmp_path):
+    vae = VaeConfig(base_dim=8)
+    contents = CONTENTS | dict.fromkeys((VAE_WEIGHTS, FIRST_GRAPH, NEXT_GRAPH), b"part")
+    path = make_bundle(tmp_path / "b", contents=contents, vae=vae)
+    assert open_bundle(path).vae == vae
+
+
+@pytest.mark.parametrize("missing", [VAE_WEIGHTS, FIRST_GRAPH, NEXT_GRAPH])
+def test_a_vae_whose_files_are_not_listed(tmp_path, missing):
+    contents = CONTENTS | dict.fromkeys({VAE_WEIGHTS, FIRST_GRAPH, NEXT_GRAPH} - {missing}, b"part")
+    path = make_bundle(tmp_path / "b", contents=contents, vae=VaeConfig())
+    with pytest.raises(BundleError, match=f"does not list files that its executors need: '{missing}'"):
+        open_bundle(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(vae=[]),
+        lambda m: m.pop("vae"),
+        lambda m: m["vae"].update(base_dim=10**9),
+        lambda m: m["vae"].update(z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4),
+        lambda m: m["vae"].update(dim_mult=[1]),
+    ],
+    ids=["list", "none", "huge", "channels", "stages"],
+)
+def test_a_vae_that_makes_no_sense(tmp_path, change):
+    contents = CONTENTS | dict.fromkeys((VAE_WEIGHTS, FIRST_GRAPH, NEXT_GRAPH), b"part")
+    path = make_bundle(tmp_path / "b", contents=contents, vae=VaeConfig(base_dim=8))
+    edit_manifest(path, change, sign=True)
+    with pytest.raises(BundleError, match=rf"{MANIFEST} is not valid.*{REBUILD}"):
+        open_bundle(path)
+
+
 @pytest.mark.parametrize("field", ["local_tokens", "scatter_rows", "gather_rows", "shares"])
 def test_a_bundle_of_another_layout(made, field):
     # The graphs have the layout of the version that built them; running them with another one would mix up heads.
@@ -391,4 +441,33 @@ def test_a_bundle_of_another_layout(made, field):
 def test_a_graph_file_that_is_not_listed(made):
     edit_manifest(made, lambda m: m["graphs"]["segments"][0].update(file="../evil.onnx"), sign=True)
     with pytest.raises(BundleError, match=r"evil\.onnx"):
+        open_bundle(made)
+
+
+def lone_bundle(target, graphs=LONE_GRAPHS, config=LONE):
+    with new_bundle(target, overwrite=False, needed_bytes=0) as folder:
+        fill(folder, CONTENTS | {"lone-step-000.onnx": b"graph"}, config=config, graphs=graphs)
+    return target
+
+
+def test_a_bundle_with_a_lone_first_frame(tmp_path):
+    opened = open_bundle(lone_bundle(tmp_path / "b"))
+    assert [part.file for part in opened.segments] == ["step-000.onnx"]
+    assert [part.file for part in opened.lone_segments] == ["lone-step-000.onnx"]
+    layout = json.loads((opened.path / MANIFEST).read_text())["layout"]
+    assert (layout["local_tokens"], layout["lone"]["local_tokens"]) == (9, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "graphs"), [(LONE, GRAPHS), (CONFIG, LONE_GRAPHS)], ids=["its graph is missing", "there is none"]
+)
+def test_graphs_that_do_not_fit_the_lone_first_frame(tmp_path, config, graphs):
+    with pytest.raises(BundleError, match="do not fit the graphs"):
+        open_bundle(lone_bundle(tmp_path / "b", graphs, config))
+
+
+def test_another_layout_of_the_lone_first_frame(tmp_path):
+    made = lone_bundle(tmp_path / "b")
+    edit_manifest(made, lambda m: m["layout"]["lone"].update(gather_rows=0), sign=True)
+    with pytest.raises(BundleError, match="layout"):
         open_bundle(made)

@@ -35,6 +35,40 @@ def test_what_a_build_writes():
     }
 
 
+LONE_PARTS = [{"file": "lone-cut-000.onnx", "writes": {"k_new": "k.0.0.written"}}]
+
+
+def lone_record(**changes):
+    target = TARGET | {"lone_step": ["c.engine"]} | changes
+    return {"tensorrt_rtx": ENGINES["tensorrt_rtx"] | {"targets": {"sm80": target}}}
+
+
+def test_engines_of_a_lone_first_frame():
+    parts, lone_parts = parse_parts(PARTS, "graphs.tensorrt"), parse_parts(LONE_PARTS, "graphs.lone_tensorrt")
+    engines = parse_engines(lone_record(), parts, lone_parts, lone=True)
+    target = engines["tensorrt_rtx"].targets["sm80"]
+    assert (target.step, target.lone_step) == (("a.engine", "b.engine"), ("c.engine",))
+    assert target.engine_files[-1] == "c.engine"
+    assert "lone-cut-000.onnx" in files_of(engines, (*parts, *lone_parts))
+
+
+@pytest.mark.parametrize(
+    ("engines", "lone_parts", "lone"),
+    [
+        (ENGINES, LONE_PARTS, True),
+        (lone_record(lone_step=[]), [], True),
+        (lone_record(lone_step=["c.engine", "d.engine"]), LONE_PARTS, True),
+        (lone_record(lone_step="c.engine"), LONE_PARTS, True),
+        (lone_record(), [], False),
+        (lone_record(), LONE_PARTS, False),
+    ],
+)
+def test_engines_and_parts_of_a_lone_first_frame_that_do_not_fit(engines, lone_parts, lone):
+    lone_parts = parse_parts(lone_parts, "graphs.lone_tensorrt")
+    with pytest.raises(TypeError, match=r"targets\.sm80\.lone_step"):
+        parse_engines(engines, parse_parts(PARTS, "graphs.tensorrt"), lone_parts, lone=lone)
+
+
 @pytest.mark.parametrize(
     "parts",
     [

@@ -1,5 +1,7 @@
 import dataclasses
 import math
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +10,23 @@ from causalrt.config import RECIPES, override, recipe
 from causalrt.errors import OutOfMemoryError
 from causalrt.export.checkpoint import model_shapes
 from causalrt.layout import layout_from_config
+from causalrt.model.vae_checkpoint import VaeConfig
 from causalrt.model.wan import num_parameters
 from causalrt.runtime import memory
 from causalrt.runtime.kv_slots import KVSlots
-from causalrt.runtime.memory import ELEMENT_BYTES, Memory, available_bytes, check_memory, predict_memory
+from causalrt.runtime.memory import (
+    ELEMENT_BYTES,
+    UNLIMITED,
+    DecoderMemory,
+    Memory,
+    available_bytes,
+    check_memory,
+    decoder_memory,
+    device_sessions,
+    predict_memory,
+)
 
+DECODER = DecoderMemory(weights_bytes=2**29, cache_bytes=2**28, activation_bytes=2**28)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = Memory(
     weights_bytes=3 * 2**30, kv_bytes=2**30, cross_kv_bytes=2**29, activation_bytes=2**28, attention_bytes=2**28
@@ -65,6 +79,18 @@ def test_prediction_grows_with_the_window_alone():
     before, after = (dataclasses.asdict(predict_memory(config, "eager")) for config in (short, long))
     assert {name for name in before if before[name] != after[name]} == {"kv_bytes"}
     assert after["kv_bytes"] * 7 == before["kv_bytes"] * 12
+
+
+@pytest.mark.parametrize(
+    ("executor", "device", "sets"),
+    [("eager", "cuda", 1), ("inductor", "cuda", 1), ("onnxruntime", "cpu", 1), ("onnxruntime", "cuda", 2)]
+    + [(flavour, "cuda", 2) for flavour in ("tensorrt", "tensorrt_rtx")],
+)
+def test_weights_of_a_lone_first_frame(executor, device, sets):
+    config = override(recipe("tiny"), {"video.horizon_frames": "13", "video.independent_first_frame": "true"})
+    one_set = num_parameters(config.model) * 4
+    assert predict_memory(config, executor, device=device).weights_bytes == sets * one_set
+    assert predict_memory(recipe("tiny"), executor, device=device).weights_bytes == one_set
 
 
 def test_onnxruntime_holds_the_scores():
@@ -135,3 +161,57 @@ def test_shared_weights_count_once(monkeypatch):
     check_memory(SMALL, ranks=3, shared_weights=True)
     with pytest.raises(OutOfMemoryError):
         check_memory(SMALL, ranks=3, shared_weights=False)
+
+
+# ---- how many sessions fit
+
+
+@pytest.mark.parametrize("more", [0, 1, 3])
+@pytest.mark.parametrize("decoder", [None, DECODER], ids=["latents", "frames"])
+def test_sessions_on_a_host(monkeypatch, more, decoder):
+    session = 2 * SMALL.session_bytes + (decoder.cache_bytes if decoder else 0)
+    first = 2 * SMALL.total_bytes + (decoder.total_bytes if decoder else 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda: first + (more + 1) * session - 1)
+    assert check_memory(SMALL, ranks=2, shared_weights=False, decoder=decoder) == 1 + more
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    assert check_memory(SMALL, ranks=2, shared_weights=False, decoder=decoder) == UNLIMITED
+
+
+def test_a_decoder_that_does_not_fit_is_named(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: SMALL.total_bytes)
+    with pytest.raises(
+        OutOfMemoryError, match=r"1 rank\(s\) and the decoder need .*; the decoder: weights 0.50, cache 0.25"
+    ):
+        check_memory(SMALL, ranks=1, shared_weights=False, decoder=DECODER)
+
+
+def test_sessions_on_gpus():
+    working = SMALL.activation_bytes + SMALL.attention_bytes
+    free = [working + 5 * SMALL.session_bytes, working + 4 * SMALL.session_bytes]
+    assert device_sessions(SMALL, free, None, None) == 4
+    own = DECODER.activation_bytes + 3 * DECODER.cache_bytes
+    assert device_sessions(SMALL, free, DECODER, own) == 3
+    beside = (
+        working + DECODER.weights_bytes + DECODER.activation_bytes + 2 * (SMALL.session_bytes + DECODER.cache_bytes)
+    )
+    assert device_sessions(SMALL, [beside, *free], DECODER, None) == 2
+    with pytest.raises(OutOfMemoryError, match="a session needs"):
+        device_sessions(SMALL, [working, *free], None, None)
+
+
+def test_caches_of_the_released_vae():
+    config = override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
+
+    class Weights:
+        def __truediv__(self, name):
+            return self
+
+        def stat(self):
+            return os.stat_result((0,) * 6 + (254 * 10**6,) + (0,) * 3)
+
+    bundle = SimpleNamespace(vae=VaeConfig(), config=config, path=Weights())
+    eager, graphs = (decoder_memory(bundle, name) for name in ("eager", "onnxruntime"))
+    assert eager.cache_bytes == 2 * 944_286_720  # as measured with diffusers
+    assert graphs.cache_bytes == 2 * eager.cache_bytes
+    assert eager.weights_bytes == 254 * 10**6
+    assert 4 * 2**30 < eager.activation_bytes < 5 * 2**30

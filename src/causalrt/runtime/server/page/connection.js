@@ -12,8 +12,12 @@ export class Connection {
   #silence = 0;
   #attempts = 0;
   #notWithinMs = 0;
+  #ready = false;
 
-  /** @param handlers {message(object), media(ArrayBuffer), lost({code, reason, retryInMs}), silent(), trying()} */
+  /**
+   * @param handlers {message(object), media(ArrayBuffer), lost({code, reason, retryInMs}), silent(), trying()};
+   * `retryInMs` is null where only a (new) token is worth another try.
+   */
   constructor(handlers) {
     this.#handlers = handlers;
     addEventListener("online", () => this.#timer && this.open());
@@ -27,6 +31,7 @@ export class Connection {
     const scheme = location.protocol === "https:" ? "wss:" : "ws:";
     const socket = new WebSocket(`${scheme}//${location.host}/v1/realtime`);
     this.#socket = socket;
+    this.#ready = false;
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       if (token) this.send({ type: "auth", token });
@@ -36,14 +41,17 @@ export class Connection {
       clearTimeout(this.#silence);
       if (typeof data !== "string") return this.#handlers.media(data);
       const message = JSON.parse(data);
-      if (message.type === "ready") this.#attempts = this.#notWithinMs = 0;
+      if (message.type === "ready") {
+        this.#ready = true;
+        this.#attempts = this.#notWithinMs = 0;
+      }
       this.#handlers.message(message);
     };
     socket.onclose = ({ code, reason }) => {
       clearTimeout(this.#silence);
       this.#socket = null;
-      // A refused token stays refused: only a new one is worth another try.
-      const retryInMs = code === 4401 ? null : this.#nextPause();
+      const tokenWanted = code === 4401 || (code === 4408 && !this.#ready); // refused, or waited for in vain
+      const retryInMs = tokenWanted ? null : this.#nextPause();
       if (retryInMs !== null) this.#timer = setTimeout(() => this.open(), retryInMs);
       this.#handlers.lost({ code, reason, retryInMs });
     };

@@ -31,10 +31,14 @@ const state = {
   chunks: 0,
   wanted: null,
   playable: true,
+  cause: "", // why there is no connection, in words
   arrivals: [], // [time, frames] of recent chunks
   askedAt: 0,
 };
-const player = new Player($.video, (words) => complain(words));
+const player = new Player($.video, (words) => {
+  complain(words);
+  if (isUsable($.stop)) $.stop.click(); // nobody watches what would still be generated
+});
 const latency = new LatencyView($);
 const connection = new Connection({ message: receive, media: (data) => player.append(data), lost, silent, trying });
 
@@ -43,7 +47,7 @@ function say(words) {
 }
 
 function complain(words, { retry = false } = {}) {
-  $["alert-text"].textContent = words;
+  if ($["alert-text"].textContent !== words) $["alert-text"].textContent = words;
   $.alert.hidden = !words;
   $.retry.hidden = !retry;
 }
@@ -87,7 +91,7 @@ function receive(message) {
   const handle = {
     ready, started, chunk, switched,
     queued: ({ position }) => { state.phase = "queued"; say(`Waiting for a free place: number ${position} in the queue.`); },
-    paused: () => say(state.paused ? "Paused." : "Generation waits until playback catches up."),
+    paused: () => state.paused && say("Paused."), // when the page holds generation, the figures say so, without a word each time
     resumed: () => { state.arrivals = []; say("Generating."); },
     ended: ({ reason, chunks }) => finish(`${ENDINGS[reason] ?? "Ended."} ${chunks} ${chunks === 1 ? "chunk" : "chunks"}.`),
     error: failed,
@@ -99,6 +103,7 @@ function receive(message) {
 function ready(message) {
   state.server = message;
   state.phase = "idle";
+  if ($["token-form"].contains(document.activeElement)) $.prompt.focus();
   $["token-form"].hidden = true;
   $.format.textContent = `${message.width} × ${message.height}, ${message.fps} frames a second`;
   $.stage.style.aspectRatio = `${message.width} / ${message.height}`;
@@ -108,6 +113,7 @@ function ready(message) {
   connectionState("ready", "Connected");
   const why = whyUnplayable(message.mime);
   state.playable = why === null;
+  state.cause = "";
   complain(why ?? "");
   say(state.chunks ? "Connected again. Start begins a new video." : "Ready.");
 }
@@ -176,17 +182,22 @@ function lost({ code, reason, retryInMs }) {
   state.server = null;
   state.phase = "connecting";
   connectionState("lost", "Not connected");
-  if (code === 4401 || (code === 4408 && !wasReady)) {
+  if (retryInMs === null) {
     complain($.token.value ? "The server does not accept this token. Check it and try again." : "");
     askForToken();
     finish("The server asks for an access token.");
     return;
   }
-  const why = code === 4429 ? "The server has no place free now" : code === 1001 ? "The server is shutting down or restarting"
-    : code === 1009 ? "The message was too big for the server" : code === 1011 ? "The server failed"
-    : wasReady ? "The connection was lost" : "The server cannot be reached";
-  const what = wasBusy ? " The video ends here; what arrived can be played and downloaded." : "";
-  complain(`${why}${reason ? ` (${reason})` : ""}.${what} Trying again in ${Math.max(1, Math.round(retryInMs / 1000))} s.`, { retry: true });
+  if (wasReady || !state.cause) {
+    state.cause = code === 4429 ? "The server has no place free now" : code === 1001 ? "The server is shutting down or restarting"
+      : code === 1009 ? "The message was too big for the server" : code === 1011 ? "The server failed"
+      : wasReady ? "The connection was lost" : "The server cannot be reached";
+    state.cause += `${reason ? ` (${reason})` : ""}.`;
+    if (wasBusy) state.cause += " The video ends here; what arrived can be played and downloaded.";
+  }
+  // Said once; how long each try is waited for stands where nobody is interrupted by it.
+  complain(`${state.cause} The page keeps trying to connect.`, { retry: true });
+  connectionState("lost", `Not connected, next try in ${Math.max(1, Math.round(retryInMs / 1000))} s`);
   finish("Not connected.");
 }
 
@@ -197,7 +208,7 @@ function silent() {
 
 function askForToken() {
   $["token-form"].hidden = false;
-  if (document.activeElement === document.body || document.activeElement === $.prompt) $.token.focus();
+  if (!$.prompt.value) $.token.focus(); // but not away from under somebody's hands
 }
 
 // ---- what the user does ----
@@ -269,6 +280,7 @@ $.download.addEventListener("click", () => {
 
 $.retry.addEventListener("click", () => {
   complain("");
+  $.prompt.focus(); // this button goes
   connection.open();
 });
 
@@ -292,6 +304,11 @@ setInterval(() => {
   if (!state.held && ahead > HOLD_S) state.held = connection.send({ type: "pause" });
   else if (state.held && ahead < GO_ON_S) state.held = !connection.send({ type: "resume" });
 }, 200);
+
+// A browser may stop the video of a page that nobody sees; generation then waits, and goes on with it.
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && state.phase === "running" && !state.paused) player.play();
+});
 
 $.token.value = sessionStorage.getItem("token") ?? "";
 render();

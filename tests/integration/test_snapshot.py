@@ -1,0 +1,174 @@
+"""Snapshots: a session that is taken up again goes on as if it had never stopped."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_bundles import bundle_factory, prompt, tiny_config, write_checkpoint
+from small_encoders import write_vae
+
+import causalrt
+from causalrt.errors import RequestError
+from causalrt.runtime.snapshot import DECODER_FILE, SESSION_FILE, rank_file
+
+pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    return write_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, vae_folder):
+    """For two executors, on two ranks, with a lone first frame and a window that the sink divides unevenly."""
+    folder = tmp_path_factory.mktemp("bundle")
+    changes = {"video.independent_first_frame": "true", "video.horizon_frames": "16", "video.window_frames": "8"}
+    config = tiny_config(2, changes | {"video.sink_frames": "2"})
+    weights = write_checkpoint(config, folder / "checkpoint.safetensors")
+    return causalrt.build(config, checkpoint=weights, out=folder / "b", executors=["onnxruntime"], vae=vae_folder)
+
+
+@pytest.fixture(scope="module")
+def engine(bundle):
+    with causalrt.load(bundle, executor="eager", device="cpu") as engine:
+        yield engine
+
+
+def run(session, num):
+    return [next(session) for _ in range(num)]
+
+
+def same(one, other, **tolerance):
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a.latents, b.latents, **(tolerance or {"rtol": 0, "atol": 0}))
+        assert (a.frames.int() - b.frames.int()).abs().max() <= bool(tolerance)
+
+
+@pytest.mark.parametrize(("after", "ahead"), [(0, False), (1, False), (4, False), (1, True), (3, True)])
+def test_a_session_goes_on(engine, tmp_path, after, ahead):
+    whole = list(engine.session(prompt(), seed=4))
+    session = engine.session(prompt(), seed=4, ahead=ahead)
+    same(run(session, after), whole[:after])
+    session.snapshot(tmp_path / "s")
+    same(list(session), whole[after:])  # here, too
+    resumed = engine.resume(tmp_path / "s")
+    chunks = list(resumed)
+    assert [chunk.index for chunk in chunks] == list(range(after, 6))
+    same(chunks, whole[after:])
+    assert engine.open_sessions == 0
+
+
+def test_after_a_switch_and_by_another_executor(engine, bundle, tmp_path):
+    session = engine.session(prompt(), seed=5)
+    run(session, 2)
+    session.switch_prompt(prompt(1), policy="keep")
+    run(session, 1)
+    session.snapshot(tmp_path / "s")
+    session.switch_prompt(prompt(2), policy="recache")
+    rest = list(session)
+    with causalrt.load(bundle, executor="onnxruntime", device="cpu") as other:
+        resumed = other.resume(tmp_path / "s")
+        resumed.switch_prompt(prompt(2), policy="recache")
+        same(list(resumed), rest, rtol=0, atol=2e-5)
+    shorter = engine.resume(tmp_path / "s", num_chunks=4)
+    assert len(list(shorter)) == 1
+
+
+def test_what_cannot_be_snapshot(engine, tmp_path):
+    session = engine.session(prompt(), num_chunks=2)
+    next(session)
+    session.snapshot(tmp_path / "s")
+    with pytest.raises(RequestError, match="exists already: choose another folder, or pass overwrite=True"):
+        session.snapshot(tmp_path / "s")
+    session.snapshot(tmp_path / "s", overwrite=True)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RequestError, match="exists already: it is no snapshot"):
+        session.snapshot(tmp_path / "mine", overwrite=True)
+    with pytest.raises(RequestError, match="choose a writable folder"):
+        session.snapshot(tmp_path / "nowhere" / "s")
+    next(session)
+    with pytest.raises(RequestError, match="has ended"):
+        session.snapshot(tmp_path / "late")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "s"]
+
+
+def test_a_rank_that_cannot_write_ends_nothing(engine, tmp_path, monkeypatch):
+    session = engine.session(prompt(), seed=1, num_chunks=3)
+    first = next(session)
+    from causalrt.runtime import session as module
+
+    real = module.write_session
+
+    def write_and_block(folder, *arguments):
+        real(folder, *arguments)
+        (folder / rank_file(1)).mkdir()  # what the second rank wants to write is in its way
+
+    monkeypatch.setattr(module, "write_session", write_and_block)
+    with pytest.raises(RequestError, match=r"cannot write rank1.safetensors of the snapshot"):
+        session.snapshot(tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+    assert len(list(session)) == 2
+    assert first.index == 0
+
+
+@pytest.fixture
+def written(engine, tmp_path):
+    with engine.session(prompt(), seed=1) as session:
+        run(session, 3)
+        session.snapshot(tmp_path / "s")
+    return tmp_path / "s"
+
+
+def damage(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        (rank_file(0), lambda found: found.pop("k.0.0")),
+        (rank_file(1), lambda found: found.update({"v.1.0": found["v.1.0"][1:].clone()})),
+        (rank_file(1), lambda found: found.update({"frames": torch.tensor([-1, 2])})),
+        (rank_file(0), lambda found: found.update({"frames": torch.tensor([10**6, 10**6])})),
+        (rank_file(0), lambda found: found.update({"more": torch.zeros(1)})),
+        (DECODER_FILE, lambda found: found.pop("cache.03")),
+        (SESSION_FILE, lambda found: None),  # its header is gone
+    ],
+    ids=str,
+)
+def test_a_damaged_snapshot_is_refused(engine, written, file, change):
+    damage(written / file, change)
+    with pytest.raises(RequestError, match=r"damaged|not of this VAE"):
+        engine.resume(written)
+    assert engine.open_sessions == 0
+    assert next(engine.session(prompt())).index == 0  # the engine goes on
+
+
+def test_other_bundles_and_files_are_refused(engine, written, tmp_path):
+    (written / rank_file(1)).write_bytes(b"short")
+    with pytest.raises(RequestError, match=r"rank1.safetensors cannot be read"):
+        engine.resume(written)
+    with pytest.raises(RequestError, match="is no snapshot"):
+        engine.resume(tmp_path)
+    with pytest.raises(RequestError, match="has 3 chunks already"):
+        engine.resume(written, num_chunks=3)
+    other = bundle_factory(tmp_path)(1)
+    with (
+        causalrt.load(other, device="cpu") as another,
+        pytest.raises(RequestError, match=r"another bundle .config differ"),
+    ):
+        another.resume(written)
+
+
+def test_frames_are_wanted_or_not(engine, bundle, written, tmp_path):
+    with causalrt.load(bundle, executor="eager", device="cpu", vae=False) as plain:
+        rest = list(plain.resume(written))
+        assert [chunk.frames for chunk in rest] == [None] * 3
+        session = plain.session(prompt(), seed=1)
+        run(session, 3)
+        session.snapshot(tmp_path / "plain")
+        torch.testing.assert_close(next(session).latents, rest[0].latents, rtol=0, atol=0)
+    with pytest.raises(RequestError, match="made without frames; load the engine with vae=False"):
+        engine.resume(tmp_path / "plain")
