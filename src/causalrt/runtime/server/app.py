@@ -11,8 +11,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse
 from starlette.routing import Match
+from starlette.staticfiles import StaticFiles
 
 from causalrt.runtime.server.guard import Guard, Owner
 from causalrt.runtime.server.metrics import CONTENT_TYPE
@@ -136,13 +137,18 @@ def _add_state_routes(app: FastAPI, services: Services) -> None:
 
 def _add_page(app: FastAPI) -> None:
     folder = Path(str(files("causalrt.runtime.server") / "page"))
+    static = StaticFiles(directory=folder, check_dir=False)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix not in KINDS:
             continue
 
-        async def page(path: Path = path) -> FileResponse:
+        async def page(request: Request, path: Path = path) -> Response:
+            response = static.file_response(path, path.stat(), request.scope)
             # Asked for again each time, and answered with 304 as long as it is the same.
-            return FileResponse(path, media_type=KINDS[path.suffix], headers={"Cache-Control": "no-cache"})
+            response.headers["Cache-Control"] = "no-cache"
+            if response.status_code == 200:
+                response.headers["Content-Type"] = KINDS[path.suffix]
+            return response
 
         app.add_api_route("/" if path.name == "index.html" else f"/{path.name}", page, include_in_schema=False)
 

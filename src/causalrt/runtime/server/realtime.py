@@ -78,21 +78,25 @@ _incoming: TypeAdapter[Incoming] = TypeAdapter(Annotated[Incoming, Field(discrim
 def realtime_routes(services: Services) -> APIRouter:
     """The route of the WebSocket."""
     router = APIRouter()
+    waiting: set[Connection] = set()  # for their tokens: strangers take no places from those who have one
     connected: set[Connection] = set()
     services.metrics.gauge("connections", "WebSockets that are open", lambda: len(connected))
+    full = busy("the server has as many connections as it takes", retry_after_s=5)
 
     @router.websocket("/v1/realtime")
     async def realtime(websocket: WebSocket) -> None:
         await websocket.accept()
         connection = Connection(websocket, services)
-        if len(connected) >= services.settings.max_connections:
-            await connection.refuse(busy("the server has as many connections as it takes", retry_after_s=5))
-            return
-        connected.add(connection)
-        try:
-            await connection.serve()
-        finally:
-            connected.discard(connection)
+        for place, step in ((waiting, connection.authenticate), (connected, connection.serve)):
+            if len(place) >= services.settings.max_connections:
+                await connection.refuse(full)
+                return
+            place.add(connection)
+            try:
+                if not await step():
+                    return
+            finally:
+                place.discard(connection)
 
     return router
 
@@ -180,18 +184,20 @@ class Connection:
         self._frames_sent = self._frames_made = 0
         self._close_with: tuple[int, str] | None = None
 
-    async def serve(self) -> None:
-        """Until the client leaves, stalls, or the server ends."""
+    async def authenticate(self) -> bool:
+        """Whether the client may stay; if not, it was told and the connection is closed."""
         try:
             self._owner = await self._authenticated()
         except Problem as problem:
             await self.refuse(problem)
-            return
         except TimeoutError:
             await self._close(TOO_SLOW, "no token came in time")
-            return
         except WebSocketDisconnect:
-            return
+            pass
+        return bool(self._owner)
+
+    async def serve(self) -> bool:
+        """Until the client leaves, stalls, or the server ends."""
         self._post(self._ready())
         tasks = [
             asyncio.create_task(self._send_all()),
@@ -213,6 +219,7 @@ class Connection:
             if self._generation is not None:
                 await asyncio.wait([self._generation])
             self._services.metrics.dropped_frames.inc(self._frames_made - self._frames_sent)
+        return True
 
     async def refuse(self, problem: Problem) -> None:
         """Say why, and close."""

@@ -195,7 +195,8 @@ async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
                 if not isinstance(found, dict):
                     raise bad_request("the body must be a JSON object")
                 return found
-            form = await request.form(max_files=0, max_fields=len(FIELDS) + 1)
+            async with request.form(max_files=1, max_fields=len(FIELDS) + 1) as form:
+                items = form.multi_items()
     except TimeoutError:
         raise Problem(408, "timeout", f"the body did not come within {timeout_s:g} s") from None
     except ClientDisconnect:
@@ -204,7 +205,6 @@ async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
         raise bad_request(f"the form cannot be read: {error.detail}") from None
     except (ValueError, RecursionError) as error:
         raise bad_request(f"the body is no JSON: {str(error) or type(error).__name__}") from None
-    items = form.multi_items()
     if len({name for name, _ in items}) < len(items):
         raise bad_request("a field is there twice")
     return dict(items)
