@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from causalrt.config import RECIPES, Config, override, recipe
-from causalrt.runtime.engine import Engine, load
+from causalrt.runtime.engine import Engine
+from causalrt.runtime.load import load
 from causalrt.runtime.session import Chunk, Session
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError
 from causalrt.runtime.collectives import LocalCollectives
-from causalrt.runtime.engine import load
+from causalrt.runtime.load import load
 from causalrt.tools.compare import EAGER_RATIO, TOLERANCE, largest_errors, rms_errors
 from causalrt.tools.replay import Outputs, recorded_outputs, replay
 

@@ -34,8 +34,8 @@ from causalrt.errors import ExecutorError
 from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, capsule
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise, SeededNoise
+from causalrt.runtime.requests import checked_given
 from causalrt.runtime.rollout import Rollout
-from causalrt.runtime.session import checked_given
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.runtime.warm_up import warm_up
 from causalrt.tools.compare import TOLERANCE, largest_errors

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from causalrt.export.build import build
-from causalrt.runtime.engine import load
+from causalrt.runtime.load import load
 from causalrt.tools.compare import TOLERANCE, Outputs, largest_errors, recorded_outputs, replay
 from causalrt.tools.recording import open_recording
 

@@ -14,7 +14,7 @@ from causalrt import build, load, override, recipe
 from causalrt.cli import main
 from causalrt.errors import EngineClosedError, PromptError, RequestError
 from causalrt.export.random_weights import random_weights
-from causalrt.runtime.session import checked_chunks
+from causalrt.runtime.requests import checked_chunks
 
 SAME = 5e-6
 OTHER = 1e-3

@@ -13,7 +13,7 @@ from causalrt.engines.bundle import open_bundle
 from causalrt.engines.inductor import InductorExecutor, cpp_compiler
 from causalrt.export.build import build
 from causalrt.runtime.collectives import LocalCollectives
-from causalrt.runtime.engine import load
+from causalrt.runtime.load import load
 from causalrt.tools.compare import TOLERANCE, largest_errors
 from causalrt.tools.recording import open_recording
 from causalrt.tools.replay import Player, recorded_outputs, replay, replay_here

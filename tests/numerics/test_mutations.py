@@ -24,8 +24,8 @@ from causalrt.runtime import kv_slots, rollout
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise
+from causalrt.runtime.requests import latents_from_tokens
 from causalrt.runtime.rollout import Rollout
-from causalrt.runtime.session import latents_from_tokens
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.tools.recording import Recording, open_recording
 

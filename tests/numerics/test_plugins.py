@@ -13,7 +13,7 @@ import pytest
 from causalrt.engines.bundle import open_bundle
 from causalrt.errors import ConfigError, ExecutorError, RequestError
 from causalrt.export.build import build
-from causalrt.runtime.engine import load
+from causalrt.runtime.load import load
 from causalrt.tools.compare import EMULATED, TOLERANCE, compare_emulated, compare_recorded, largest_errors
 from causalrt.tools.recording import open_recording
 from causalrt.tools.replay import recorded_outputs, replay
@@ -152,7 +152,7 @@ def test_nothing_is_vouched_for_that_cannot_be_built(options, message):
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_eager_runs_either_and_by_default_what_was_built(bundles, asked, monkeypatch):
     loaded = []
-    monkeypatch.setattr("causalrt.runtime.engine.Engine", lambda *args, plugins, **rest: loaded.append(plugins))
+    monkeypatch.setattr("causalrt.runtime.load.Engine", lambda *args, plugins, **rest: loaded.append(plugins))
     for path in bundles.values():
         load(path, executor="eager", device="cpu", plugins=asked)
     assert loaded == ([False, True] if asked is None else [asked, asked])

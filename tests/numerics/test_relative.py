@@ -20,8 +20,8 @@ from causalrt.errors import RequestError
 from causalrt.export.random_weights import random_weights
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import SeededNoise
+from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.rollout import Rollout
-from causalrt.runtime.session import checked_chunks
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.tools.compare import TOLERANCE, compare_emulated, compare_recorded, largest_errors
 from causalrt.tools.recording import open_recording

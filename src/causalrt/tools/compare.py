@@ -15,7 +15,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.build import build, fused_ops_wanted
 from causalrt.export.options import CollectivesMode, PluginsMode
-from causalrt.runtime.engine import load
+from causalrt.runtime.load import load
 from causalrt.tools.emulate import write_graphs
 from causalrt.tools.recording import open_recording
 from causalrt.tools.replay import Outputs, eager_player, emulated_player, recorded_outputs, replay, replay_here

@@ -14,7 +14,8 @@ from causalrt.config import override, recipe
 from causalrt.export.build import build
 from causalrt.export.options import Progress
 from causalrt.export.random_weights import random_weights
-from causalrt.runtime.engine import Engine, load
+from causalrt.runtime.engine import Engine
+from causalrt.runtime.load import load
 from causalrt.tools.compare import TOLERANCE
 
 SEED = 0

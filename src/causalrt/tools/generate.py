@@ -15,11 +15,13 @@ from causalrt.engines.bundle import open_bundle, toolchain_versions
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import RequestError
 from causalrt.export.options import Progress
-from causalrt.runtime.engine import DEFAULT_TIMEOUT_S, Engine, load
+from causalrt.runtime.engine import Engine
 from causalrt.runtime.files import check_writable, read_latents, read_prompt_embeds, write_latents
+from causalrt.runtime.load import DEFAULT_TIMEOUT_S, load
 from causalrt.runtime.noise import SeededNoise
+from causalrt.runtime.requests import checked_chunks, checked_given
 from causalrt.runtime.rollout import SwitchPolicy
-from causalrt.runtime.session import Chunk, Session, checked_chunks, checked_given
+from causalrt.runtime.session import Chunk, Session
 from causalrt.runtime.video_file import Mp4Writer, check_picture, pyav, read_frames
 
 LATENTS, VIDEO = ".safetensors", ".mp4"

@@ -19,8 +19,8 @@ from causalrt.layout import Layout
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.noise import RecordedNoise
+from causalrt.runtime.requests import checked_given, checked_text, tokens_from_latents
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord, SwitchPolicy
-from causalrt.runtime.session import checked_given, checked_text, tokens_from_latents
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.tools.emulate import EngineGraphs, emulated_executor, rollout_view
 from causalrt.tools.recording import Recording

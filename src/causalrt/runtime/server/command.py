@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
 
     from causalrt.engines.bundle import open_bundle
     from causalrt.model.text import TextEncoder
-    from causalrt.runtime.engine import Engine, load
+    from causalrt.runtime.engine import Engine
+    from causalrt.runtime.load import load
     from causalrt.runtime.server import run as running
     from causalrt.runtime.server.auth import Tokens
 

@@ -1,0 +1,106 @@
+"""`load`: a bundle on its ranks. Everything that can be refused is refused before a process is started."""
+
+from pathlib import Path
+
+from causalrt.engines.bundle import open_bundle
+from causalrt.engines.kinds import choose_device, executor_kind
+from causalrt.engines.vae import check_has_vae
+from causalrt.errors import BundleError, ExecutorError, RequestError
+from causalrt.plugins.kernel_launch import require_triton
+from causalrt.runtime.engine import Engine
+
+DEFAULT_TIMEOUT_S = 600.0
+
+
+def load(
+    bundle: str | Path,
+    *,
+    executor: str | None = None,
+    world_size: int | None = None,
+    device: str | None = None,
+    plugins: bool | None = None,
+    vae: bool | None = None,
+    text_encoder: str | Path | None = None,
+    max_sessions: int | None = None,
+    num_threads: int | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Engine:
+    """Verify a bundle, start its rank processes, and keep them warm.
+
+    Args:
+        bundle: folder written by `causalrt build`.
+        executor: one of `EXECUTORS`; by default the best that the bundle was built for.
+        world_size: ranks that the caller expects; must be what the bundle was built for.
+        device: `cuda` (rank r on GPU r) or `cpu`; by default GPUs, where the executor can use them and each rank has one.
+        plugins: have `eager` and `inductor` run self-attention by the fused ops (Triton kernels on a GPU), or not; by default
+            as the bundle was built. The others run what was built.
+        vae: decode chunks to frames, in a process of its own: on a GPU that no rank has, or else on rank 0's; by default
+            if the bundle has a VAE.
+        text_encoder: folder of umT5, so that prompts can be text; on the CPU of this process.
+        max_sessions: how many may be open at once; by default as many as fit in memory.
+        num_threads: CPU threads of each rank; by default the cores shared among the ranks.
+        timeout_s: a rank that gives no answer for so long has failed; starting may take two minutes however short it is, and
+            half an hour with an executor that compiles.
+
+    Raises:
+        BundleError: damaged, or built for another world size or executor, or without the VAE that is asked for.
+        CheckpointError: the text encoder cannot be read, or is not the model's.
+        ExecutorError: the executor cannot run here.
+        KernelError: `plugins` on GPUs, and Triton is missing.
+        OutOfMemoryError: the ranks would not fit.
+        RankError: a rank process failed to start.
+        RequestError: `timeout_s`, `num_threads` or `max_sessions` is out of range.
+    """
+    if not 0.001 <= timeout_s <= 1e6:
+        raise RequestError(f"timeout_s must lie in [0.001, 1e6], got {timeout_s}; give 1e6 for `never`")
+    if num_threads is not None and num_threads < 1:
+        raise RequestError(f"num_threads must be at least 1, got {num_threads}; leave it out to share the cores")
+    if max_sessions is not None and max_sessions < 1:
+        raise RequestError(f"max_sessions must be at least 1, got {max_sessions}; leave it out for what fits in memory")
+    opened = open_bundle(Path(bundle))
+    built_for = opened.config.build.world_size
+    if world_size is not None and world_size != built_for:
+        raise BundleError(
+            f"{bundle} was built for {built_for} rank(s), not {world_size}; load it with world_size={built_for}, "
+            f"or build one with `--world-size {world_size}`"
+        )
+    chosen = executor or opened.executors[-1]
+    kind = executor_kind(chosen)
+    if kind.compiled and chosen not in opened.executors:
+        raise BundleError(
+            f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {chosen}` to run it so"
+        )
+    if plugins not in (None, True, False):
+        raise RequestError(f"plugins must be True, False, or None (as the bundle was built), got {plugins!r}")
+    fused = opened.plugins if plugins is None else plugins
+    if not fused and opened.config.video.time_index == "relative":
+        raise ExecutorError(
+            f"{bundle} has video.time_index=relative, which is what the fused ops do; load it with plugins on"
+        )
+    if fused != opened.plugins and kind.compiled:
+        built, wanted = ("on", "off") if opened.plugins else ("off", "on")
+        raise ExecutorError(
+            f"{chosen} runs what was built, and {bundle} was built with plugins {built}; build again with `--plugins {wanted}`"
+        )
+    decodes = opened.vae is not None if vae is None else vae
+    if decodes:
+        check_has_vae(opened)
+    where = choose_device(chosen, asked=device, world_size=built_for)
+    if fused and where == "cuda" and not kind.compiled:
+        require_triton()
+    if where == "cpu" and chosen == "onnxruntime" and opened.config.build.precision != "float32":
+        raise ExecutorError(
+            f"onnxruntime on a CPU runs float32 only, and {bundle} is {opened.config.build.precision}; load it with "
+            "executor='eager', run it on a GPU with onnxruntime-gpu, or build it again with `--dtype float32`"
+        )
+    return Engine(
+        opened,
+        chosen,
+        device=where,
+        plugins=fused,
+        decodes=decodes,
+        text_encoder=None if text_encoder is None else Path(text_encoder),
+        max_sessions=max_sessions,
+        num_threads=num_threads,
+        timeout_s=timeout_s,
+    )

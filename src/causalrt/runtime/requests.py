@@ -1,0 +1,109 @@
+"""What a caller asks for, checked; and latents as the ranks take them."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from causalrt.config import Config
+from causalrt.errors import PromptError, RequestError
+
+Embeddings = torch.Tensor | npt.NDArray[np.floating[Any]]
+
+
+def latents_from_tokens(rows: torch.Tensor, config: Config) -> torch.Tensor:
+    """Token rows `[N, 64]` -> `[F, 16, H, W]`; features are ordered (channel, dy, dx)."""
+    m = config.model
+    grid = rows.view(-1, config.grid_height, config.grid_width, m.latent_channels, m.patch_height, m.patch_width)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(
+        -1, m.latent_channels, config.video.latent_height, config.video.latent_width
+    )
+
+
+def tokens_from_latents(latents: torch.Tensor, config: Config) -> torch.Tensor:
+    """`[F, 16, H, W]` -> token rows `[N, 64]`; the inverse of `latents_from_tokens`."""
+    m = config.model
+    grid = latents.reshape(-1, m.latent_channels, config.grid_height, m.patch_height, config.grid_width, m.patch_width)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, m.patch_features)
+
+
+def checked_chunks(config: Config, num_chunks: int | None, *, num_given: int = 0) -> int:
+    """Chunks to generate after `num_given` given ones: those asked for, or as many as the horizon holds.
+
+    Raises:
+        RequestError: not a whole number, or more than the horizon holds while time is counted by the global index.
+    """
+    video = config.video
+    within_horizon = video.horizon_chunks - num_given
+    endless = video.time_index == "relative"
+    if num_chunks is None and (within_horizon >= 1 or endless):
+        return max(1, within_horizon)
+    if isinstance(num_chunks, int) and num_chunks >= 1 and (endless or num_chunks <= within_horizon):
+        return num_chunks
+    if endless:
+        raise RequestError(f"num_chunks must be a whole number of at least 1, got {num_chunks}")
+    after = f" after {num_given} given ones" if num_given else ""
+    raise RequestError(
+        f"{1 if num_chunks is None else num_chunks} chunks of {video.chunk_frames} latent frames asked for{after}, but the "
+        f"bundle's horizon is {video.horizon_frames} latent frames ({max(0, within_horizon)} chunks); build with "
+        "`--set video.horizon_frames=...` for more, or with `--set video.time_index=relative` for a rollout without an end"
+    )
+
+
+def checked_text(config: Config, prompt_embeds: Embeddings) -> torch.Tensor:
+    """Embeddings as the ranks take them: `[text_len, text_dim]` float32, missing rows zero.
+
+    Raises:
+        PromptError: wrong shape or type, or values that are not finite.
+    """
+    model = config.model
+    if isinstance(prompt_embeds, np.ndarray) and np.issubdtype(prompt_embeds.dtype, np.floating):
+        prompt_embeds = torch.from_numpy(np.ascontiguousarray(prompt_embeds, dtype=np.float32))
+    if not isinstance(prompt_embeds, torch.Tensor) or not prompt_embeds.is_floating_point():
+        raise PromptError(
+            f"prompt embeddings must be a floating-point tensor, got {getattr(prompt_embeds, 'dtype', type(prompt_embeds))}"
+        )
+    if prompt_embeds.dim() != 2 or prompt_embeds.shape[1] != model.text_dim:
+        raise PromptError(
+            f"prompt embeddings must be [rows, {model.text_dim}], got {list(prompt_embeds.shape)}; "
+            "a batch element is a session of its own"
+        )
+    rows = prompt_embeds.shape[0]
+    if not 1 <= rows <= model.text_len:
+        raise PromptError(f"prompt embeddings must have 1 to {model.text_len} rows, got {rows}; shorten the prompt")
+    text = torch.zeros(model.text_len, model.text_dim)
+    text[:rows] = prompt_embeds.detach()
+    bad = int((~torch.isfinite(text)).sum())
+    if bad:
+        raise PromptError(f"prompt embeddings hold {bad} values that are not finite; check the text encoder")
+    return text
+
+
+def checked_given(config: Config, given: torch.Tensor | None) -> list[torch.Tensor]:
+    """Given latents as rows `[N, 64]`, chunk by chunk (the first may be one frame); none is no chunk.
+
+    Raises:
+        RequestError: wrong shape or type, no whole number of chunks, or values that are not finite.
+    """
+    if given is None:
+        return []
+    video = config.video
+    frame = (config.model.latent_channels, video.latent_height, video.latent_width)
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point() or tuple(given.shape[1:]) != frame:
+        found = f"{list(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else type(given).__name__
+        raise RequestError(
+            f"given latents must be a floating-point tensor [frames, {', '.join(map(str, frame))}], got {found}"
+        )
+    lone = int(video.lone_first_frame)
+    chunks, left = divmod(len(given) - lone, video.chunk_frames)
+    if not len(given) or left:
+        first = "one frame, alone, and then " if lone else ""
+        raise RequestError(
+            f"{len(given)} latent frames given; the bundle takes {first}whole chunks of {video.chunk_frames}: leave some out"
+        )
+    rows = tokens_from_latents(given.detach().to("cpu", torch.float32), config)
+    if not torch.isfinite(rows).all():
+        raise RequestError("given latents hold values that are not finite; check the encoder that they come from")
+    frames = video.frames_of_chunks(lone + chunks)
+    return list(torch.split(rows, [count * config.tokens_per_frame for count in frames]))
