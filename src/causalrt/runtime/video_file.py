@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from causalrt.errors import ExecutorError, RequestError, VideoError
+from causalrt.runtime.mp4_boxes import codec_from_header
 
 Frames = torch.Tensor | npt.NDArray[np.uint8]
 
@@ -159,7 +160,7 @@ class FragmentWriter:
             )
         self._open = True
         self.header = self._sink.take()
-        self.codec = _codec_from_header(self.header)
+        self.codec = codec_from_header(self.header)
         self.mime = f'video/mp4; codecs="{self.codec}"'
 
     def write(self, frames: Frames) -> bytes:
@@ -329,31 +330,3 @@ def _typed(what: str) -> Iterator[None]:
         yield
     except (OSError, pyav().FFmpegError) as error:
         raise VideoError(f"{what} failed: {error}") from error
-
-
-def boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """(type, payload) of each box of ISO 14496-12 that lies in `data`, outermost ones only.
-
-    Raises:
-        VideoError: `data` is not a row of whole boxes.
-    """
-    at = 0
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        begin = 8
-        if size == 1:
-            size, begin = int.from_bytes(data[at + 8 : at + 16], "big"), 16
-        if size < begin or at + size > len(data):
-            raise VideoError(f"no whole box at byte {at} of {len(data)}: its size says {size}")
-        yield data[at + 4 : at + 8].decode("latin-1"), data[at + begin : at + size]
-        at += size
-
-
-def _codec_from_header(header: bytes) -> str:
-    """`avc1.PPCCLL` (RFC 6381): profile, constraints and level, as the avcC box (ISO 14496-15) has them."""
-    payload = header
-    for name in ("moov", "trak", "mdia", "minf", "stbl", "stsd"):
-        payload = dict(boxes(payload))[name]
-    entry = dict(boxes(payload[8:]))["avc1"]  # after version and count
-    configuration = dict(boxes(entry[78:]))["avcC"]  # after the fields of a VisualSampleEntry
-    return f"avc1.{configuration[1:4].hex()}"

@@ -13,8 +13,8 @@ from running import Running, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from causalrt.runtime.mp4_boxes import boxes
 from causalrt.runtime.server import run
-from causalrt.runtime.video_file import boxes
 
 
 @pytest.fixture
