@@ -63,7 +63,7 @@ def assert_same_pixels(frames, wanted):
 )
 def test_frames_are_those_of_the_whole_video(bundles, name, world_size):
     path = bundles(name, world_size)
-    with causalrt.load(path, executor=name, device="cpu") as engine:
+    with causalrt.load(path, executor=name, vae_executor=name, device="cpu") as engine:
         assert engine.has_vae
         chunks = list(engine.session(prompt(), seed=1))
     video = engine.config.video
@@ -202,6 +202,13 @@ def test_prompts_as_text(bundles, tmp_path):
         assert (chunk.frames, chunk.decode_ms) == (None, 0.0)
         with pytest.raises(RequestError, match="build the bundle with `--vae FILE`"):
             engine.encode_frames(torch.zeros(1, 32, 48, 3, dtype=torch.uint8))
+
+
+def test_a_decoder_that_was_not_built(bundles):
+    with pytest.raises(
+        BundleError, match=r"was built for eager; build again with `--executor onnxruntime` to decode so"
+    ):
+        causalrt.load(bundles(), vae_executor="onnxruntime")
 
 
 def test_a_bundle_without_a_vae(tmp_path):

@@ -86,7 +86,7 @@ class Engine:
         *,
         device: str,
         plugins: bool,
-        decodes: bool,
+        decoder_executor: str | None,
         text_encoder: Path | None,
         max_sessions: int | None,
         num_threads: int | None,
@@ -100,7 +100,7 @@ class Engine:
         cores = len(os.sched_getaffinity(0))
         self.num_threads = num_threads or max(1, cores // world_size)
         self.memory = predict_memory(bundle.config, executor, device=device)
-        self.decoder_memory = decoder_memory(bundle, executor) if decodes else None
+        self.decoder_memory = decoder_memory(bundle, decoder_executor) if decoder_executor else None
         fitting = UNLIMITED
         if device == "cpu":
             shared_weights = not executor_kind(executor).compiled
@@ -118,15 +118,15 @@ class Engine:
         self.decoder: VaeDecoder | None = None
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
         own_gpu = device == "cuda" and torch.cuda.device_count() > world_size
-        self.makes_ahead = decodes and own_gpu
+        self.makes_ahead = decoder_executor is not None and own_gpu
         with self._turn():
-            if decodes:
+            if decoder_executor:
                 self.decoder = VaeDecoder(timeout_s=timeout_s)
                 weakref.finalize(self, self.decoder.end)
                 self.decoder.start(
                     LoadVaeCommand(
                         bundle=bundle.path,
-                        executor=executor,
+                        executor=decoder_executor,
                         device=f"cuda:{world_size if own_gpu else 0}" if device == "cuda" else "cpu",
                         num_threads=num_threads or cores,
                     )

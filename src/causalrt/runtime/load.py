@@ -20,6 +20,7 @@ def load(
     device: str | None = None,
     plugins: bool | None = None,
     vae: bool | None = None,
+    vae_executor: str | None = None,
     text_encoder: str | Path | None = None,
     max_sessions: int | None = None,
     num_threads: int | None = None,
@@ -36,6 +37,8 @@ def load(
             as the bundle was built. The others run what was built.
         vae: decode chunks to frames, in a process of its own: on a GPU that no rank has, or else on rank 0's; by default
             if the bundle has a VAE.
+        vae_executor: what runs the VAE: `eager`, or one that the bundle was built for. By default `executor`, but eager torch
+            on a CPU, where it is about twice as fast as ONNX Runtime and takes a third of the memory.
         text_encoder: folder of umT5, so that prompts can be text; on the CPU of this process.
         max_sessions: how many may be open at once; by default as many as fit in memory.
         num_threads: CPU threads of each rank; by default the cores shared among the ranks.
@@ -85,6 +88,10 @@ def load(
     decodes = opened.vae is not None if vae is None else vae
     if decodes:
         check_has_vae(opened)
+    if vae_executor is not None and executor_kind(vae_executor).compiled and vae_executor not in opened.executors:
+        raise BundleError(
+            f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {vae_executor}` to decode so"
+        )
     where = choose_device(chosen, asked=device, world_size=built_for)
     if fused and where == "cuda" and not kind.compiled:
         require_triton()
@@ -93,12 +100,15 @@ def load(
             f"onnxruntime on a CPU runs float32 only, and {bundle} is {opened.config.build.precision}; load it with "
             "executor='eager', run it on a GPU with onnxruntime-gpu, or build it again with `--dtype float32`"
         )
+    decoder_executor = (vae_executor or (chosen if where == "cuda" else "eager")) if decodes else None
+    if decoder_executor is not None and where not in executor_kind(decoder_executor).devices:
+        raise ExecutorError(f"{decoder_executor} cannot decode on a {where}; leave vae_executor out, or take eager")
     return Engine(
         opened,
         chosen,
         device=where,
         plugins=fused,
-        decodes=decodes,
+        decoder_executor=decoder_executor,
         text_encoder=None if text_encoder is None else Path(text_encoder),
         max_sessions=max_sessions,
         num_threads=num_threads,

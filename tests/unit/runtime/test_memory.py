@@ -215,3 +215,4 @@ def test_caches_of_the_released_vae():
     assert graphs.cache_bytes == 2 * eager.cache_bytes
     assert eager.weights_bytes == 254 * 10**6
     assert 4 * 2**30 < eager.activation_bytes < 5 * 2**30
+    assert graphs.activation_bytes > 2 * eager.activation_bytes
