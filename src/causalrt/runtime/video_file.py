@@ -9,7 +9,7 @@ comes out with the next call: that is the whole lag. This module owns neither th
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from causalrt.engines.bundle import publish_file
 from causalrt.errors import ExecutorError, RequestError, VideoError
+from causalrt.runtime.mp4_boxes import codec_from_header
 
 Frames = torch.Tensor | npt.NDArray[np.uint8]
 
@@ -48,11 +48,10 @@ class Mp4Writer:
         check_picture(height=height, width=width, fps=fps)
         pyav()
         try:
-            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
+            self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.partial")
+            os.close(os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # and what the umask lets
         except OSError as error:
             raise RequestError(f"cannot write {path}: {error}; choose a file in an existing, writable folder") from None
-        os.close(handle)
-        self._partial = Path(name)
         with self._or_nothing():
             self._muxer = _Muxer(
                 str(self._partial),
@@ -90,7 +89,7 @@ class Mp4Writer:
             raise RequestError(f"no frames were written to {self.path}; a video needs at least one")
         with self._or_nothing():
             self._muxer.finish()
-            publish_file(self._partial, self.path)
+            self._partial.replace(self.path)
         self._open = False
 
     def discard(self) -> None:
@@ -161,7 +160,7 @@ class FragmentWriter:
             )
         self._open = True
         self.header = self._sink.take()
-        self.codec = _codec_from_header(self.header)
+        self.codec = codec_from_header(self.header)
         self.mime = f'video/mp4; codecs="{self.codec}"'
 
     def write(self, frames: Frames) -> bytes:
@@ -331,31 +330,3 @@ def _typed(what: str) -> Iterator[None]:
         yield
     except (OSError, pyav().FFmpegError) as error:
         raise VideoError(f"{what} failed: {error}") from error
-
-
-def boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """(type, payload) of each box of ISO 14496-12 that lies in `data`, outermost ones only.
-
-    Raises:
-        VideoError: `data` is not a row of whole boxes.
-    """
-    at = 0
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        begin = 8
-        if size == 1:
-            size, begin = int.from_bytes(data[at + 8 : at + 16], "big"), 16
-        if size < begin or at + size > len(data):
-            raise VideoError(f"no whole box at byte {at} of {len(data)}: its size says {size}")
-        yield data[at + 4 : at + 8].decode("latin-1"), data[at + begin : at + size]
-        at += size
-
-
-def _codec_from_header(header: bytes) -> str:
-    """`avc1.PPCCLL` (RFC 6381): profile, constraints and level, as the avcC box (ISO 14496-15) has them."""
-    payload = header
-    for name in ("moov", "trak", "mdia", "minf", "stbl", "stsd"):
-        payload = dict(boxes(payload))[name]
-    entry = dict(boxes(payload[8:]))["avc1"]  # after version and count
-    configuration = dict(boxes(entry[78:]))["avcC"]  # after the fields of a VisualSampleEntry
-    return f"avc1.{configuration[1:4].hex()}"

@@ -103,7 +103,7 @@ class FakeSession:
         self._engine.made[self.number] = self._next
         count = 4 * video.frames_at(index) - 3 * (index == 0)
         shape = (count, video.pixel_height, video.pixel_width, 3)
-        noise = torch.Generator().manual_seed(self._seed + index)
+        noise = torch.Generator().manual_seed((self._seed + index) % 2**63)
         return SimpleNamespace(
             index=index,
             frames=torch.randint(0, 256, shape, generator=noise, dtype=torch.uint8),

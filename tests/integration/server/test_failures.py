@@ -120,3 +120,18 @@ def test_an_address_that_is_taken_is_an_error():
     taken = listen("127.0.0.1", 0, send_buffer_bytes=4096)
     with taken, pytest.raises(RequestError, match="choose another"):
         listen("127.0.0.1", taken.getsockname()[1], send_buffer_bytes=4096)
+
+
+def test_a_second_signal_does_not_wait_for_a_chunk_that_hangs():
+    engine = FakeEngine()
+    engine.hold()
+    with Running(engine, grace_s=600.0) as server, server.realtime() as client:
+        job = server.post(seconds=1).json()["id"]
+        client.start()
+        client.next("started")
+        server.end()
+        until(lambda: server.video(job)["status"] == "in_progress" and server.services.draining.is_set())
+        server.end()
+        server.ended()
+        assert engine.closed
+        assert not engine.open_sessions

@@ -1,5 +1,6 @@
 """Real-time sessions over a WebSocket, against a fake engine."""
 
+import contextlib
 import io
 import json
 import re
@@ -9,11 +10,11 @@ import av
 import pytest
 from fake_engine import FakeEngine
 from running import Running, until
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from causalrt.runtime.mp4_boxes import boxes
 from causalrt.runtime.server import run
-from causalrt.runtime.video_file import boxes
 
 
 @pytest.fixture
@@ -315,6 +316,14 @@ def test_a_client_that_vanishes_from_the_queue_leaves_it(held):
         held.engine.let(1)
         client.next("ended")
     assert len(held.engine.sessions) == 1
+
+
+def test_a_client_that_floods_the_server_and_reads_no_answer_is_closed():
+    with Running(send_buffer_bytes=4096) as server, server.realtime(max_queue=1, close_timeout=0.2) as client:
+        with contextlib.suppress(ConnectionClosed):
+            for _ in range(50_000):
+                client.socket.send("{}")
+        until(lambda: server.metric("causalrt_connections") == 0, "closing it")
 
 
 def test_connections_are_limited():

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from causalrt.errors import ExecutorError, RequestError, VideoError
-from causalrt.runtime.video_file import FragmentWriter, Mp4Writer, boxes
+from causalrt.runtime.mp4_boxes import boxes
+from causalrt.runtime.video_file import FragmentWriter, Mp4Writer
 
 av = pytest.importorskip("av", reason="needs PyAV: pip install 'causalrt[video]'")
 

@@ -6,7 +6,7 @@
     admission.py   who may begin: slots, queue, rate     metrics.py    what Prometheus scrapes
     engine_host.py the engine, loaded again if it dies   generation.py a thread that drives one session
     jobs.py        jobs and their order                  spool.py      their files
-    videos.py      /v1/videos                            realtime.py   /v1/realtime
+    videos.py      /v1/videos                            realtime.py   /v1/realtime, with realtime_messages.py
     run.py         listening, and an end that loses nothing
 
 Everything but `generation.py` runs on one event loop, and needs no locks; a generation has a thread of its own. FastAPI and

@@ -174,7 +174,7 @@ class RateLimit:
         if left >= 1:
             left -= 1
         else:
-            problem = rate_limited((1 - left) / self._per_s)
+            problem = rate_limited(round((1 - left) / self._per_s, 3))
         self._buckets[key] = left, now
         if len(self._buckets) > MOST_KEYS:
             self._buckets.popitem(last=False)

@@ -11,7 +11,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse
+from starlette.routing import Match
+from starlette.staticfiles import StaticFiles
 
 from causalrt.runtime.server.guard import Guard, Owner
 from causalrt.runtime.server.metrics import CONTENT_TYPE
@@ -72,7 +74,7 @@ def make_app(services: Services, *, version: str) -> FastAPI:
     app.include_router(realtime_routes(services))
     _add_state_routes(app, services)
     _add_page(app)
-    app.openapi = _openapi_without_422(app)  # type: ignore[method-assign]
+    app.openapi = _openapi(app, with_tokens=services.tokens.wanted)  # type: ignore[method-assign]
     return app
 
 
@@ -95,11 +97,23 @@ def _handle_errors(app: FastAPI, services: Services) -> None:
         codes = {404: "not_found", 405: "method_not_allowed"}
         response = answer(Problem(error.status_code, codes.get(error.status_code, "invalid_request"), error.detail))
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            response.headers["Allow"] = ", ".join(sorted(_methods(app, request)))
         return response
 
     @app.exception_handler(Exception)
     async def _internal(request: Request, error: Exception) -> JSONResponse:
         return answer(Problem(500, "internal", "the server has failed here; its log says why"))
+
+
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """What the path of a request can be asked for; Starlette names the methods of one of its routes alone."""
+    found: set[str] = set()
+    for method in ("GET", "HEAD", "POST", "DELETE"):
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] == Match.FULL for route in app.routes):
+            found.add(method)
+    return found
 
 
 def _add_state_routes(app: FastAPI, services: Services) -> None:
@@ -123,19 +137,24 @@ def _add_state_routes(app: FastAPI, services: Services) -> None:
 
 def _add_page(app: FastAPI) -> None:
     folder = Path(str(files("causalrt.runtime.server") / "page"))
+    static = StaticFiles(directory=folder, check_dir=False)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix not in KINDS:
             continue
 
-        async def page(path: Path = path) -> FileResponse:
+        async def page(request: Request, path: Path = path) -> Response:
+            response = static.file_response(path, path.stat(), request.scope)
             # Asked for again each time, and answered with 304 as long as it is the same.
-            return FileResponse(path, media_type=KINDS[path.suffix], headers={"Cache-Control": "no-cache"})
+            response.headers["Cache-Control"] = "no-cache"
+            if response.status_code == 200:
+                response.headers["Content-Type"] = KINDS[path.suffix]
+            return response
 
         app.add_api_route("/" if path.name == "index.html" else f"/{path.name}", page, include_in_schema=False)
 
 
-def _openapi_without_422(app: FastAPI) -> Any:
-    """FastAPI's own document, without the answer that we never give."""
+def _openapi(app: FastAPI, *, with_tokens: bool) -> Any:
+    """FastAPI's own document, less an answer that we never give, and less tokens where none are wanted."""
     whole = app.openapi
 
     def document() -> dict[str, Any]:
@@ -143,6 +162,8 @@ def _openapi_without_422(app: FastAPI) -> Any:
         for path in made["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+                if not with_tokens:
+                    operation.pop("security", None)
         return made
 
     return document

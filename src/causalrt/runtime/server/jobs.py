@@ -215,6 +215,8 @@ class Jobs:
                 reason, _ = await self._generator.run("job", wish, control, output)
             else:
                 reason = control.reason
+            if job.id not in self._jobs:  # it was deleted meanwhile
+                return
             if reason == "done":
                 job.num_bytes = self._spool.video(job.id).stat().st_size
                 job.progress = 100
@@ -231,7 +233,7 @@ class Jobs:
         finally:
             ticket.leave()
             self._running.pop(job.id, None)
-            if job.id not in self._jobs:  # it was deleted meanwhile
+            if job.id not in self._jobs:
                 self._spool.remove(job.id)
 
     def _end(self, job: Job, status: str, code: str | None = None, message: str | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse
 
 from causalrt.runtime.server.guard import Owner
@@ -20,6 +21,11 @@ from causalrt.runtime.server.spool import Job
 
 POLL_MS = 1000
 SECONDS = r"[0-9]{1,5}(\.[0-9]{1,3})?"
+NUMBER = r"[0-9]{1,32}(\.[0-9]{1,32})?([eE][+-]?[0-9]{1,3})?"  # of JSON, not negative
+LEAST_SECONDS = 0.001
+PROMPT = (
+    r"^[^\x00-\x08\x0e-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x08\x0e-\x1f\x7f]*$"  # no control characters, and not blank
+)
 FIELDS = ("model", "prompt", "seconds", "size", "seed")
 
 
@@ -98,7 +104,7 @@ def video_routes(services: Services) -> APIRouter:
         if after is not None:
             place = next((place for place, job in enumerate(found) if job.id == after), None)
             if place is None:
-                raise bad_request(f"there is no video {after!r} to go on after", param="after")
+                raise not_found(f"there is no video {after!r} to go on after")
             found = found[place + 1 :]
         page = [_video(job) for job in found[:limit]]
         return VideoList(
@@ -189,14 +195,16 @@ async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
                 if not isinstance(found, dict):
                     raise bad_request("the body must be a JSON object")
                 return found
-            form = await request.form(max_files=0, max_fields=len(FIELDS) + 1)
+            async with request.form(max_files=1, max_fields=len(FIELDS) + 1) as form:
+                items = form.multi_items()
     except TimeoutError:
         raise Problem(408, "timeout", f"the body did not come within {timeout_s:g} s") from None
+    except ClientDisconnect:
+        raise bad_request("the client left before its request was whole") from None
     except HTTPException as error:
         raise bad_request(f"the form cannot be read: {error.detail}") from None
     except (ValueError, RecursionError) as error:
         raise bad_request(f"the body is no JSON: {str(error) or type(error).__name__}") from None
-    items = form.multi_items()
     if len({name for name, _ in items}) < len(items):
         raise bad_request("a field is there twice")
     return dict(items)
@@ -231,41 +239,48 @@ def _checked(fields: Mapping[str, Any], offer: Offer) -> tuple[str, int, str]:
 def _seed(value: Any) -> int:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value, re.ASCII):  # of a form
         value = int(value)
+    if isinstance(value, float) and value.is_integer() and value < 2**53:  # 1.0 is a whole number in JSON Schema
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
         raise bad_request(f"seed must be a whole number from 0 to {MAX_SEED}", param="seed")
     return value
 
 
 def _seconds(value: Any, offer: Offer) -> str:
+    """As text: a text that is a plain number stays as it is."""
     if value is None:
         return offer.default_seconds
-    text = f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
-    if isinstance(value, bool) or not re.fullmatch(SECONDS, text, re.ASCII) or not 0 < float(text) <= offer.max_seconds:
+    text = str(value)
+    number = float(text) if re.fullmatch(NUMBER, text) and not isinstance(value, bool) else 0.0
+    if not LEAST_SECONDS <= number <= offer.max_seconds:
         raise bad_request(
-            f"seconds must be a number over 0 and at most {offer.max_seconds:g}, as 4 or '4'", param="seconds"
+            f"seconds must be a number from {LEAST_SECONDS} to {offer.max_seconds:g}, as 4 or '4'", param="seconds"
         )
-    return text
+    return text if re.fullmatch(SECONDS, text) else f"{number:.3f}".rstrip("0").rstrip(".")
 
 
 def _request_body(offer: Offer) -> dict[str, Any]:
     """The request's body for the OpenAPI document, with the limits of this server."""
-    seconds: list[dict[str, Any]] = [
-        {"type": "string", "pattern": f"^{SECONDS}$"},
-        {"type": "number", "exclusiveMinimum": 0, "maximum": offer.max_seconds},
-    ]
-    properties: dict[str, Any] = {
-        "prompt": {"type": "string", "minLength": 1, "maxLength": offer.max_prompt_chars},
-        "model": {"type": "string", "enum": [offer.model_name]},
-        "seconds": {
-            "anyOf": seconds,
-            "description": f"at most {offer.max_seconds:g}",
-            "default": offer.default_seconds,
-        },
-        "size": {"type": "string", "enum": [offer.size]},
-        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED, "default": 0},
-    }
-    schema = {"type": "object", "required": ["prompt"], "properties": properties, "additionalProperties": False}
+    seed: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": MAX_SEED}
+    text: dict[str, Any] = {"type": "string", "pattern": f"^{SECONDS}$"}
+    number: dict[str, Any] = {"type": "number", "minimum": LEAST_SECONDS, "maximum": offer.max_seconds}
+    prompt = {"type": "string", "minLength": 1, "maxLength": offer.max_prompt_chars, "pattern": PROMPT}
+    about_seconds = {"description": f"at most {offer.max_seconds:g}", "default": offer.default_seconds}
+
+    def schema(*null: dict[str, str]) -> dict[str, Any]:
+        properties = {
+            "prompt": prompt,
+            "model": {"anyOf": [{"type": "string", "enum": [offer.model_name]}, *null]},
+            "seconds": {"anyOf": [text, number, *null], **about_seconds},
+            "size": {"anyOf": [{"type": "string", "enum": [offer.size]}, *null]},
+            "seed": {"anyOf": [seed, *null], "default": 0},
+        }
+        return {"type": "object", "required": ["prompt"], "properties": properties, "additionalProperties": False}
+
     return {
         "required": True,
-        "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}},
+        "content": {
+            "application/json": {"schema": schema({"type": "null"})},
+            "multipart/form-data": {"schema": schema()},  # a form has no null
+        },
     }

@@ -1,0 +1,155 @@
+"""What clients of `/v1/realtime` say, and what a generation says to them."""
+
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from causalrt.runtime.mp4_boxes import boxes
+from causalrt.runtime.server.generation import Wish
+from causalrt.runtime.server.offer import MAX_SEED, Offer
+from causalrt.runtime.server.problems import Problem, bad_request
+from causalrt.runtime.video_file import FragmentWriter
+
+Outgoing = dict[str, Any] | list[bytes]
+"""A message as JSON, or fragments, each of them a message."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Auth(_Message):
+    """The token, first of all."""
+
+    type: Literal["auth"]
+    token: str = Field(max_length=1024)
+
+
+class Start(_Message):
+    """Begin a generation."""
+
+    type: Literal["start"]
+    prompt: str
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    chunks: int | None = None
+
+
+class SwitchPrompt(_Message):
+    """Change its prompt."""
+
+    type: Literal["switch"]
+    prompt: str
+    policy: Literal["keep", "recache", "flush"] = "keep"
+
+
+class Plain(_Message):
+    """Messages without fields."""
+
+    type: Literal["pause", "resume", "stop"]
+
+
+Incoming = Auth | Start | SwitchPrompt | Plain
+_incoming: TypeAdapter[Incoming] = TypeAdapter(Annotated[Incoming, Field(discriminator="type")])
+
+
+def parse(text: str) -> Incoming:
+    """A client's message.
+
+    Raises:
+        Problem: 400, it is none of ours.
+    """
+    try:
+        return _incoming.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        raise bad_request(f"{where}: {first['msg']}" if where else first["msg"]) from None
+
+
+class RealtimeOutput:
+    """Encodes chunks, and hands them to the connection's queue; called from a generation's thread."""
+
+    def __init__(
+        self, post: Callable[[Outgoing], None], offer: Offer, number: str, wish: Wish, chunks: int | None
+    ) -> None:
+        self._post = post
+        self._offer = offer
+        self._number = number
+        self._wish = wish
+        self._chunks = chunks
+        self._writer: FragmentWriter | None = None
+
+    def started(self, *, text_ms: float) -> None:
+        """Tell, and send the initialisation segment."""
+        offer = self._offer
+        self._writer = FragmentWriter(height=offer.height, width=offer.width, fps=offer.fps)
+        self._post(
+            {
+                "type": "started",
+                "id": self._number,
+                "seed": self._wish.seed,
+                "chunks": self._chunks,
+                "text_ms": round(text_ms, 3),
+            }
+        )
+        self._post([self._writer.header])
+
+    def write(self, frames: torch.Tensor) -> float:
+        """Encode frames `[T, h, w, 3]` and send their fragments; milliseconds of encoding."""
+        assert self._writer is not None
+        begun = time.perf_counter()
+        fragments = _split(self._writer.write(frames))
+        encode_ms = 1e3 * (time.perf_counter() - begun)
+        self._post(fragments)
+        return encode_ms
+
+    def chunk_done(self, *, index: int, frames: int, latency_ms: float, stages: dict[str, float | None]) -> None:
+        """Tell the chunk's figures."""
+        rounded = {stage: None if ms is None else round(ms, 3) for stage, ms in stages.items()}
+        self._post(
+            {
+                "type": "chunk",
+                "index": index,
+                "frames": frames,
+                "latency_ms": round(latency_ms, 3),
+                "stages": rounded,
+            }
+        )
+
+    def paused(self, yes: bool) -> None:
+        """Tell it."""
+        self._post({"type": "paused" if yes else "resumed"})
+
+    def switched(self, *, ms: float, from_chunk: int, policy: str) -> None:
+        """Tell it."""
+        self._post({"type": "switched", "ms": round(ms, 3), "from_chunk": from_chunk, "policy": policy})
+
+    def refused(self, problem: Problem) -> None:
+        """Tell why a switch was not made."""
+        self._post(problem.realtime())
+
+    def finish(self) -> None:
+        """Send the last fragment."""
+        assert self._writer is not None
+        if last := self._writer.close():
+            self._post(_split(last))
+
+    def discard(self) -> None:
+        """Send nothing more."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _split(data: bytes) -> list[bytes]:
+    """Fragments (moof and mdat, and what ends the file) as messages of their own."""
+    parts: list[bytes] = []
+    for name, payload in boxes(data):
+        box = (len(payload) + 8).to_bytes(4, "big") + name.encode("latin-1") + payload
+        if name == "mdat" and parts:
+            parts[-1] += box
+        else:
+            parts.append(box)
+    return parts
