@@ -130,8 +130,9 @@ def test_a_clip_becomes_latents(engine, bundles):
     torch.testing.assert_close(latents, encode(load_vae(bundles() / VAE_WEIGHTS), clip), rtol=0, atol=1e-5)
     with engine.session(prompt(), given=latents) as session:
         assert len(next(session).frames) == 12
-    with pytest.raises(RequestError, match="must have 1 \\+ 4k frames"):
-        engine.encode_frames(clip[:3])
+    for wrong in (clip[:3], clip[:, :16], clip.float(), torch.cat([clip] * 5 + [clip[:4]]), clip[:0], None):
+        with pytest.raises(RequestError, match=r"must be uint8 \[T, 32, 48, 3\] with T = 1, 5, 9 ... at most 45"):
+            engine.encode_frames(wrong)
     assert engine.decoder.pid  # a refusal ends nothing
 
 

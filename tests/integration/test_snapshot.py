@@ -1,7 +1,11 @@
 """Snapshots: a session that is taken up again goes on as if it had never stopped."""
 
+import json
+import os
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_bundles import bundle_factory, prompt, tiny_config, write_checkpoint
 from small_encoders import write_vae
@@ -87,7 +91,7 @@ def test_what_cannot_be_snapshot(engine, tmp_path):
     with pytest.raises(RequestError, match="choose a writable folder"):
         session.snapshot(tmp_path / "nowhere" / "s")
     next(session)
-    with pytest.raises(RequestError, match="has ended"):
+    with pytest.raises(RequestError, match="the last chunk is made"):
         session.snapshot(tmp_path / "late")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "s"]
 
@@ -132,6 +136,9 @@ def damage(path, change):
         (rank_file(1), lambda found: found.update({"v.1.0": found["v.1.0"][1:].clone()})),
         (rank_file(1), lambda found: found.update({"frames": torch.tensor([-1, 2])})),
         (rank_file(0), lambda found: found.update({"frames": torch.tensor([10**6, 10**6])})),
+        (rank_file(0), lambda found: found.update({"frames": torch.tensor(7)})),
+        (rank_file(0), lambda found: found.update({"frames": found["frames"] + 3})),
+        (DECODER_FILE, lambda found: found.update({"latent_frames": torch.tensor([4])})),
         (rank_file(0), lambda found: found.update({"more": torch.zeros(1)})),
         (DECODER_FILE, lambda found: found.pop("cache.03")),
         (SESSION_FILE, lambda found: None),  # its header is gone
@@ -146,9 +153,49 @@ def test_a_damaged_snapshot_is_refused(engine, written, file, change):
     assert next(engine.session(prompt())).index == 0  # the engine goes on
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plain: plain["session"].update(num_chunks=1000),
+        lambda plain: plain["session"].update(next_chunk=1),
+        lambda plain: plain["session"].update(num_given=1),
+        lambda plain: plain["session"].update(seed=-1),
+        lambda plain: plain["session"].update(more=1),
+        lambda plain: plain["session"].update(vae="0" * 64),
+        lambda plain: plain.pop("session"),
+    ],
+    ids=["num_chunks", "next_chunk", "num_given", "seed", "more", "vae", "none"],
+)
+def test_a_header_that_cannot_be(engine, written, change):
+    path = written / SESSION_FILE
+    with safe_open(path, framework="pt") as file:
+        tensors, plain = {"text": file.get_tensor("text")}, json.loads(file.metadata()["causalrt.session"])
+    change(plain)
+    save_file(tensors, path, {"causalrt.session": json.dumps(plain)})
+    with pytest.raises(RequestError):
+        engine.resume(written)
+    assert engine.open_sessions == 0
+    assert next(engine.session(prompt())).index == 0
+
+
+def test_a_session_that_began_with_given_frames(engine, tmp_path):
+    first = next(engine.session(prompt(), seed=3)).latents  # a lone frame
+    whole = list(engine.session(prompt(), seed=3, given=first))
+    session = engine.session(prompt(), seed=3, given=first)
+    next(session)
+    session.snapshot(tmp_path / "s")
+    with pytest.raises(RequestError, match="6 chunks of 3 latent frames asked for after 1 given ones"):
+        engine.resume(tmp_path / "s", num_chunks=6)
+    same(list(engine.resume(tmp_path / "s")), whole[1:])
+
+
 def test_other_bundles_and_files_are_refused(engine, written, tmp_path):
     (written / rank_file(1)).write_bytes(b"short")
     with pytest.raises(RequestError, match=r"rank1.safetensors cannot be read"):
+        engine.resume(written)
+    (written / rank_file(1)).unlink()
+    os.mkfifo(written / rank_file(1))
+    with pytest.raises(RequestError, match=r"rank1.safetensors is missing, or no plain file"):
         engine.resume(written)
     with pytest.raises(RequestError, match="is no snapshot"):
         engine.resume(tmp_path)

@@ -50,7 +50,7 @@ class GraphTensor:
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
-class GraphVae(Vae, ABC):
+class GraphVae(ABC):
     """The two graphs, loaded by a runtime.
 
     Attributes:
@@ -75,6 +75,10 @@ class GraphVae(Vae, ABC):
     @abstractmethod
     def bind(self, graph: int, memory: Mapping[str, torch.Tensor]) -> Callable[[], None]:
         """What runs the first graph (0) or the next one (1) over this memory, inputs and outputs by name."""
+
+    def warmed_up(self) -> None:
+        """See `Vae.warmed_up`."""
+        return
 
     def open(self) -> DecodeState:
         """The start of a video; memory for both sets of caches is taken here."""
