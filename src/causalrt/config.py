@@ -151,6 +151,10 @@ class VideoConfig:
         """Frames of the chunk that begins at `first_frame` of the video."""
         return 1 if self.lone_first_frame and first_frame == 0 else self.chunk_frames
 
+    def first_frame_of(self, chunk: int) -> int:
+        """Where a chunk of a video begins."""
+        return chunk * self.chunk_frames - (self.chunk_frames - 1 if self.lone_first_frame and chunk else 0)
+
     def frames_of_chunks(self, num_chunks: int, *, first_chunk: int = 0) -> list[int]:
         """Frames of each of `num_chunks` chunks of a video, from its chunk `first_chunk` on."""
         chunks = range(first_chunk, first_chunk + num_chunks)

@@ -175,10 +175,10 @@ def test_compare_fails_on_other_numbers(tmp_path, capsys):
 def test_compare_says_what_it_does_not_know(tmp_path, capsys):
     with safe_open(GOLDEN / "N1.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    metadata["config"] = json.dumps(json.loads(metadata["config"]) | {"independent_first_frame": True})
-    save_file({}, tmp_path / "lone.safetensors", metadata)
-    assert main(["compare", "--recorded", str(tmp_path / "lone.safetensors")]) == 2
-    assert "independent_first_frame" in capsys.readouterr().err
+    metadata["config"] = json.dumps(json.loads(metadata["config"]) | {"patch_size": [2, 2, 2]})
+    save_file({}, tmp_path / "patch.safetensors", metadata)
+    assert main(["compare", "--recorded", str(tmp_path / "patch.safetensors")]) == 2
+    assert "a patch of 2 latent frames is not known" in capsys.readouterr().err
 
 
 def test_compare_refuses_what_is_no_recording(tmp_path, capsys):

@@ -247,7 +247,7 @@ def test_bad_requests_leave_the_engine_alive(bundles: Bundles) -> None:
             with pytest.raises(RequestError, match=rf"{chunks} chunks of 3 .*horizon is 12 latent frames \(4 chunks\)"):
                 engine.session(prompt(), num_chunks=chunks)  # type: ignore[arg-type]
         for shape in ((4, 4, 18, 63), (4, 4, 17, 64), (4, 3, 18, 64), (3, 4, 18, 64), (18, 64)):
-            with pytest.raises(RequestError, match=r"noise must be a tensor \[steps, N, 64\] for each chunk"):
+            with pytest.raises(RequestError, match=r"noise must be .*(not \[4, 18, 64\]|3 chunks, not 4)"):
                 engine.session(prompt(), noise=torch.zeros(shape))
         for seed in (-1, 2**64, 1.5):
             with pytest.raises(RequestError, match="seed must be a whole number in"):

@@ -200,7 +200,7 @@ def _(patch: pytest.MonkeyPatch, recorded: Recording) -> None:
 @mistake("cache ignored", "A")
 def _(patch: pytest.MonkeyPatch, recorded: Recording) -> None:
     right = KVSlots.filled
-    patch.setattr(KVSlots, "filled", lambda self, first_frame: right(self, 0))
+    patch.setattr(KVSlots, "filled", lambda self, first_frame, **kind: right(self, 0, **kind))
 
 
 @mistake("context pass skipped", "A", "C")

@@ -126,7 +126,7 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
         yield work
         work.chmod(0o755)
         if overwrite and (target / MANIFEST).is_file():
-            _replace(target, work)
+            replace_folder(target, work)
         else:
             os.rename(work, target)
     except OSError as error:
@@ -135,7 +135,8 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _replace(target: Path, work: Path) -> None:
+def replace_folder(target: Path, work: Path) -> None:
+    """Put `work` where `target` is; what was there is put back if that fails."""
     retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     try:
         os.rename(target, retired / "bundle")

@@ -26,7 +26,9 @@ KEPT_MESSAGES = 10
 class EngineLoader:
     """Deserialises engines for one device, and gives all of them one scratch buffer."""
 
-    def __init__(self, flavour: Flavour, device: torch.device) -> None:
+    def __init__(self, flavour: Flavour, device: torch.device, *, kernels_of: str = "") -> None:
+        """`kernels_of` names a cache of its own for what is compiled late: a file has one process that writes it."""
+        self._kernels_of = f"-{kernels_of}" if kernels_of else ""
         self.flavour, self.device = flavour, device
         self.trt = flavour.load()
         self.messages: deque[str] = deque(maxlen=KEPT_MESSAGES)
@@ -44,7 +46,7 @@ class EngineLoader:
             return None
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         device = re.sub(r"\W+", "-", name)  # one kind's kernels do not serve another
-        return cache_file("kernels", f"{self.flavour.name}-{self.trt.__version__}-{device}.cache")
+        return cache_file("kernels", f"{self.flavour.name}-{self.trt.__version__}-{device}{self._kernels_of}.cache")
 
     def make_context(self, engine: Any) -> Any:
         """An execution context; its kernels are compiled now, or when its shapes are first met, or found in the cache."""

@@ -34,6 +34,9 @@ class Vae(Protocol):
     def open(self) -> DecodeState:
         """The start of a video."""
 
+    def warmed_up(self) -> None:
+        """Both kinds of step have run once; there is time to keep what that took."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphTensor:
@@ -47,7 +50,7 @@ class GraphTensor:
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
-class GraphVae(ABC):
+class GraphVae(Vae, ABC):
     """The two graphs, loaded by a runtime.
 
     Attributes:
@@ -119,7 +122,7 @@ class GraphDecodeState(DecodeState):
         return [cache.shape for cache in self._vae.caches]
 
     def _caches(self) -> list[torch.Tensor]:
-        return [cache.clone() for cache in self._sets[self._current]]
+        return [cache.to("cpu", copy=True) for cache in self._sets[self._current]]
 
     def _set_caches(self, caches: list[torch.Tensor]) -> None:
         self._current = 0

@@ -71,6 +71,7 @@ def _open(path: Path, device: torch.device, num_threads: int) -> Any:
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
         settings = {"device_id": str(device.index or 0), "user_compute_stream": str(stream), "use_tf32": "0"}
+        settings |= {"cudnn_conv_use_max_workspace": "0", "arena_extend_strategy": "kSameAsRequested"}
         providers.insert(0, ("CUDAExecutionProvider", settings))
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)

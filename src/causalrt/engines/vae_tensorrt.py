@@ -21,7 +21,7 @@ class TensorRTVae(GraphVae):
             ExecutorError: the bundle has none for this GPU, or TensorRT cannot open them here.
         """
         files = engine_files(flavour, bundle.engines[flavour.name].targets, device_target(device))
-        loader = EngineLoader(flavour, device)
+        self._loader = loader = EngineLoader(flavour, device, kernels_of="vae")
         self._engines = [loader.load(bundle.path / file) for file in files.vae]
         loader.share_scratch()
         tensors = [
@@ -35,6 +35,10 @@ class TensorRTVae(GraphVae):
                 for found, engine in zip(tensors, self._engines, strict=True)
             ],
         )
+
+    def warmed_up(self) -> None:
+        """See `Vae.warmed_up`: kernels that were compiled are kept for the next start."""
+        self._loader.keep_kernels()
 
     def bind(self, graph: int, memory: Mapping[str, torch.Tensor]) -> Callable[[], None]:
         """See `GraphVae.bind`. An engine has one set of addresses: they are given before each run."""

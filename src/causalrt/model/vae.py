@@ -151,6 +151,9 @@ class StreamingDecoder:
         self.device: torch.device = vae.device
         self.first, self.next = FirstFrame(vae).eval(), NextFrame(vae).eval()
 
+    def warmed_up(self) -> None:
+        """Both kinds of step have run once: nothing to keep."""
+
     def open(self) -> DecodeState:
         """The start of a video; its first latents settle its size."""
         return EagerDecodeState(self)

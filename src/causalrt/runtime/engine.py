@@ -11,6 +11,7 @@ ranks while it is decoded and used; whoever commands next waits for it.
 
 import contextlib
 import itertools
+import logging
 import os
 import time
 import weakref
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.bundle import Bundle
+from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
 from causalrt.engines.kinds import executor_kind
 from causalrt.errors import CapacityError, PromptError, RequestError
 from causalrt.runtime.fair_lock import FairLock
@@ -52,6 +53,10 @@ from causalrt.runtime.requests import Embeddings, checked_chunks, checked_given,
 from causalrt.runtime.session import Session
 from causalrt.runtime.snapshot import read_session
 from causalrt.runtime.vae_decoder import Decoded, VaeDecoder
+
+logger = logging.getLogger(__name__)
+CLOSE_S = 30.0
+"""How long `close` waits for a thread whose processes it has ended."""
 
 if TYPE_CHECKING:
     from causalrt.model.text import TextEncoder
@@ -145,12 +150,14 @@ class Engine:
                 self._text_encoder = _open_text_encoder(text_encoder, bundle.config)
             answers = self._answers(at_least_s=self._start_s)
             if self.decoder is not None:
-                self.decoder.wait_started()
-        if device == "cuda":
-            decoder_free = self.decoder.free_bytes if self.decoder is not None and own_gpu else None
-            free = [answers[rank].free_bytes or 0 for rank in range(world_size)]
-            fitting = device_sessions(self.memory, free, self.decoder_memory, decoder_free)
+                self.decoder.wait_started(at_least_s=self._start_s)
+            if device == "cuda":
+                free = [answers[rank].free_bytes or 0 for rank in range(world_size)]
+                decoder_free = self.decoder.free_bytes if self.decoder is not None else None
+                fitting = device_sessions(self.memory, free, self.decoder_memory, decoder_free, shared=not own_gpu)
         self.max_sessions = min(fitting, max_sessions or fitting)
+        if max_sessions is not None and fitting < max_sessions:
+            logger.warning("%d sessions fit in memory, of %d that were asked for", fitting, max_sessions)
 
     @property
     def has_vae(self) -> bool:
@@ -192,7 +199,8 @@ class Engine:
         """Frames -> latents `[1 + k, 16, H, W]` that `session(given=...)` takes.
 
         Args:
-            frames: an image or a clip of 1 + 4k frames, uint8 `[T, 8H, 8W, 3]`.
+            frames: an image or a clip of 1 + 4k frames, uint8 `[T, 8H, 8W, 3]` of the bundle's size and at most its
+                horizon.
 
         Raises:
             RequestError: wrong shape, type, number of frames, or values; or the engine has no VAE.
@@ -202,7 +210,16 @@ class Engine:
             raise RequestError(
                 "frames are encoded by the VAE, and the engine has none; build the bundle with `--vae FILE`"
             )
-        return self.decoder.encode(frames)
+        video = self.config.video
+        size, most = (video.pixel_height, video.pixel_width, 3), 4 * video.horizon_frames - 3
+        shape = tuple(getattr(frames, "shape", ()))
+        if shape[1:] != size or getattr(frames, "dtype", None) != torch.uint8 or shape[0] > most or shape[0] % 4 != 1:
+            raise RequestError(
+                f"frames to encode must be uint8 [T, {', '.join(map(str, size))}] with T = 1, 5, 9 ... at most {most}, got "
+                f"{getattr(frames, 'dtype', type(frames).__name__)} {list(shape)}; scale or cut them"
+            )
+        with self._decoding():
+            return self.decoder.encode(frames.cpu().clone())
 
     def session(
         self,
@@ -243,60 +260,64 @@ class Engine:
         if noise is not None:
             source = checked_noise(self.config, noise, num_chunks=chunks, num_given=len(given_rows))
         text, text_ms = self.encode_prompt(prompt)
+        ahead = self.makes_ahead if ahead is None else ahead
         with self._turn():
             self._make_room()
-            session = Session(
-                self,
-                next(self._numbers),
-                chunks,
-                record,
-                text,
-                source,
-                text_ms,
-                self.makes_ahead if ahead is None else ahead,
-            )
+            number = next(self._numbers)
+            session = Session(self, number, chunks, record, text, source, text_ms, ahead, len(given_rows))
             self._run(OpenCommand(session=session.number, text=text, noise=source))
             self._open.add(session.number)
             for rows in given_rows:
-                session.take_given(self._run(GivenCommand(session=session.number, rows=rows, record=record)))
+                session.take_given(self._run(GivenCommand(session=session.number, rows=rows.clone(), record=record)))
         if given is not None and self.decoder is not None:
-            session.given_frames = self.decode(session.number, given.detach().float()).frames
+            session.given_frames = self.decode(
+                session.number, given.detach().to("cpu", torch.float32, copy=True)
+            ).frames
         return session
 
-    def resume(self, folder: str | Path, *, num_chunks: int | None = None) -> Session:
+    def resume(self, folder: str | Path, *, num_chunks: int | None = None, ahead: bool | None = None) -> Session:
         """Take up a session that `Session.snapshot` has written, where it stood.
 
         Args:
             folder: of the snapshot; it stays as it is.
             num_chunks: chunks of the whole session, those before the snapshot included; by default as it was begun.
+            ahead: as for `session`.
 
         Raises:
             CapacityError: no further session fits.
-            RequestError: no snapshot, damaged, of another checkpoint or config, without the frames that this engine makes, or
-                more chunks than the bundle can make.
+            RequestError: no snapshot, damaged, of another checkpoint, VAE or config, without the frames that this engine makes,
+                or more chunks than the bundle can make.
         """
         folder = Path(folder).absolute()
-        record, text, ahead = read_session(folder, self.bundle)
-        if self.decoder is not None and not record.has_frames:
-            raise RequestError(f"{folder} was made without frames; load the engine with vae=False to resume it")
-        wanted = record.num_chunks if num_chunks is None else checked_chunks(self.config, num_chunks)
+        record, text, rows = read_session(folder, self.bundle)
+        if self.decoder is not None and record.vae != self.bundle.hashes[VAE_WEIGHTS]:
+            why = "without frames" if record.vae is None else "with another VAE"
+            raise RequestError(f"{folder} was made {why}; load the engine with vae=False to resume it")
+        wanted = checked_chunks(
+            self.config, record.num_chunks if num_chunks is None else num_chunks, num_given=record.num_given
+        )
         if wanted <= record.next_chunk:
             raise RequestError(
                 f"the session has {record.next_chunk} chunks already; resume it with a larger num_chunks"
             )
-        noise = SeededNoise(record.seed)
+        noise, begun = SeededNoise(record.seed), record.num_given + record.next_chunk + (rows is not None)
+        frame = self.config.video.first_frame_of(begun)
+        ahead = self.makes_ahead if ahead is None else ahead
         with self._turn():
             self._make_room()
-            session = Session(self, next(self._numbers), wanted, False, text, noise, 0.0, self.makes_ahead)
-            session.begin_at(record.next_chunk, ahead)
-            self._run(OpenCommand(session=session.number, text=text, noise=noise))
-            self._open.add(session.number)
+            number = next(self._numbers)
+            session = Session(self, number, wanted, False, text, noise, 0.0, ahead, record.num_given)
+            session.begin_at(record.next_chunk, rows)
+            self._run(OpenCommand(session=number, text=text, noise=noise))
+            self._open.add(number)
             try:
-                self._run(ResumeCommand(session=session.number, folder=folder))
+                self._run(ResumeCommand(session=number, folder=folder, frame=frame))
                 if self.decoder is not None:
-                    self.decoder.resume(session.number, folder)
+                    self.decoder.resume(
+                        number, folder, frame=self.config.video.first_frame_of(begun - (rows is not None))
+                    )
             except RequestError:
-                self._close_session(session.number)
+                self._close_session(number)
                 session.forget()
                 raise
         return session
@@ -322,8 +343,14 @@ class Engine:
             EngineClosedError: the engine was closed.
         """
         assert self.decoder is not None
-        try:
+        with self._decoding():
             return self.decoder.decode(session, latents)
+
+    @contextlib.contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """A conversation with the decoder. One that breaks off ends all processes, one that is refused none."""
+        try:
+            yield
         except RequestError:
             raise
         except BaseException:
@@ -398,9 +425,9 @@ class Engine:
 
         A chunk that another thread is waiting for ends with an `EngineClosedError` there.
         """
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(timeout_s=0):
             self._end_at_once()
-            self._lock.acquire()
+            self._lock.acquire(timeout_s=CLOSE_S)
         try:
             if self.decoder is not None:
                 self.decoder.close()

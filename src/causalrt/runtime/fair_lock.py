@@ -13,22 +13,24 @@ class FairLock:
         self._held = False
         self._waiting: deque[threading.Event] = deque()
 
-    def acquire(self, *, blocking: bool = True) -> bool:
-        """Take it, or say that another thread holds it."""
-        with self._mutex:
-            if not self._held:
-                self._held = True
-                return True
-            if not blocking:
-                return False
-            turn = threading.Event()
-            self._waiting.append(turn)
+    def acquire(self, *, timeout_s: float | None = None) -> bool:
+        """Take it, or say that others have held it for `timeout_s` (0: hold it now)."""
+        turn = threading.Event()
         try:
-            turn.wait()
+            with self._mutex:
+                if not self._held:
+                    self._held = True
+                    return True
+                if timeout_s == 0:
+                    return False
+                self._waiting.append(turn)
+            if turn.wait(timeout_s):
+                return True
         except BaseException:
             self._give_up(turn)
             raise
-        return True
+        self._give_up(turn)
+        return False
 
     def release(self) -> None:
         """Hand it to the next one in the queue."""
@@ -39,12 +41,13 @@ class FairLock:
                 self._held = False
 
     def _give_up(self, turn: threading.Event) -> None:
-        """An interrupted thread leaves the queue; if its turn had come, it passes it on."""
+        """A thread leaves the queue; if its turn had come, it passes it on."""
         with self._mutex:
             if turn in self._waiting:
                 self._waiting.remove(turn)
                 return
-        self.release()
+        if turn.is_set():
+            self.release()
 
     def __enter__(self) -> None:
         self.acquire()

@@ -83,7 +83,7 @@ def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
     caches = cache_bytes(bundle.vae, latent_height=video.latent_height, latent_width=video.latent_width, dtype=dtype)
     widest = bundle.vae.decoder_dim * TEMPORAL_SCALE * video.pixel_height * video.pixel_width
     return DecoderMemory(
-        weights_bytes=(bundle.path / VAE_WEIGHTS).stat().st_size,
+        weights_bytes=2 * (bundle.path / VAE_WEIGHTS).stat().st_size,  # those of graphs, or of the encoder
         cache_bytes=(2 if executor_kind(executor).compiled else 1) * caches,
         activation_bytes=DECODER_ACTIVATIONS.get(executor, 16) * widest * dtype.itemsize,
     )
@@ -151,7 +151,10 @@ def check_memory(memory: Memory, *, ranks: int, shared_weights: bool, decoder: D
 
 def device_free_bytes(device: torch.device) -> int | None:
     """Memory that a GPU can still give; None for the host, which is shared (`available_bytes`)."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held_back
 
 
 def check_device_memory(memory: Memory, device: torch.device) -> None:
@@ -166,7 +169,12 @@ def check_device_memory(memory: Memory, device: torch.device) -> None:
 
 
 def device_sessions(
-    memory: Memory, free_bytes: Sequence[int], decoder: DecoderMemory | None, decoder_free_bytes: int | None
+    memory: Memory,
+    free_bytes: Sequence[int],
+    decoder: DecoderMemory | None,
+    decoder_free_bytes: int | None,
+    *,
+    shared: bool,
 ) -> int:
     """How many sessions fit on GPUs whose ranks have loaded.
 
@@ -174,18 +182,20 @@ def device_sessions(
         memory: of one rank.
         free_bytes: of each rank's GPU, when the rank had loaded.
         decoder: what decodes beside them, if anything does.
-        decoder_free_bytes: of the decoder's own GPU; None where it shares that of rank 0.
+        decoder_free_bytes: of the decoder's GPU, when the decoder had loaded.
+        shared: the decoder's GPU is that of rank 0.
 
     Raises:
         OutOfMemoryError: not one does.
     """
     working = memory.activation_bytes + memory.attention_bytes
     fitting = [(free - working) // memory.session_bytes for free in free_bytes]
-    if decoder is not None and decoder_free_bytes is None:
-        held = decoder.weights_bytes + decoder.activation_bytes
-        fitting[0] = (free_bytes[0] - working - held) // (memory.session_bytes + decoder.cache_bytes)
-    elif decoder is not None and decoder_free_bytes is not None:
-        fitting.append((decoder_free_bytes - decoder.activation_bytes) // decoder.cache_bytes)
+    if decoder is not None and decoder_free_bytes is not None:
+        if shared:  # whoever has loaded last has seen both
+            free = min(free_bytes[0], decoder_free_bytes) - working - decoder.activation_bytes
+            fitting[0] = free // (memory.session_bytes + decoder.cache_bytes)
+        else:
+            fitting.append((decoder_free_bytes - decoder.activation_bytes) // decoder.cache_bytes)
     if min(fitting) < 1:
         needed = working + memory.session_bytes
         raise OutOfMemoryError(_does_not_fit(memory, "a session needs", needed, min(free_bytes), "GPU", decoder))

@@ -46,10 +46,14 @@ class OpenCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkCommand:
-    """Generate a session's next chunk: rank 0 answers `Latents`, then every rank `Done`."""
+    """Generate a session's next chunk: rank 0 answers `Latents`, then every rank `Done`.
+
+    `frame` is where in the video the caller takes the chunk to begin; a rank that is elsewhere fails.
+    """
 
     session: int
     index: int
+    frame: int
     refresh: bool
     record: bool
 
@@ -82,10 +86,14 @@ class SaveCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResumeCommand:
-    """Take a session up from a snapshot's folder, a new one, as `SaveCommand` left it; a rank's is open already."""
+    """Take a session up from a snapshot's folder, as `SaveCommand` left it; a rank's is open already, and new.
+
+    `frame` is where in the video it is; files that say something else are refused.
+    """
 
     session: int
     folder: Path
+    frame: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,6 +70,7 @@ class RankServer:
                 rollout = self._sessions[command.session]
                 times, records = rollout.chunk(
                     command.index,
+                    frame=command.frame,
                     refresh=command.refresh,
                     record=command.record,
                     deliver=lambda rows, times: send(self._channel, Latents(rows=rows, times=times)),
@@ -81,10 +82,12 @@ class RankServer:
             case PromptCommand():
                 self._sessions[command.session].switch_prompt(command.text, command.policy)
             case SaveCommand() | ResumeCommand():
-                rollout = self._sessions[command.session]
-                act = rollout.save if isinstance(command, SaveCommand) else rollout.load
+                rollout, path = self._sessions[command.session], command.folder / rank_file(self._rank)
                 try:
-                    act(command.folder / rank_file(self._rank))
+                    if isinstance(command, SaveCommand):
+                        rollout.save(path)
+                    else:
+                        rollout.load(path, frame=command.frame)
                 except RequestError as error:
                     send(self._channel, Refused(kind=type(error).__name__, message=str(error)))
             case CloseCommand():
@@ -127,4 +130,7 @@ class RankServer:
         if executor_kind(command.executor).warms_up:
             warm_up(self._executor, self._bundle.config, self._bundle.layout, self._memories)
         logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
-        return Done(free_bytes=device_free_bytes(device))
+        free_bytes = device_free_bytes(device)
+        if free_bytes is not None:  # what warming up has left is there for sessions
+            free_bytes += self._memories.num_free * predict_memory(self._bundle.config, command.executor).session_bytes
+        return Done(free_bytes=free_bytes)

@@ -97,16 +97,25 @@ class Rollout:
         self._clean: list[tuple[int, torch.Tensor]] = []
 
     def chunk(
-        self, index: int, *, refresh: bool, record: bool, deliver: Callable[[torch.Tensor, ChunkTimes], None]
+        self,
+        index: int,
+        *,
+        frame: int | None = None,
+        refresh: bool,
+        record: bool,
+        deliver: Callable[[torch.Tensor, ChunkTimes], None],
     ) -> tuple[ChunkTimes, list[StepRecord]]:
         """Generate chunk `index`; chunks are generated in order.
 
         Args:
             index: chunk number from 0.
+            frame: where in the video the caller takes it to begin; None if it does not say.
             refresh: leave clean keys and values for the next chunk.
             record: gather the flow and x0 of every forward on rank 0.
             deliver: called on rank 0 with the latents `[N, 64]` and the times so far, before the refresh.
         """
+        if frame not in (None, self._frame):
+            raise RuntimeError(f"chunk {index} begins at frame {frame}, and this rank is at {self._frame}")
         slots, watch = self.slots, stopwatch_for(self._device)
         self._bind()
         times = ChunkTimes(kv_frames=slots.plan.valid_frames(self._history, lone=self._lone))
@@ -172,7 +181,7 @@ class Rollout:
         """From the next chunk on, attend to another prompt `[text_len, text_dim]`.
 
         To compute history again, the chunks whose frames the window holds are refreshed in order, as if nothing had been before
-        them but the sink; each is seen at its own place in time.
+        them but the sink; each is seen at its own place in time (or, where time is relative, in what is left of history).
         """
         self.memory.change_prompt(self._executor.encode_prompt(text))
         if policy != "keep":
@@ -201,20 +210,21 @@ class Rollout:
         save_tensors(tensors, path, {})
 
     @torch.inference_mode()
-    def load(self, path: Path) -> None:
-        """Go to where `save` was called; the prompt is set already.
+    def load(self, path: Path, *, frame: int) -> None:
+        """Go to where `save` was called, which was at `frame`; the prompt is set already.
 
         Raises:
-            RequestError: the file cannot be read, or is not of this rank of this bundle.
+            RequestError: the file cannot be read, or is not of this rank of this bundle at this place.
         """
-        tensors = load_tensors(path)
-        frames = tensors.pop("frames", torch.empty(0)).tolist()
-        video = self._config.video
-        most = video.horizon_frames if video.time_index == "global" else 2**53
-        if len(frames) < 2 or not all(type(frame) is int and 0 <= frame <= most for frame in frames):
-            raise RequestError(f"{path} is damaged: it does not say where in the video it is; take another snapshot")
-        self._frame, self._history, *starts = frames
-        slots = self.slots.history(self._history)
+        video, tensors = self._config.video, load_tensors(path)
+        place = tensors.pop("frames", torch.empty(0))
+        at, history, *starts = place.tolist() if place.dim() == 1 and place.dtype == torch.int64 else (-1, -1)
+        chunks = {video.first_frame_of(chunk) for chunk in range(math.ceil(frame / video.chunk_frames) + 1)}
+        if at != frame or not 0 <= history <= at or not chunks.issuperset(starts) or starts != sorted(set(starts)):
+            raise RequestError(
+                f"{path} is damaged, or of another snapshot: it is at frame {at}, the session at {frame}; take another snapshot"
+            )
+        slots = self.slots.history(history)
         wanted = {name: (list(view.shape), view.dtype) for name, view in slots.items()}
         for index, start in enumerate(starts):
             rows = self._layouts[video.frames_at(start) != video.chunk_frames].local_tokens
@@ -223,6 +233,7 @@ class Rollout:
         for name, view in slots.items():
             view.copy_(tensors[name])
         self._clean = [(start, tensors[f"clean.{index}"].to(self._device)) for index, start in enumerate(starts)]
+        self._frame, self._history = frame, history
         self._wait()
 
     def _bind(self) -> None:

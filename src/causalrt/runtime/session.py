@@ -9,6 +9,7 @@ A reader that takes its time holds its session back, and no other: at most one c
 
 import asyncio
 import contextlib
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Self, get_args
 
 import torch
 
+from causalrt.engines.bundle import VAE_WEIGHTS
 from causalrt.errors import EngineClosedError, RequestError
 from causalrt.runtime.messages import ChunkCommand, Done, Latents, PromptCommand, Reply, SaveCommand
 from causalrt.runtime.noise import Noise, SeededNoise
@@ -87,6 +89,7 @@ class Session:
         noise: Noise,
         text_ms: float,
         ahead: bool,
+        num_given: int,
     ) -> None:
         self.number = number
         self._text, self._noise = text, noise
@@ -102,7 +105,11 @@ class Session:
         self._engine = engine
         self._record = record
         self._next = 0
-        self._closed = False
+        self._num_given = num_given
+        self._lock = (
+            threading.RLock()
+        )  # one caller at a time: a chunk that a cancelled task has left is made and dropped
+        self._closed = self._freed = False
         self._cancelled = False
         self._finalizer = weakref.finalize(self, engine._dropped.append, number)
 
@@ -117,16 +124,21 @@ class Session:
             RequestError: the latents are not finite, and cannot be decoded.
             EngineClosedError: the session or the engine was closed.
         """
-        if self._cancelled or self._next == self.num_chunks:
-            self.close()
-            raise StopIteration
-        if self._closed:
-            raise EngineClosedError("the session was closed; open another with engine.session(...)")
         asked = time.perf_counter()
-        made, self._made = self._made, None
-        rows, times, queue_ms = self._generate(self._next) if made is None else made.result()
-        if self._maker is not None and self._next + 1 < self.num_chunks:
-            self._made = self._maker.submit(self._generate, self._next + 1)
+        with self._lock:
+            if self._cancelled or self._next == self.num_chunks:
+                self.close()
+                raise StopIteration
+            self._check_open()
+            return self._next_chunk(asked)
+
+    def _next_chunk(self, asked: float) -> Chunk:
+        index = self._next
+        made = self._generate(index) if self._made is None else self._made.result()
+        self._next, self._made = index + 1, None
+        if self._maker is not None and self._next < self.num_chunks:
+            self._made = self._maker.submit(self._generate, self._next)
+        rows, times, queue_ms = made
         latents, frames, decode_ms = latents_from_tokens(rows, self._engine.config), None, 0.0
         if self._engine.decoder is not None:
             try:
@@ -136,9 +148,8 @@ class Session:
                 raise
             frames, decode_ms = decoded.frames, decoded.decode_ms
             queue_ms += decoded.queue_ms
-        self._next += 1
         return Chunk(
-            index=self._next - 1,
+            index=index,
             latents=latents,
             frames=frames,
             latency_ms=1e3 * (time.perf_counter() - asked),
@@ -160,7 +171,10 @@ class Session:
             engine._settle()
             queue_ms = 1e3 * (time.perf_counter() - asked)
             refresh = self._record or index + 1 < self.num_chunks
-            engine._pool.send(ChunkCommand(session=self.number, index=index, refresh=refresh, record=self._record))
+            frame = engine.config.video.first_frame_of(self._num_given + index)
+            engine._pool.send(
+                ChunkCommand(session=self.number, index=index, frame=frame, refresh=refresh, record=self._record)
+            )
             self.times.append({})
             replies = engine._pool.replies()
             engine._unfinished = self, replies
@@ -174,7 +188,10 @@ class Session:
         return self
 
     async def __anext__(self) -> Chunk:
-        """Like `next`, in a thread; a chunk that is under way when the task is cancelled is finished and dropped."""
+        """Like `next`, in a thread.
+
+        A chunk that is under way when the task is cancelled is finished and dropped; the next call goes on after it.
+        """
         chunk = await asyncio.to_thread(next, self, None)
         if chunk is None:
             raise StopAsyncIteration
@@ -205,14 +222,16 @@ class Session:
         engine = self._engine
         if policy not in get_args(SwitchPolicy):
             raise RequestError(f"policy must be {', '.join(get_args(SwitchPolicy))}, got {policy!r}")
-        if self._closed:
-            raise EngineClosedError("the session was closed; open another with engine.session(...)")
         asked = time.perf_counter()
-        text, _ = engine.encode_prompt(prompt)
-        with engine._turn():
-            engine._settle()
-            engine._run(PromptCommand(session=self.number, text=text, policy=policy))
-        self._text = text
+        with self._lock:
+            self._check_open()
+            text, _ = engine.encode_prompt(prompt)
+            if self._made is not None:
+                self._made.result()  # its turn comes before ours
+            with engine._turn():
+                engine._settle()
+                engine._run(PromptCommand(session=self.number, text=text, policy=policy))
+            self._text = text
         return 1e3 * (time.perf_counter() - asked)
 
     def snapshot(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -225,26 +244,37 @@ class Session:
             RankError: a rank or the decoder died, hung or raised.
             EngineClosedError: the session or the engine was closed.
         """
-        engine = self._engine
         if not isinstance(self._noise, SeededNoise):
             raise RequestError(
                 "a snapshot holds a seed, and the session has noise that was given; begin it with a seed"
             )
-        if self._closed or self._next == self.num_chunks:
-            raise RequestError("the session has ended, nothing follows that could be resumed; take a snapshot earlier")
-        record = SessionRecord(
-            seed=self._noise.seed, next_chunk=self._next, num_chunks=self.num_chunks, has_frames=engine.has_vae
-        )
+        with self._lock:
+            self._check_open()
+            self._write(Path(folder), self._noise.seed, overwrite=overwrite)
+
+    def _write(self, folder: Path, seed: int, *, overwrite: bool) -> None:
+        engine = self._engine
         ahead = None if self._made is None else self._made.result()[0]
-        if ahead is not None and self._next + 1 == self.num_chunks:
-            raise RequestError("the last chunk is made already, nothing follows it; take a snapshot earlier")
+        if self._next + (ahead is not None) == self.num_chunks:
+            raise RequestError("the last chunk is made, nothing follows that could be resumed; take a snapshot earlier")
+        record = SessionRecord(
+            seed=seed,
+            num_given=self._num_given,
+            next_chunk=self._next,
+            num_chunks=self.num_chunks,
+            vae=engine.bundle.hashes[VAE_WEIGHTS] if engine.has_vae else None,
+        )
         with engine._turn():
             engine._settle()
-            with new_snapshot(Path(folder), overwrite=overwrite) as work:
+            with new_snapshot(folder, overwrite=overwrite) as work:
                 write_session(work, engine.bundle, record, self._text, ahead)
                 engine._run(SaveCommand(session=self.number, folder=work))
                 if engine.decoder is not None:
                     engine.decoder.save(self.number, work)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the session was closed; open another with engine.session(...)")
 
     def begin_at(self, chunk: int, rows: torch.Tensor | None) -> None:
         """Go on at this chunk: the session was resumed. `rows` are the chunk's, if it was made before that."""
@@ -255,7 +285,7 @@ class Session:
 
     def forget(self) -> None:
         """The session never came to be: there is nothing to free."""
-        self._closed = True
+        self._closed = self._freed = True
         self._finalizer.detach()
 
     def take_given(self, reply: Done) -> None:
@@ -274,16 +304,27 @@ class Session:
                 self.records.append(reply.records)
 
     def close(self) -> None:
-        """Free the session on every rank. Harmless when called again."""
-        if self._closed:
-            return
-        self._closed = True
-        self._finalizer.detach()
-        if self._maker is not None:
-            self._maker.shutdown(cancel_futures=True)
-        with contextlib.suppress(EngineClosedError), self._engine._turn():
-            self._engine._settle()
-            self._engine._close_session(self.number)
+        """Free the session on every rank, once the chunk under way is made. Harmless when called again."""
+        with self._lock:
+            self._closed = True
+            if self._freed:
+                return
+            if self._maker is not None:
+                self._maker.shutdown(cancel_futures=True)
+            with contextlib.suppress(EngineClosedError), self._engine._turn():
+                self._engine._settle()
+                self._engine._close_session(self.number)
+            self._freed = True
+            self._finalizer.detach()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+        await asyncio.to_thread(self.close)
 
     def __enter__(self) -> Self:
         return self

@@ -56,6 +56,11 @@ class SessionMemories:
         self._made = 0
         self._free: list[SessionMemory] = []
 
+    @property
+    def num_free(self) -> int:
+        """Memories that are kept for sessions to come."""
+        return len(self._free)
+
     def take(self) -> SessionMemory:
         """The memory that was given back last, or a new one."""
         if self._free:

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from causalrt.engines.bundle import WEIGHTS, Bundle
+from causalrt.engines.bundle import WEIGHTS, Bundle, replace_folder
 from causalrt.errors import RequestError
 
 SESSION_FILE, DECODER_FILE = "session.safetensors", "decoder.safetensors"
@@ -36,15 +36,17 @@ class SessionRecord:
 
     Attributes:
         seed: of its noise.
+        num_given: chunks that it began with.
         next_chunk: number of the chunk that comes next.
         num_chunks: of the whole session.
-        has_frames: the decoder's place is in the snapshot, too.
+        vae: sha256 of the VAE's weights, if the decoder's place is in the snapshot, too.
     """
 
     seed: int
+    num_given: int
     next_chunk: int
     num_chunks: int
-    has_frames: bool
+    vae: str | None
 
 
 def rank_file(rank: int) -> str:
@@ -78,10 +80,7 @@ def new_snapshot(target: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield work
         if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            os.rename(target, retired / target.name)
-            os.rename(work, target)
-            shutil.rmtree(retired, ignore_errors=True)
+            replace_folder(target, work)
         else:
             os.rename(work, target)
     except OSError as error:
@@ -107,15 +106,15 @@ def read_session(folder: Path, bundle: Bundle) -> tuple[SessionRecord, torch.Ten
         RequestError: no snapshot, damaged, or of other weights or another config.
     """
     path = folder / SESSION_FILE
-    if not path.is_file():
+    if not path.is_file():  # a pipe, say, would be waited for
         raise RequestError(f"{folder} is no snapshot: it has no {SESSION_FILE}; make one with session.snapshot(...)")
     try:
         with safe_open(path, framework="pt") as file:
-            plain = json.loads((file.metadata() or {})[HEADER])
+            plain = dict(json.loads((file.metadata() or {})[HEADER]))
             text = file.get_tensor(TEXT)
             ahead = file.get_tensor(AHEAD) if AHEAD in file.keys() else None  # noqa: SIM118
         record = SessionRecord(**plain.pop("session"))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{path} is damaged ({type(error).__name__}: {error}); take another snapshot") from error
     wanted = identity(bundle)
     differing = [key for key in wanted if plain.get(key) != wanted[key]]
@@ -125,10 +124,12 @@ def read_session(folder: Path, bundle: Bundle) -> tuple[SessionRecord, torch.Ten
             "or with one of the same checkpoint and config"
         )
     model = bundle.config.model
-    numbers = (record.seed, record.next_chunk, record.num_chunks)
+    numbers = (record.seed, record.num_given, record.next_chunk, record.num_chunks)
     if (
         any(type(number) is not int or number < 0 for number in numbers)
-        or type(record.has_frames) is not bool
+        or type(record.vae) not in (str, type(None))
+        or record.seed >= 2**64
+        or max(numbers[1:]) > 2**40
         or text.shape != (model.text_len, model.text_dim)
         or text.dtype != torch.float32
         or (ahead is not None and (ahead.dtype != torch.float32 or list(ahead.shape) != _rows_of(bundle, record)))
@@ -139,7 +140,7 @@ def read_session(folder: Path, bundle: Bundle) -> tuple[SessionRecord, torch.Ten
 
 def _rows_of(bundle: Bundle, record: SessionRecord) -> list[int]:
     config = bundle.config
-    (frames,) = config.video.frames_of_chunks(1, first_chunk=record.next_chunk)
+    (frames,) = config.video.frames_of_chunks(1, first_chunk=record.num_given + record.next_chunk)
     return [frames * config.tokens_per_frame, config.model.patch_features]
 
 
@@ -162,6 +163,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         RequestError: missing or damaged.
     """
+    if not path.is_file():
+        raise RequestError(f"{path} is missing, or no plain file; take another snapshot")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

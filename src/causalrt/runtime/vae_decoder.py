@@ -21,7 +21,10 @@ from causalrt.runtime.messages import (
     SaveCommand,
     VaeCommand,
 )
-from causalrt.runtime.ranks import START_S, RankPool
+from causalrt.runtime.ranks import RankPool
+
+CLOSE_S = 30.0
+"""How long `close` waits for a thread whose process it has ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +62,14 @@ class VaeDecoder:
         """
         self._pool.send(command)
 
-    def wait_started(self) -> None:
-        """Return when it is ready.
+    def wait_started(self, *, at_least_s: float) -> None:
+        """Return when it is ready, for which it has so many seconds however short `timeout_s` is.
 
         Raises:
             ExecutorError: the executor's way of running it is missing here.
             RankError: the process failed to start, or raised.
         """
-        *_, (_, done) = self._pool.replies(at_least_s=START_S)
+        *_, (_, done) = self._pool.replies(at_least_s=at_least_s)
         assert isinstance(done, Done)
         self.free_bytes = done.free_bytes
 
@@ -117,15 +120,15 @@ class VaeDecoder:
         with self._lock:
             self._run(SaveCommand(session=session, folder=folder))
 
-    def resume(self, session: int, folder: Path) -> None:
-        """Open a session where `save` has left it.
+    def resume(self, session: int, folder: Path, *, frame: int) -> None:
+        """Open a session where `save` has left it, after `frame` latents.
 
         Raises:
             RequestError: the snapshot is damaged, or of another VAE.
             RankError: the process died, hung or raised.
         """
         with self._lock:
-            self._run(ResumeCommand(session=session, folder=folder))
+            self._run(ResumeCommand(session=session, folder=folder, frame=frame))
 
     def close_session(self, session: int) -> None:
         """Free its caches."""
@@ -134,9 +137,9 @@ class VaeDecoder:
 
     def close(self) -> None:
         """End the process; one that is at work is killed, and whoever waits for it gets an EngineClosedError."""
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(timeout_s=0):
             self._pool.kill()
-            self._lock.acquire()
+            self._lock.acquire(timeout_s=CLOSE_S)
         try:
             self._pool.close()
         finally:

@@ -14,7 +14,7 @@ import torch
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, open_bundle
 from causalrt.engines.vae import Vae, make_vae
-from causalrt.errors import CausalRTError
+from causalrt.errors import CausalRTError, RequestError
 from causalrt.model.decode_state import DecodeState
 from causalrt.runtime.memory import device_free_bytes
 from causalrt.runtime.messages import (
@@ -61,6 +61,13 @@ class VaeServer:
                 self._states.pop(command.session, None)
         return Done()
 
+    def _warm_up(self) -> None:
+        """Both graphs once: what is compiled, or chosen by trial, when it first runs."""
+        config = self._bundle.config
+        size = config.video.latent_height, config.video.latent_width
+        self._vae.open().decode(torch.zeros(2, config.model.latent_channels, *size))
+        self._vae.warmed_up()
+
     def _answer(self, command: DecodeCommand | EncodeCommand | SaveCommand | ResumeCommand) -> Reply | None:
         try:
             match command:
@@ -73,6 +80,11 @@ class VaeServer:
                 case ResumeCommand():
                     state = self._vae.open()
                     state.restore(load_tensors(command.folder / DECODER_FILE))
+                    if state.latent_frames != command.frame:
+                        raise RequestError(
+                            f"{command.folder / DECODER_FILE} is damaged, or of another snapshot: it is after "
+                            f"{state.latent_frames} latents, the session after {command.frame}; take another snapshot"
+                        )
                     self._states[command.session] = state
             return None
         except CausalRTError as error:
@@ -86,6 +98,8 @@ class VaeServer:
             torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
         self._bundle = open_bundle(command.bundle, verify=False)
         self._vae = make_vae(self._bundle, command.executor, device=self._device, num_threads=command.num_threads)
+        if self._device.type == "cuda":
+            self._warm_up()
         logger.info("decoder ready: as %s does, on %s", command.executor, self._device)
         return Done(free_bytes=device_free_bytes(self._device))
 

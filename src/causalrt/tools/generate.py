@@ -190,7 +190,7 @@ def _warm(engine: Engine, request: Request, prompt: str | torch.Tensor, given: t
     engine.wait()
     engine.forget_prompts()
     start = time.perf_counter()
-    with engine.session(prompt, seed=request.seed + 1, num_chunks=1, given=given) as session:
+    with engine.session(prompt, seed=(request.seed + 1) % 2**64, num_chunks=1, given=given) as session:
         chunk = next(session)
     return _first(chunk, total_ms=1e3 * (time.perf_counter() - start), before={"text": session.text_ms})
 

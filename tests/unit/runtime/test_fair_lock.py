@@ -25,12 +25,12 @@ def test_first_come_first_served():
         threads.append(threading.Thread(target=take, args=(name,)))
         threads[-1].start()
         waiting(lock, name + 1)
-    assert lock.acquire(blocking=False) is False
+    assert lock.acquire(timeout_s=0) is False
     lock.release()
     for thread in threads:
         thread.join(5)
     assert order == [0, 1, 2, 3, 4]
-    assert lock.acquire(blocking=False) is True
+    assert lock.acquire(timeout_s=0) is True
 
 
 def test_one_at_a_time():
@@ -60,6 +60,7 @@ def test_an_interrupted_thread_gives_its_turn_away(monkeypatch, granted):
         def wait(self, timeout=None):
             if granted:
                 lock.release()
+                assert self.is_set()
             raise KeyboardInterrupt
 
     monkeypatch.setattr("causalrt.runtime.fair_lock.threading.Event", Interrupted)
@@ -67,4 +68,12 @@ def test_an_interrupted_thread_gives_its_turn_away(monkeypatch, granted):
         lock.acquire()
     if not granted:
         lock.release()
-    assert lock.acquire(blocking=False) is True
+    assert lock.acquire(timeout_s=0) is True
+
+
+def test_a_thread_that_waits_for_a_while():
+    lock = FairLock()
+    lock.acquire()
+    assert lock.acquire(timeout_s=0.01) is False
+    lock.release()
+    assert lock.acquire(timeout_s=0.01) is True
