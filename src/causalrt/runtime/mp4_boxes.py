@@ -1,5 +1,7 @@
 """The boxes that an MP4 file consists of (ISO 14496-12), as far as a stream of them has to be understood."""
 
+import re
+import struct
 from collections.abc import Iterator
 
 from causalrt.errors import VideoError
@@ -31,3 +33,37 @@ def codec_from_header(header: bytes) -> str:
     entry = dict(boxes(payload[8:]))["avc1"]  # after version and count
     configuration = dict(boxes(entry[78:]))["avcC"]  # after the fields of a VisualSampleEntry
     return f"avc1.{configuration[1:4].hex()}"
+
+
+def fragment(sample: bytes, *, number: int, time: int, duration: int, is_key: bool) -> bytes:
+    """A movie fragment of one frame (moof and mdat), for track 1 of an initialisation segment with `default_base_moof`.
+
+    Args:
+        sample: the frame, as `sample_from_byte_stream` makes it.
+        number: of the fragment, from 1.
+        time: when it is shown, in the track's timescale.
+        duration: how long, likewise.
+        is_key: whether it can be decoded without others.
+    """
+    flags = 0x02000000 if is_key else 0x01010000  # depends on no other; depends on others, and is no sync sample
+    header = _box("tfhd", struct.pack(">II", 0x020000, 1))  # default-base-is-moof; track 1
+    begin = _box("tfdt", struct.pack(">IQ", 0x01000000, time))
+
+    def moof(data_offset: int) -> bytes:
+        run = struct.pack(
+            ">IIiIII", 0x000701, 1, data_offset, duration, len(sample), flags
+        )  # offset, and all three of each
+        track = _box("traf", header + begin + _box("trun", run))
+        return _box("moof", _box("mfhd", struct.pack(">II", 0, number)) + track)
+
+    return moof(len(moof(0)) + 8) + _box("mdat", sample)
+
+
+def sample_from_byte_stream(data: bytes) -> bytes:
+    """NAL units after start codes (H.264, annex B) -> each after its length, as MP4 has them (ISO 14496-15)."""
+    units = re.split(b"\x00*\x00\x00\x01", data)[1:]  # no unit holds a start code, or ends with a zero
+    return b"".join(struct.pack(">I", len(unit)) + unit for unit in units)
+
+
+def _box(name: str, payload: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(payload)) + name.encode("latin-1") + payload

@@ -3,8 +3,9 @@
     frames uint8 [T, h, w, 3] -> H.264 (yuv420p, BT.709) -> Mp4Writer: one file, published when it is complete
                                                          -> FragmentWriter: ftyp moov | moof mdat | moof mdat | ... as bytes
 
-PyAV encodes and muxes. A fragment is a frame; the muxer learns a frame's duration from the next one, so the last frame given
-comes out with the next call: that is the whole lag. This module owns neither the frames nor who reads the bytes.
+PyAV encodes and muxes, all but fragments: FFmpeg's muxer holds each back until the next frame tells it the duration, which is
+known here. A fragment is a frame, and comes out with the call that gave it. This module owns neither the frames nor who reads
+the bytes.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from causalrt.errors import ExecutorError, RequestError, VideoError
-from causalrt.runtime.mp4_boxes import codec_from_header
+from causalrt.runtime.mp4_boxes import codec_from_header, fragment, sample_from_byte_stream
 
 Frames = torch.Tensor | npt.NDArray[np.uint8]
 
@@ -131,7 +132,7 @@ class Mp4Writer:
 class FragmentWriter:
     """Fragmented MP4 as bytes, in order: `header`, then what `write` returns, then what `close` returns.
 
-    Any beginning of it that ends with a whole fragment is a video; at most one frame is held back.
+    A fragment is a frame, and none is held back. Any beginning that ends with a whole fragment is a video.
 
     Attributes:
         header: the initialisation segment (ftyp and moov).
@@ -148,23 +149,30 @@ class FragmentWriter:
             VideoError: the encoder cannot be opened.
         """
         check_picture(height=height, width=width, fps=fps)
-        self._sink = _Sink()
+        sink = _Sink()
+        # Times are counted in thousandths of a frame's duration, or exactly so with a rate such as 30000/1001.
+        timescale = 1000 * Fraction(fps).numerator
+        self._duration = 1000 * Fraction(fps).denominator
         with _typed("opening the encoder"):
             self._muxer = _Muxer(
-                self._sink,
+                sink,
                 height=height,
                 width=width,
                 fps=fps,
                 codec_options={"preset": "veryfast", "crf": "23", "tune": "zerolatency"},
-                container_options={"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"},
+                container_options={
+                    "movflags": "+empty_moov+default_base_moof",
+                    "video_track_timescale": str(timescale),
+                },
             )
         self._open = True
-        self.header = self._sink.take()
+        self._sent = 0
+        self.header = sink.taken()
         self.codec = codec_from_header(self.header)
         self.mime = f'video/mp4; codecs="{self.codec}"'
 
     def write(self, frames: Frames) -> bytes:
-        """Encode frames, uint8 `[T, height, width, 3]`; the fragments that are complete: all frames so far but the last.
+        """Encode frames, uint8 `[T, height, width, 3]`; their fragments.
 
         Raises:
             RequestError: wrong shape or type, or the writer was closed.
@@ -174,17 +182,27 @@ class FragmentWriter:
             raise RequestError("the fragment writer was closed; make another")
         checked = self._muxer.checked(frames)
         with _typed("encoding"):
-            self._muxer.write(checked)
-        return self._sink.take()
+            return self._fragments(self._muxer.packets(checked))
 
     def close(self) -> bytes:
-        """The last fragment, and the index that ends the file. Nothing when called again."""
+        """What the encoder still holds: nothing, as it is set. Nothing when called again."""
         if not self._open:
             return b""
         self._open = False
         with _typed("encoding"):
-            self._muxer.finish()
-        return self._sink.take()
+            last = self._fragments(self._muxer.last_packets())
+        self._muxer.abandon()
+        return last
+
+    def _fragments(self, packets: Iterator[Any]) -> bytes:
+        parts = []
+        for packet in packets:
+            time, self._sent = self._sent * self._duration, self._sent + 1
+            sample = sample_from_byte_stream(bytes(packet))
+            parts.append(
+                fragment(sample, number=self._sent, time=time, duration=self._duration, is_key=packet.is_keyframe)
+            )
+        return b"".join(parts)
 
 
 def read_frames(path: Path, *, height: int, width: int, max_frames: int) -> torch.Tensor:
@@ -257,7 +275,8 @@ class _Muxer:
             raise RequestError(f"frames must be [T, {', '.join(map(str, self._shape))}], got {list(array.shape)}")
         return array
 
-    def write(self, frames: npt.NDArray[np.uint8]) -> None:
+    def packets(self, frames: npt.NDArray[np.uint8]) -> Iterator[Any]:
+        """Encoded frames, as they come out of the encoder."""
         space, extent = self._av.video.reformatter.Colorspace.ITU709, self._av.video.reformatter.ColorRange
         for picture in frames:
             frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
@@ -266,11 +285,21 @@ class _Muxer:
             )
             frame.pts, frame.time_base = self.num_frames, self._stream.codec_context.time_base
             self.num_frames += 1
-            self._container.mux(self._stream.encode(frame))
+            yield from self._stream.encode(frame)
+
+    def last_packets(self) -> Iterator[Any]:
+        """What the encoder still holds."""
+        yield from self._stream.encode(None)
+
+    def write(self, frames: npt.NDArray[np.uint8]) -> None:
+        """Encode and mux."""
+        for packet in self.packets(frames):
+            self._container.mux(packet)
 
     def finish(self) -> None:
         """Everything that the encoder and the muxer still hold goes out."""
-        self._container.mux(self._stream.encode(None))
+        for packet in self.last_packets():
+            self._container.mux(packet)
         self._container.close()
 
     def abandon(self) -> None:
@@ -280,7 +309,7 @@ class _Muxer:
 
 
 class _Sink:
-    """Where the muxer writes: what has come since it was last asked."""
+    """Where the muxer writes."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -289,10 +318,9 @@ class _Sink:
         self._parts.append(bytes(data))
         return len(data)
 
-    def take(self) -> bytes:
-        taken = b"".join(self._parts)
-        self._parts.clear()
-        return taken
+    def taken(self) -> bytes:
+        """All that was written."""
+        return b"".join(self._parts)
 
 
 def pyav() -> Any:

@@ -1,5 +1,6 @@
 """Who may use the server: tokens, hosts, origins; and what every answer carries."""
 
+import hashlib
 import re
 
 import pytest
@@ -113,6 +114,19 @@ def test_a_websocket_that_says_nothing_is_closed(guarded):
     with guarded.realtime(ready=False) as client:
         client.socket.send("{")
         assert client.closed() == 4401
+
+
+def test_strangers_take_no_connection_from_those_with_a_token():
+    tokens = Tokens({hashlib.sha256(ALICE.encode()).digest(): "alice"})
+    with Running(tokens=tokens, max_connections=1) as server:
+        server.http.headers.update(bearer(ALICE))
+        with server.realtime(ready=False), server.realtime(ready=False) as stranger:
+            assert stranger.closed() == 4429
+            with server.realtime(additional_headers=bearer(ALICE)) as client:
+                client.start(chunks=1)
+                assert client.next("ended")["reason"] == "done"
+                with server.realtime(ready=False, additional_headers=bearer(ALICE)) as second:
+                    assert second.closed() == 4429
 
 
 def test_tokens_are_never_logged(guarded, caplog):

@@ -60,7 +60,7 @@ def test_a_video_arrives_while_it_is_made(held):
         }
         assert (first["stages"]["denoise"], first["stages"]["exchange"]) == (3.0, None)
         assert first["first_frame_ms"] > 0
-        assert len(frames_in(client.media)) == 8  # the muxer keeps one back
+        assert len(frames_in(client.media)) == 9
         held.engine.let(2)
         second = client.next("chunk")
         assert (second["index"], second["frames"]) == (1, 12)
@@ -70,9 +70,28 @@ def test_a_video_arrives_while_it_is_made(held):
         assert (ended["reason"], ended["chunks"]) == ("done", 3)
         assert frames_in(client.media) == [number / 16 for number in range(33)]
         assert [name for name, _ in boxes(client.media[0])] == ["ftyp", "moov"]
-        for part in client.media[1:-1]:
+        for part in client.media[1:]:
             assert [name for name, _ in boxes(part)] == ["moof", "mdat"]
         assert ready["mime"].startswith('video/mp4; codecs="avc1.')
+
+
+def test_a_lone_first_frame_is_sent_at_once():
+    """The first chunk is one frame, which has no other to wait for."""
+    engine = FakeEngine(changes={"video.independent_first_frame": "true", "video.horizon_frames": "22"})
+    engine.hold()
+    with Running(engine) as server, server.realtime() as client:
+        assert client.ready["max_chunks"] == 8
+        client.start()
+        engine.let(1)
+        first = client.next("chunk")
+        assert (first["frames"], first["first_frame_ms"] > 0) == (1, True)
+        assert len(frames_in(client.media)) == 1
+        engine.let(7)
+        client.next("ended")
+        assert len(frames_in(client.media)) == 1 + 7 * 12
+        engine.let(10)
+        job = server.finished(server.post(seconds=4).json()["id"])
+        assert job["status"] == "completed"
 
 
 def test_one_after_the_other_on_a_connection(server):

@@ -65,7 +65,7 @@ def realtime_routes(services: Services) -> APIRouter:
         await websocket.accept()
         connection = Connection(websocket, services)
         for place, step in ((waiting, connection.authenticate), (connected, connection.serve)):
-            if len(place) >= services.settings.max_connections:
+            if len(place) >= services.settings.max_connections and not (place is waiting and connection.needs_no_wait):
                 await connection.refuse(full)
                 return
             place.add(connection)
@@ -91,6 +91,13 @@ class Connection:
         self._generation: _Generation | None = None
         self._frames_sent = self._frames_made = 0
         self._close_with: tuple[int, str] | None = None
+
+    @property
+    def needs_no_wait(self) -> bool:
+        """Whether it is known already who it is, or does not matter."""
+        return (
+            not self._services.tokens.wanted or bearer_token(self._websocket.headers.get("authorization")) is not None
+        )
 
     async def authenticate(self) -> bool:
         """Whether the client may stay; if not, it was told and the connection is closed."""

@@ -66,9 +66,12 @@ class Services:
         while True:
             await asyncio.sleep(WATCH_S)
             ticks += 1
-            self.host.ranks_alive()
-            if ticks % EXPIRE_EVERY == 0:
-                self.jobs.expire()
+            try:
+                self.host.ranks_alive()
+                if ticks % EXPIRE_EVERY == 0:
+                    self.jobs.expire()
+            except Exception:  # nothing that goes wrong here may end the watch
+                log.exception("the server's watch has failed, and goes on")
 
     async def drain(self) -> None:
         """Take nothing new, let what runs finish within the grace time, then end it; return when all has ended."""
