@@ -90,6 +90,10 @@ class FakeSession:
         self._next = 0
         self._cancelled = False
 
+    @property
+    def next_chunk(self):
+        return self._next
+
     def __iter__(self):
         return self
 

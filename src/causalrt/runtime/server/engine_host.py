@@ -31,6 +31,10 @@ class SessionLike(Protocol):
     def __next__(self) -> Any:
         """The next chunk."""
 
+    @property
+    def next_chunk(self) -> int:
+        """The first chunk that has not been begun."""
+
     def switch_prompt(self, prompt_embeds: torch.Tensor, *, policy: Any) -> float:
         """Another prompt from the next chunk on; milliseconds."""
 

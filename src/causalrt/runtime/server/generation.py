@@ -249,7 +249,7 @@ class Generator:
         done = 0
         while (step := control.next(output.paused)) != "stop":
             if isinstance(step, Switch):
-                self._switch(session, step, output, done)
+                self._switch(session, step, output)
                 continue
             chunk = next(session, None)
             if chunk is None:
@@ -271,16 +271,17 @@ class Generator:
             output.chunk_done(index=chunk.index, frames=len(chunk.frames), latency_ms=chunk.latency_ms, stages=stages)
         return done
 
-    def _switch(self, session: Any, switch: Switch, output: Output, done: int) -> None:
+    def _switch(self, session: Any, switch: Switch, output: Output) -> None:
         begun = time.perf_counter()
         try:
+            from_chunk = session.next_chunk
             session.switch_prompt(self._encode(switch.prompt), policy=switch.policy)
         except (PromptError, RequestError) as error:
             output.refused(bad_request(str(error), param="prompt"))
             return
         seconds = time.perf_counter() - begun
         self._metrics.switch.labels(switch.policy).observe(seconds)
-        output.switched(ms=1e3 * seconds, from_chunk=done, policy=switch.policy)
+        output.switched(ms=1e3 * seconds, from_chunk=from_chunk, policy=switch.policy)
 
     def _count(self, kind: Kind, frames: int, latency_ms: float, stages: dict[str, float | None]) -> None:
         self._metrics.frames.labels(kind).inc(frames)
