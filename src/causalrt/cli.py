@@ -216,6 +216,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         prompt=arguments.prompt,
         prompt_embeds=arguments.prompt_embeds,
         text_encoder=arguments.text_encoder,
+        text_device=arguments.text_device,
         given=arguments.given,
         switches=arguments.switch,
         switch_policy=arguments.switch_policy,
@@ -461,6 +462,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument("--prompt", help="what to show; with --text-encoder")
     prompts.add_argument("--prompt-embeds", type=Path, help=".safetensors, .npy or .pt, [rows, text_dim]")
     made.add_argument("--text-encoder", type=Path, help="folder of umT5: Wan's released one, or the diffusers layout")
+    made.add_argument("--text-device", default="cpu", help="where it computes: cpu or cuda:N (cpu)")
     made.add_argument("--out", required=True, type=Path, help=".mp4 or .safetensors (latents); given frames included")
     made.add_argument(
         "--given", type=Path, help="what the video begins with: latents as --out writes them, or an image or clip"
@@ -532,6 +534,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--text-encoder", required=True, type=Path, help="folder of umT5: Wan's released one, or the diffusers layout"
     )
+    made.add_argument("--text-device", default="cpu", help="where it computes: cpu or cuda:N (cpu)")
     made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")
     made.add_argument("--device", choices=("cuda", "cpu"), help="by default GPUs, where each rank has one")
     made.add_argument("--threads", type=int, help="CPU threads of each rank")

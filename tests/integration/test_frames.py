@@ -13,7 +13,15 @@ from small_encoders import write_text_encoder, write_vae
 
 import causalrt
 from causalrt.engines.bundle import VAE_WEIGHTS
-from causalrt.errors import BundleError, CapacityError, EngineClosedError, PromptError, RankError, RequestError
+from causalrt.errors import (
+    BundleError,
+    CapacityError,
+    EngineClosedError,
+    ExecutorError,
+    PromptError,
+    RankError,
+    RequestError,
+)
 from causalrt.model.decode_state import pixels_from_signal
 from causalrt.model.vae import encode
 from causalrt.model.vae_checkpoint import load_vae
@@ -210,6 +218,12 @@ def test_a_decoder_that_was_not_built(bundles):
         BundleError, match=r"was built for eager; build again with `--executor onnxruntime` to decode so"
     ):
         causalrt.load(bundles(), vae_executor="onnxruntime")
+
+
+def test_a_text_encoder_on_another_device(bundles, tmp_path):
+    folder = write_text_encoder(tmp_path)
+    with pytest.raises(ExecutorError, match=r"no device cuda:0 here|there is no device cuda:0"):
+        causalrt.load(bundles(), device="cpu", text_encoder=folder, text_device="cuda:0")
 
 
 def test_a_bundle_without_a_vae(tmp_path):

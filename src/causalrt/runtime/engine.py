@@ -62,10 +62,11 @@ if TYPE_CHECKING:
     from causalrt.model.text import TextEncoder
 
 
-def _open_text_encoder(folder: Path, config: Config) -> "TextEncoder":
+def _open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder":
     from causalrt.model.text import TextEncoder
 
-    return TextEncoder.from_folder(folder, text_dim=config.model.text_dim, max_tokens=config.model.text_len)
+    model = config.model
+    return TextEncoder.from_folder(folder, device=device, text_dim=model.text_dim, max_tokens=model.text_len)
 
 
 class Engine:
@@ -93,6 +94,7 @@ class Engine:
         plugins: bool,
         decoder_executor: str | None,
         text_encoder: Path | None,
+        text_device: str,
         max_sessions: int | None,
         num_threads: int | None,
         timeout_s: float,
@@ -119,6 +121,8 @@ class Engine:
         self._dropped: deque[int] = deque()
         self._unfinished: tuple[Session, Iterator[tuple[int, Reply]]] | None = None
         self._text_encoder: TextEncoder | None = None
+        if text_encoder is not None and text_device != "cpu":  # before the ranks look at what is free
+            self._text_encoder = _open_text_encoder(text_encoder, text_device, bundle.config)
         self._pool = RankPool(world_size, timeout_s=timeout_s)
         self.decoder: VaeDecoder | None = None
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
@@ -146,8 +150,8 @@ class Engine:
                     timeout_s=max(timeout_s, self._start_s),
                 )
             )
-            if text_encoder is not None:  # while the ranks load
-                self._text_encoder = _open_text_encoder(text_encoder, bundle.config)
+            if text_encoder is not None and self._text_encoder is None:  # while the ranks load
+                self._text_encoder = _open_text_encoder(text_encoder, text_device, bundle.config)
             answers = self._answers(at_least_s=self._start_s)
             if self.decoder is not None:
                 self.decoder.wait_started(at_least_s=self._start_s)

@@ -1,6 +1,8 @@
 """Time between marks: the host's clock on a CPU, CUDA events on a GPU, where work is only queued when a call returns."""
 
+import os
 import time
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -53,3 +55,9 @@ class CudaStopwatch:
 def stopwatch_for(device: torch.device) -> Stopwatch:
     """A stopwatch for work on `device`."""
     return CudaStopwatch() if device.type == "cuda" else HostStopwatch()
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, its interpreter and imports included."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -1,7 +1,6 @@
 """`causalrt generate`: a video from a prompt, as a file, and how long its first frame took, cold and warm, by stage."""
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks, checked_given
 from causalrt.runtime.rollout import SwitchPolicy
 from causalrt.runtime.session import Chunk, Session
+from causalrt.runtime.stopwatch import process_age_s
 from causalrt.runtime.video_file import Mp4Writer, check_picture, pyav, read_frames
 
 LATENTS, VIDEO = ".safetensors", ".mp4"
@@ -36,6 +36,7 @@ class Request:
         prompt: what to show, as text; with `text_encoder`.
         prompt_embeds: or a file of embeddings.
         text_encoder: folder of umT5.
+        text_device: where it computes.
         given: latents that the video begins with (safetensors), or an image or clip, which is encoded.
         switches: `CHUNK=PROMPT`, other prompts from these chunks on, given as the first one is.
         switch_policy: what becomes of history then.
@@ -53,6 +54,7 @@ class Request:
     prompt: str | None = None
     prompt_embeds: Path | None = None
     text_encoder: Path | None = None
+    text_device: str = "cpu"
     given: Path | None = None
     switches: Sequence[str] = field(default=())
     switch_policy: SwitchPolicy = "keep"
@@ -111,6 +113,7 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
         plugins=request.plugins,
         vae=as_video or encodes,
         text_encoder=request.text_encoder,
+        text_device=request.text_device,
         num_threads=request.threads,
         timeout_s=request.timeout_s,
     ) as engine:
@@ -151,12 +154,6 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
         "first_chunk_ms": report[0]["latency_ms"],
         "chunks": report,
     }
-
-
-def process_age_s() -> float:
-    """Seconds since this process was started, its interpreter and imports included."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def chunk_report(chunk: Chunk) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def test_a_video_arrives_while_it_is_made(held):
         }
         assert (first["stages"]["denoise"], first["stages"]["exchange"]) == (3.0, None)
         assert first["first_frame_ms"] > 0
+        assert first["cold_ms"] > first["first_frame_ms"]  # the process was started before
         assert len(frames_in(client.media)) == 9
         held.engine.let(2)
         second = client.next("chunk")

@@ -83,7 +83,9 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     tokens = Tokens() if settings.tokens is None else Tokens.from_file(settings.tokens)
     model = open_bundle(arguments.bundle, verify=False).config.model
     listening = running.listen(settings.host, settings.port, send_buffer_bytes=settings.send_buffer_bytes)
-    encoder = TextEncoder.from_folder(arguments.text_encoder, text_dim=model.text_dim, max_tokens=model.text_len)
+    encoder = TextEncoder.from_folder(
+        arguments.text_encoder, device=arguments.text_device, text_dim=model.text_dim, max_tokens=model.text_len
+    )
 
     def load_engine() -> Engine:
         return load(

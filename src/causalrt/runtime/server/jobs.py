@@ -59,7 +59,7 @@ class _JobOutput:
 
     def chunk_done(self, *, index: int, frames: int, latency_ms: float, stages: dict[str, float | None]) -> None:
         if index == 0:
-            self._metrics.first_frame.labels("job").observe(time.perf_counter() - self._asked)
+            self._metrics.first_frame_after("job", time.perf_counter() - self._asked)
         self._job.progress = min(99, 100 * (index + 1) // self._job.num_chunks)
 
     def paused(self, yes: bool) -> None:

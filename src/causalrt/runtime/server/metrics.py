@@ -6,6 +6,8 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from causalrt.runtime.stopwatch import process_age_s
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 STAGES = ("queue", "text", "denoise", "exchange", "gather", "decode", "hand_over", "encode")
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
@@ -23,6 +25,12 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self.cold_first_frame = Gauge(
+            "causalrt_cold_first_frame_seconds",
+            "Loading, from the start of the process, and the wait for its first frame; 0 until there was one",
+            registry=registry,
+        )
+        self._loaded_s: float | None = process_age_s()
         self.chunk = Histogram(
             "causalrt_chunk_seconds",
             "Latency of a chunk: whole, and by stage",
@@ -53,6 +61,15 @@ class Metrics:
         for kind in ("job", "realtime"):
             self.first_frame.labels(kind)
             self.frames.labels(kind)
+
+    def first_frame_after(self, kind: str, seconds: float) -> float | None:
+        """Count a first frame; for the first of the process, the seconds from the process's start: loading, then this wait."""
+        self.first_frame.labels(kind).observe(seconds)
+        if self._loaded_s is None:
+            return None
+        cold_s, self._loaded_s = self._loaded_s + seconds, None
+        self.cold_first_frame.set(cold_s)
+        return cold_s
 
     def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
         """A number that is asked for when it is scraped."""

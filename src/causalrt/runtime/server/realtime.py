@@ -50,6 +50,7 @@ class _Generation:
     asked: float | None
     task: asyncio.Task[None] | None = None
     first_frame_ms: float | None = None
+    cold_ms: float | None = None
 
 
 def realtime_routes(services: Services) -> APIRouter:
@@ -293,12 +294,13 @@ class Connection:
             if generation is not None and generation.asked is not None and part[4:8] == b"moof":
                 seconds = time.perf_counter() - generation.asked
                 generation.asked, generation.first_frame_ms = None, round(1e3 * seconds, 3)
-                self._services.metrics.first_frame.labels("realtime").observe(seconds)
+                cold_s = self._services.metrics.first_frame_after("realtime", seconds)
+                generation.cold_ms = None if cold_s is None else round(1e3 * cold_s, 3)
         return True
 
     async def _send_chunk(self, item: dict[str, Any], generation: _Generation) -> bool:
         if item["index"] == 0:
-            item["first_frame_ms"] = generation.first_frame_ms
+            item |= {"first_frame_ms": generation.first_frame_ms, "cold_ms": generation.cold_ms}
         if not await self._send(json.dumps(item)):
             return False
         self._frames_sent += item["frames"]

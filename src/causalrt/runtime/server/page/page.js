@@ -137,7 +137,8 @@ function chunk(message) {
   const playsMs = (1000 * message.frames) / state.server.fps;
   if (message.index === 0) {
     say("Generating.");
-    $["first-frame-note"].textContent = `server ${ms(message.first_frame_ms)}`;
+    const cold = message.cold_ms ? `, ${ms(message.cold_ms)} with its start` : "";
+    $["first-frame-note"].textContent = `server ${ms(message.first_frame_ms)}${cold}`;
   }
   $["latest-chunk"].textContent = ms(tookMs);
   $["latest-chunk-note"].textContent = `plays ${ms(playsMs)}`;
