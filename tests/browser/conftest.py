@@ -14,7 +14,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LOST_CONNECTION = re.compile(r"WebSocket connection to .* failed")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not for the session: while it is open, its event loop runs in this thread
 def browser() -> Iterator[object]:
     api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'causalrt[test]'")
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
