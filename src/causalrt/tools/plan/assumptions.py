@@ -44,7 +44,7 @@ REACHED: Mapping[Architecture, Reached] = {
         gemm=_gemm(0.803),
         attention=between(0.748, 0.571),
         gemm_source="H100 SXM, H200: 794.5 of 989 TFLOP/s",
-        attention_source="FlashAttention-3 on H100: 740 TFLOP/s (arXiv 2407.08608) to 565 (pytorch/benchmark pull 2391, 2048 rows)",
+        attention_source="FlashAttention-3 on H100: 740 TFLOP/s (arXiv 2407.08608) to 565 (pytorch/benchmark pull 2391)",
     ),
     "blackwell": Reached(
         gemm=_gemm(0.776),

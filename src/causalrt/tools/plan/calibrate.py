@@ -7,6 +7,7 @@ each is measured while the others load the machine. Of the repeats of an op the 
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from causalrt.tools.plan.calibration import Calibration, Entry, Sample, exchange
 from causalrt.tools.plan.micro_ops import Runtime, micro_ops, runner
 from causalrt.tools.plan.work import Exchange
 
+Clock = Literal["wall", "cpu"]
 logger = logging.getLogger(__name__)
 EXCHANGES = (64, 512, 2048, 8192)
 """Rows of 64 channels to each rank."""
@@ -41,6 +44,7 @@ def calibrate(
     world_sizes: Sequence[int],
     *,
     device: str | None = None,
+    clock: Clock = "wall",
     on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Calibration:
     """Measure this machine, in float32 on a CPU and in bfloat16 on GPUs.
@@ -49,6 +53,7 @@ def calibrate(
         runtimes: executors to measure; on GPUs, eager alone.
         world_sizes: numbers of ranks; the CPU's cores are divided among them.
         device: `cpu` or `cuda`; by default GPUs where there is one.
+        clock: `wall`, or `cpu` for processor time with one thread a rank: for a CPU that others use. It leaves out waiting.
         on_progress: stage, done, total.
 
     Raises:
@@ -59,8 +64,8 @@ def calibrate(
     entries = []
     for done, (runtime, ranks) in enumerate(ways):
         on_progress("measuring", done, len(ways))
-        threads = max(1, len(os.sched_getaffinity(0)) // ranks) if device == "cpu" else 1
-        entries.append(_measure(runtime, ranks, threads, device))
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks) if (device, clock) == ("cpu", "wall") else 1
+        entries.append(_measure(runtime, ranks, threads, device, clock))
     on_progress("measuring", len(ways), len(ways))
     gpu = device == "cuda"
     return Calibration(
@@ -71,7 +76,7 @@ def calibrate(
     )
 
 
-def _measure(runtime: Runtime, ranks: int, threads: int, device: str) -> Entry:
+def _measure(runtime: Runtime, ranks: int, threads: int, device: str, clock: Clock) -> Entry:
     if device == "cuda" and torch.cuda.device_count() < ranks:
         raise ExecutorError(
             f"{ranks} ranks want a GPU each, and torch sees {torch.cuda.device_count()}; ask for fewer ranks"
@@ -84,7 +89,7 @@ def _measure(runtime: Runtime, ranks: int, threads: int, device: str) -> Entry:
     }
     with tempfile.TemporaryDirectory(prefix="causalrt-plan-") as folder:
         command = [sys.executable, "-m", "causalrt.tools.plan.calibrate", "--runtime", runtime, "--device", device]
-        command += ["--ranks", str(ranks), "--threads", str(threads), "--folder", folder]
+        command += ["--ranks", str(ranks), "--threads", str(threads), "--folder", folder, "--clock", clock]
         processes = [
             subprocess.Popen([*command, "--rank", str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
             for rank in range(ranks)
@@ -130,15 +135,15 @@ def ceilings(samples: Sequence[Sample], *, element_bytes: int) -> dict[str, floa
     }
 
 
-def _seconds(run: Callable[[], object], device: torch.device, *, collective: bool) -> float:
+def _seconds(run: Callable[[], object], device: torch.device, *, now: Callable[[], float], collective: bool) -> float:
     """The fastest of several; ranks begin together, and repeat alike where they must."""
 
     def once() -> float:
-        start = time.perf_counter()
+        start = now()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return now() - start
 
     if dist.is_initialized():
         dist.barrier()
@@ -162,17 +167,23 @@ def _rank_main(arguments: argparse.Namespace) -> None:
             rank=arguments.rank,
             world_size=arguments.ranks,
         )
+
+    def now() -> float:
+        return time.process_time() if arguments.clock == "cpu" else time.perf_counter()
+
     samples = []
     with torch.inference_mode():
         for op in micro_ops(torch.bfloat16 if device.type == "cuda" else torch.float32):
             run = runner(op, arguments.runtime, device)
             samples.append(
-                {"kind": op.kind, "features": op.features, "seconds": _seconds(run, device, collective=False)}
+                {"kind": op.kind, "features": op.features, "seconds": _seconds(run, device, now=now, collective=False)}
             )
         for rows in EXCHANGES if arguments.ranks > 1 else ():
             sent = torch.zeros(arguments.ranks, rows, HEAD, device=device)
             received = torch.empty_like(sent)
-            seconds = _seconds(lambda: dist.all_to_all_single(received, sent), device, collective=True)  # noqa: B023
+            seconds = _seconds(
+                functools.partial(dist.all_to_all_single, received, sent), device, now=now, collective=True
+            )
             features = exchange_features(Exchange(rows=rows, head_dim=HEAD, count=1), arguments.ranks)
             samples.append({"kind": "exchange", "features": features, "seconds": seconds})
     if arguments.rank == 0:
@@ -189,6 +200,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--runtime", required=True)
     parser.add_argument("--device", required=True)
+    parser.add_argument("--clock", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     _rank_main(parser.parse_args())
 

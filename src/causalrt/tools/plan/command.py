@@ -185,8 +185,9 @@ def _table(forecasts: Sequence[Forecast]) -> Table:
             str(each.counts["all_to_all_calls"]),
         )
     table.caption = (
-        "last chunk of the horizon: one step, its frames from its start on, frames a second of a stream, limit at the makers' "
-        "peaks, without a VAE; in brackets, all assumptions at either end. A rank's GiB; bytes and calls of a chunk with its refresh"
+        "last chunk of the horizon: one step, its frames from its start on, frames a second of a stream; limit: at the "
+        "makers' peaks, without a VAE; in brackets: all assumptions at either end. GiB, MB and calls are a rank's, the "
+        "latter two of a chunk with its refresh"
     )
     return table
 

@@ -60,7 +60,7 @@ GPUS: Mapping[str, Gpu] = {
         link_gbs=200,
         gpus_per_server=8,
         network_gbs=25,
-        source="NVIDIA A800 80GB data sheet: an A100 with NVLink at 400 GB/s, both ways; one 200 Gbit/s port a GPU, as DGX A100",
+        source="NVIDIA A800 80GB data sheet: an A100 with NVLink at 400 GB/s, both ways; 200 Gbit/s network a GPU, as DGX A100",
     ),
     "a100": Gpu(
         name="A100 SXM4 80GB",

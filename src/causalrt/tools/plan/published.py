@@ -1,7 +1,6 @@
 """What others have published about this very model, and what the planner says of the same: nothing was fitted to it.
 
-All times are for 12 frames at 832x480, without text; the TAEHV decoder of the first two (13.5 ms on the A100) is left out by
-taking their `diffuse` and `finalize` times, where these are given.
+All times are for 12 frames at 832x480, without text and, where the source tells the parts apart, without decoding.
 """
 
 from dataclasses import asdict, dataclass
