@@ -544,7 +544,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
     add_arguments(made)
 
-    from causalrt.tools.plan.command import add_arguments as add_plan_arguments
+    from causalrt.tools.plan.arguments import add_arguments as add_plan_arguments
 
     made = command(
         "plan",

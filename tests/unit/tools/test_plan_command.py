@@ -8,9 +8,17 @@ import pytest
 from causalrt.cli import main
 from causalrt.config import override, recipe
 from causalrt.errors import ConfigError
-from causalrt.tools.plan.calibration import CalibratedMachine, Calibration, Entry, Sample, fit_costs, read_calibration
+from causalrt.tools.plan.calibration import (
+    CalibratedMachine,
+    Calibration,
+    Entry,
+    Runtime,
+    Sample,
+    fit_costs,
+    read_calibration,
+)
 from causalrt.tools.plan.hardware import GPUS
-from causalrt.tools.plan.micro_ops import PASS_KINDS, Runtime
+from causalrt.tools.plan.micro_ops import PASS_KINDS
 from causalrt.tools.plan.predict import forecast
 from causalrt.tools.plan.roofline import GpuMachine
 from causalrt.tools.plan.tables import TABLES, with_tables

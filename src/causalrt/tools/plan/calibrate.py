@@ -3,7 +3,8 @@
     calibrate -> for each (executor, ranks): `ranks` processes of this module, side by side -> samples -> fit -> Calibration
 
 The processes are those of an engine in what matters: threads, gloo or NCCL, ONNX Runtime's shared pool. They keep step, so that
-each is measured while the others load the machine. Of the repeats of an op the fastest counts: other programs only add.
+each is measured while the others load the machine. Of the repeats of an op the fastest counts, for other programs only add; of
+processor time, which they do not add to, the median.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 from causalrt.errors import ExecutorError
-from causalrt.tools.plan.calibration import Calibration, Entry, Sample, exchange_features, fit_costs
-from causalrt.tools.plan.micro_ops import Runtime, micro_ops, runner
+from causalrt.tools.plan.calibration import Calibration, Entry, Runtime, Sample, exchange_features, fit_costs
+from causalrt.tools.plan.micro_ops import micro_ops, runner
 from causalrt.tools.plan.work import Exchange
 
 Clock = Literal["wall", "cpu"]
@@ -35,7 +37,7 @@ EXCHANGES = (64, 512, 2048, 8192)
 HEAD = 64
 REPEAT_S = 0.25
 """Time spent on repeats of an op."""
-LEAST_REPEATS = 5
+LEAST_REPEATS, COLLECTIVE_REPEATS = 5, 50
 LIMIT_S = 600.0
 
 
@@ -135,8 +137,15 @@ def ceilings(samples: Sequence[Sample], *, element_bytes: int) -> dict[str, floa
     }
 
 
-def _seconds(run: Callable[[], object], device: torch.device, *, now: Callable[[], float], collective: bool) -> float:
-    """The fastest of several; ranks begin together, and repeat alike where they must."""
+def _seconds(
+    run: Callable[[], object],
+    *,
+    device: torch.device,
+    now: Callable[[], float],
+    choose: Callable[[list[float]], float],
+    collective: bool,
+) -> float:
+    """Chosen of several; ranks begin together, and repeat alike where they must."""
 
     def once() -> float:
         start = now()
@@ -148,10 +157,13 @@ def _seconds(run: Callable[[], object], device: torch.device, *, now: Callable[[
     if dist.is_initialized():
         dist.barrier()
     once()
-    fastest, until, repeats = once(), time.perf_counter() + REPEAT_S, 0
-    while repeats < LEAST_REPEATS or (time.perf_counter() < until and not collective) or (collective and repeats < 50):
-        fastest, repeats = min(fastest, once()), repeats + 1
-    return fastest
+    found: list[float] = []
+    until = time.perf_counter() + REPEAT_S
+    while len(found) < (COLLECTIVE_REPEATS if collective else LEAST_REPEATS) or (
+        not collective and time.perf_counter() < until
+    ):
+        found.append(once())
+    return choose(found)
 
 
 def _rank_main(arguments: argparse.Namespace) -> None:
@@ -171,19 +183,17 @@ def _rank_main(arguments: argparse.Namespace) -> None:
     def now() -> float:
         return time.process_time() if arguments.clock == "cpu" else time.perf_counter()
 
+    choose: Callable[[list[float]], float] = statistics.median if arguments.clock == "cpu" else min
+    timed = functools.partial(_seconds, device=device, now=now, choose=choose)
     samples = []
     with torch.inference_mode():
         for op in micro_ops(torch.bfloat16 if device.type == "cuda" else torch.float32):
             run = runner(op, arguments.runtime, device)
-            samples.append(
-                {"kind": op.kind, "features": op.features, "seconds": _seconds(run, device, now=now, collective=False)}
-            )
+            samples.append({"kind": op.kind, "features": op.features, "seconds": timed(run, collective=False)})
         for rows in EXCHANGES if arguments.ranks > 1 else ():
             sent = torch.zeros(arguments.ranks, rows, HEAD, device=device)
             received = torch.empty_like(sent)
-            seconds = _seconds(
-                functools.partial(dist.all_to_all_single, received, sent), device, now=now, collective=True
-            )
+            seconds = timed(functools.partial(dist.all_to_all_single, received, sent), collective=True)
             features = exchange_features(Exchange(rows=rows, head_dim=HEAD, count=1), arguments.ranks)
             samples.append({"kind": "exchange", "features": features, "seconds": seconds})
     if arguments.rank == 0:

@@ -13,14 +13,35 @@ from typing import Any, Literal
 import numpy as np
 
 from causalrt.errors import ConfigError
-from causalrt.tools.plan.micro_ops import Features, Runtime, attention_features, gemm_features, pass_features
 from causalrt.tools.plan.roofline import StepTime
 from causalrt.tools.plan.spans import Case
-from causalrt.tools.plan.work import Exchange, StepWork
+from causalrt.tools.plan.work import Attention, Exchange, Gemm, StepWork
 
 VERSION = 1
+Runtime = Literal["eager", "onnxruntime"]
 Costs = Mapping[str, Mapping[str, float]]
 """By kind of op, seconds of each feature."""
+Features = dict[str, float]
+
+
+def gemm_features(gemm: Gemm) -> Features:
+    """What the cost of one product is linear in."""
+    return {"flop": gemm.flops, "element": gemm.elements, "call": 1}
+
+
+def attention_features(attention: Attention) -> Features:
+    """Likewise: the products, and softmax over the scores."""
+    return {"flop": attention.flops, "score": attention.scores, "call": 1}
+
+
+def pass_features(elements: int) -> Features:
+    """Likewise."""
+    return {"element": elements, "call": 1}
+
+
+def exchange_features(exchange: Exchange, world_size: int) -> Features:
+    """What the cost of one collective is linear in: the call, and what goes to others."""
+    return {"element": (world_size - 1) * exchange.rows * exchange.head_dim, "call": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,8 +190,3 @@ class CalibratedMachine:
             ),
             idle_s=0.0,
         )
-
-
-def exchange_features(exchange: Exchange, world_size: int) -> Features:
-    """What the cost of one collective is linear in: the call, and what goes to others."""
-    return {"element": (world_size - 1) * exchange.rows * exchange.head_dim, "call": 1}

@@ -1,9 +1,8 @@
-"""`causalrt plan`: its arguments, what it computes, and how that is shown."""
+"""`causalrt plan`: what it computes, and how that is shown."""
 
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from rich import box
@@ -12,12 +11,11 @@ from rich.table import Table
 
 from causalrt.config import Config
 from causalrt.errors import ConfigError
-from causalrt.tools.plan.calibrate import calibrate
-from causalrt.tools.plan.calibration import CalibratedMachine, read_calibration
-from causalrt.tools.plan.hardware import GPUS, gpu_by_name
+from causalrt.tools.plan.arguments import WORLD_SIZES
+from causalrt.tools.plan.calibration import CalibratedMachine, Runtime, read_calibration
+from causalrt.tools.plan.hardware import VaePlace, gpu_by_name
 from causalrt.tools.plan.head_layouts import LAYOUTS, LayoutName
-from causalrt.tools.plan.micro_ops import Runtime
-from causalrt.tools.plan.predict import VAE_PLACES, Forecast, Machine, VaePlace, forecast
+from causalrt.tools.plan.predict import Forecast, Machine, forecast
 from causalrt.tools.plan.published import compare_published
 from causalrt.tools.plan.roofline import GpuMachine
 from causalrt.tools.plan.simulate import Jitter, Simulation, simulate
@@ -25,41 +23,8 @@ from causalrt.tools.plan.spans import Span
 from causalrt.tools.plan.timeline import draw_timeline
 from causalrt.tools.plan.verdict import best_layouts, verdict
 
-WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 SIMULATED_CHUNKS = 200
 TABLE_WIDTH = 118
-RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments beside recipe, overrides, dtype and `--json`."""
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--gpu", help=f"one of {', '.join(GPUS)}")
-    where.add_argument("--calibration", type=Path, metavar="FILE", help="a machine that --calibrate has measured")
-    where.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="measure this machine, write FILE, and plan for it"
-    )
-    where.add_argument("--validate", action="store_true", help="compare predictions with what others have published")
-    parser.add_argument("--world-size", type=int, help=f"ranks (a table over {', '.join(map(str, WORLD_SIZES))})")
-    parser.add_argument("--head-plan", choices=(*LAYOUTS, "all"), default="all", help="gathered is computed only (all)")
-    parser.add_argument(
-        "--collectives", choices=("engine", "runtime"), default="engine", help="who exchanges between ranks (engine)"
-    )
-    parser.add_argument(
-        "--plugins", choices=("on", "off"), default="off", help="self-attention of all heads in one launch (off)"
-    )
-    parser.add_argument(
-        "--vae",
-        choices=VAE_PLACES,
-        help="where frames are decoded: nowhere, on a GPU of its own, on rank 0's, or over all ranks, which the runtime cannot "
-        "do yet (own; none for a machine that was measured)",
-    )
-    parser.add_argument(
-        "--executor", choices=RUNTIMES, default="onnxruntime", help="on a machine that was measured (onnxruntime)"
-    )
-    parser.add_argument("--straggler", type=float, default=0.0, help="in the simulation, how much slower rank 0 is (0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the simulation (0)")
-    parser.add_argument("--timeline", type=Path, metavar="FILE.png", help="draw the simulation; wants matplotlib")
 
 
 def run(
@@ -132,8 +97,10 @@ def plan(
 
 def _measured(arguments: argparse.Namespace, config: Config, on_progress: Callable[..., None]) -> dict[int, Machine]:
     if arguments.calibrate:
+        from causalrt.tools.plan.calibrate import calibrate  # ONNX Runtime with it
+
         sizes = sorted({1, arguments.world_size or 2})
-        found = calibrate(RUNTIMES, sizes, on_progress=on_progress)
+        found = calibrate(get_args(Runtime), sizes, on_progress=on_progress)
         found.write(arguments.calibrate)
     elif arguments.calibration:
         found = read_calibration(arguments.calibration)

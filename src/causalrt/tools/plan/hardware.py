@@ -12,6 +12,8 @@ from causalrt.errors import ConfigError
 
 Architecture = Literal["ampere", "hopper", "blackwell", "blackwell_rtx"]
 LinkKind = Literal["nvlink", "pcie"]
+VaePlace = Literal["none", "own", "shared", "split"]
+"""Where the VAE decodes, see `predict.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

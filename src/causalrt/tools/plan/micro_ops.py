@@ -1,11 +1,11 @@
 """Single ops to time on the machine at hand, as the executors run them: torch's own, or a graph of one node under ONNX Runtime.
 
-Each has the features that its cost is linear in; `calibration.py` fits the seconds of each feature.
+Each has the features that its cost is linear in; `calibration.py` has these, and fits the seconds of each.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import onnxruntime as ort
 import torch
@@ -14,9 +14,9 @@ from onnx import TensorProto, helper
 
 from causalrt.plugins.attention import attend
 from causalrt.plugins.rotate import rotate_pairs
+from causalrt.tools.plan.calibration import Features, Runtime, attention_features, gemm_features, pass_features
 from causalrt.tools.plan.work import Attention, Gemm, PassKind
 
-Runtime = Literal["eager", "onnxruntime"]
 OPSET = 24
 EPS = 1e-6
 GEMMS = ((512, 256, 256), (2048, 256, 256), (2048, 1024, 256), (2048, 256, 1024), (1024, 512, 512), (1024, 2048, 512))
@@ -37,23 +37,6 @@ PASSES = ((256, 256), (2048, 256), (1024, 1024), (2048, 1024))
 PASS_KINDS: tuple[PassKind, ...] = ("layer_norm", "rms_norm", "rotate", "gelu", "arithmetic", "copy")
 HEAD = 64
 """Channels of a head where an op wants to know them."""
-
-Features = dict[str, float]
-
-
-def gemm_features(gemm: Gemm) -> Features:
-    """What the cost of one product is linear in."""
-    return {"flop": gemm.flops, "element": gemm.elements, "call": 1}
-
-
-def attention_features(attention: Attention) -> Features:
-    """Likewise: the products, and softmax over the scores."""
-    return {"flop": attention.flops, "score": attention.scores, "call": 1}
-
-
-def pass_features(elements: int) -> Features:
-    """Likewise."""
-    return {"element": elements, "call": 1}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ Where the VAE decodes says how these overlap. `own`: on a GPU beside the ranks, 
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 from causalrt.config import Config, override
 from causalrt.engines.base import TORCH_DTYPES
@@ -18,13 +18,11 @@ from causalrt.model.vae_checkpoint import VaeConfig
 from causalrt.runtime.memory import DECODER_ACTIVATIONS, DecoderMemory, predict_memory
 from causalrt.tools.plan.assumptions import SPLIT_DECODE_SPEEDUP
 from causalrt.tools.plan.decode_work import decode_weights
+from causalrt.tools.plan.hardware import VaePlace
 from causalrt.tools.plan.head_layouts import LayoutName, head_layout
 from causalrt.tools.plan.roofline import GpuMachine, StepTime
 from causalrt.tools.plan.spans import Case, Span, over_cases
 from causalrt.tools.plan.work import StepWork, step_work
-
-VaePlace = Literal["none", "own", "shared", "split"]
-VAE_PLACES: tuple[VaePlace, ...] = get_args(VaePlace)
 
 
 class Machine(Protocol):

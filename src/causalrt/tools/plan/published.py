@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from causalrt.config import Config, override, recipe
-from causalrt.tools.plan.hardware import GPUS
-from causalrt.tools.plan.predict import Forecast, VaePlace, forecast
+from causalrt.tools.plan.hardware import GPUS, VaePlace
+from causalrt.tools.plan.predict import Forecast, forecast
 from causalrt.tools.plan.roofline import GpuMachine, Lowering
 from causalrt.tools.plan.spans import Span, over_cases
 
