@@ -310,6 +310,19 @@ def _serve(arguments: argparse.Namespace) -> int:
     return run(arguments, version=__version__, on_start=started)
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from causalrt.tools.plan.command import run
+
+    head_plan, arguments.head_plan = arguments.head_plan, None  # `gathered` and `all` are no build options
+    if arguments.dtype is None and arguments.gpu:
+        arguments.dtype = "bfloat16"
+    config = _config(arguments)
+    arguments.head_plan = head_plan
+    with shown_progress() as progress:
+        run(arguments, config, write=print, on_progress=progress)
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from causalrt.tools.demo import run_demo
 
@@ -540,6 +553,24 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
     made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
     add_arguments(made)
+
+    from causalrt.tools.plan.arguments import add_arguments as add_plan_arguments
+
+    made = command(
+        "plan",
+        _plan,
+        "Predict latency, frames a second, memory and traffic of a recipe on GPUs, or on this machine once measured.",
+        "  causalrt plan --recipe wan_1_3b_480p --gpu a800 --world-size 8\n"
+        "  causalrt plan --recipe wan_1_3b_480p --gpu h100 --plugins on --vae shared --timeline timeline.png\n"
+        "  causalrt plan --recipe bench_cpu --calibrate machine.json\n"
+        "  causalrt plan --validate",
+    )
+    made.add_argument("--recipe", default="wan_1_3b_480p", help=f"one of {', '.join(RECIPES)} (wan_1_3b_480p)")
+    made.add_argument("--dtype", **dtype, help="of weights and activations (bfloat16 with --gpu)")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override any field of the recipe"
+    )
+    add_plan_arguments(made)
 
     command("demo", _demo, "Build a small random model, run it on 2 ranks, compare with eager.", "  causalrt demo")
     command("doctor", _doctor, "Say what this machine can build and run, and why not.", "  causalrt doctor --json")

@@ -1,0 +1,178 @@
+"""Single ops to time on the machine at hand, as the executors run them: torch's own, or a graph of one node under ONNX Runtime.
+
+Each has the features that its cost is linear in; `calibration.py` has these, and fits the seconds of each.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+
+from causalrt.plugins.attention import attend
+from causalrt.plugins.rotate import rotate_pairs
+from causalrt.tools.plan.calibration import Features, Runtime, attention_features, gemm_features, pass_features
+from causalrt.tools.plan.work import Attention, Gemm, PassKind
+
+OPSET = 24
+EPS = 1e-6
+GEMMS = ((512, 256, 256), (2048, 256, 256), (2048, 1024, 256), (2048, 256, 1024), (1024, 512, 512), (1024, 2048, 512))
+"""m, n, k."""
+ATTENTIONS = (
+    (4, 512, 512, 64),
+    (4, 1024, 2048, 64),
+    (2, 2048, 4096, 64),
+    (1, 1024, 8192, 64),
+    (3, 1024, 2048, 64),
+    (6, 1536, 512, 64),
+    (2, 1024, 2048, 128),
+    (4, 768, 3072, 128),
+)
+"""Heads, rows, keys, channels of a head."""
+PASSES = ((256, 256), (2048, 256), (1024, 1024), (2048, 1024))
+"""Rows, channels."""
+PASS_KINDS: tuple[PassKind, ...] = ("layer_norm", "rms_norm", "rotate", "gelu", "arithmetic", "copy")
+HEAD = 64
+"""Channels of a head where an op wants to know them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroOp:
+    """An op of one size.
+
+    Attributes:
+        kind: `gemm`, `attention`, or a kind of pass.
+        features: see the module.
+        inputs: tensors that it takes.
+        node: ONNX operator and attributes.
+        eager: the same in torch.
+    """
+
+    kind: str
+    features: Features
+    inputs: dict[str, torch.Tensor]
+    node: tuple[str, dict[str, Any]]
+    eager: Callable[..., torch.Tensor]
+    constant: Sequence[str] = field(default=())
+
+
+def micro_ops(dtype: torch.dtype = torch.float32) -> list[MicroOp]:
+    """All of them, with random inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    found = []
+    for m, n, k in GEMMS:
+        found.append(
+            MicroOp(
+                kind="gemm",
+                features=gemm_features(Gemm(m=m, n=n, k=k, count=1)),
+                inputs={"x": random(m, k), "weight": random(n, k), "bias": random(n)},
+                node=("Gemm", {"transB": 1}),
+                eager=F.linear,
+                constant=("weight", "bias"),
+            )
+        )
+    for heads, rows, keys, depth in ATTENTIONS:
+        attention = Attention(num_heads=heads, rows=rows, keys=keys, head_dim=depth, count=1, over_slots=True)
+        width = heads * depth
+        found.append(
+            MicroOp(
+                kind="attention",
+                features=attention_features(attention),
+                inputs={"q": random(1, rows, width), "k": random(1, keys, width), "v": random(1, keys, width)},
+                node=("Attention", {"q_num_heads": heads, "kv_num_heads": heads}),
+                eager=lambda q, k, v, heads=heads: attend(q, k, v, heads),
+            )
+        )
+    for rows, width in PASSES:
+        found += _passes(random(rows, width), random(rows, width))
+    return found
+
+
+def _passes(x: torch.Tensor, other: torch.Tensor) -> list[MicroOp]:
+    rows, width = x.shape
+    one = torch.ones(width, dtype=x.dtype)
+    angles = torch.randn(1, rows, HEAD // 2)
+    heads = width // HEAD
+    by_head = x.view(-1, HEAD)
+    index = torch.randperm(by_head.shape[0])
+
+    def op(kind: PassKind, inputs: dict[str, torch.Tensor], name: str, eager: Any, **attributes: Any) -> MicroOp:
+        return MicroOp(
+            kind=kind, features=pass_features(x.numel()), inputs=inputs, node=(name, attributes), eager=eager
+        )
+
+    def rotate(x_BSC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rotate_pairs(x_BSC, cos, sin, heads)
+
+    return [
+        op(
+            "layer_norm",
+            {"x": x, "scale": one},
+            "LayerNormalization",
+            lambda x, scale: F.layer_norm(x, scale.shape, eps=EPS),
+            axis=-1,
+            epsilon=EPS,
+        ),
+        op(
+            "rms_norm",
+            {"x": x, "scale": one},
+            "RMSNormalization",
+            lambda x, scale: F.rms_norm(x, scale.shape, scale, EPS),
+            axis=-1,
+            epsilon=EPS,
+        ),
+        op(
+            "rotate",
+            {"x": x[None], "cos": angles.cos(), "sin": angles.sin()},
+            "RotaryEmbedding",
+            rotate,
+            interleaved=1,
+            num_heads=heads,
+        ),
+        op("gelu", {"x": x}, "Gelu", lambda x: F.gelu(x, approximate="tanh"), approximate="tanh"),
+        op("arithmetic", {"x": x, "y": other}, "Add", torch.add),
+        op("arithmetic", {"x": x, "y": one[None]}, "Mul", torch.mul),
+        op("copy", {"x": by_head, "index": index}, "Gather", lambda x, index: x.index_select(0, index), axis=0),
+    ]
+
+
+def runner(op: MicroOp, runtime: Runtime, device: torch.device) -> Callable[[], object]:
+    """Something to call: the op on its inputs, on `device` for torch, on the CPU for ONNX Runtime."""
+    if runtime == "eager":
+        inputs = [tensor.to(device) for tensor in op.inputs.values()]
+        return lambda: op.eager(*inputs)
+    return _onnx_runner(op)
+
+
+def _onnx_runner(op: MicroOp) -> Callable[[], object]:
+    types = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64}
+    out = op.eager(*op.inputs.values())
+    values = {name: helper.make_tensor_value_info(name, types[t.dtype], list(t.shape)) for name, t in op.inputs.items()}
+    graph = helper.make_graph(
+        [helper.make_node(op.node[0], list(op.inputs), ["out"], **op.node[1])],
+        "one",
+        [info for name, info in values.items() if name not in op.constant],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, list(out.shape))],
+        [
+            helper.make_tensor(n, types[op.inputs[n].dtype], op.inputs[n].shape, op.inputs[n].numpy())
+            for n in op.constant
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    made = torch.empty_like(out)
+    for name, tensor in op.inputs.items():
+        if name not in op.constant:
+            binding.bind_input(name, "cpu", 0, types[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+    binding.bind_output("out", "cpu", 0, TensorProto.FLOAT, list(out.shape), made.data_ptr())
+    return lambda: (session.run_with_iobinding(binding), op, made)
