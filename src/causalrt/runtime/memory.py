@@ -21,9 +21,9 @@ from causalrt.model.wan import num_parameters
 UNLIMITED = sys.maxsize
 """Sessions on a host that does not say what is free."""
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-DECODER_ACTIVATIONS = {"onnxruntime": 45}
-"""Activations of the decoder alive at once, in units of its widest one: 41 to 52 were seen in ONNX Runtime on a CPU, which
-unfolds each input of a convolution in three dimensions, and 14 to 18 in eager, which the others are taken to need."""
+EAGER_ACTIVATIONS, DECODER_ACTIVATIONS = 16, {"onnxruntime": 45}
+"""Activations of the decoder alive at once, in units of its widest one: 14 to 18 were seen in eager on a CPU, which others are
+taken to need, and 41 to 52 in ONNX Runtime there, which unfolds each input of a convolution in three dimensions."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -85,7 +85,7 @@ def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
     return DecoderMemory(
         weights_bytes=2 * (bundle.path / VAE_WEIGHTS).stat().st_size,  # those of graphs, or of the encoder
         cache_bytes=(2 if executor_kind(executor).compiled else 1) * caches,
-        activation_bytes=DECODER_ACTIVATIONS.get(executor, 16) * widest * dtype.itemsize,
+        activation_bytes=DECODER_ACTIVATIONS.get(executor, EAGER_ACTIVATIONS) * widest * dtype.itemsize,
     )
 
 

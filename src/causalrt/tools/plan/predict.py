@@ -15,7 +15,7 @@ from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import slots_from_config
 from causalrt.model.vae import TEMPORAL_SCALE, cache_bytes
 from causalrt.model.vae_checkpoint import VaeConfig
-from causalrt.runtime.memory import DECODER_ACTIVATIONS, DecoderMemory, predict_memory
+from causalrt.runtime.memory import EAGER_ACTIVATIONS, DecoderMemory, predict_memory
 from causalrt.tools.plan.assumptions import SPLIT_DECODE_SPEEDUP
 from causalrt.tools.plan.decode_work import decode_weights
 from causalrt.tools.plan.hardware import VaePlace
@@ -237,5 +237,5 @@ def _decoder_memory(config: Config, vae: VaeConfig) -> DecoderMemory:
     return DecoderMemory(
         weights_bytes=decode_weights(vae) * dtype.itemsize,
         cache_bytes=2 * cache_bytes(vae, **size, dtype=dtype),
-        activation_bytes=DECODER_ACTIVATIONS * widest * dtype.itemsize,
+        activation_bytes=EAGER_ACTIVATIONS * widest * dtype.itemsize,
     )
