@@ -429,15 +429,17 @@ class Engine:
 
         A chunk that another thread is waiting for ends with an `EngineClosedError` there.
         """
-        if not self._lock.acquire(timeout_s=0):
+        held = self._lock.acquire(timeout_s=0)
+        if not held:
             self._end_at_once()
-            self._lock.acquire(timeout_s=CLOSE_S)
+            held = self._lock.acquire(timeout_s=CLOSE_S)
         try:
             if self.decoder is not None:
                 self.decoder.close()
             self._pool.close()
         finally:
-            self._lock.release()
+            if held:
+                self._lock.release()
         self._finalizer.detach()
 
     def __enter__(self) -> Self:

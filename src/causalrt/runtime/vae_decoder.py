@@ -137,13 +137,15 @@ class VaeDecoder:
 
     def close(self) -> None:
         """End the process; one that is at work is killed, and whoever waits for it gets an EngineClosedError."""
-        if not self._lock.acquire(timeout_s=0):
+        held = self._lock.acquire(timeout_s=0)
+        if not held:
             self._pool.kill()
-            self._lock.acquire(timeout_s=CLOSE_S)
+            held = self._lock.acquire(timeout_s=CLOSE_S)
         try:
             self._pool.close()
         finally:
-            self._lock.release()
+            if held:
+                self._lock.release()
 
     def end(self) -> None:
         """End the process at once and remove its folder; nobody may be talking to it."""

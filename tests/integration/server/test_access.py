@@ -4,6 +4,7 @@ import hashlib
 import re
 
 import pytest
+from fastapi.routing import APIRoute
 from running import Running
 from websockets.exceptions import InvalidStatus
 
@@ -282,3 +283,66 @@ def test_the_metrics_are_there_before_anything_happens(server):
         assert re.search(f"^{name}[ {{]", text, re.MULTILINE), name
     for stage in ("whole", "queue", "text", "denoise", "exchange", "gather", "decode", "hand_over", "encode"):
         assert f'stage="{stage}"' in text
+
+
+# ---- what nobody may read or break
+
+
+@pytest.mark.parametrize("page", ["/", "/page.js", "/page.css"])
+def test_a_page_is_its_own_file_whatever_is_asked(server, page, tmp_path):
+    secret = tmp_path / "secret.js"
+    secret.write_text("nobody's business")
+    wanted = server.http.get(page)
+    assert wanted.status_code == 200
+    for query in ({"path": str(secret)}, {"path": "/etc/passwd"}, {"path": ""}, {"file": str(secret)}):
+        answer = server.http.get(page, params=query)
+        assert (answer.status_code, answer.content) == (200, wanted.content)
+        later = {"If-Modified-Since": "Fri, 01 Jan 2038 00:00:00 GMT"}
+        assert server.http.get(page, params=query, headers=later).status_code == 304
+
+
+def test_no_route_outside_the_document_takes_parameters(server):
+    documented = set(server.http.get("/openapi.json").json()["paths"])
+    routes = server.server.config.app.routes
+    assert len(routes) > len(documented)
+    for route in routes:
+        if isinstance(route, APIRoute) and route.path not in documented:
+            assert (route.dependant.query_params, route.dependant.path_params) == ([], []), route.path
+
+
+@pytest.mark.parametrize("origin", ["http://[x", "http://[", "://", "null", "http://" + "x" * 4000])
+def test_a_malformed_origin_is_refused_and_counted(server, origin):
+    def refused():
+        text = server.http.get("/metrics").text
+        return float(re.search(r'causalrt_errors_total{code="wrong_origin"} (\S+)', text)[1])
+
+    server.http.post("/v1/videos", json={"prompt": "a fox"}, headers={"Origin": "http://evil.example"})
+    before = refused()
+    answer = server.http.post("/v1/videos", json={"prompt": "a fox"}, headers={"Origin": origin})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "wrong_origin")
+    assert refused() == before + 1
+
+
+def test_pages_of_allowed_origins_may_use_the_api():
+    with Running(allowed_origins=("https://ours.example",)) as running:
+        ours = {"Origin": "https://ours.example", "Access-Control-Request-Method": "POST"}
+        answer = running.http.options("/v1/videos", headers=ours | {"Access-Control-Request-Headers": "authorization"})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://ours.example"
+        listed = running.http.get("/v1/videos", headers={"Origin": "https://ours.example"})
+        assert listed.headers["access-control-allow-origin"] == "https://ours.example"
+        theirs = running.http.get("/v1/videos", headers={"Origin": "https://theirs.example"})
+        assert "access-control-allow-origin" not in theirs.headers
+
+
+def test_owners_do_not_move_with_the_lines(tmp_path):
+    before = Tokens.from_file(token_file(tmp_path / "one", f"{ALICE}\n{BOB}\n"))
+    after = Tokens.from_file(token_file(tmp_path / "two", f"# alice has left\n\n{BOB}\n"))
+    assert before.owner(BOB) == after.owner(BOB) != before.owner(ALICE)
+    assert BOB not in after.owner(BOB)
+
+
+def test_a_message_that_is_none_of_ours_is_not_echoed_at_length(server):
+    with server.realtime() as client:
+        client.send("x" * 60_000)
+        assert len(client.next("error")["message"]) <= 300

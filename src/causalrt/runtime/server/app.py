@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
@@ -68,7 +69,17 @@ def make_app(services: Services, *, version: str) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.tokens = services.tokens
-    app.add_middleware(Guard, settings=services.settings)
+    if services.settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=services.settings.allowed_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Range"],
+            expose_headers=["Content-Range", "Retry-After"],
+        )
+    app.add_middleware(
+        Guard, settings=services.settings, count=lambda code: services.metrics.problems.labels(code).inc()
+    )
     _handle_errors(app, services)
     app.include_router(video_routes(services))
     app.include_router(realtime_routes(services))
@@ -142,15 +153,23 @@ def _add_page(app: FastAPI) -> None:
         if path.suffix not in KINDS:
             continue
 
-        async def page(request: Request, path: Path = path) -> Response:
-            response = static.file_response(path, path.stat(), request.scope)
-            # Asked for again each time, and answered with 304 as long as it is the same.
-            response.headers["Cache-Control"] = "no-cache"
-            if response.status_code == 200:
-                response.headers["Content-Type"] = KINDS[path.suffix]
-            return response
+        app.add_route(
+            "/" if path.name == "index.html" else f"/{path.name}", _served(static, path), include_in_schema=False
+        )
 
-        app.add_api_route("/" if path.name == "index.html" else f"/{path.name}", page, include_in_schema=False)
+
+def _served(static: StaticFiles, path: Path) -> Callable[[Request], Awaitable[Response]]:
+    """What answers with one file, and takes nothing from the request: FastAPI would make parameters of arguments."""
+
+    async def page(request: Request) -> Response:
+        response = static.file_response(path, path.stat(), request.scope)
+        # Asked for again each time, and answered with 304 as long as it is the same.
+        response.headers["Cache-Control"] = "no-cache"
+        if response.status_code == 200:
+            response.headers["Content-Type"] = KINDS[path.suffix]
+        return response
+
+    return page
 
 
 def _openapi(app: FastAPI, *, with_tokens: bool) -> Any:

@@ -4,8 +4,8 @@ A page of another site must not use a server on somebody's own machine: its requ
 made to point here (DNS rebinding) are not ours. What is refused here has not been read.
 """
 
+from collections.abc import Callable
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -43,8 +43,10 @@ Owner = Annotated[str, Depends(_owner)]
 class Guard:
     """ASGI middleware, outermost."""
 
-    def __init__(self, app: ASGIApp, *, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings, count: Callable[[str], None]) -> None:
+        """`count` is told the code of each refusal."""
         self._app = app
+        self._count = count
         self._max_body_bytes = settings.max_body_bytes
         self._origins = frozenset(origin.lower() for origin in settings.allowed_origins)
         names = {name.lower() for name in settings.allowed_hosts}
@@ -57,6 +59,8 @@ class Guard:
             return
         headers = Headers(scope=scope)
         problem = self._refusal(scope, headers)
+        if problem is not None:
+            self._count(problem.code)
         if scope["type"] == "websocket":
             if problem is not None:
                 await problem.response()(scope, receive, send)  # the handshake is answered with it
@@ -87,7 +91,7 @@ class Guard:
             )
         origin = headers.get("origin", "").lower()
         safe = scope["type"] == "http" and scope["method"] in SAFE_METHODS
-        if origin and not safe and origin not in self._origins and urlsplit(origin).netloc != host:
+        if origin and not safe and origin not in self._origins and origin.partition("://")[2] != host:
             return Problem(
                 403, "wrong_origin", "pages of other origins may not use this server (--allow-origin lets them)"
             )

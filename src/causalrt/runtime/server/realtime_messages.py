@@ -51,6 +51,8 @@ class Plain(_Message):
     type: Literal["pause", "resume", "stop"]
 
 
+MOST_ECHOED = 300
+"""Characters of what is said about a message that is none of ours: it may name what the client has sent."""
 Incoming = Auth | Start | SwitchPrompt | Plain
 _incoming: TypeAdapter[Incoming] = TypeAdapter(Annotated[Incoming, Field(discriminator="type")])
 
@@ -66,7 +68,7 @@ def parse(text: str) -> Incoming:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        raise bad_request(f"{where}: {first['msg']}" if where else first["msg"]) from None
+        raise bad_request((f"{where}: {first['msg']}" if where else first["msg"])[:MOST_ECHOED]) from None
 
 
 class RealtimeOutput:

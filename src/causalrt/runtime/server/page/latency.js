@@ -21,12 +21,20 @@ export const ms = (value) => (value >= 9_995 ? `${(value / 1000).toFixed(1)} s` 
 
 /**
  * The chunk's milliseconds by stage, parts that do not overlap. Exchange is inside denoising, so it is taken out of it;
- * `latency_ms` ends when the frames are there, so the prompt's text before and H.264 after are not in it.
+ * `latency_ms` ends when the frames are there, so the prompt's text before and H.264 after are not in it. Where chunks are
+ * made ahead, stages ran before the request: what nobody waited for is left out.
  */
 export function partsOf(chunk) {
   const parts = Object.fromEntries(STAGES.map(([stage]) => [stage, chunk.stages[stage] ?? 0]));
   parts.denoise = Math.max(0, parts.denoise - parts.exchange);
-  parts.other = Math.max(0, chunk.latency_ms + parts.text + parts.encode - sum(parts));
+  const whole = chunk.latency_ms + parts.text + parts.encode;
+  let ahead = sum(parts) - whole;
+  for (const stage of ["queue", "denoise", "exchange", "gather"]) {
+    const left = Math.max(0, parts[stage] - Math.max(0, ahead));
+    ahead -= parts[stage] - left;
+    parts[stage] = left;
+  }
+  parts.other = Math.max(0, whole - sum(parts));
   return parts;
 }
 

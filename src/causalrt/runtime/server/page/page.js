@@ -64,7 +64,7 @@ function render() {
   $.pause.textContent = state.paused ? "Resume" : "Pause";
   usable($.pause, running);
   usable($.stop, ["asking", "queued", "running"].includes(state.phase));
-  usable($.download, player.file().blob !== null);
+  usable($.download, player.hasFile);
   $.policies.hidden = !busy;
   $.options.hidden = $["chunks-hint"].hidden = busy;
   $["prompt-hint"].textContent = busy ? "Enter switches to this prompt while the video runs." : "Enter starts, Shift+Enter makes a new line.";
@@ -159,6 +159,7 @@ function switched({ ms: took, from_chunk, policy }) {
 }
 
 function failed({ code, message, retry_after_s }) {
+  if (code === "bad_request" && ["idle", "stopping"].includes(state.phase)) return; // a pause or stop that crossed the end
   const later = retry_after_s ? `Try again in ${Math.ceil(retry_after_s)} s.` : "Try again in a moment.";
   complain(`${sentence(message)} ${ADVICE[code] ?? later}`);
   connection.notWithin(1000 * (retry_after_s ?? 0));

@@ -90,6 +90,11 @@ export class Player {
     return buffered.length ? Math.max(0, buffered.end(buffered.length - 1) - currentTime) : 0;
   }
 
+  /** Whether there is something to download. */
+  get hasFile() {
+    return this.#keptBytes > 0;
+  }
+
   /** What was generated so far, as one playable file: {blob, complete}; blob is null before the first fragment. */
   file() {
     return { blob: this.#keptBytes ? new Blob(this.#kept, { type: "video/mp4" }) : null, complete: this.#complete };
