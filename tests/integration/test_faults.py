@@ -559,7 +559,7 @@ def test_first_rank_to_raise_is_the_one_that_is_named(bundles: Bundles, monkeypa
     with load(bundles(3)) as engine:
         session = engine.session(prompt())
         pool = engine._pool
-        chunk = ChunkCommand(session=session.number, index=0, refresh=True, record=False)
+        chunk = ChunkCommand(session=session.number, index=0, frame=0, refresh=True, record=False)
         real = ranks.send
 
         def send(channel: Any, command: Any) -> None:
