@@ -22,12 +22,15 @@ from causalrt.runtime.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-LINGER_S = 5.0  # that a reader who stalled has to take the last word
+LINGER_S = 5.0  # that a reader has to take the last word
+MOST_PONG_BYTES = 16_384  # written to a reader who reads nothing else
 FAREWELL_S = 5.0  # that open connections have once everything has ended
 
 
 class RealtimeProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket, with a way to end a connection whose reader does not read: closing waits for what is unsent."""
+    """uvicorn's WebSocket, for readers who do not read: uvicorn answers every ping, and closes once all is sent, or never."""
+
+    _pong_bytes = 0  # since the connection can be written no more
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As uvicorn makes it; but messages, which may hold tokens, are not logged at any level."""
@@ -39,6 +42,23 @@ class RealtimeProtocol(WebSocketsSansIOProtocol):
         super().handle_connect(event)
         if hasattr(self, "scope"):
             self.scope["extensions"][END] = self._end  # type: ignore[assignment]
+
+    def handle_ping(self) -> None:
+        """Answer; but a client that pings on, and reads no answer, is cut off: what it leaves unread takes memory."""
+        if self.writable.is_set():
+            super().handle_ping()
+            return
+        pongs = b"".join(self.conn.data_to_send())
+        self._pong_bytes += len(pongs)
+        if self._pong_bytes > MOST_PONG_BYTES:
+            self.transport.abort()
+        else:
+            self.transport.write(pongs)
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        super().resume_writing()
+        self._pong_bytes = 0
 
     def keepalive_timeout(self) -> None:
         """A client that answers no ping is gone; what it has not read goes nowhere."""
