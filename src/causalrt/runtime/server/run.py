@@ -65,12 +65,35 @@ class RealtimeProtocol(WebSocketsSansIOProtocol):
         super().keepalive_timeout()
         self.transport.abort()
 
+    def handle_close(self, event: Any) -> None:
+        """A client that closes may leave before it has read everything."""
+        super().handle_close(event)
+        self._linger()
+
+    def handle_parser_exception(self) -> None:
+        """So may one that sends what is no WebSocket."""
+        super().handle_parser_exception()
+        self._linger()
+
+    async def run_asgi(self) -> None:
+        """Whatever the application's end was, the connection has one, too."""
+        await super().run_asgi()
+        self._linger()
+
+    def _linger(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(LINGER_S, self.transport.abort)
+
     def _end(self, code: int, reason: str) -> None:
-        if self.disconnected or self.close_sent:
+        """Close behind what is unsent, without waiting for it."""
+        if self.disconnected or self.close_sent or self.transport.is_closing():
             return
         self.conn.send_close(code, reason)
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
+        if self.read_paused:  # or the client's answer would not be seen
+            self.read_paused = False
+            self.transport.resume_reading()
         self.close_timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
 
