@@ -1,10 +1,14 @@
 """What becomes of requests when the ranks die, and when the server ends."""
 
+import signal
+import time
+
 import pytest
 from fake_engine import FakeEngine
 from running import Running, until
 
 from causalrt.errors import RankError, RequestError
+from causalrt.runtime.server import services
 from causalrt.runtime.server.run import listen
 
 
@@ -90,6 +94,41 @@ def test_draining_finishes_what_runs_and_takes_nothing_new():
         assert not engine.open_sessions
 
 
+def test_draining_waits_for_a_reader_that_is_behind():
+    engine = FakeEngine(changes={"video.latent_height": "40", "video.latent_width": "60"})
+    with (
+        Running(engine, grace_s=0.1, send_buffer_bytes=4096) as server,
+        server.realtime(max_queue=1) as client,
+    ):
+        client.start(chunks=7)
+        client.next("started")
+        until(lambda: (made := engine.made.get(0)) and time.sleep(0.5) is None and engine.made[0] == made)
+        server.end()
+        until(lambda: engine.open_sessions == 0 and server.services.admission.running == 0, "ending the generation")
+        time.sleep(0.3)  # still behind, when everything has ended
+        ended = client.next("ended")
+        chunks = [message for message in client.seen if message["type"] == "chunk"]
+        assert ended["reason"] == "draining"
+        assert ended["chunks"] == len(chunks) == engine.made[0] < 7
+        assert client.closed() == 1001
+        server.ended()
+        assert server.services.metrics.dropped_frames._value.get() == 0
+
+
+def test_draining_does_not_wait_for_a_reader_for_ever(monkeypatch):
+    monkeypatch.setattr(services, "FAREWELL_S", 0.2)
+    engine = FakeEngine(changes={"video.latent_height": "40", "video.latent_width": "60"})
+    with (
+        Running(engine, grace_s=0.1, send_buffer_bytes=4096, stall_s=600.0) as server,
+        server.realtime(max_queue=1, close_timeout=0.2) as client,
+    ):
+        client.start(chunks=7)
+        client.next("started")  # and reads nothing more
+        until(lambda: engine.made.get(0))
+        server.end()
+        server.ended()
+
+
 def test_draining_ends_what_takes_too_long(tmp_path):
     engine = FakeEngine(max_sessions=2)
     engine.hold()
@@ -122,7 +161,8 @@ def test_an_address_that_is_taken_is_an_error():
         listen("127.0.0.1", taken.getsockname()[1], send_buffer_bytes=4096)
 
 
-def test_a_second_signal_does_not_wait_for_a_chunk_that_hangs():
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait_for_a_chunk_that_hangs(again):
     engine = FakeEngine()
     engine.hold()
     with Running(engine, grace_s=600.0) as server, server.realtime() as client:
@@ -131,7 +171,9 @@ def test_a_second_signal_does_not_wait_for_a_chunk_that_hangs():
         client.next("started")
         server.end()
         until(lambda: server.video(job)["status"] == "in_progress" and server.services.draining.is_set())
-        server.end()
+        server.end(again)
         server.ended()
         assert engine.closed
         assert not engine.open_sessions
+        assert server.services.jobs.get(job, "anonymous").error_code == "server_shutdown"
+        assert not server.services.spool.folder.exists()

@@ -114,6 +114,10 @@ class Connection:
 
     async def serve(self) -> bool:
         """Until the client leaves, stalls, or the server ends."""
+        with self._services.streaming():
+            return await self._serve()
+
+    async def _serve(self) -> bool:
         self._post(self._ready())
         tasks = [
             asyncio.create_task(self._send_all()),

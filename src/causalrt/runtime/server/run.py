@@ -17,14 +17,13 @@ from causalrt.runtime.server.app import make_app
 from causalrt.runtime.server.auth import Tokens
 from causalrt.runtime.server.engine_host import EngineLike
 from causalrt.runtime.server.realtime import END
-from causalrt.runtime.server.services import Services, make_services
+from causalrt.runtime.server.services import FAREWELL_S, Services, make_services
 from causalrt.runtime.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
 LINGER_S = 5.0  # that a reader has to take the last word
 MOST_PONG_BYTES = 16_384  # written to a reader who reads nothing else
-FAREWELL_S = 5.0  # that open connections have once everything has ended
 
 
 class RealtimeProtocol(WebSocketsSansIOProtocol):
@@ -171,21 +170,24 @@ async def serve(
         RequestError: the engine makes no frames, or the spool cannot be used.
     """
     services = make_services(engine, load, encode, settings, tokens)
-    app = make_app(services, version=version)
-    config = uvicorn.Config(
-        app,
-        ws=RealtimeProtocol,
-        ws_per_message_deflate=False,
-        ws_max_size=settings.max_message_bytes,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=list(settings.trusted_proxies),
-        timeout_graceful_shutdown=int(FAREWELL_S),
-        lifespan="on",
-    )
-    server = Server(config)
-    server.services = services
-    on_start(server)
-    await server.serve(sockets=[listening])
+    try:
+        app = make_app(services, version=version)
+        config = uvicorn.Config(
+            app,
+            ws=RealtimeProtocol,
+            ws_per_message_deflate=False,
+            ws_max_size=settings.max_message_bytes,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
+            timeout_graceful_shutdown=int(FAREWELL_S),
+            lifespan="on",
+        )
+        server = Server(config)
+        server.services = services
+        on_start(server)
+        await server.serve(sockets=[listening])
+    finally:
+        await services.close()  # a second SIGINT leaves the lifespan, which closes them, out
