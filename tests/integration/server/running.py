@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import signal
 import threading
 import time
 
@@ -71,10 +72,10 @@ class Running:
         except BaseException as error:
             self.error = error
 
-    def end(self):
-        """What SIGTERM does; returns at once."""
+    def end(self, sig=signal.SIGTERM):
+        """What a signal does; returns at once."""
         with contextlib.suppress(RuntimeError):  # it has ended
-            self._loop.call_soon_threadsafe(self.server.end)
+            self._loop.call_soon_threadsafe(self.server.end, sig)
 
     def ended(self):
         self._thread.join(DEADLINE_S)

@@ -1,11 +1,16 @@
 """What becomes of requests when the ranks die, and when the server ends."""
 
+import signal
+import time
+
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, FakeSession
 from running import Running, until
 
 from causalrt.errors import RankError, RequestError
+from causalrt.runtime.server import services
 from causalrt.runtime.server.run import listen
+from causalrt.runtime.video_file import Mp4Writer
 
 
 def test_ranks_that_die_fail_what_runs_and_come_back():
@@ -64,7 +69,81 @@ def test_an_engine_that_cannot_be_loaded_again_stays_lost():
         assert server.post().status_code == 503
 
 
+class Sessions(FakeEngine):
+    """Sessions whose methods a test replaces with its own, which are given the session."""
+
+    def __init__(self, **methods):
+        super().__init__()
+        self._methods = methods
+
+    def session(self, *args, **how):
+        session = super().session(*args, **how)
+        session.__class__ = type("Session", (type(session),), self._methods)
+        return session
+
+
+def test_an_error_in_mid_generation_is_the_servers_own():
+    def second_fails(session):
+        if session.next_chunk == 1:
+            raise RequestError("latents to decode have values that are not finite")
+        return FakeSession.__next__(session)
+
+    with Running(Sessions(__next__=second_fails)) as server, server.realtime() as client:
+        client.start(chunks=5)
+        said = client.next("error")
+        assert said["code"] == "internal"
+        assert "finite" not in said["message"]
+        failed = server.finished(server.post(seconds=4).json()["id"])
+        assert (failed["status"], failed["error"]["code"]) == ("failed", "internal")
+
+
+def test_ranks_that_die_after_the_last_chunk_take_nothing_from_the_video():
+    def close(session):
+        FakeSession.close(session)
+        raise RankError("rank 1 has died")
+
+    engine = Sessions(close=close)
+    with Running(engine, reload_after_s=0.01) as server:
+        job = server.finished(server.post(seconds=1).json()["id"])
+        assert job["status"] == "completed"
+        assert server.http.get(f"/v1/videos/{job['id']}/content").status_code == 200
+        until(lambda: engine.closed and server.metric("causalrt_engine_reloads_total") == 1, "the reload")
+
+
+def test_what_cannot_be_discarded_hides_no_dead_ranks(monkeypatch):
+    def discard(self):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Mp4Writer, "discard", discard)
+    engine = FakeEngine()
+    engine.hold()
+    with Running(engine, reload_after_s=0.01) as server:
+        job = server.post(seconds=1).json()["id"]
+        until(lambda: server.video(job)["status"] == "in_progress")
+        engine.die()
+        assert server.finished(job)["error"]["code"] == "not_ready"
+        until(lambda: server.metric("causalrt_engine_reloads_total") == 1, "the reload")
+
+
 # ---- the end
+
+
+def test_a_video_whose_last_chunk_comes_after_the_grace_time_is_complete(tmp_path):
+    engine = FakeEngine(max_sessions=2)
+    engine.hold()
+    with Running(engine, grace_s=0.1, spool=tmp_path / "spool") as server, server.realtime() as client:
+        job = server.post(seconds=0.1).json()["id"]
+        client.start(chunks=1)
+        client.next("started")
+        until(lambda: server.video(job)["status"] == "in_progress")
+        server.end()
+        until(lambda: server.services.generator.stopping == 2, "the end of the grace time")
+        engine.let(2)
+        ended = client.next("ended")
+        assert (ended["reason"], ended["chunks"]) == ("done", 1)
+        server.ended()
+        assert server.services.jobs.get(job, "anonymous").status == "completed"
+        assert (tmp_path / "spool" / f"{job}.mp4").stat().st_size
 
 
 def test_draining_finishes_what_runs_and_takes_nothing_new():
@@ -88,6 +167,41 @@ def test_draining_finishes_what_runs_and_takes_nothing_new():
         server.ended()
         assert engine.closed
         assert not engine.open_sessions
+
+
+def test_draining_waits_for_a_reader_that_is_behind():
+    engine = FakeEngine(changes={"video.latent_height": "40", "video.latent_width": "60"})
+    with (
+        Running(engine, grace_s=0.1, send_buffer_bytes=4096) as server,
+        server.realtime(max_queue=1) as client,
+    ):
+        client.start(chunks=7)
+        client.next("started")
+        until(lambda: (made := engine.made.get(0)) and time.sleep(0.5) is None and engine.made[0] == made)
+        server.end()
+        until(lambda: engine.open_sessions == 0 and server.services.admission.running == 0, "ending the generation")
+        time.sleep(0.3)  # still behind, when everything has ended
+        ended = client.next("ended")
+        chunks = [message for message in client.seen if message["type"] == "chunk"]
+        assert ended["reason"] == "draining"
+        assert ended["chunks"] == len(chunks) == engine.made[0] < 7
+        assert client.closed() == 1001
+        server.ended()
+        assert server.services.metrics.dropped_frames._value.get() == 0
+
+
+def test_draining_does_not_wait_for_a_reader_for_ever(monkeypatch):
+    monkeypatch.setattr(services, "FAREWELL_S", 0.2)
+    engine = FakeEngine(changes={"video.latent_height": "40", "video.latent_width": "60"})
+    with (
+        Running(engine, grace_s=0.1, send_buffer_bytes=4096, stall_s=600.0) as server,
+        server.realtime(max_queue=1, close_timeout=0.2) as client,
+    ):
+        client.start(chunks=7)
+        client.next("started")  # and reads nothing more
+        until(lambda: engine.made.get(0))
+        server.end()
+        server.ended()
 
 
 def test_draining_ends_what_takes_too_long(tmp_path):
@@ -122,7 +236,8 @@ def test_an_address_that_is_taken_is_an_error():
         listen("127.0.0.1", taken.getsockname()[1], send_buffer_bytes=4096)
 
 
-def test_a_second_signal_does_not_wait_for_a_chunk_that_hangs():
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait_for_a_chunk_that_hangs(again):
     engine = FakeEngine()
     engine.hold()
     with Running(engine, grace_s=600.0) as server, server.realtime() as client:
@@ -131,7 +246,9 @@ def test_a_second_signal_does_not_wait_for_a_chunk_that_hangs():
         client.next("started")
         server.end()
         until(lambda: server.video(job)["status"] == "in_progress" and server.services.draining.is_set())
-        server.end()
+        server.end(again)
         server.ended()
         assert engine.closed
         assert not engine.open_sessions
+        assert server.services.jobs.get(job, "anonymous").error_code == "server_shutdown"
+        assert not server.services.spool.folder.exists()

@@ -4,12 +4,13 @@ import contextlib
 import io
 import json
 import re
+import socket
 import time
 
 import av
 import pytest
 from fake_engine import FakeEngine
-from running import Running, until
+from running import DEADLINE_S, Running, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -30,6 +31,30 @@ def held():
 def server():
     with Running() as running:
         yield running
+
+
+@contextlib.contextmanager
+def unread(server):
+    """A socket after its handshake, with a small buffer; nothing reads it but the test."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(DEADLINE_S)
+        client.connect((host, int(port)))
+        lines = ["GET /v1/realtime HTTP/1.1", f"Host: {host}:{port}", "Upgrade: websocket", "Connection: Upgrade"]
+        lines += ["Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Version: 13", "", ""]
+        client.sendall("\r\n".join(lines).encode())
+        assert client.recv(12) == b"HTTP/1.1 101"
+        yield client
+
+
+def frame(opcode, data):
+    """A WebSocket frame of up to 125 bytes, masked with zeros."""
+    return bytes([0x80 | opcode, 0x80 | len(data)]) + bytes(4) + data
+
+
+def websockets_of(server):
+    return [one for one in list(server.server.server_state.connections) if isinstance(one, run.RealtimeProtocol)]
 
 
 def frames_in(media):
@@ -344,6 +369,61 @@ def test_a_client_that_floods_the_server_and_reads_no_answer_is_closed():
             for _ in range(50_000):
                 client.socket.send("{}")
         until(lambda: server.metric("causalrt_connections") == 0, "closing it")
+
+
+def test_a_client_that_pings_and_reads_no_answer_is_cut_off():
+    with Running(send_buffer_bytes=4096) as server, unread(server) as client:
+        pings = frame(9, b"x" * 125) * 1000
+        with pytest.raises(ConnectionError):  # noqa: PT012
+            for _ in range(1000):  # 130 MB, which would all be answered
+                client.sendall(pings)
+        until(lambda: not websockets_of(server), "cutting it off")
+
+
+def test_a_slow_reader_may_ping():
+    engine = FakeEngine(changes={"video.latent_height": "40", "video.latent_width": "60"})
+    with Running(engine, send_buffer_bytes=4096) as server, unread(server) as client:
+        client.sendall(frame(1, b'{"type": "start", "prompt": "a fox", "chunks": 7}'))
+        (open_one,) = until(lambda: websockets_of(server))
+        until(lambda: not open_one.writable.is_set(), "a full connection")
+        client.sendall(frame(9, b"ping") * 20)
+        client.sendall(frame(9, b"the last"))
+        received = b""
+        while b'"ended"' not in received:
+            received += client.recv(65536)
+        assert received.count(b"\x8a\x04ping") == 20
+        assert b"\x8a\x08the last" in received
+
+
+def test_a_client_that_closes_and_reads_nothing_is_cut_off(monkeypatch):
+    monkeypatch.setattr(run, "LINGER_S", 0.2)
+    engine = FakeEngine(changes={"video.latent_height": "40", "video.latent_width": "60"})
+    with Running(engine, send_buffer_bytes=4096) as server, unread(server) as client:
+        client.sendall(frame(1, b'{"type": "start", "prompt": "a fox", "chunks": 7}'))
+        (open_one,) = until(lambda: websockets_of(server))
+        until(lambda: not open_one.writable.is_set(), "a full connection")
+        client.sendall(frame(8, b"\x03\xe8"))
+        until(lambda: not websockets_of(server), "cutting it off")
+        until(lambda: engine.open_sessions == 0, "freeing the session")
+
+
+def test_a_flood_ends_without_a_reader_and_with_its_reason(monkeypatch):
+    message = frame(1, b'{"type": "%s"}' % (b"A" * 100))
+    for linger_s, reads in ((0.2, False), (DEADLINE_S, True)):
+        monkeypatch.setattr(run, "LINGER_S", linger_s)
+        with Running(send_buffer_bytes=4096) as server, unread(server) as client:
+            with contextlib.suppress(OSError):
+                client.settimeout(0.5)  # the server reads no more
+                for _ in range(100):
+                    client.sendall(message * 500)
+            if reads:
+                client.settimeout(DEADLINE_S)
+                received = b""
+                while b"\x03\xf0too many messages" not in received[-200:]:
+                    received += (part := client.recv(65536))
+                    assert part, "the connection ended without a reason"
+                client.close()
+            until(lambda s=server: not websockets_of(s), "closing it")
 
 
 def test_connections_are_limited():

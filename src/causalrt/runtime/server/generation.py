@@ -27,7 +27,7 @@ from causalrt.errors import (
     RequestError,
     VideoError,
 )
-from causalrt.runtime.server.engine_host import EngineHost, SessionLike
+from causalrt.runtime.server.engine_host import EngineHost, EngineLike, SessionLike
 from causalrt.runtime.server.metrics import Metrics
 from causalrt.runtime.server.problems import Problem, bad_request, busy, not_ready
 
@@ -75,8 +75,8 @@ class Output(Protocol):
     def refused(self, problem: Problem) -> None:
         """A switch could not be made; the video goes on."""
 
-    def finish(self) -> None:
-        """No chunk comes any more."""
+    def finish(self) -> bool:
+        """No chunk comes any more. Whether it is all that was wanted, even if it was told to stop meanwhile."""
 
     def discard(self) -> None:
         """It failed: leave nothing half-written."""
@@ -223,27 +223,47 @@ class Generator:
         engine = None
         try:
             engine = self._host.engine()
-            begun = time.perf_counter()
-            embeds = self._encode(wish.prompt)
-            text_ms = 1e3 * (time.perf_counter() - begun)
-            session = engine.session(embeds, seed=wish.seed, num_chunks=wish.num_chunks)
+            session, text_ms = self._begin(engine, wish)
             try:
                 control.attach(session)
                 output.started(text_ms=text_ms)
                 chunks = self._drive(kind, session, control, output, text_ms)
-                output.finish()
+                complete = output.finish()
             finally:
                 control.attach(None)
-                session.close()
-            return control.reason or "done", chunks
+                self._close(engine, session)
+            return "done" if complete else control.reason or "done", chunks
         except BaseException as error:
-            output.discard()
+            try:
+                output.discard()
+            except Exception:
+                log.exception("what a failed generation has written could not be discarded")
             if isinstance(error, RankError | EngineClosedError):
                 if control.reason:  # the engine was closed because the server ends
                     return control.reason, 0
                 if engine is not None:
                     self._host.report(engine, error)
             raise _problem(error) from error
+
+    def _begin(self, engine: EngineLike, wish: Wish) -> tuple[Any, float]:
+        """A session, and the milliseconds of its text. What is refused here is the client's affair, and later our own."""
+        begun = time.perf_counter()
+        try:
+            embeds = self._encode(wish.prompt)
+            text_ms = 1e3 * (time.perf_counter() - begun)
+            return engine.session(embeds, seed=wish.seed, num_chunks=wish.num_chunks), text_ms
+        except (PromptError, RequestError) as error:
+            raise bad_request(str(error), param="prompt" if isinstance(error, PromptError) else None) from error
+
+    def _close(self, engine: EngineLike, session: SessionLike) -> None:
+        """Close a session; what goes wrong with that takes nothing from what was generated."""
+        try:
+            session.close()
+        except (RankError, EngineClosedError) as error:
+            log.warning("a session could not be closed: %s", error)
+            self._host.report(engine, error)
+        except Exception:
+            log.exception("a session could not be closed")
 
     def _drive(self, kind: Kind, session: Any, control: Control, output: Output, text_ms: float) -> int:
         done = 0
@@ -295,8 +315,6 @@ def _problem(error: BaseException) -> Problem:
     """The error in a client's words; what is our own affair goes to the log."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, PromptError | RequestError):
-        return bad_request(str(error), param="prompt" if isinstance(error, PromptError) else None)
     if isinstance(error, CapacityError):
         return busy(str(error), retry_after_s=5)
     if isinstance(error, RankError | EngineClosedError):

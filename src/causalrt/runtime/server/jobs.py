@@ -71,12 +71,13 @@ class _JobOutput:
     def refused(self, problem: Problem) -> None:
         raise AssertionError("jobs are not switched")
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         assert self._writer is not None
         if self._left:  # stopped early: half a video is none
             self._writer.discard()
         else:
             self._writer.close()
+        return not self._left
 
     def discard(self) -> None:
         if self._writer is not None:

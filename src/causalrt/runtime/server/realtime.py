@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 UNAUTHORIZED, BUSY, TOO_SLOW, GOING_AWAY, INTERNAL, POLICY = 4401, 4429, 4408, 1001, 1011, 1008
 END = "causalrt.end"
-"""Name of the ASGI extension that ends a connection whose reader does not read (`run.py`)."""
+"""Name of the ASGI extension that closes a connection without waiting for its reader (`run.py`)."""
 MOST_REPLIES = 256
 
 
@@ -114,6 +114,10 @@ class Connection:
 
     async def serve(self) -> bool:
         """Until the client leaves, stalls, or the server ends."""
+        with self._services.streaming():
+            return await self._serve()
+
+    async def _serve(self) -> bool:
         self._post(self._ready())
         tasks = [
             asyncio.create_task(self._send_all()),
@@ -331,8 +335,8 @@ class Connection:
     async def _close(self, code: int, reason: str) -> None:
         """Close, whether the client reads or not."""
         end = self._websocket.scope.get("extensions", {}).get(END)
-        if code == TOO_SLOW and end is not None:
-            end(code, reason)
+        if end is not None:
+            end(code, reason[:120])
             return
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
             async with asyncio.timeout(1.0):

@@ -17,17 +17,19 @@ from causalrt.runtime.server.app import make_app
 from causalrt.runtime.server.auth import Tokens
 from causalrt.runtime.server.engine_host import EngineLike
 from causalrt.runtime.server.realtime import END
-from causalrt.runtime.server.services import Services, make_services
+from causalrt.runtime.server.services import FAREWELL_S, Services, make_services
 from causalrt.runtime.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-LINGER_S = 5.0  # that a reader who stalled has to take the last word
-FAREWELL_S = 5.0  # that open connections have once everything has ended
+LINGER_S = 5.0  # that a reader has to take the last word
+MOST_PONG_BYTES = 16_384  # written to a reader who reads nothing else
 
 
 class RealtimeProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket, with a way to end a connection whose reader does not read: closing waits for what is unsent."""
+    """uvicorn's WebSocket, for readers who do not read: uvicorn answers every ping, and closes once all is sent, or never."""
+
+    _pong_bytes = 0  # since the connection can be written no more
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As uvicorn makes it; but messages, which may hold tokens, are not logged at any level."""
@@ -40,17 +42,57 @@ class RealtimeProtocol(WebSocketsSansIOProtocol):
         if hasattr(self, "scope"):
             self.scope["extensions"][END] = self._end  # type: ignore[assignment]
 
+    def handle_ping(self) -> None:
+        """Answer; but a client that pings on, and reads no answer, is cut off: what it leaves unread takes memory."""
+        if self.writable.is_set():
+            super().handle_ping()
+            return
+        pongs = b"".join(self.conn.data_to_send())
+        self._pong_bytes += len(pongs)
+        if self._pong_bytes > MOST_PONG_BYTES:
+            self.transport.abort()
+        else:
+            self.transport.write(pongs)
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        super().resume_writing()
+        self._pong_bytes = 0
+
     def keepalive_timeout(self) -> None:
         """A client that answers no ping is gone; what it has not read goes nowhere."""
         super().keepalive_timeout()
         self.transport.abort()
 
+    def handle_close(self, event: Any) -> None:
+        """A client that closes may leave before it has read everything."""
+        super().handle_close(event)
+        self._linger()
+
+    def handle_parser_exception(self) -> None:
+        """So may one that sends what is no WebSocket."""
+        super().handle_parser_exception()
+        self._linger()
+
+    async def run_asgi(self) -> None:
+        """Whatever the application's end was, the connection has one, too."""
+        await super().run_asgi()
+        self._linger()
+
+    def _linger(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(LINGER_S, self.transport.abort)
+
     def _end(self, code: int, reason: str) -> None:
-        if self.disconnected or self.close_sent:
+        """Close behind what is unsent, without waiting for it."""
+        if self.disconnected or self.close_sent or self.transport.is_closing():
             return
         self.conn.send_close(code, reason)
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
+        if self.read_paused:  # or the client's answer would not be seen
+            self.read_paused = False
+            self.transport.resume_reading()
         self.close_timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
 
@@ -128,21 +170,24 @@ async def serve(
         RequestError: the engine makes no frames, or the spool cannot be used.
     """
     services = make_services(engine, load, encode, settings, tokens)
-    app = make_app(services, version=version)
-    config = uvicorn.Config(
-        app,
-        ws=RealtimeProtocol,
-        ws_per_message_deflate=False,
-        ws_max_size=settings.max_message_bytes,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=list(settings.trusted_proxies),
-        timeout_graceful_shutdown=int(FAREWELL_S),
-        lifespan="on",
-    )
-    server = Server(config)
-    server.services = services
-    on_start(server)
-    await server.serve(sockets=[listening])
+    try:
+        app = make_app(services, version=version)
+        config = uvicorn.Config(
+            app,
+            ws=RealtimeProtocol,
+            ws_per_message_deflate=False,
+            ws_max_size=settings.max_message_bytes,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
+            timeout_graceful_shutdown=int(FAREWELL_S),
+            lifespan="on",
+        )
+        server = Server(config)
+        server.services = services
+        on_start(server)
+        await server.serve(sockets=[listening])
+    finally:
+        await services.close()  # a second SIGINT leaves the lifespan, which closes them, out

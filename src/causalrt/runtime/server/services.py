@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 WATCH_S = 1.0
 EXPIRE_EVERY = 10
 END_S = 20.0  # that generations have for the chunk they are in, once they were told to stop
+FAREWELL_S = 5.0  # that readers have, once everything has ended, for what they have not read
 DRAINING = "the server is shutting down; try another, or later"
 
 
@@ -43,10 +44,25 @@ class Services:
     spool: Spool
     metrics: Metrics
     draining: asyncio.Event = field(default_factory=asyncio.Event)
+    _num_streams: int = 0
+    _no_stream: asyncio.Event = field(default_factory=asyncio.Event)
+    _closed: bool = False
 
     def control(self, *, credit: int | None = None) -> Control:
         """For a new generation."""
         return Control(credit=credit, pause_s=self.settings.pause_s)
+
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[None]:
+        """A connection that `drain` lets send what it has."""
+        self._num_streams += 1
+        self._no_stream.clear()
+        try:
+            yield
+        finally:
+            self._num_streams -= 1
+            if not self._num_streams:
+                self._no_stream.set()
 
     def check_ready(self) -> None:
         """Refuse what would not be done.
@@ -83,18 +99,29 @@ class Services:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.admission.empty(), self.settings.grace_s)
         self.generator.stop_all("draining")
-        with contextlib.suppress(TimeoutError):
+        try:
             await asyncio.wait_for(self.admission.empty(), END_S)
-            return
-        log.error("%d generations did not end in time; ending the engine under them", self.admission.running)
-        await asyncio.to_thread(self.host.close)
+        except TimeoutError:
+            log.error("%d generations did not end in time; ending the engine under them", self.admission.running)
+            await asyncio.to_thread(self.host.close)
+        if self._num_streams:
+            try:
+                await asyncio.wait_for(self._no_stream.wait(), FAREWELL_S)
+            except TimeoutError:
+                log.warning("%d readers did not read the rest in time", self._num_streams)
 
     async def close(self) -> None:
-        """End the engine and give the spool back, once nothing runs."""
-        await asyncio.to_thread(self.host.close)
-        await self.jobs.finished()
-        self.generator.close()
-        self.spool.close()
+        """End what runs, and the engine under it, and give the spool back. Harmless when called again."""
+        if self._closed:
+            return
+        self._closed = True
+        self.generator.stop_all("draining")
+        try:
+            await asyncio.to_thread(self.host.close)
+            await self.jobs.finished()
+        finally:
+            self.generator.close()
+            await asyncio.to_thread(self.spool.close)
 
 
 def make_services(
