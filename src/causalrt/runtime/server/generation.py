@@ -76,7 +76,7 @@ class Output(Protocol):
         """A switch could not be made; the video goes on."""
 
     def finish(self) -> bool:
-        """No chunk comes any more. Whether it is all that was wanted, even if it was told to stop meanwhile."""
+        """No chunk comes any more. True: it is done, whatever it was told meanwhile."""
 
     def discard(self) -> None:
         """It failed: leave nothing half-written."""
