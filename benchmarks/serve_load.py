@@ -4,7 +4,8 @@
     python benchmarks/serve_load.py --bundle bundle --text-encoder Wan2.1-T2V-1.3B --clients 50 --json
 
 Half of the clients ask for a file, half of them stream. Each is served, or refused with 429 or 503 and a time to come back;
-one that is neither is lost, and the exit code is 1. Wants `pip install 'causalrt[test]'`.
+one that is neither is lost, and the exit code is 1. So it is if a reader that stalls (`--stall`) is not ended as `stalled`.
+Wants `pip install 'causalrt[test]'`.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from websockets.asyncio.client import connect
 
 POLL_S = 0.05
 WAIT_S = 600.0
+STALLED = 'causalrt_generations_total{kind="realtime",reason="stalled"}'
 
 
 class Target:
@@ -45,9 +47,9 @@ class Target:
         return connect(url, compression=None, additional_headers=self.headers, max_size=2**26, **how)
 
     async def metric(self, name: str) -> float:
-        """One line of its metrics."""
+        """One line of its metrics; 0 if it is not there, as counters before they count."""
         lines = (await self.http.get("/metrics")).text.splitlines()
-        return next(float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == name)
+        return next((float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == name), 0.0)
 
     async def sessions_ended(self) -> float:
         """Seconds until no session is open."""
@@ -136,7 +138,11 @@ async def many_at_once(target: Target, clients: int, chunks: int, seconds: float
 
 
 async def stalled_reader(target: Target) -> dict[str, Any]:
-    """A client that starts, and reads nothing more: the generator waits, then its session goes to others."""
+    """A client that starts, and reads nothing more: the generator waits, then its session goes to others.
+
+    The server has to have ended it as `stalled`: a video that is done frees its session, too.
+    """
+    before = await target.metric(STALLED)
     async with target.realtime(max_queue=1) as socket:
         await socket.recv()
         transport = socket.transport
@@ -147,8 +153,9 @@ async def stalled_reader(target: Target) -> dict[str, Any]:
             await asyncio.sleep(POLL_S)
         await target.sessions_ended()
         freed_s = time.perf_counter() - begun
+        stalled = await target.metric(STALLED) > before
         transport.abort()
-    return {"session_free_after_s": freed_s}
+    return {"session_free_after_s": freed_s, "ended_as_stalled": stalled}
 
 
 async def vanishing_client(target: Target) -> dict[str, Any]:
@@ -195,7 +202,7 @@ def own_server(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the cases; 0 if nobody was lost."""
+    """Run the cases; 0 if nobody was lost, and a stalled reader was seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="a server that runs")
@@ -226,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if isinstance(value, dict):
                     shown = ", ".join(f"{key} {number:.3f}" for key, number in value.items())
                 print(f"  {name:22} {shown:.3f}" if isinstance(shown, float) else f"  {name:22} {shown}")
-    return 1 if found["many_at_once"]["lost"] else 0
+    unnoticed = "stalled_reader" in found and not found["stalled_reader"]["ended_as_stalled"]
+    return 1 if found["many_at_once"]["lost"] or unnoticed else 0
 
 
 if __name__ == "__main__":

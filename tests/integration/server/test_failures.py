@@ -128,7 +128,7 @@ def test_what_cannot_be_discarded_hides_no_dead_ranks(monkeypatch):
 # ---- the end
 
 
-def test_a_video_whose_last_chunk_comes_after_the_grace_time_is_complete(tmp_path):
+def test_a_job_whose_last_chunk_comes_after_the_grace_time_is_complete(tmp_path):
     engine = FakeEngine(max_sessions=2)
     engine.hold()
     with Running(engine, grace_s=0.1, spool=tmp_path / "spool") as server, server.realtime() as client:
@@ -140,7 +140,7 @@ def test_a_video_whose_last_chunk_comes_after_the_grace_time_is_complete(tmp_pat
         until(lambda: server.services.generator.stopping == 2, "the end of the grace time")
         engine.let(2)
         ended = client.next("ended")
-        assert (ended["reason"], ended["chunks"]) == ("done", 1)
+        assert (ended["reason"], ended["chunks"]) == ("draining", 1)
         server.ended()
         assert server.services.jobs.get(job, "anonymous").status == "completed"
         assert (tmp_path / "spool" / f"{job}.mp4").stat().st_size

@@ -197,6 +197,23 @@ def test_a_pause_does_not_last_for_ever():
         until(lambda: server.engine.open_sessions == 0)
 
 
+def test_switches_do_not_prolong_a_pause():
+    with Running(FakeEngine(max_sessions=1), pause_s=0.5) as server, server.realtime() as client:
+        server.engine.hold()
+        client.start()
+        client.next("started")
+        client.send("pause")
+        client.send("pause")
+        server.engine.let(1)
+        until(lambda: server.engine.made.get(0))
+        begun = time.monotonic()
+        while server.engine.open_sessions:
+            assert time.monotonic() < begun + DEADLINE_S, "the pause did not end"
+            client.send("switch", prompt="a bear")
+            time.sleep(0.1)
+        assert client.next("ended")["reason"] == "stalled"
+
+
 def test_stop_ends_before_the_next_chunk(held):
     with held.realtime() as client:
         client.start()

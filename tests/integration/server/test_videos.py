@@ -13,6 +13,7 @@ from fake_engine import FakeEngine
 from running import Running, until
 
 from causalrt.errors import RequestError
+from causalrt.runtime.server import jobs
 from causalrt.runtime.server.spool import Spool
 
 
@@ -274,6 +275,20 @@ def test_jobs_expire():
         job = server.finished(server.post(seconds=1).json()["id"])
         until(lambda: server.services.jobs.expire() or not server.http.get("/v1/videos").json()["data"])
         assert server.http.get(f"/v1/videos/{job['id']}").status_code == 404
+        assert not list(server.services.spool.folder.glob("video_*"))
+
+
+def test_jobs_expire_in_portions(monkeypatch):
+    monkeypatch.setattr(jobs, "EXPIRE_AT_ONCE", 2)
+    with Running(job_ttl_s=0.5) as server:
+        for job in [server.post(seconds=0.1).json()["id"] for _ in range(3)]:
+            server.finished(job)
+        time.sleep(
+            max(0.0, max(job["expires_at"] for job in server.http.get("/v1/videos").json()["data"]) - time.time())
+        )
+        assert server.services.jobs.expire()
+        assert len(server.http.get("/v1/videos").json()["data"]) == 1
+        assert not server.services.jobs.expire()
         assert not list(server.services.spool.folder.glob("video_*"))
 
 

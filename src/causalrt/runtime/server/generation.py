@@ -76,7 +76,7 @@ class Output(Protocol):
         """A switch could not be made; the video goes on."""
 
     def finish(self) -> bool:
-        """No chunk comes any more. Whether it is all that was wanted, even if it was told to stop meanwhile."""
+        """No chunk comes any more. True: it is done, whatever it was told meanwhile."""
 
     def discard(self) -> None:
         """It failed: leave nothing half-written."""
@@ -88,7 +88,7 @@ class Control:
     def __init__(self, *, credit: int | None = None, pause_s: float = 600.0) -> None:
         """`credit`: chunks that may be made before `refund` is called; None needs none. A pause ends after `pause_s`."""
         self._credit = credit
-        self._pause_s = pause_s
+        self._pause_s, self._pause_ends = pause_s, 0.0
         self._paused = self._told = False
         self._switches: deque[Switch] = deque()
         self._reason: str | None = None
@@ -113,6 +113,8 @@ class Control:
     def pause(self, yes: bool) -> None:
         """Make no chunk until it is resumed."""
         with self._changed:
+            if yes and not self._paused:
+                self._pause_ends = time.monotonic() + self._pause_s
             self._paused = yes
             self._changed.notify_all()
 
@@ -147,24 +149,23 @@ class Control:
         """What to do next; waits while it is paused or without credit."""
         with self._changed:
             while self._reason is None:
-                if self._switches:
+                if self._paused and time.monotonic() >= self._pause_ends:
+                    self._reason = "stalled"
+                elif self._switches:
                     return self._switches.popleft()
-                if self._paused != self._told:
-                    self._told = self._paused
-                    on_pause(self._told)
-                if self._paused:
-                    if not self._changed.wait_for(lambda: not self._paused or self._woken(), timeout=self._pause_s):
-                        self._reason = "stalled"
-                elif self._credit == 0:
-                    self._changed.wait()
                 else:
-                    if self._credit is not None:
-                        self._credit -= 1
-                    return "chunk"
+                    if self._paused != self._told:
+                        self._told = self._paused
+                        on_pause(self._told)
+                    if self._paused:
+                        self._changed.wait(self._pause_ends - time.monotonic())
+                    elif self._credit == 0:
+                        self._changed.wait()
+                    else:
+                        if self._credit is not None:
+                            self._credit -= 1
+                        return "chunk"
             return "stop"
-
-    def _woken(self) -> bool:
-        return self._reason is not None or bool(self._switches)
 
 
 class Generator:

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from causalrt.runtime.video_file import Mp4Writer
 
 log = logging.getLogger(__name__)
 
+EXPIRE_AT_ONCE = 100  # the event loop waits for the disk meanwhile
 ENDINGS = {
     "draining": ("server_shutdown", "the server was shut down before the video was complete; send the request again"),
     "cancelled": ("server_shutdown", "the server was shut down before the video was complete; send the request again"),
@@ -182,12 +184,14 @@ class Jobs:
             ticket.give_up("deleted")
         self._spool.remove(job.id)
 
-    def expire(self) -> None:
-        """Remove the jobs whose time has passed."""
+    def expire(self) -> bool:
+        """Remove jobs whose time has passed, some of them at a time; whether there may be more."""
         now = time.time()
-        for job in list(self._jobs.values()):
-            if job.expires_at is not None and job.expires_at <= now:
-                self.delete(job)
+        expired = (job for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now)
+        some = list(islice(expired, EXPIRE_AT_ONCE))
+        for job in some:
+            self.delete(job)
+        return len(some) == EXPIRE_AT_ONCE
 
     async def finished(self) -> None:
         """Return when no job runs or waits."""

@@ -82,7 +82,6 @@ class RealtimeOutput:
         self._number = number
         self._wish = wish
         self._chunks = chunks
-        self._made = 0
         self._writer: FragmentWriter | None = None
 
     def started(self, *, text_ms: float) -> None:
@@ -111,7 +110,6 @@ class RealtimeOutput:
 
     def chunk_done(self, *, index: int, frames: int, latency_ms: float, stages: dict[str, float | None]) -> None:
         """Tell the chunk's figures."""
-        self._made += 1
         rounded = {stage: None if ms is None else round(ms, 3) for stage, ms in stages.items()}
         self._post(
             {
@@ -136,11 +134,11 @@ class RealtimeOutput:
         self._post(problem.realtime())
 
     def finish(self) -> bool:
-        """Send the last fragment; whether every chunk was made."""
+        """Send the last fragment. Who watches is told how it was ended, if it was, even in its last chunk."""
         assert self._writer is not None
         if last := self._writer.close():
             self._post(_split(last))
-        return self._made == self._chunks
+        return False
 
     def discard(self) -> None:
         """Send nothing more."""

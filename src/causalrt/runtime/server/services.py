@@ -85,7 +85,8 @@ class Services:
             try:
                 self.host.ranks_alive()
                 if ticks % EXPIRE_EVERY == 0:
-                    self.jobs.expire()
+                    while self.jobs.expire():
+                        await asyncio.sleep(0)
             except Exception:  # nothing that goes wrong here may end the watch
                 log.exception("the server's watch has failed, and goes on")
 
