@@ -49,6 +49,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     ]
 
 
+@pytest.mark.slow  # CI runs the command, too
 def test_the_demo_agrees_with_eager():
     from causalrt.tools.demo import run_demo
 

@@ -131,7 +131,7 @@ def test_strangers_take_no_connection_from_those_with_a_token():
 
 
 def test_tokens_are_never_logged(guarded, caplog):
-    with caplog.at_level(0):
+    with caplog.at_level(0), caplog.at_level(0, logger="uvicorn.access"):  # `causalrt serve` quiets that one
         guarded.http.get("/v1/videos", headers=bearer(ALICE))
         guarded.http.get("/v1/videos", headers=bearer("wrong-0123456789"))
         with guarded.realtime(ready=False) as client:

@@ -258,6 +258,7 @@ def test_a_kept_timing_cache_is_read(torch_tensorrt, checkpoint, tmp_path):
     assert cache.read_bytes() == b"earlier+++"
 
 
+@pytest.mark.slow
 def test_a_second_build_uses_its_own_converters(torch_tensorrt, checkpoint, tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

@@ -189,7 +189,7 @@ def test_memory_is_taken_and_bound_once(onnx_vae):
 
     def memory():
         tensors = [state._latent, *state._frames, *state._sets[0], *state._sets[1]]
-        return [tensor.data_ptr() for tensor in tensors], [id(binding) for binding in state._bindings]
+        return [tensor.data_ptr() for tensor in tensors], [id(run) for run in (state._first, *state._next)]
 
     before = memory()
     for chunk in random_latents(5).split([1, 2, 2]):

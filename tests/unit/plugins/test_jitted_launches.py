@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 
-SLOW = pytest.mark.slow
 
-
-@pytest.mark.parametrize(
-    ("target", "world_size"), [(90, 8), pytest.param(80, 8, marks=SLOW), pytest.param(90, 1, marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "world_size"), [(90, 8), (80, 8), (90, 1)])
 def test_what_torch_launches_is_what_an_engine_embeds(target, world_size, tmp_path):
     script = Path(__file__).with_name("jitted_launches.py")
     done = subprocess.run(
