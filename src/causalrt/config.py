@@ -145,7 +145,11 @@ class VideoConfig:
     @property
     def horizon_chunks(self) -> int:
         """Chunks of a video that is as long as the horizon."""
-        return math.ceil(self.horizon_frames / self.chunk_frames)
+        return self.chunks_in(self.horizon_frames)
+
+    def chunks_in(self, frames: int) -> int:
+        """Chunks that so many frames of a video's beginning are, a lone first one among them."""
+        return math.ceil(frames / self.chunk_frames)
 
     def frames_at(self, first_frame: int) -> int:
         """Frames of the chunk that begins at `first_frame` of the video."""

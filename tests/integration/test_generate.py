@@ -34,6 +34,14 @@ def pictures(path):
         return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])
 
 
+def write_image(path):
+    image = av.VideoFrame.from_ndarray(torch.zeros(20, 30, 3, dtype=torch.uint8).numpy(), format="rgb24")
+    with av.open(str(path), "w", format="image2") as container:
+        stream = container.add_stream("png")
+        stream.width, stream.height, stream.pix_fmt = 30, 20, "rgb24"
+        container.mux([*stream.encode(image), *stream.encode(None)])
+
+
 def test_a_prompt_becomes_a_video(flags, tmp_path, capsys):
     report = run(capsys, *flags, "--chunks", 2, "--out", tmp_path / "fox.mp4", "--warm")
     video = tiny_config().video
@@ -59,11 +67,7 @@ def test_a_prompt_becomes_a_video(flags, tmp_path, capsys):
 
 def test_what_cannot_be_given(flags, tmp_path, capsys):
     out = tmp_path / "out.mp4"
-    image = av.VideoFrame.from_ndarray(torch.zeros(20, 30, 3, dtype=torch.uint8).numpy(), format="rgb24")
-    with av.open(str(tmp_path / "image.png"), "w", format="image2") as container:
-        stream = container.add_stream("png")
-        stream.width, stream.height, stream.pix_fmt = 30, 20, "rgb24"
-        container.mux([*stream.encode(image), *stream.encode(None)])
+    write_image(tmp_path / "image.png")
     message = run(capsys, *flags, "--given", tmp_path / "image.png", "--out", out)
     assert (
         "has 1 frame(s), and the bundle's chunks have 3 latents, 9 frames for the first; give a longer clip" in message
@@ -86,3 +90,30 @@ def test_an_interrupted_video_leaves_nothing(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(Session, "__next__", second_fails)
     assert main(["generate", *flags, "--out", str(tmp_path / "out.mp4")]) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_is_a_lone_first_chunk(tmp_path, capsys):
+    """Given frames are counted before anything is started: a chunk that is not there has no prompt, and is not asked for."""
+    bundles = bundle_factory(tmp_path, vae=write_vae(tmp_path / "vae"))
+    lone = bundles(1, {"video.independent_first_frame": "true", "video.horizon_frames": "13"})
+    torch.save(torch.zeros(2, tiny_config().model.text_dim), tmp_path / "prompt.pt")
+    write_image(tmp_path / "image.png")
+    flags = [
+        lone,
+        "--device",
+        "cpu",
+        "--prompt-embeds",
+        tmp_path / "prompt.pt",
+        "--given",
+        tmp_path / "image.png",
+        "--json",
+    ]
+    out = tmp_path / "out.mp4"
+    assert "--switch 4=...: chunks are 0 to 3" in run(
+        capsys, *flags, "--switch", f"4={tmp_path / 'prompt.pt'}", "--out", out
+    )
+    assert "5 chunks of 3 latent frames asked for after 1 given ones" in run(
+        capsys, *flags, "--chunks", 5, "--out", out
+    )
+    report = run(capsys, *flags, "--out", out)
+    assert (len(report["chunks"]), report["shape"][0]) == (4, 1 + 4 * 12)

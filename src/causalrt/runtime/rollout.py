@@ -219,7 +219,7 @@ class Rollout:
         video, tensors = self._config.video, load_tensors(path)
         place = tensors.pop("frames", torch.empty(0))
         at, history, *starts = place.tolist() if place.dim() == 1 and place.dtype == torch.int64 else (-1, -1)
-        chunks = {video.first_frame_of(chunk) for chunk in range(math.ceil(frame / video.chunk_frames) + 1)}
+        chunks = {video.first_frame_of(chunk) for chunk in range(video.chunks_in(frame) + 1)}
         if at != frame or not 0 <= history <= at or not chunks.issuperset(starts) or starts != sorted(set(starts)):
             raise RequestError(
                 f"{path} is damaged, or of another snapshot: it is at frame {at}, the session at {frame}; take another snapshot"

@@ -96,7 +96,7 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
     num_given = (
         0
         if given is None
-        else (_latents_of(given, config) // config.video.chunk_frames if encodes else len(checked_given(config, given)))
+        else (config.video.chunks_in(_latents_of(given, config)) if encodes else len(checked_given(config, given)))
     )
     prompt, switches = _prompts(request)
     num_chunks = checked_chunks(config, request.chunks, num_given=num_given)
@@ -134,10 +134,9 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
                 if index in switches:
                     switch_ms = session.switch_prompt(switches[index], policy=request.switch_policy)
                 chunk = next(session)
-                cold_ms = 1e3 * process_age_s() if index == 0 else 0.0
                 if index == 0:
                     before = {"load": 1e3 * load_s, "text": session.text_ms, "given": encode_ms}
-                    cold = _first(chunk, total_ms=cold_ms, before=before)
+                    cold = _first(chunk, total_ms=1e3 * process_age_s(), before=before)
                 start = time.perf_counter()
                 shape = write(chunk)
                 write_ms = 1e3 * (time.perf_counter() - start)
