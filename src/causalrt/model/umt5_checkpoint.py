@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from causalrt.errors import CheckpointError, ExecutorError
-from causalrt.model.umt5_files import EncoderFiles, EncoderLayout, StoredTensor, map_tensors, open_weights
+from causalrt.model.stored_tensors import check_tensors, map_tensors
+from causalrt.model.umt5_files import EncoderFiles, EncoderLayout, StoredTensor, open_weights
 
 _TIED = "encoder.embed_tokens.weight"  # transformers' second name of shared.weight
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 # Pages that were read leave with their mapping. A new one costs 20 ms at 242 tensors, eight tensors are 3 % of the weights.
 _TENSORS_PER_MAPPING = 8
 
@@ -75,7 +75,8 @@ def load_encoder(files: EncoderFiles, *, dtype: torch.dtype, device: torch.devic
         stored.setdefault("shared.weight", tied)
     sizes = infer_sizes({key: entry.shape for key, entry in stored.items()}, files.layout)
     wanted = {name: tuple(tensor.shape) for name, tensor in empty_encoder(**sizes).state_dict().items()}
-    _check_tensors(files.weights, stored, {stored_key(name, files.layout): shape for name, shape in wanted.items()})
+    stored_as = {stored_key(name, files.layout): shape for name, shape in wanted.items()}
+    check_tensors(files.weights, stored, stored_as, fault="is no whole UMT5 encoder")
     if text_dim is not None and sizes["d_model"] != text_dim:
         raise CheckpointError(
             f"{files.weights} makes embeddings of width {sizes['d_model']}, but the model wants text_dim {text_dim}; "
@@ -150,21 +151,6 @@ def _settings_from_config(path: Path, sizes: Mapping[str, int]) -> dict[str, flo
     if wrong:
         raise CheckpointError(f"{path} does not describe the UMT5 encoder beside it: {'; '.join(wrong)}")
     return settings
-
-
-def _check_tensors(path: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    groups = {
-        "missing": sorted(wanted.keys() - stored.keys()),
-        "extra": sorted(stored.keys() - wanted.keys()),
-        "misshapen": [
-            f"{key} (got {stored[key].dtype} {list(stored[key].shape)}, wanted floating {list(wanted[key])})"
-            for key in sorted(wanted.keys() & stored.keys())
-            if stored[key].shape != wanted[key] or stored[key].dtype not in _FLOATING
-        ],
-    }
-    if any(groups.values()):
-        lines = [f"  {group} ({len(keys)}): {', '.join(keys)}" for group, keys in groups.items() if keys]
-        raise CheckpointError(f"{path} is no whole UMT5 encoder:\n" + "\n".join(lines))
 
 
 def _loaded(stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:

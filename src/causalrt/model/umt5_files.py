@@ -9,18 +9,15 @@ read. What their names mean is `umt5_checkpoint.py`'s affair.
 """
 
 import json
-import pickle
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from causalrt.errors import CheckpointError
+from causalrt.model.stored_tensors import map_tensors
 
 EncoderLayout = Literal["wan", "diffusers", "transformers"]
 
@@ -118,33 +115,3 @@ def _shards_from_index(index: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
     return [index.parent / name for name in names]
-
-
-def map_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Views of a new mapping of a file, which lasts as long as the last of them."""
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
-    try:
-        state: Any = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except Exception as error:  # whatever a hostile or damaged file makes the unpickler raise
-        code = re.search(r"GLOBAL (\S+)|unrecognized function (.+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code is not None:
-            raise CheckpointError(
-                f"{path} holds code ({code[1] or code[2]}), which was not executed; take the released file"
-            ) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{path} is damaged or no torch file that can be mapped; nothing was executed: {reason}"
-        ) from None
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and _is_dense(value) for key, value in state.items()
-    ):
-        raise CheckpointError(f"{path} must hold a plain dict of tensors by name, got {type(state).__name__}")
-    return {key: value.detach() for key, value in state.items()}
-
-
-def _is_dense(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"

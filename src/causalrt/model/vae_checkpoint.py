@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from causalrt.errors import CheckpointError, ExecutorError
-from causalrt.model.umt5_files import map_tensors
+from causalrt.model.stored_tensors import check_tensors, map_tensors
 
 VaeLayout = Literal["diffusers", "wan", "bundle"]
 
@@ -31,7 +31,6 @@ DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 CONFIG_KEY = "vae_config"
 """Where the header of a bundle's weight file has the config, as JSON."""
 
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST = 4096
 # fmt: off
 _LATENTS_MEAN = (
@@ -186,7 +185,8 @@ def load_vae(path: Path, *, dtype: torch.dtype = torch.float32, device: str | to
     else:
         config = VaeConfig.from_mapping(_read_config(files))
     vae = empty_vae(config)
-    _check_tensors(files.weights, stored, {name: tuple(value.shape) for name, value in vae.state_dict().items()})
+    wanted = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
+    check_tensors(files.weights, stored, wanted, fault="is not the VAE that its sizes say")
     state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in stored.items()}
     wild = sorted(name for name, tensor in state.items() if not tensor.isfinite().all())
     if wild:
@@ -264,18 +264,3 @@ def _config_from_tensors(path: Path, stored: Mapping[str, torch.Tensor]) -> VaeC
     base_dim = size("encoder.conv_in", 0, usual.base_dim)
     decoder_dim = size("decoder.conv_out", 1, base_dim)
     return VaeConfig(base_dim=base_dim, decoder_base_dim=None if decoder_dim == base_dim else decoder_dim)
-
-
-def _check_tensors(path: Path, stored: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    groups = {
-        "missing": sorted(wanted.keys() - stored.keys()),
-        "extra": sorted(stored.keys() - wanted.keys()),
-        "misshapen": [
-            f"{key} (got {stored[key].dtype} {list(stored[key].shape)}, wanted floating {list(wanted[key])})"
-            for key in sorted(wanted.keys() & stored.keys())
-            if tuple(stored[key].shape) != wanted[key] or stored[key].dtype not in _FLOATING
-        ],
-    }
-    if any(groups.values()):
-        lines = [f"  {group} ({len(keys)}): {', '.join(keys)}" for group, keys in groups.items() if keys]
-        raise CheckpointError(f"{path} is not the VAE that its sizes say:\n" + "\n".join(lines))

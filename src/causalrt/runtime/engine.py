@@ -55,14 +55,13 @@ from causalrt.runtime.snapshot import read_session
 from causalrt.runtime.vae_decoder import Decoded, VaeDecoder
 
 logger = logging.getLogger(__name__)
-CLOSE_S = 30.0
-"""How long `close` waits for a thread whose processes it has ended."""
 
 if TYPE_CHECKING:
     from causalrt.model.text import TextEncoder
 
 
-def _open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder":
+def open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder":
+    """The text encoder in a folder, for the prompts of a model (`TextEncoder.from_folder`)."""
     from causalrt.model.text import TextEncoder
 
     model = config.model
@@ -122,7 +121,7 @@ class Engine:
         self._unfinished: tuple[Session, Iterator[tuple[int, Reply]]] | None = None
         self._text_encoder: TextEncoder | None = None
         if text_encoder is not None and text_device != "cpu":  # before the ranks look at what is free
-            self._text_encoder = _open_text_encoder(text_encoder, text_device, bundle.config)
+            self._text_encoder = open_text_encoder(text_encoder, text_device, bundle.config)
         self._pool = RankPool(world_size, timeout_s=timeout_s)
         self.decoder: VaeDecoder | None = None
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
@@ -151,7 +150,7 @@ class Engine:
                 )
             )
             if text_encoder is not None and self._text_encoder is None:  # while the ranks load
-                self._text_encoder = _open_text_encoder(text_encoder, text_device, bundle.config)
+                self._text_encoder = open_text_encoder(text_encoder, text_device, bundle.config)
             answers = self._answers(at_least_s=self._start_s)
             if self.decoder is not None:
                 self.decoder.wait_started(at_least_s=self._start_s)
@@ -264,13 +263,8 @@ class Engine:
         if noise is not None:
             source = checked_noise(self.config, noise, num_chunks=chunks, num_given=len(given_rows))
         text, text_ms = self.encode_prompt(prompt)
-        ahead = self.makes_ahead if ahead is None else ahead
         with self._turn():
-            self._make_room()
-            number = next(self._numbers)
-            session = Session(self, number, chunks, record, text, source, text_ms, ahead, len(given_rows))
-            self._run(OpenCommand(session=session.number, text=text, noise=source))
-            self._open.add(session.number)
+            session = self._begin(chunks, record, text, source, text_ms, ahead, len(given_rows))
             for rows in given_rows:
                 session.take_given(self._run(GivenCommand(session=session.number, rows=rows.clone(), record=record)))
         if given is not None and self.decoder is not None:
@@ -304,30 +298,33 @@ class Engine:
             raise RequestError(
                 f"the session has {record.next_chunk} chunks already; resume it with a larger num_chunks"
             )
-        noise, begun = SeededNoise(record.seed), record.num_given + record.next_chunk + (rows is not None)
-        frame = self.config.video.first_frame_of(begun)
-        ahead = self.makes_ahead if ahead is None else ahead
+        decoded = record.num_given + record.next_chunk
+        made = decoded + (rows is not None)  # the ranks are ahead of the decoder then
+        decoder_frame, frame = (self.config.video.first_frame_of(chunk) for chunk in (decoded, made))
         with self._turn():
-            self._make_room()
-            number = next(self._numbers)
-            session = Session(self, number, wanted, False, text, noise, 0.0, ahead, record.num_given)
+            session = self._begin(wanted, False, text, SeededNoise(record.seed), 0.0, ahead, record.num_given)
             session.begin_at(record.next_chunk, rows)
-            self._run(OpenCommand(session=number, text=text, noise=noise))
-            self._open.add(number)
             try:
-                self._run(ResumeCommand(session=number, folder=folder, frame=frame))
+                self._run(ResumeCommand(session=session.number, folder=folder, frame=frame))
                 if self.decoder is not None:
-                    self.decoder.resume(
-                        number, folder, frame=self.config.video.first_frame_of(begun - (rows is not None))
-                    )
+                    self.decoder.resume(session.number, folder, frame=decoder_frame)
             except RequestError:
-                self._close_session(number)
+                self._close_session(session.number)
                 session.forget()
                 raise
         return session
 
-    def _make_room(self) -> None:
-        """Free what nobody holds any more, and refuse a session too many."""
+    def _begin(
+        self,
+        num_chunks: int,
+        record: bool,
+        text: torch.Tensor,
+        noise: Noise,
+        text_ms: float,
+        ahead: bool | None,
+        num_given: int,
+    ) -> Session:
+        """Free what nobody holds any more, refuse a session too many, and open one on every rank."""
         self._settle()
         while self._dropped:
             self._close_session(self._dropped[0])
@@ -337,6 +334,11 @@ class Engine:
                 f"{len(self._open)} sessions are open, and there is room for no more (max_sessions, by default what fits "
                 "in memory); end one with session.close(), or wait for one to end"
             )
+        ahead = self.makes_ahead if ahead is None else ahead
+        session = Session(self, next(self._numbers), num_chunks, record, text, noise, text_ms, ahead, num_given)
+        self._run(OpenCommand(session=session.number, text=text, noise=noise))
+        self._open.add(session.number)
+        return session
 
     def decode(self, session: int, latents: torch.Tensor) -> Decoded:
         """The next frames of a session's video; a decoder that breaks down takes the ranks along.
@@ -429,17 +431,10 @@ class Engine:
 
         A chunk that another thread is waiting for ends with an `EngineClosedError` there.
         """
-        held = self._lock.acquire(timeout_s=0)
-        if not held:
-            self._end_at_once()
-            held = self._lock.acquire(timeout_s=CLOSE_S)
-        try:
+        with self._lock.after_ending(self._end_at_once):
             if self.decoder is not None:
                 self.decoder.close()
             self._pool.close()
-        finally:
-            if held:
-                self._lock.release()
         self._finalizer.detach()
 
     def __enter__(self) -> Self:

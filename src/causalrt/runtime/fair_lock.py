@@ -1,8 +1,13 @@
 """A lock that is given to whoever has waited longest, so that sessions on one engine really take turns."""
 
+import contextlib
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator
 from types import TracebackType
+
+CLOSE_S = 30.0
+"""How long to wait for a thread whose processes were ended."""
 
 
 class FairLock:
@@ -31,6 +36,19 @@ class FairLock:
             raise
         self._give_up(turn)
         return False
+
+    @contextlib.contextmanager
+    def after_ending(self, end: Callable[[], None]) -> Iterator[None]:
+        """Hold it to close what it guards; whoever holds it meanwhile has that ended by `end`, and so much time to notice."""
+        held = self.acquire(timeout_s=0)
+        if not held:
+            end()
+            held = self.acquire(timeout_s=CLOSE_S)
+        try:
+            yield
+        finally:
+            if held:
+                self.release()
 
     def release(self) -> None:
         """Hand it to the next one in the queue."""

@@ -16,6 +16,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import OutOfMemoryError
 from causalrt.layout import layout_from_config
 from causalrt.model.vae import TEMPORAL_SCALE, cache_bytes
+from causalrt.model.vae_checkpoint import VaeConfig
 from causalrt.model.wan import num_parameters
 
 UNLIMITED = sys.maxsize
@@ -77,13 +78,20 @@ class DecoderMemory:
 
 
 def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
-    """Bytes that the decoder of a bundle with a VAE will hold, with one session open; graphs keep a second set of caches."""
+    """Bytes that the decoder of a bundle with a VAE will hold, with one session open."""
     assert bundle.vae is not None
-    video, dtype = bundle.config.video, TORCH_DTYPES[bundle.config.build.precision]
-    caches = cache_bytes(bundle.vae, latent_height=video.latent_height, latent_width=video.latent_width, dtype=dtype)
-    widest = bundle.vae.decoder_dim * TEMPORAL_SCALE * video.pixel_height * video.pixel_width
+    stored = (bundle.path / VAE_WEIGHTS).stat().st_size
+    weights = 2 * stored  # those of graphs, or of the encoder
+    return predict_decoder_memory(bundle.vae, bundle.config, executor, weights_bytes=weights)
+
+
+def predict_decoder_memory(vae: VaeConfig, config: Config, executor: str, *, weights_bytes: int) -> DecoderMemory:
+    """Bytes that a decoder will hold, with one session open; graphs keep a second set of caches."""
+    video, dtype = config.video, TORCH_DTYPES[config.build.precision]
+    caches = cache_bytes(vae, latent_height=video.latent_height, latent_width=video.latent_width, dtype=dtype)
+    widest = vae.decoder_dim * TEMPORAL_SCALE * video.pixel_height * video.pixel_width
     return DecoderMemory(
-        weights_bytes=2 * (bundle.path / VAE_WEIGHTS).stat().st_size,  # those of graphs, or of the encoder
+        weights_bytes=weights_bytes,
         cache_bytes=(2 if executor_kind(executor).compiled else 1) * caches,
         activation_bytes=DECODER_ACTIVATIONS.get(executor, EAGER_ACTIVATIONS) * widest * dtype.itemsize,
     )

@@ -106,9 +106,8 @@ class Session:
         self._record = record
         self._next = 0
         self._num_given = num_given
-        self._lock = (
-            threading.RLock()
-        )  # one caller at a time: a chunk that a cancelled task has left is made and dropped
+        # One caller at a time: a chunk that a cancelled task has left is made and dropped.
+        self._lock = threading.RLock()
         self._closed = self._freed = False
         self._cancelled = False
         self._finalizer = weakref.finalize(self, engine._dropped.append, number)

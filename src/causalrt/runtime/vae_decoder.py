@@ -23,9 +23,6 @@ from causalrt.runtime.messages import (
 )
 from causalrt.runtime.ranks import RankPool
 
-CLOSE_S = 30.0
-"""How long `close` waits for a thread whose process it has ended."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
@@ -137,15 +134,8 @@ class VaeDecoder:
 
     def close(self) -> None:
         """End the process; one that is at work is killed, and whoever waits for it gets an EngineClosedError."""
-        held = self._lock.acquire(timeout_s=0)
-        if not held:
-            self._pool.kill()
-            held = self._lock.acquire(timeout_s=CLOSE_S)
-        try:
+        with self._lock.after_ending(self._pool.kill):
             self._pool.close()
-        finally:
-            if held:
-                self._lock.release()
 
     def end(self) -> None:
         """End the process at once and remove its folder; nobody may be talking to it."""

@@ -72,8 +72,7 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     import asyncio
 
     from causalrt.engines.bundle import open_bundle
-    from causalrt.model.text import TextEncoder
-    from causalrt.runtime.engine import Engine
+    from causalrt.runtime.engine import Engine, open_text_encoder
     from causalrt.runtime.load import load
     from causalrt.runtime.server import run as running
     from causalrt.runtime.server.auth import Tokens
@@ -81,11 +80,9 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     tokens = Tokens() if settings.tokens is None else Tokens.from_file(settings.tokens)
-    model = open_bundle(arguments.bundle, verify=False).config.model
+    config = open_bundle(arguments.bundle, verify=False).config
     listening = running.listen(settings.host, settings.port, send_buffer_bytes=settings.send_buffer_bytes)
-    encoder = TextEncoder.from_folder(
-        arguments.text_encoder, device=arguments.text_device, text_dim=model.text_dim, max_tokens=model.text_len
-    )
+    encoder = open_text_encoder(arguments.text_encoder, arguments.text_device, config)
 
     def load_engine() -> Engine:
         return load(

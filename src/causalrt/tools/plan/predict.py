@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from causalrt.config import Config, override
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import slots_from_config
-from causalrt.model.vae import TEMPORAL_SCALE, cache_bytes
+from causalrt.model.vae import TEMPORAL_SCALE
 from causalrt.model.vae_checkpoint import VaeConfig
-from causalrt.runtime.memory import EAGER_ACTIVATIONS, DecoderMemory, predict_memory
+from causalrt.runtime.memory import DecoderMemory, predict_decoder_memory, predict_memory
 from causalrt.tools.plan.assumptions import SPLIT_DECODE_SPEEDUP
 from causalrt.tools.plan.decode_work import decode_weights
 from causalrt.tools.plan.hardware import VaePlace
@@ -231,11 +231,6 @@ def _memory(config: Config, name: LayoutName, kv_heads: int, executor: str) -> d
 
 
 def _decoder_memory(config: Config, vae: VaeConfig) -> DecoderMemory:
-    dtype, video = TORCH_DTYPES[config.build.precision], config.video
-    size = {"latent_height": video.latent_height, "latent_width": video.latent_width}
-    widest = vae.decoder_dim * TEMPORAL_SCALE * video.pixel_height * video.pixel_width
-    return DecoderMemory(
-        weights_bytes=decode_weights(vae) * dtype.itemsize,
-        cache_bytes=2 * cache_bytes(vae, **size, dtype=dtype),
-        activation_bytes=EAGER_ACTIVATIONS * widest * dtype.itemsize,
-    )
+    """As engines hold it: the weights that decoding needs, and both sets of caches."""
+    weights = decode_weights(vae) * TORCH_DTYPES[config.build.precision].itemsize
+    return predict_decoder_memory(vae, config, "tensorrt", weights_bytes=weights)
