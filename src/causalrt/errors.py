@@ -75,5 +75,9 @@ class RankError(CausalRTError, RuntimeError):
         self.log_tail = log_tail
 
 
+class MeasurementError(CausalRTError, RuntimeError):
+    """Sides of a benchmark did not do the same work, so that no figure of it would mean anything."""
+
+
 class EngineClosedError(CausalRTError, RuntimeError):
     """A call on an engine or session that was closed, or whose ranks have failed."""

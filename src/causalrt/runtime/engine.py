@@ -46,12 +46,14 @@ from causalrt.runtime.messages import (
     Refused,
     Reply,
     ResumeCommand,
+    UsageCommand,
 )
 from causalrt.runtime.noise import Noise, SeededNoise, checked_noise
 from causalrt.runtime.ranks import START_S, WARM_START_S, RankPool
 from causalrt.runtime.requests import Embeddings, checked_chunks, checked_given, checked_text
 from causalrt.runtime.session import Session
 from causalrt.runtime.snapshot import read_session
+from causalrt.runtime.usage import Usage
 from causalrt.runtime.vae_decoder import Decoded, VaeDecoder
 
 logger = logging.getLogger(__name__)
@@ -425,6 +427,18 @@ class Engine:
         with self._turn():
             self._pool.check_open()
             self._settle()
+
+    def usage(self, *, count_waits: bool = False) -> list[Usage]:
+        """What each rank has used of its device so far; for measurements.
+
+        Args:
+            count_waits: count how often the host waits from here on, until this is called again.
+        """
+        with self._turn():
+            self._settle()
+            self._pool.send(UsageCommand(count_waits=count_waits))
+            answers = self._answers()
+        return [answers[rank].usage or Usage() for rank in sorted(answers)]
 
     def close(self) -> None:
         """End the ranks and free their memory; harmless when called again.

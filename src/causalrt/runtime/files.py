@@ -83,3 +83,20 @@ def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -
         raise RequestError(f"writing {path} failed, nothing was left there: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, contents: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        RequestError: it cannot be written; what was there is as it was.
+    """
+    path = path.absolute()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(contents)
+        publish_file(partial, path)
+    except OSError as error:
+        raise RequestError(f"writing {path} failed, nothing was left there: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

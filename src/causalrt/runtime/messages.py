@@ -12,6 +12,7 @@ import torch
 from causalrt import errors
 from causalrt.runtime.noise import Noise
 from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
+from causalrt.runtime.usage import Usage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +98,13 @@ class ResumeCommand:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UsageCommand:
+    """Say what the rank has used so far, waits since they were last begun to be counted; then count them, or no more."""
+
+    count_waits: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CloseCommand:
     """Free a session."""
 
@@ -136,7 +144,15 @@ class EncodeCommand:
 
 
 Command = (
-    LoadCommand | OpenCommand | GivenCommand | ChunkCommand | PromptCommand | SaveCommand | ResumeCommand | CloseCommand
+    LoadCommand
+    | OpenCommand
+    | GivenCommand
+    | ChunkCommand
+    | PromptCommand
+    | SaveCommand
+    | ResumeCommand
+    | UsageCommand
+    | CloseCommand
 )
 VaeCommand = LoadVaeCommand | DecodeCommand | EncodeCommand | SaveCommand | ResumeCommand | CloseCommand
 
@@ -186,12 +202,14 @@ class Done:
         records: what the chunk's forwards computed, where that was asked for.
         kv_rows_moved: rows of one head that the session has moved to history.
         free_bytes: what the rank's own device can still give, once it has loaded; None on the host.
+        usage: what the rank has used, where that was asked for.
     """
 
     times: ChunkTimes | None = None
     records: tuple[StepRecord, ...] = ()
     kv_rows_moved: int = 0
     free_bytes: int | None = None
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,11 +28,13 @@ from causalrt.runtime.messages import (
     Refused,
     ResumeCommand,
     SaveCommand,
+    UsageCommand,
     send,
 )
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.runtime.snapshot import rank_file
+from causalrt.runtime.usage import Usage, WaitCounter
 from causalrt.runtime.warm_up import warm_up
 
 logger = logging.getLogger("causalrt.worker")
@@ -50,6 +52,7 @@ class RankServer:
         self._executor: Executor
         self._collectives: LocalCollectives | TorchCollectives
         self._memories: SessionMemories
+        self._waits: WaitCounter
 
     def run(self, command: Command) -> Done:
         """Do it; what is answered last."""
@@ -90,6 +93,8 @@ class RankServer:
                         rollout.load(path, frame=command.frame)
                 except RequestError as error:
                     send(self._channel, Refused(kind=type(error).__name__, message=str(error)))
+            case UsageCommand():
+                return Done(usage=self._usage(command))
             case CloseCommand():
                 closed = self._sessions.pop(command.session, None)
                 if closed is not None:
@@ -127,6 +132,7 @@ class RankServer:
             plugins=command.plugins,
         )
         self._memories = SessionMemories(self._executor, self._bundle.config, self._bundle.layout)
+        self._waits = WaitCounter(device)
         if executor_kind(command.executor).warms_up:
             warm_up(self._executor, self._bundle.config, self._bundle.layout, self._memories)
         logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
@@ -134,3 +140,10 @@ class RankServer:
         if free_bytes is not None:  # what warming up has left is there for sessions
             free_bytes += self._memories.num_free * predict_memory(self._bundle.config, command.executor).session_bytes
         return Done(free_bytes=free_bytes)
+
+    def _usage(self, command: UsageCommand) -> Usage:
+        device, waits = self._executor.device, self._waits.end()
+        if command.count_waits:
+            self._waits.begin()
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        return Usage(peak_device_bytes=peak, device_waits=waits)

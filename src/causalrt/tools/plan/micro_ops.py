@@ -4,7 +4,7 @@ Each has the features that its cost is linear in; `calibration.py` has these, an
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnxruntime as ort
@@ -37,6 +37,8 @@ PASSES = ((256, 256), (2048, 256), (1024, 1024), (2048, 1024))
 PASS_KINDS: tuple[PassKind, ...] = ("layer_norm", "rms_norm", "rotate", "gelu", "arithmetic", "copy")
 HEAD = 64
 """Channels of a head where an op wants to know them."""
+Random = Callable[..., torch.Tensor]
+"""A tensor of the shape that is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class MicroOp:
         inputs: tensors that it takes.
         node: ONNX operator and attributes.
         eager: the same in torch.
+        constant: names of inputs that ONNX Runtime is to hold as weights.
+        domain: of the ONNX operator.
     """
 
     kind: str
@@ -57,39 +61,61 @@ class MicroOp:
     node: tuple[str, dict[str, Any]]
     eager: Callable[..., torch.Tensor]
     constant: Sequence[str] = field(default=())
+    domain: str = ""
+
+
+def random_tensors(dtype: torch.dtype) -> Random:
+    """Normal values, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+
+
+def gemm_op(gemm: Gemm, random: Random) -> MicroOp:
+    """A product with its bias."""
+    return MicroOp(
+        kind="gemm",
+        features=gemm_features(gemm),
+        inputs={"x": random(gemm.m, gemm.k), "weight": random(gemm.n, gemm.k), "bias": random(gemm.n)},
+        node=("Gemm", {"transB": 1}),
+        eager=F.linear,
+        constant=("weight", "bias"),
+    )
+
+
+def attention_op(attention: Attention, random: Random) -> MicroOp:
+    """An attention, as standard ONNX has it."""
+    heads, width = attention.num_heads, attention.num_heads * attention.head_dim
+    rows, keys = attention.rows, attention.keys
+    return MicroOp(
+        kind="attention",
+        features=attention_features(attention),
+        inputs={"q": random(1, rows, width), "k": random(1, keys, width), "v": random(1, keys, width)},
+        node=("Attention", {"q_num_heads": heads, "kv_num_heads": heads}),
+        eager=lambda q, k, v: attend(q, k, v, heads),
+    )
+
+
+def fused_attention_op(attention: Attention, random: Random) -> MicroOp:
+    """The same by ONNX Runtime's own operator, which keeps no score matrix."""
+    node = ("MultiHeadAttention", {"num_heads": attention.num_heads})
+    return replace(attention_op(attention, random), node=node, domain="com.microsoft")
+
+
+def sum_op(rows: int, width: int, random: Random) -> MicroOp:
+    """A sum of two tensors: a pass over memory."""
+    inputs = {"x": random(rows, width), "y": random(rows, width)}
+    return MicroOp(
+        kind="arithmetic", features=pass_features(rows * width), inputs=inputs, node=("Add", {}), eager=torch.add
+    )
 
 
 def micro_ops(dtype: torch.dtype = torch.float32) -> list[MicroOp]:
     """All of them, with random inputs."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    found = []
-    for m, n, k in GEMMS:
-        found.append(
-            MicroOp(
-                kind="gemm",
-                features=gemm_features(Gemm(m=m, n=n, k=k, count=1)),
-                inputs={"x": random(m, k), "weight": random(n, k), "bias": random(n)},
-                node=("Gemm", {"transB": 1}),
-                eager=F.linear,
-                constant=("weight", "bias"),
-            )
-        )
+    random = random_tensors(dtype)
+    found = [gemm_op(Gemm(m=m, n=n, k=k, count=1), random) for m, n, k in GEMMS]
     for heads, rows, keys, depth in ATTENTIONS:
         attention = Attention(num_heads=heads, rows=rows, keys=keys, head_dim=depth, count=1, over_slots=True)
-        width = heads * depth
-        found.append(
-            MicroOp(
-                kind="attention",
-                features=attention_features(attention),
-                inputs={"q": random(1, rows, width), "k": random(1, keys, width), "v": random(1, keys, width)},
-                node=("Attention", {"q_num_heads": heads, "kv_num_heads": heads}),
-                eager=lambda q, k, v, heads=heads: attend(q, k, v, heads),
-            )
-        )
+        found.append(attention_op(attention, random))
     for rows, width in PASSES:
         found += _passes(random(rows, width), random(rows, width))
     return found
@@ -156,7 +182,7 @@ def _onnx_runner(op: MicroOp) -> Callable[[], object]:
     out = op.eager(*op.inputs.values())
     values = {name: helper.make_tensor_value_info(name, types[t.dtype], list(t.shape)) for name, t in op.inputs.items()}
     graph = helper.make_graph(
-        [helper.make_node(op.node[0], list(op.inputs), ["out"], **op.node[1])],
+        [helper.make_node(op.node[0], list(op.inputs), ["out"], domain=op.domain, **op.node[1])],
         "one",
         [info for name, info in values.items() if name not in op.constant],
         [helper.make_tensor_value_info("out", TensorProto.FLOAT, list(out.shape))],
@@ -165,7 +191,8 @@ def _onnx_runner(op: MicroOp) -> Callable[[], object]:
             for n in op.constant
         ],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
