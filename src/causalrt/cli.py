@@ -323,6 +323,21 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from causalrt.tools.bench.command import run
+
+    if arguments.bundles and (arguments.recipe or arguments.set or arguments.dtype):
+        raise ConfigError("bundles are what they were built as; leave --recipe, --set and --dtype out, or the bundles")
+    config = None
+    if not arguments.bundles:
+        arguments.recipe = arguments.recipe or "bench_cpu"
+        arguments.world_size = arguments.head_plan = None
+        config = _config(arguments)
+    with shown_progress() as progress:
+        run(arguments, config, write=print, on_progress=progress)
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from causalrt.tools.demo import run_demo
 
@@ -571,6 +586,23 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override any field of the recipe"
     )
     add_plan_arguments(made)
+
+    from causalrt.tools.bench.arguments import add_arguments as add_bench_arguments
+
+    made = command(
+        "bench",
+        _bench,
+        "Measure executors and numbers of ranks side by side: one JSON, one picture, one table.",
+        "  causalrt bench\n"
+        "  causalrt bench one-rank two-ranks --executors eager,onnxruntime --out measured\n"
+        "  causalrt bench --recipe demo --world-sizes 1,2 --repeats 9\n"
+        "  causalrt bench --recipe wan_1_3b_480p --dtype bf16 --device cuda --executors eager,inductor",
+    )
+    add_bench_arguments(made)
+    made.add_argument("--dtype", **dtype, help="with --recipe: of weights and activations (float32)")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="with --recipe: override any field of it"
+    )
 
     command("demo", _demo, "Build a small random model, run it on 2 ranks, compare with eager.", "  causalrt demo")
     command("doctor", _doctor, "Say what this machine can build and run, and why not.", "  causalrt doctor --json")

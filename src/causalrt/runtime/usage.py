@@ -1,0 +1,50 @@
+"""What a rank has used of its device: peak memory, and how often its host waited for it."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """Of one rank; None where there is no GPU.
+
+    Attributes:
+        peak_device_bytes: most that torch's allocator has held, CUDA graphs included; TensorRT's own memory is not.
+        device_waits: times that torch waited for the device while waits were counted; TensorRT's and NCCL's are not seen.
+    """
+
+    peak_device_bytes: int | None = None
+    device_waits: int | None = None
+
+
+class WaitCounter:
+    """Counts torch's warnings of synchronisations, from `begin` to `end`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._catching: warnings.catch_warnings[Any] | None = None
+        self._caught: list[warnings.WarningMessage] = []
+
+    def begin(self) -> None:
+        """Count from here on; on the host nothing is."""
+        if self._device.type != "cuda":
+            return
+        self.end()
+        self._catching = warnings.catch_warnings(record=True)
+        caught = self._catching.__enter__()
+        assert caught is not None
+        self._caught = caught
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+
+    def end(self) -> int | None:
+        """Waits since `begin`; None if nothing was counted."""
+        if self._catching is None:
+            return None
+        torch.cuda.set_sync_debug_mode("default")
+        self._catching.__exit__(None, None, None)
+        self._catching = None
+        return sum("synchroniz" in str(warning.message) for warning in self._caught)

@@ -1,0 +1,133 @@
+"""The picture of a report: chunk latency, where it goes, first frames, and fractions of the ceilings."""
+
+import io
+from typing import Any
+
+from causalrt.errors import ExecutorError
+
+STAGES = ("start", "load", "open", "queue", "denoise", "exchange", "gather", "decode", "hand_over")
+COLOURS = ("0.55", "0.75", "tab:olive", "tab:pink", "tab:blue", "tab:red", "tab:purple", "tab:orange", "tab:green")
+
+
+def figure_class() -> Any:
+    """The Figure of matplotlib; no window, no global state.
+
+    Raises:
+        ExecutorError: there is no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ExecutorError(
+            f"a picture wants matplotlib ({error}); `pip install matplotlib`, or leave it out with --no-picture"
+        ) from error
+    return Figure
+
+
+def draw(report: dict[str, Any]) -> bytes:
+    """A PNG.
+
+    Raises:
+        ExecutorError: there is no matplotlib.
+    """
+    rows = report["rows"]
+    figure = figure_class()(figsize=(11, 7 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(3, 2)
+    _latency(axes[0, 0], rows)
+    _stages(axes[0, 1], rows)
+    _first(axes[1, 0], rows, "cold")
+    _first(axes[1, 1], rows, "warm")
+    _fractions(axes[2, 0], rows)
+    _ratios(axes[2, 1], report)
+    manifest = report["manifest"]
+    machine = manifest["machine"]
+    device = machine["gpus"][0] if machine["gpus"] else f"{machine['cpu']}, {machine['cores']} cores"
+    config = manifest["config"]
+    figure.suptitle(
+        f"{manifest['what']} on {device}, {config['build']['precision']}, {manifest['repeats']} repeats, "
+        f"{manifest['date'][:10]}; load {manifest['before']['load_average'][0]:.1f} to "
+        f"{manifest['after']['load_average'][0]:.1f}",
+        fontsize=10,
+    )
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    cold_handles, cold_labels = axes[1, 0].get_legend_handles_labels()
+    named = dict(zip(cold_labels + labels, cold_handles + handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=9, fontsize=8, frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=90)
+    return out.getvalue()
+
+
+def _latency(ax: Any, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        chunks = [each["chunk"] for each in row["by_chunk"]]
+        found = [each["latency_ms"] for each in row["by_chunk"]]
+        (line,) = ax.plot(chunks, [each["median"] for each in found], marker="o", markersize=3, label=row["name"])
+        ax.fill_between(
+            chunks,
+            [each["min"] for each in found],
+            [each["max"] for each in found],
+            color=line.get_color(),
+            alpha=0.15,
+            linewidth=0,
+        )
+    ax.set(title="chunk latency, ms: median, smallest to largest", xlabel="chunk", xticks=chunks)
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize=7, frameon=False, loc="lower right")
+
+
+def _stages(ax: Any, rows: list[dict[str, Any]]) -> None:
+    _bars(ax, rows, [row["by_chunk"][-1]["stages_ms"] for row in rows])
+    ax.set_title("last chunk by stage, ms")
+
+
+def _first(ax: Any, rows: list[dict[str, Any]], which: str) -> None:
+    _bars(ax, rows, [row["first_frame"][which]["stages_ms"] for row in rows])
+    what = "a process started" if which == "cold" else "a session asked for, all warm"
+    ax.set_title(f"first chunk, {which}, ms from {what}")
+
+
+def _bars(ax: Any, rows: list[dict[str, Any]], stages: list[dict[str, float]]) -> None:
+    ends = [0.0] * len(rows)
+    for stage, colour in zip(STAGES, COLOURS, strict=True):
+        widths = [each.get(stage, 0.0) for each in stages]
+        if any(widths):
+            ax.barh(range(len(rows)), widths, left=ends, color=colour, label=stage.replace("_", " "))
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    _names(ax, rows)
+
+
+def _fractions(ax: Any, rows: list[dict[str, Any]]) -> None:
+    for offset, key, label in ((-0.2, "of_eager_ops", "of eager's ops"), (0.2, "of_own_ops", "of its own ops")):
+        for index, row in enumerate(rows):
+            found = (row["roofline"] or {}).get(key)
+            if found is not None:
+                median, low, high = (found["products"][name] for name in ("median", "min", "max"))
+                colour = "tab:gray" if offset < 0 else "tab:blue"
+                ax.barh(index + offset, median, height=0.36, color=colour, label=None if index else label)
+                ax.plot([low, high], [index + offset] * 2, color="black", linewidth=1)
+    ax.axvline(1, color="tab:red", linewidth=1)
+    ax.set_title("products and attention at their ceilings / step")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7, frameon=False)
+    _names(ax, rows)
+
+
+def _ratios(ax: Any, report: dict[str, Any]) -> None:
+    first = report["rows"][0]["name"]
+    found = [c for c in report["comparisons"] if c["metric"] == "chunk latency" and c["against"] == first]
+    for index, each in enumerate(found):
+        low, high = (each["interval"] or (min(each["ratios"]), max(each["ratios"])))[:2]
+        shown = each["verdict"] != "none shown"
+        ax.plot([low, high], [index] * 2, color="tab:blue" if shown else "0.6", linewidth=4, alpha=0.6)
+        ax.plot(each["ratios"], [index] * len(each["ratios"]), "|", color="black")
+        ax.text(high, index, "" if shown else "  none shown", va="center", fontsize=7)
+    ax.axvline(1, color="tab:red", linewidth=1)
+    ax.set_title(f"times as fast as {first}: repeats, interval", fontsize=10)
+    ax.set_yticks(range(len(found)), [each["side"] for each in found], fontsize=7)
+    ax.invert_yaxis()
+
+
+def _names(ax: Any, rows: list[dict[str, Any]]) -> None:
+    ax.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+    ax.invert_yaxis()

@@ -1,0 +1,293 @@
+"""What is measured against what: executors on numbers of ranks, as far as this machine runs them, over bundles of one model."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from causalrt.config import BuildConfig, Config, override
+from causalrt.engines.bundle import VAE_WEIGHTS, WEIGHTS, Bundle, open_bundle
+from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind
+from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.errors import BundleError, ConfigError, ExecutorError, OutOfMemoryError
+from causalrt.export.build import build, fused_ops_wanted
+from causalrt.export.options import PluginsMode, Progress
+from causalrt.export.random_weights import random_weights
+from causalrt.runtime.memory import available_bytes, decoder_memory, predict_memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A bundle, or one that is yet to be built of random weights.
+
+    Attributes:
+        path: its folder.
+        config: of it.
+        plugins: what its step is made of.
+        executors: that it holds everything for; None if it will be built for those that are wanted.
+    """
+
+    path: Path
+    config: Config
+    plugins: bool
+    executors: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """One row of the benchmark.
+
+    Attributes:
+        name: of the row; on a CPU it ends in ranks x threads of each.
+        executor: what runs the step.
+        config: with the number of ranks.
+        plugins: self-attention is the fused ops.
+        threads: CPU threads of each rank.
+        device: `cpu` or `cuda`.
+        bundle: folder.
+    """
+
+    name: str
+    executor: str
+    config: Config
+    plugins: bool
+    threads: int
+    device: str
+    bundle: Path
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.config.build.world_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """A row that is not measured, and why."""
+
+    executor: str
+    world_size: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wishes:
+    """What was asked for; None is everything that there is.
+
+    Attributes:
+        executors: names.
+        world_sizes: numbers of ranks.
+        plugins: fused ops on, off or both, where a bundle leaves that open.
+        device: `cpu` or `cuda`.
+        threads: of all ranks of a side together.
+    """
+
+    executors: Sequence[str] | None = None
+    world_sizes: Sequence[int] | None = None
+    plugins: str | None = None
+    device: str | None = None
+    threads: int | None = None
+
+    @property
+    def chosen_device(self) -> str:
+        """That of every side."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def all_threads(self) -> int:
+        """To be divided among the ranks of a side."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+def bundles_of(paths: Sequence[Path], wishes: Wishes) -> list[Source]:
+    """Given bundles, opened.
+
+    Raises:
+        BundleError: one is damaged, or none is for a number of ranks that is asked for.
+        ConfigError: they are not of one model.
+    """
+    opened = [open_bundle(path, verify=False) for path in paths]
+    for other in opened[1:]:
+        _check_same_work(opened[0], other)
+    built_for = [bundle.config.build.world_size for bundle in opened]
+    for ranks in wishes.world_sizes or ():
+        if ranks not in built_for:
+            raise BundleError(
+                f"no bundle for {ranks} rank(s): those given were built for {', '.join(map(str, built_for))}; build one with "
+                f"`--world-size {ranks}`, or leave it out of --world-sizes"
+            )
+    return [
+        Source(path=bundle.path, config=bundle.config, plugins=bundle.plugins, executors=bundle.executors)
+        for bundle in opened
+        if wishes.world_sizes is None or bundle.config.build.world_size in wishes.world_sizes
+    ]
+
+
+def _check_same_work(one: Bundle, other: Bundle) -> None:
+    neutral = BuildConfig()
+    configs = [
+        replace(bundle.config, build=replace(neutral, precision=bundle.config.build.precision))
+        for bundle in (one, other)
+    ]
+    hashes = [[bundle.hashes.get(name) for name in (WEIGHTS, VAE_WEIGHTS)] for bundle in (one, other)]
+    if configs[0] != configs[1] or hashes[0] != hashes[1]:
+        raise ConfigError(
+            f"{one.path} and {other.path} are not the same work: bundles that are compared differ in ranks and head plan "
+            "alone; build them of one checkpoint with the same settings"
+        )
+
+
+def sources_of(config: Config, wishes: Wishes, folder: Path) -> list[Source]:
+    """Bundles of a recipe, to be built in `folder`."""
+    if wishes.chosen_device == "cuda":
+        usual = sorted({1, torch.cuda.device_count()})
+    else:
+        usual = [1, 2] if wishes.all_threads > 1 else [1]
+    mode: PluginsMode = "on" if wishes.plugins == "on" else "auto"
+    fused = fused_ops_wanted(mode, config, (), "onnx")
+    return [
+        Source(
+            path=folder / f"ranks{ranks}",
+            config=override(config, {"build.world_size": str(ranks)}),
+            plugins=fused,
+            executors=None,
+        )
+        for ranks in dict.fromkeys(wishes.world_sizes or usual)
+    ]
+
+
+def choose_sides(
+    sources: Sequence[Source], wishes: Wishes, can: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[Side], list[LeftOut]]:
+    """Rows to measure, and rows that cannot be.
+
+    Args:
+        sources: bundles.
+        wishes: see there. What is asked for by name and cannot be is an error, the rest is left out.
+        can: what the machine can run, as `tools/doctor.py` says it.
+
+    Raises:
+        ExecutorError: an executor is unknown, or was asked for and cannot run; or nothing can.
+    """
+    for name in wishes.executors or ():
+        executor_kind(name)
+    sides: list[Side] = []
+    left_out: list[LeftOut] = []
+    for executor in dict.fromkeys(wishes.executors or EXECUTORS):
+        for source in sources:
+            ranks = source.config.build.world_size
+            reason = why_not(executor, source, wishes.chosen_device, can)
+            if reason is None:
+                sides += _sides_of(executor, source, wishes)
+            elif wishes.executors is not None and (wishes.world_sizes is not None or source.executors is not None):
+                raise ExecutorError(f"{executor} on {ranks} rank(s): {reason}")
+            else:
+                left_out.append(LeftOut(executor=executor, world_size=ranks, reason=reason))
+    if not sides:
+        raise ExecutorError(f"nothing to measure: {'; '.join(f'{each.executor}: {each.reason}' for each in left_out)}")
+    names = [side.name for side in sides]
+    sides = [replace(s, name=f"{s.name} {s.bundle}") if names.count(s.name) > 1 else s for s in sides]
+    return sides, left_out
+
+
+def why_not(executor: str, source: Source, device: str, can: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Why an executor cannot run a bundle on the device; None if it can."""
+    kind, build_config = executor_kind(executor), source.config.build
+    if source.executors is not None and kind.compiled and executor not in source.executors:
+        built = ", ".join(source.executors)
+        return f"{source.path.name} was built for {built}; build it again with `--executor {executor}`"
+    needs = {"eager": ["run eager"], "inductor": ["run inductor"], "onnxruntime": ["build and run onnxruntime"]}
+    wanted = list(needs.get(executor, [f"run {executor} engines"]))
+    if executor in FLAVOURS and source.executors is None:
+        wanted.append(f"build {executor} engines")
+    if build_config.world_size > 1:
+        wanted.append("run several ranks on GPUs" if device == "cuda" else "run several ranks on CPUs")
+    for need in wanted:
+        if not can[need]["ok"]:
+            return str(can[need]["detail"])
+    if executor == "onnxruntime" and device == "cpu" and build_config.precision != "float32":
+        return f"on a CPU it runs float32 only, and this is {build_config.precision}"
+    if executor in FLAVOURS and build_config.precision == "float32":
+        return "its fused attention is for bfloat16 and float16; add `--dtype bf16`"
+    try:
+        choose_device(executor, asked=device, world_size=build_config.world_size)
+    except ExecutorError as error:
+        return str(error)
+    return None
+
+
+def _sides_of(executor: str, source: Source, wishes: Wishes) -> list[Side]:
+    ranks, device = source.config.build.world_size, wishes.chosen_device
+    threads = max(1, wishes.all_threads // ranks)
+    where = f"{ranks}x{threads}" if device == "cpu" else f"P={ranks}"
+    relative = source.config.video.time_index == "relative"
+    if executor_kind(executor).compiled or wishes.plugins is None or relative:
+        modes = [source.plugins]
+    else:
+        modes = {"on": [True], "off": [False], "both": [False, True]}[wishes.plugins]
+    return [
+        Side(
+            name=f"{executor}{'+plugins' if fused else ''} {where}",
+            executor=executor,
+            config=source.config,
+            plugins=fused,
+            threads=threads,
+            device=device,
+            bundle=source.path,
+        )
+        for fused in modes
+    ]
+
+
+def build_random(
+    sources: Sequence[Source], sides: Sequence[Side], folder: Path, *, seed: int, on_progress: Progress
+) -> None:
+    """Build the bundles that sides ask for, of one set of random weights."""
+    checkpoint = folder / "checkpoint.safetensors"
+    model = sources[0].config.model
+    save_file({f"model.{name}": tensor for name, tensor in random_weights(model, seed=seed)}, checkpoint)
+    for source in sources:
+        wanted = [side.executor for side in sides if side.bundle == source.path]
+        if wanted:
+            build(
+                source.config,
+                checkpoint=checkpoint,
+                out=source.path,
+                executors=[name for name in dict.fromkeys(wanted) if executor_kind(name).compiled] or ["eager"],
+                plugins="on" if source.plugins else "auto",
+                on_progress=on_progress,
+            )
+    checkpoint.unlink()
+
+
+def check_all_fit(sides: Sequence[Side], *, vae: bool) -> None:
+    """Refuse sides that do not fit on the host together; on GPUs each rank looks for itself.
+
+    Raises:
+        OutOfMemoryError: with the sides' needs, and what to do.
+    """
+    available = available_bytes()
+    if available is None or sides[0].device != "cpu":
+        return
+    needs = {side.name: _needed_bytes(side, vae=vae) for side in sides}
+    if sum(needs.values()) > available:
+        each = ", ".join(f"{name} {needed / 2**30:.2f}" for name, needed in needs.items())
+        raise OutOfMemoryError(
+            f"all sides stay loaded side by side, which needs {sum(needs.values()) / 2**30:.2f} GiB, and "
+            f"{available / 2**30:.2f} are free (GiB: {each}); name fewer with --executors or --world-sizes, or take a smaller "
+            "--recipe"
+        )
+
+
+def _needed_bytes(side: Side, *, vae: bool) -> int:
+    memory, ranks = predict_memory(side.config, side.executor), side.world_size
+    shared = 0 if executor_kind(side.executor).compiled else memory.weights_bytes * (ranks - 1)
+    decoder = 0
+    if vae:
+        bundle = open_bundle(side.bundle, verify=False)
+        decoder = decoder_memory(bundle, "eager").total_bytes if bundle.vae is not None else 0
+    return memory.total_bytes * ranks - shared + decoder
