@@ -30,8 +30,16 @@ def draw(report: dict[str, Any]) -> bytes:
     Raises:
         ExecutorError: there is no matplotlib.
     """
+    figure_type = figure_class()
+    import matplotlib
+
+    with matplotlib.rc_context({"axes.titlesize": 10, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8}):
+        return _draw(report, figure_type)
+
+
+def _draw(report: dict[str, Any], figure_type: Any) -> bytes:
     rows = report["rows"]
-    figure = figure_class()(figsize=(11, 7 + 0.5 * len(rows)), layout="constrained")
+    figure = figure_type(figsize=(11, 7 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots(3, 2)
     _latency(axes[0, 0], rows)
     _stages(axes[0, 1], rows)
@@ -82,9 +90,13 @@ def _stages(ax: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _first(ax: Any, rows: list[dict[str, Any]], which: str) -> None:
-    _bars(ax, rows, [row["first_frame"][which]["stages_ms"] for row in rows])
-    what = "a process started" if which == "cold" else "a session asked for, all warm"
-    ax.set_title(f"first chunk, {which}, ms from {what}")
+    cold = which == "cold"
+    scale = 1e-3 if cold else 1.0
+    stages = [row["first_frame"][which]["stages_ms"] for row in rows]
+    _bars(ax, rows, [{name: scale * value for name, value in each.items()} for each in stages])
+    ax.set_title(
+        "first chunk, cold: s from a process's start" if cold else "first chunk, warm: ms from asking for a session"
+    )
 
 
 def _bars(ax: Any, rows: list[dict[str, Any]], stages: list[dict[str, float]]) -> None:

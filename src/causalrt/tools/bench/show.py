@@ -23,10 +23,10 @@ LATENCY = (
     "of own",
 )
 LATENCY_NOTE = (
-    "ms of chunks by quantile; cold: first chunk from the start of a process; warm: from asking for a session, ms; frames/s: of "
-    "the last chunks that a refresh follows; MB sent: by a rank to others in a chunk; MiB: the most that a rank held, mapped files "
-    "included; waits: of the host for the GPU in a chunk; of eager, of own: time of products and attention at the highest rates "
-    "that eager torch's ops, or the runtime's own, reach alone / time of a step"
+    "ms of chunks by quantile; cold: first chunk from the start of a process; warm: from asking for a session, ms; "
+    "frames/s: of the last chunks that a refresh follows; MB sent: by a rank to others in a chunk; MiB: the most that a "
+    "rank held, mapped files included; waits: of the host for the GPU in a chunk; of eager, of own: time of products and "
+    "attention at the highest rates that eager torch's ops, or the runtime's own, reach alone / time of a step"
 )
 
 
