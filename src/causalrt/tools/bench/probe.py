@@ -90,6 +90,8 @@ def main() -> None:
     ort.set_global_thread_pool_sizes(arguments.threads, 1)
     config = config_from_dict(json.loads((arguments.folder / "config.json").read_text()))
     device = torch.device("cuda", arguments.rank) if arguments.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if config.build.world_size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
