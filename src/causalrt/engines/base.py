@@ -71,11 +71,19 @@ class Executor(Protocol):
 
 
 def make_executor(
-    name: str, bundle: Bundle, collectives: Collectives, *, num_threads: int, device: torch.device, plugins: bool
+    name: str,
+    bundle: Bundle,
+    collectives: Collectives,
+    *,
+    num_threads: int,
+    device: torch.device,
+    plugins: bool,
+    cuda_graphs: bool = True,
 ) -> Executor:
     """The executor `name` over an opened bundle, with its weights loaded.
 
     `plugins` has eager and inductor run self-attention by the fused ops of `causalrt.plugins`; the others run what was built.
+    `cuda_graphs` has inductor and TensorRT capture a step on a GPU.
 
     Raises:
         ExecutorError: unknown name, or something that it needs is missing here or in the bundle.
@@ -88,7 +96,7 @@ def make_executor(
     if name == "inductor":
         from causalrt.engines.inductor import InductorExecutor
 
-        return InductorExecutor(bundle, collectives, device=device, plugins=plugins)
+        return InductorExecutor(bundle, collectives, device=device, plugins=plugins, cuda_graphs=cuda_graphs)
     if name == "onnxruntime":
         from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
 
@@ -96,4 +104,4 @@ def make_executor(
     from causalrt.engines.tensorrt import TensorRTExecutor
     from causalrt.engines.tensorrt_flavour import FLAVOURS
 
-    return TensorRTExecutor(FLAVOURS[name], bundle, collectives, device=device)
+    return TensorRTExecutor(FLAVOURS[name], bundle, collectives, device=device, cuda_graphs=cuda_graphs)

@@ -93,6 +93,7 @@ class Engine:
         *,
         device: str,
         plugins: bool,
+        cuda_graphs: bool,
         decoder_executor: str | None,
         text_encoder: Path | None,
         text_device: str,
@@ -147,6 +148,7 @@ class Engine:
                     executor=executor,
                     device=device,
                     plugins=plugins,
+                    cuda_graphs=cuda_graphs,
                     num_threads=self.num_threads,
                     timeout_s=max(timeout_s, self._start_s),
                 )

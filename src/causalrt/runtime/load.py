@@ -19,6 +19,7 @@ def load(
     world_size: int | None = None,
     device: str | None = None,
     plugins: bool | None = None,
+    cuda_graphs: bool = True,
     vae: bool | None = None,
     vae_executor: str | None = None,
     text_encoder: str | Path | None = None,
@@ -36,6 +37,7 @@ def load(
         device: `cuda` (rank r on GPU r) or `cpu`; by default GPUs, where the executor can use them and each rank has one.
         plugins: have `eager` and `inductor` run self-attention by the fused ops (Triton kernels on a GPU), or not; by default
             as the bundle was built. The others run what was built.
+        cuda_graphs: have `inductor` and TensorRT capture steps on a GPU, which without takes longer; off is for measurements.
         vae: decode chunks to frames, in a process of its own: on a GPU that no rank has, or else on rank 0's; by default
             if the bundle has a VAE.
         vae_executor: what runs the VAE: `eager`, or one that the bundle was built for. By default `executor`, but eager torch
@@ -110,6 +112,7 @@ def load(
         chosen,
         device=where,
         plugins=fused,
+        cuda_graphs=cuda_graphs,
         decoder_executor=decoder_executor,
         text_encoder=None if text_encoder is None else Path(text_encoder),
         text_device=text_device,

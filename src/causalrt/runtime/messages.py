@@ -24,6 +24,7 @@ class LoadCommand:
         executor: its name.
         device: `cpu` or `cuda`; rank r takes GPU r.
         plugins: run the fused ops.
+        cuda_graphs: capture steps, where the executor can.
         num_threads: CPU threads of each rank.
         timeout_s: of a collective; the caller's own time-out on answers is the shorter one.
     """
@@ -32,6 +33,7 @@ class LoadCommand:
     executor: str
     device: str
     plugins: bool
+    cuda_graphs: bool
     num_threads: int
     timeout_s: float
 

@@ -130,6 +130,7 @@ class RankServer:
             num_threads=command.num_threads,
             device=device,
             plugins=command.plugins,
+            cuda_graphs=command.cuda_graphs,
         )
         self._memories = SessionMemories(self._executor, self._bundle.config, self._bundle.layout)
         self._waits = WaitCounter(device)

@@ -31,6 +31,7 @@ def side(world_size: int = 1, name: str = "eager", executor: str = "eager") -> S
         executor=executor,
         config=config(world_size),
         plugins=False,
+        cuda_graphs=False,
         threads=1,
         device="cpu",
         bundle=Path("bundle"),

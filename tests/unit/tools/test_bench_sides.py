@@ -151,4 +151,12 @@ def test_gpus_are_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     config = override(recipe("tiny"), {"build.precision": "bfloat16"})
     found = sources_of(config, wishes, Path("folder"))
     sides, _ = choose_sides(found, wishes, can)
+    assert all(side.cuda_graphs == (side.executor == "tensorrt") for side in sides)
+    both = Wishes(executors=("eager", "inductor"), world_sizes=(1,), device="cuda", cuda_graphs="both")
+    inductor, _ = choose_sides(found[:1], both, can)
+    assert [(s.name, s.cuda_graphs) for s in inductor] == [
+        ("eager P=1", False),
+        ("inductor-graphs P=1", False),
+        ("inductor P=1", True),
+    ]
     assert [side.name for side in sides] == ["eager P=1", "eager P=4", "tensorrt P=1", "tensorrt P=4"]

@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugins", choices=("on", "off", "both"), help="fused ops in eager and inductor (as the bundle was built)"
     )
+    parser.add_argument(
+        "--cuda-graphs", choices=("on", "off", "both"), default="on", help="in inductor and TensorRT on a GPU (on)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="of all ranks (GPUs where there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads, divided among the ranks of a side (all cores)")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"that count, after one that does not ({REPEATS})")

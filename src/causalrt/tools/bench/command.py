@@ -69,6 +69,7 @@ def run(
         executors=arguments.executors,
         world_sizes=arguments.world_sizes,
         plugins=arguments.plugins,
+        cuda_graphs=arguments.cuda_graphs,
         device=arguments.device,
         threads=arguments.threads,
     )

@@ -36,6 +36,7 @@ def row(side: Side, found: Measured, ceilings: Ceilings | None) -> dict[str, Any
         "world_size": side.world_size,
         "threads_per_rank": side.threads,
         "plugins": side.plugins,
+        "cuda_graphs": side.cuda_graphs,
         "device": side.device,
         "bundle": side.bundle.name,
         "chunk_latency_ms": quantiles([sample.latency_ms for sample in found.chunks]),

@@ -183,6 +183,7 @@ class Rollouts:
                 world_size=side.world_size,
                 device=side.device,
                 plugins=side.plugins,
+                cuda_graphs=side.cuda_graphs,
                 vae=None if self._vae else False,
                 num_threads=side.threads,
             )

@@ -86,7 +86,7 @@ def _stages(row: dict[str, Any], stages: Sequence[str]) -> list[str]:
 
 def sentences(report: dict[str, Any]) -> list[str]:
     """What the rows say of each other, what single ops reached, what was checked, and what is missing."""
-    executors = {row["name"]: (row["executor"], row["plugins"]) for row in report["rows"]}
+    executors = {row["name"]: (row["executor"], row["plugins"], row["cuda_graphs"]) for row in report["rows"]}
     first = report["rows"][0]["name"]
     lines = [
         each["says"]

@@ -19,6 +19,8 @@ from causalrt.export.options import PluginsMode, Progress
 from causalrt.export.random_weights import random_weights
 from causalrt.runtime.memory import available_bytes, decoder_memory, predict_memory
 
+MODES = {"on": [True], "off": [False], "both": [False, True]}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
@@ -46,6 +48,7 @@ class Side:
         executor: what runs the step.
         config: with the number of ranks.
         plugins: self-attention is the fused ops.
+        cuda_graphs: steps are captured, where the executor can.
         threads: CPU threads of each rank.
         device: `cpu` or `cuda`.
         bundle: folder.
@@ -55,6 +58,7 @@ class Side:
     executor: str
     config: Config
     plugins: bool
+    cuda_graphs: bool
     threads: int
     device: str
     bundle: Path
@@ -82,6 +86,7 @@ class Wishes:
         executors: names.
         world_sizes: numbers of ranks.
         plugins: fused ops on, off or both, where a bundle leaves that open.
+        cuda_graphs: on, off or both, for executors that capture.
         device: `cpu` or `cuda`.
         threads: of all ranks of a side together.
     """
@@ -89,6 +94,7 @@ class Wishes:
     executors: Sequence[str] | None = None
     world_sizes: Sequence[int] | None = None
     plugins: str | None = None
+    cuda_graphs: str = "on"
     device: str | None = None
     threads: int | None = None
 
@@ -228,18 +234,22 @@ def _sides_of(executor: str, source: Source, wishes: Wishes) -> list[Side]:
     if executor_kind(executor).compiled or wishes.plugins is None or relative:
         modes = [source.plugins]
     else:
-        modes = {"on": [True], "off": [False], "both": [False, True]}[wishes.plugins]
+        modes = MODES[wishes.plugins]
+    captures = executor_kind(executor).warms_up and device == "cuda"
+    graphs = MODES[wishes.cuda_graphs] if captures else [False]
     return [
         Side(
-            name=f"{executor}{'+plugins' if fused else ''} {where}",
+            name=f"{executor}{'+plugins' if fused else ''}{'-graphs' if captures and not graph else ''} {where}",
             executor=executor,
             config=source.config,
             plugins=fused,
+            cuda_graphs=graph,
             threads=threads,
             device=device,
             bundle=source.path,
         )
         for fused in modes
+        for graph in graphs
     ]
 
 
