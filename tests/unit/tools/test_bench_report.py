@@ -15,7 +15,7 @@ from causalrt.tools.bench.ceilings import Ceilings, full_work, rates_of, rooflin
 from causalrt.tools.bench.machine import describe_machine, describe_moment, peak_host_bytes
 from causalrt.tools.bench.probe import ops_of
 from causalrt.tools.bench.report import comparisons, full_chunks, row, steady_chunks
-from causalrt.tools.bench.rollouts import ChunkSample, FirstSample, Measured
+from causalrt.tools.bench.samples import ChunkSample, FirstSample, Measured
 from causalrt.tools.bench.sides import Side
 
 RATES = {"gemm_gflops": 100.0, "attention_gflops": 50.0, "memory_gbs": 10.0, "exchange_gbs": 1.0}

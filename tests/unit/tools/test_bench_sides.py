@@ -14,7 +14,8 @@ from causalrt.errors import BundleError, ConfigError, ExecutorError, OutOfMemory
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
 from causalrt.tools.bench import sides as module
-from causalrt.tools.bench.sides import Source, Wishes, bundles_of, check_all_fit, choose_sides, sources_of, why_not
+from causalrt.tools.bench.sides import check_all_fit, choose_sides, why_not
+from causalrt.tools.bench.sources import Source, Wishes, bundles_of, sources_of
 from causalrt.tools.doctor import examine
 
 CPU = Wishes(device="cpu", threads=4)

@@ -23,15 +23,8 @@ from causalrt.tools.bench.picture import draw, figure_class
 from causalrt.tools.bench.report import comparisons, row
 from causalrt.tools.bench.rollouts import Rollouts
 from causalrt.tools.bench.show import show
-from causalrt.tools.bench.sides import (
-    Side,
-    Wishes,
-    build_random,
-    bundles_of,
-    check_all_fit,
-    choose_sides,
-    sources_of,
-)
+from causalrt.tools.bench.sides import Side, check_all_fit, choose_sides
+from causalrt.tools.bench.sources import Wishes, build_random, bundles_of, sources_of
 from causalrt.tools.doctor import examine
 
 SCHEMA = 1
@@ -81,7 +74,8 @@ def run(
         vae = config is None and not arguments.no_vae
         check_all_fit(sides, vae=vae)
         if config is not None:
-            build_random(sources, sides, folder, seed=arguments.seed, on_progress=on_progress)
+            wanted = {s.path: [side.executor for side in sides if side.bundle == s.path] for s in sources}
+            build_random(sources, wanted, folder, seed=arguments.seed, on_progress=on_progress)
         report = measure(sides, arguments, vae=vae, on_progress=on_progress)
     report["left_out"] = [
         {"executor": each.executor, "world_size": each.world_size, "reason": each.reason} for each in left_out

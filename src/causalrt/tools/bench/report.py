@@ -7,7 +7,7 @@ from typing import Any
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.tools.bench.ceilings import Ceilings, Rates, Way, roofline, work_of
-from causalrt.tools.bench.rollouts import ChunkSample, FirstSample, Measured
+from causalrt.tools.bench.samples import ChunkSample, FirstSample, Measured
 from causalrt.tools.bench.sides import Side
 from causalrt.tools.bench.verdicts import Comparison, compare, quantiles
 
