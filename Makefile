@@ -24,6 +24,5 @@ fresh:
 	. .venv/bin/activate && pip install -q '.[dev]' && $(MAKE) lint types
 
 bench:  # engines of full size: see benchmarks/engine_build.py
-	python benchmarks/executors.py
-	python benchmarks/executors.py --ranks
+	causalrt bench --executors eager,onnxruntime
 	python benchmarks/precision.py

@@ -31,6 +31,7 @@ from causalrt.engines.inductor import InductorExecutor
 from causalrt.export.random_weights import random_weights
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.usage import WAIT_WARNING
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -105,7 +106,7 @@ def count_waits(session: Session, x: torch.Tensor, first_frame: int) -> int | No
         torch.cuda.set_sync_debug_mode("warn")
         session.step(x, first_frame)
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum(WAIT_WARNING in str(warning.message) for warning in caught)
 
 
 def main() -> None:

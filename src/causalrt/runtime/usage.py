@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+WAIT_WARNING = "called a synchronizing CUDA operation"
+"""What torch warns of; setting the mode warns, once, that it is a prototype that may miss some "synchronizing operations"."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
@@ -47,4 +50,4 @@ class WaitCounter:
         torch.cuda.set_sync_debug_mode("default")
         self._catching.__exit__(None, None, None)
         self._catching = None
-        return sum("synchroniz" in str(warning.message) for warning in self._caught)
+        return sum(WAIT_WARNING in str(warning.message) for warning in self._caught)

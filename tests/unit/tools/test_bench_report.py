@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from causalrt.config import Config, override, recipe
+from causalrt.engines.onnxruntime import _start_thread_pool
 from causalrt.runtime.usage import WaitCounter
 from causalrt.tools.bench.ceilings import Ceilings, full_work, rates_of, roofline, work_of
 from causalrt.tools.bench.machine import describe_machine, describe_moment, peak_host_bytes
@@ -17,6 +18,8 @@ from causalrt.tools.bench.probe import ops_of
 from causalrt.tools.bench.report import comparisons, full_chunks, row, steady_chunks
 from causalrt.tools.bench.samples import ChunkSample, FirstSample, Measured
 from causalrt.tools.bench.sides import Side
+from causalrt.tools.plan.micro_ops import _onnx_runner, attention_op, fused_attention_op, random_tensors
+from causalrt.tools.plan.work import Attention
 
 RATES = {"gemm_gflops": 100.0, "attention_gflops": 50.0, "memory_gbs": 10.0, "exchange_gbs": 1.0}
 
@@ -108,6 +111,16 @@ def test_every_op_of_a_step_is_measured(world_size: int) -> None:
         assert flops == [each.flops for each in work.attentions] * times
         assert [op.features["flop"] for op in ops if op.kind == "gemm"] == [each.flops for each in work.gemms]
         assert sum(op.kind == "arithmetic" for op in ops) == 1
+
+
+def test_either_attention_of_onnxruntime_attends() -> None:
+    _start_thread_pool(1)
+    random = random_tensors(torch.float32)
+    attention = Attention(num_heads=3, rows=5, keys=11, head_dim=16, count=1, over_slots=True)
+    for make in (attention_op, fused_attention_op):
+        op = make(attention, random)
+        *_, made = _onnx_runner(op)()  # type: ignore[misc]
+        torch.testing.assert_close(made, op.eager(*op.inputs.values()))
 
 
 def with_rounds(sides: list[Side], count: int) -> Ceilings:
@@ -241,7 +254,7 @@ def test_waits_are_counted_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> No
         counter.begin()
         for _ in range(3):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-        warnings.warn("something else", stacklevel=1)
+        warnings.warn("the mode does not yet detect all synchronizing operations", stacklevel=1)
         assert counter.end() == 3
     assert counter.end() is None
     assert modes == ["warn", "default"] * 2
