@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_bundles import bundle_factory, write_checkpoint
 from small_encoders import write_vae
 
@@ -180,6 +181,14 @@ def test_refusals(flags: list[str], message: str, tmp_path: Path, capsys: pytest
     assert bench("--recipe", "tiny", "--device", "cpu", *flags, "--out", tmp_path) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for executors in ([], ["--executors", "eager"]):
+        assert bench("--recipe", "tiny", "--device", "cuda", *executors, "--out", tmp_path) == 2
+        assert "torch sees 0 here" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("unloaded")

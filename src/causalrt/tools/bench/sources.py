@@ -106,7 +106,7 @@ def _check_same_work(one: Bundle, other: Bundle) -> None:
 def sources_of(config: Config, wishes: Wishes, folder: Path) -> list[Source]:
     """Bundles of a recipe, to be built in `folder`."""
     if wishes.chosen_device == "cuda":
-        usual = sorted({1, torch.cuda.device_count()})
+        usual = sorted({1, max(1, torch.cuda.device_count())})
     else:
         usual = [1, 2] if wishes.all_threads > 1 else [1]
     mode: PluginsMode = "on" if wishes.plugins == "on" else "auto"
