@@ -142,6 +142,16 @@ def test_fractions_are_of_the_rounds_around_a_repeat() -> None:
     assert found["products"]["max"] == pytest.approx(at_ceilings[0] / 40)
     assert found["products"]["min"] == pytest.approx(at_ceilings[1] / 40)
     assert found["with_passes_and_exchange"]["min"] > found["products"]["min"]
+    assert found["products_fastest"] == pytest.approx(at_ceilings[0] * 1.5 / 3 / 40)
+
+
+def test_the_fastest_step_is_held_against_the_best_rates() -> None:
+    found = measured()
+    found.chunks[0] = chunk(0, denoise_ms=(30.0, 5.0, 30.0, 30.0))  # the machine was busy, but for one step
+    fraction = row(side(), found, with_rounds([side()], 3))["roofline"]["of_own_ops"]
+    best = {name: 3 * rate for name, rate in RATES.items()}
+    at_best = sum(roofline(work_of(config(), kv_frames=n), best, element_bytes=4).products_ms for n in (3, 6, 7, 7))
+    assert fraction["products_fastest"] == pytest.approx(at_best / (5 + 10 + 10 + 10))
 
 
 def test_a_runtime_without_single_ops_has_eagers_alone() -> None:

@@ -227,6 +227,11 @@ class Ceilings(AbstractContextManager["Ceilings"]):
         before, after = self.rounds[way][repeat : repeat + 2]
         return {name: statistics.mean((before[name], after[name])) for name in before}
 
+    def best(self, way: Way) -> Rates:
+        """Of all rounds."""
+        rounds = self.rounds[way]
+        return {name: max(rates[name] for rates in rounds) for name in rounds[0]}
+
     def as_list(self) -> list[dict[str, Any]]:
         """Plain JSON types: the best of all rounds, and every round."""
         return [
@@ -235,7 +240,7 @@ class Ceilings(AbstractContextManager["Ceilings"]):
                 "runtime": way.runtime,
                 "world_size": way.world_size,
                 "threads": way.threads,
-                "best": {name: max(rates[name] for rates in rounds) for name in rounds[0]},
+                "best": self.best(way),
                 "rounds": [dict(rates) for rates in rounds],
             }
             for way, rounds in self.rounds.items()

@@ -7,6 +7,8 @@ from causalrt.errors import ExecutorError
 
 STAGES = ("start", "load", "open", "queue", "denoise", "exchange", "gather", "decode", "hand_over")
 COLOURS = ("0.55", "0.75", "tab:olive", "tab:pink", "tab:blue", "tab:red", "tab:purple", "tab:orange", "tab:green")
+INVISIBLE = 0.001
+"""Of the longest bar."""
 
 
 def figure_class() -> Any:
@@ -73,15 +75,15 @@ def _latency(ax: Any, rows: list[dict[str, Any]]) -> None:
         (line,) = ax.plot(chunks, [each["median"] for each in found], marker="o", markersize=3, label=row["name"])
         ax.fill_between(
             chunks,
-            [each["min"] for each in found],
-            [each["max"] for each in found],
+            [each["p25"] for each in found],
+            [each["p75"] for each in found],
             color=line.get_color(),
             alpha=0.15,
             linewidth=0,
         )
-    ax.set(title="chunk latency, ms: median, smallest to largest", xlabel="chunk", xticks=chunks)
+    ax.set(title="chunk latency, ms: median and quartiles", xlabel="chunk", xticks=chunks)
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=7, frameon=False, loc="lower right")
+    ax.legend(fontsize=7, framealpha=0.7, loc="lower right")
 
 
 def _stages(ax: Any, rows: list[dict[str, Any]]) -> None:
@@ -100,10 +102,10 @@ def _first(ax: Any, rows: list[dict[str, Any]], which: str) -> None:
 
 
 def _bars(ax: Any, rows: list[dict[str, Any]], stages: list[dict[str, float]]) -> None:
-    ends = [0.0] * len(rows)
+    ends, longest = [0.0] * len(rows), max(sum(each.values()) for each in stages)
     for stage, colour in zip(STAGES, COLOURS, strict=True):
         widths = [each.get(stage, 0.0) for each in stages]
-        if any(widths):
+        if max(widths) > INVISIBLE * longest:
             ax.barh(range(len(rows)), widths, left=ends, color=colour, label=stage.replace("_", " "))
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     _names(ax, rows)

@@ -6,10 +6,10 @@ from typing import Any
 
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
-from causalrt.tools.bench.ceilings import Ceilings, Rates, Way, roofline, work_of
+from causalrt.tools.bench.ceilings import Ceilings, Rates, StepMs, Way, roofline, work_of
 from causalrt.tools.bench.samples import ChunkSample, FirstSample, Measured
 from causalrt.tools.bench.sides import Side
-from causalrt.tools.bench.verdicts import Comparison, compare, quantiles
+from causalrt.tools.bench.verdicts import Comparison, compare, quantile, quantiles
 
 FLAT_WITHIN, FIRST_WITHIN = 0.05, 0.10
 """How flat chunk latency shall be once the window is full, and how close a first warm chunk to a later one like it."""
@@ -98,7 +98,13 @@ def _by_chunk(samples: Sequence[ChunkSample]) -> list[dict[str, Any]]:
             {
                 "chunk": chunk,
                 "kv_frames": own[0].kv_frames,
-                "latency_ms": {"median": statistics.median(latencies), "min": min(latencies), "max": max(latencies)},
+                "latency_ms": {
+                    "median": statistics.median(latencies),
+                    "p25": quantile(latencies, 0.25),
+                    "p75": quantile(latencies, 0.75),
+                    "min": min(latencies),
+                    "max": max(latencies),
+                },
                 "step_ms": statistics.median(sample.step_ms for sample in own),
                 "refresh_ms": statistics.median(sample.refresh_ms for sample in own),
                 "stages_ms": {name: statistics.median(each[name] for each in stages) for name in stages[0]},
@@ -123,7 +129,7 @@ def _frames_per_second(config: Config, found: Measured) -> dict[str, Any] | None
         if sample.chunk in steady and sample.period_ms is not None
     ]
     full = set(steady) <= set(full_chunks(found.chunks, config))
-    return {"median": statistics.median(rates), "min": min(rates), "max": max(rates), "chunks": steady, "full": full}
+    return {**_spread(rates), "chunks": steady, "full": full}
 
 
 def _exchange(config: Config, samples: Sequence[ChunkSample]) -> dict[str, Any]:
@@ -157,26 +163,30 @@ def _fraction(config: Config, samples: Sequence[ChunkSample], ceilings: Ceilings
     size = TORCH_DTYPES[config.build.precision].itemsize
     works = {kv_frames: work_of(config, kv_frames=kv_frames) for kv_frames in {s.kv_frames for s in samples}}
 
-    def at(rates: Rates, sample: ChunkSample) -> tuple[float, float]:
-        step = roofline(works[sample.kv_frames], rates, element_bytes=size)
-        return step.products_ms, step.all_ms
+    def at(rates: Rates, sample: ChunkSample) -> StepMs:
+        return roofline(works[sample.kv_frames], rates, element_bytes=size)
 
     products, everything = [], []
     for repeat in sorted({sample.repeat for sample in samples}):
-        own = [sample for sample in samples if sample.repeat == repeat]
-        rates = ceilings.around(way, repeat)
+        own, rates = [s for s in samples if s.repeat == repeat], ceilings.around(way, repeat)
         took_ms = sum(sample.step_ms for sample in own)
-        products.append(sum(at(rates, sample)[0] for sample in own) / took_ms)
-        everything.append(sum(at(rates, sample)[1] for sample in own) / took_ms)
+        products.append(sum(at(rates, sample).products_ms for sample in own) / took_ms)
+        everything.append(sum(at(rates, sample).all_ms for sample in own) / took_ms)
+    fastest: dict[int, float] = {}
+    for sample in samples:
+        step_ms = min(sample.denoise_ms)
+        fastest[sample.chunk] = min(fastest.get(sample.chunk, step_ms), step_ms)
+    once, best = [s for s in samples if s.repeat == samples[0].repeat], ceilings.best(way)
     return {
         "way": way.name,
-        "products": {"median": statistics.median(products), "min": min(products), "max": max(products)},
-        "with_passes_and_exchange": {
-            "median": statistics.median(everything),
-            "min": min(everything),
-            "max": max(everything),
-        },
+        "products": _spread(products),
+        "with_passes_and_exchange": _spread(everything),
+        "products_fastest": sum(at(best, sample).products_ms for sample in once) / sum(fastest.values()),
     }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def _checks(config: Config, found: Measured) -> dict[str, Any]:
