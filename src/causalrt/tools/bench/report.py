@@ -148,11 +148,13 @@ def _exchange(config: Config, samples: Sequence[ChunkSample]) -> dict[str, Any]:
     }
 
 
-def _fractions(side: Side, samples: Sequence[ChunkSample], ceilings: Ceilings) -> dict[str, Any]:
+def _fractions(side: Side, samples: Sequence[ChunkSample], ceilings: Ceilings) -> dict[str, Any] | None:
     """Time of the steps at the ceilings of the same rounds / time that they took, over whole rollouts."""
     eager, own = ceilings.eager_way(side), ceilings.own_way(side)
     # A lone first frame is a chunk of other sizes, which were not measured.
     whole = [sample for sample in samples if sample.chunk or not side.config.video.lone_first_frame]
+    if not whole:
+        return None
     return {
         "of_eager_ops": _fraction(side.config, whole, ceilings, eager),
         "of_own_ops": None if own is None else _fraction(side.config, whole, ceilings, own),
