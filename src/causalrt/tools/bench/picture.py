@@ -83,7 +83,7 @@ def _latency(ax: Any, rows: list[dict[str, Any]]) -> None:
         )
     ax.set(title="chunk latency, ms: median and quartiles", xlabel="chunk", xticks=chunks)
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=7, framealpha=0.7, loc="lower right")
+    ax.legend(fontsize=7, framealpha=0.7, loc="upper left")
 
 
 def _stages(ax: Any, rows: list[dict[str, Any]]) -> None:
@@ -120,10 +120,13 @@ def _fractions(ax: Any, rows: list[dict[str, Any]]) -> None:
                 colour = "tab:gray" if offset < 0 else "tab:blue"
                 ax.barh(index + offset, median, height=0.36, color=colour, label=None if index else label)
                 ax.plot([low, high], [index + offset] * 2, color="black", linewidth=1)
+                fastest = found["products_fastest"]
+                name = "fastest step, best ops" if not index and offset < 0 else None
+                ax.plot(fastest, index + offset, "D", color="tab:orange", markersize=5, label=name)
     ax.axvline(1, color="tab:red", linewidth=1)
     ax.set_title("products and attention at their ceilings / step")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=7, framealpha=0.7, loc="upper right")
     _names(ax, rows)
 
 

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-TABLE_WIDTH, SMALL_MS = 120, 100
+TABLE_WIDTH, SMALL_MS = 130, 100
 LATENCY = (
     "",
     "p50",
@@ -17,7 +17,7 @@ LATENCY = (
     "warm",
     "frames/s",
     "MB sent",
-    "MiB a rank",
+    "MiB",
     "waits",
     "of eager",
     "of own",
@@ -64,7 +64,7 @@ def _latency(row: dict[str, Any]) -> list[str]:
 
     def fraction(key: str) -> str:
         found = roofline.get(key)
-        return "-" if found is None else f"{found['products']['median']:.2f}, {found['products_fastest']:.2f}"
+        return "-" if found is None else f"{found['products']['median']:.2f}/{found['products_fastest']:.2f}"
 
     return [
         row["name"],
