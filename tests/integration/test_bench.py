@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import struct
 import sys
@@ -14,7 +16,7 @@ from small_bundles import bundle_factory, write_checkpoint
 from small_encoders import write_vae
 
 from causalrt import Engine, Session, build, override, recipe
-from causalrt.cli import main
+from causalrt.cli import _parser, main
 from causalrt.engines.bundle import MANIFEST, file_digest
 from causalrt.runtime import files
 from causalrt.tools.bench.rollouts import Rollouts
@@ -96,6 +98,14 @@ def check_row(row: dict[str, Any]) -> None:
         assert row["roofline"][way]["products"]["median"] > 0
     assert 0 <= row["largest_difference"] < 1e-4
     assert row["checks"]["flat_once_full"]["chunks"] == [2, 3]
+
+
+DOC = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+
+
+@pytest.mark.parametrize("command", re.findall(r"^causalrt (.*)$", DOC, flags=re.MULTILINE))
+def test_every_documented_command_parses(command: str) -> None:
+    assert callable(_parser().parse_args(shlex.split(command, comments=True)).function)
 
 
 # ---- bundles: two of them, eager, without ceilings and picture
