@@ -70,7 +70,7 @@ def test_inspect(bundle, capsys):
     assert main(["inspect", str(bundle), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert sum(graph["exchange_after"] for graph in found["graphs"]) == 2 * recipe("tiny").model.num_layers
-    attentions = sum(graph["ops"].get("Attention", 0) for graph in found["graphs"])
+    attentions = sum(graph["ops"].get("MultiHeadAttention", 0) for graph in found["graphs"])
     # 3 heads on 2 ranks: each layer attends for a whole head, half of another, and the prompt.
     assert attentions == 3 * recipe("tiny").model.num_layers
     weights = load_file(bundle / "weights.safetensors")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper
 
+from causalrt.export.fuse_attention import RUNTIME_DOMAIN, RUNTIME_OP
 from causalrt.plugins.attention import attend
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.tools.plan.calibration import Features, Runtime, attention_features, gemm_features, pass_features
@@ -86,7 +87,7 @@ def micro_ops(dtype: torch.dtype = torch.float32) -> list[MicroOp]:
                 kind="attention",
                 features=attention_features(attention),
                 inputs={"q": random(1, rows, width), "k": random(1, keys, width), "v": random(1, keys, width)},
-                node=("Attention", {"q_num_heads": heads, "kv_num_heads": heads}),
+                node=(RUNTIME_OP, {"num_heads": heads, "domain": RUNTIME_DOMAIN}),
                 eager=lambda q, k, v, heads=heads: attend(q, k, v, heads),
             )
         )
@@ -165,7 +166,9 @@ def _onnx_runner(op: MicroOp) -> Callable[[], object]:
             for n in op.constant
         ],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(RUNTIME_DOMAIN, 1)], ir_version=10
+    )
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
