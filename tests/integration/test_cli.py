@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import causalrt
 from causalrt.cli import main
 from causalrt.config import recipe
 from causalrt.export.random_weights import random_weights
@@ -70,13 +71,18 @@ def test_inspect(bundle, capsys):
     assert main(["inspect", str(bundle), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert sum(graph["exchange_after"] for graph in found["graphs"]) == 2 * recipe("tiny").model.num_layers
-    attentions = sum(graph["ops"].get("Attention", 0) for graph in found["graphs"])
+    attentions = sum(graph["ops"].get("MultiHeadAttention", 0) for graph in found["graphs"])
     # 3 heads on 2 ranks: each layer attends for a whole head, half of another, and the prompt.
     assert attentions == 3 * recipe("tiny").model.num_layers
     weights = load_file(bundle / "weights.safetensors")
     assert found["parameters"] == sum(tensor.numel() for tensor in weights.values())
     assert main(["inspect", str(bundle)]) == 0
     assert main(["inspect", str(bundle / "..")]) == 2
+
+
+def test_graphs_do_not_say_where_they_were_built(bundle):
+    package = str(Path(causalrt.__file__).parent).encode()
+    assert not [path.name for path in bundle.glob("*.onnx") if package in path.read_bytes()]
 
 
 def test_weights_are_stored_once(bundle):

@@ -228,7 +228,7 @@ def _write_graphs(
 ) -> dict[str, Any]:
     """The ONNX files of every executor that wants some; the traced model is gone when this returns."""
     from causalrt.export.engine_files import write_engine_graphs
-    from causalrt.export.onnx import step_graph, write_segments, write_small_graphs
+    from causalrt.export.onnx import runtime_graph, step_graph, write_segments, write_small_graphs
     from causalrt.export.trace import wan_from_file
 
     wan = wan_from_file(config, folder / WEIGHTS)
@@ -240,7 +240,7 @@ def _write_graphs(
         if "onnxruntime" in chosen:
             segmented = step_graph(wan, config, folder, progress, whole_slots=False, fused=fused, lone=lone)
             graphs[f"{key}segments"] = write_segments(
-                segmented, folder, f"{prefix}step", progress, at_cache_writes=False
+                runtime_graph(segmented, config), folder, f"{prefix}step", progress, at_cache_writes=False
             )
         if tensorrt and frontend == "onnx":
             graphs[f"{key}tensorrt"] = write_engine_graphs(

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
 from causalrt.engines.tensor_names import KV_ROWS
+from causalrt.export.fuse_attention import fuse_attention_pass
 from causalrt.export.options import Progress
 from causalrt.export.plugin_functions import check_fused_nodes
 from causalrt.export.segment import cut_exchanges_pass
@@ -71,6 +72,25 @@ def step_graph(
         check_fused_nodes(step, num_layers=config.model.num_layers)
     on_progress(stage, 2, 2)
     return step
+
+
+def runtime_graph(step: onnx.ModelProto, config: Config) -> onnx.ModelProto:
+    """A step graph over the filled prefix with ONNX Runtime's own attention; the graph given stays as it is.
+
+    Raises:
+        RuntimeError: not every layer has its attentions in the form that is looked for.
+    """
+    if config.build.precision != "float32":  # which alone has kernels on a CPU
+        return step
+    layers, shares = config.model.num_layers, len(layout_from_config(config).shares)
+    wanted = layers + shares * (
+        1 if step.functions else layers
+    )  # a function stands for the self-attentions of all layers
+    tuned = onnx.ModelProto()
+    tuned.CopyFrom(step)
+    if (hits := fuse_attention_pass(tuned)) != wanted:
+        raise RuntimeError(f"{hits} attentions of {wanted} have the form that MultiHeadAttention takes")
+    return tuned
 
 
 def write_segments(

@@ -88,4 +88,8 @@ def _translate(
             verbose=False,
         )
     assert translated is not None
+    for node in translated.model.graph:
+        node.metadata_props.pop(
+            "pkg.torch.onnx.stack_trace", None
+        )  # where this package lies, which makes builds differ
     return translated.model

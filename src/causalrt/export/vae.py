@@ -118,10 +118,6 @@ def _write_graph(program: ExportedProgram, folder: Path, name: str, *, inputs: l
         plain = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: _attention})
     outputs = [FRAMES, *(cache + MADE for cache in written)]
     translated = onnx_from_program(plain, input_names=inputs, output_names=outputs)
-    for node in translated.graph:
-        node.metadata_props.pop(
-            "pkg.torch.onnx.stack_trace", None
-        )  # where this package lies, which makes builds differ
     onnx.save(ir.to_proto(share_weights_pass(translated, folder / VAE_WEIGHTS)), folder / name)
 
 

@@ -263,7 +263,7 @@ class ChunkStep(nn.Module):
                 out, k_slots, v_slots = self.ops.kv_attention_whole(*rows, k_slots, v_slots, kv_rows, heads)
             outputs.append(out)
             written.append((k_slots, v_slots))
-        return weights.o(self.exchange.gather_heads(outputs)[0]), written
+        return weights.o(self.exchange.gather_heads(outputs).squeeze(0)), written
 
     def fused_self_attention(
         self,
@@ -293,5 +293,5 @@ class ChunkStep(nn.Module):
     def cross_attention(self, weights: AttentionWeights, y: torch.Tensor, kv: KVPair) -> torch.Tensor:
         """`[S, C]` -> `[S, C]` over all text rows, padding rows included; local, for text is on every rank."""
         q = weights.norm_q(weights.q(y))[None]
-        out: torch.Tensor = weights.o(self.ops.attention(q, *kv, self.num_heads)[0])
+        out: torch.Tensor = weights.o(self.ops.attention(q, *kv, self.num_heads).squeeze(0))
         return out

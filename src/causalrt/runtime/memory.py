@@ -37,7 +37,8 @@ class Memory:
         kv_bytes: KV slots of the session.
         cross_kv_bytes: keys and values of its prompt.
         activation_bytes: the largest set of activations alive at once, exchange buffers included (an estimate).
-        attention_bytes: scratch of self-attention; ONNX Runtime's standard Attention holds every score.
+        attention_bytes: scratch of self-attention in ONNX Runtime: in float32 queries, keys and values with the heads slow;
+            in other types, where it is the standard Attention, every score.
     """
 
     weights_bytes: int
@@ -109,13 +110,17 @@ def predict_memory(config: Config, executor: str, *, device: str = "cpu") -> Mem
     slots = config.slot_rows
     widest = max(6 * model.dim, model.ffn_dim + 2 * model.dim)
     exchange = 2 * layout.world_size * layout.scatter_rows * model.head_dim if layout.world_size > 1 else 0
-    scores = max(s.num_heads * layout.world_size * s.query_rows for s in layout.shares) * slots
+    heads_and_rows = [(share.num_heads, layout.world_size * share.query_rows) for share in layout.shares]
+    if config.build.precision == "float32":
+        scratch = max(heads * (rows + 2 * slots) * model.head_dim for heads, rows in heads_and_rows)
+    else:
+        scratch = max(heads * rows * slots for heads, rows in heads_and_rows)
     return Memory(
         weights_bytes=num_parameters(model) * size * weight_sets,
         kv_bytes=2 * model.num_layers * layout.kv_heads * slots * model.head_dim * size,
         cross_kv_bytes=2 * model.num_layers * model.text_len * model.dim * size,
         activation_bytes=(layout.local_tokens * widest + exchange) * size,
-        attention_bytes=scores * size if executor == "onnxruntime" else 0,
+        attention_bytes=scratch * size if executor == "onnxruntime" else 0,
     )
 
 

@@ -93,11 +93,13 @@ def test_weights_of_a_lone_first_frame(executor, device, sets):
     assert predict_memory(recipe("tiny"), executor, device=device).weights_bytes == one_set
 
 
-def test_onnxruntime_holds_the_scores():
-    config = recipe("tiny")
+def test_onnxruntime_holds_all_scores_but_in_float32():
+    config = recipe("wan_1_3b_480p")
+    rows, keys, channels = config.tokens_per_chunk, config.slot_rows, config.model.dim
     assert predict_memory(config, "eager").attention_bytes == 0
-    scores = 3 * config.tokens_per_chunk * config.video.capacity_frames * config.tokens_per_frame
-    assert predict_memory(config, "onnxruntime").attention_bytes >= 4 * scores
+    assert predict_memory(config, "onnxruntime").attention_bytes == 4 * channels * (rows + 2 * keys)
+    low = override(config, {"build.precision": "bfloat16"})
+    assert predict_memory(low, "onnxruntime").attention_bytes == 2 * config.model.num_heads * rows * keys
 
 
 @pytest.mark.parametrize("executor", ["eager", "onnxruntime"])

@@ -18,7 +18,7 @@ from causalrt.tools.bench.probe import ops_of
 from causalrt.tools.bench.report import comparisons, full_chunks, row, steady_chunks
 from causalrt.tools.bench.samples import ChunkSample, FirstSample, Measured
 from causalrt.tools.bench.sides import Side
-from causalrt.tools.plan.micro_ops import _onnx_runner, attention_op, fused_attention_op, random_tensors
+from causalrt.tools.plan.micro_ops import _onnx_runner, attention_op, random_tensors, standard_attention_op
 from causalrt.tools.plan.work import Attention
 
 RATES = {"gemm_gflops": 100.0, "attention_gflops": 50.0, "memory_gbs": 10.0, "exchange_gbs": 1.0}
@@ -123,7 +123,7 @@ def test_either_attention_of_onnxruntime_attends(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ort, "SessionOptions", OwnThreads)
     random = random_tensors(torch.float32)
     attention = Attention(num_heads=3, rows=5, keys=11, head_dim=16, count=1, over_slots=True)
-    for make in (attention_op, fused_attention_op):
+    for make in (attention_op, standard_attention_op):
         op = make(attention, random)
         *_, made = _onnx_runner(op)()  # type: ignore[misc]
         torch.testing.assert_close(made, op.eager(*op.inputs.values()))

@@ -22,10 +22,10 @@ from causalrt.tools.plan.calibration import Features, Runtime, exchange_features
 from causalrt.tools.plan.micro_ops import (
     MicroOp,
     attention_op,
-    fused_attention_op,
     gemm_op,
     random_tensors,
     runner,
+    standard_attention_op,
     sum_op,
 )
 from causalrt.tools.plan.work import StepWork
@@ -42,7 +42,7 @@ def ops_of(work: StepWork, runtime: Runtime, dtype: torch.dtype) -> list[MicroOp
     attentions = [attention for attention in work.attentions if attention.rows]
     found += [attention_op(attention, random) for attention in attentions]
     if runtime == "onnxruntime":
-        found += [fused_attention_op(attention, random) for attention in attentions]
+        found += [standard_attention_op(attention, random) for attention in attentions]
     widest = work.gemms[1]
     return [*found, sum_op(widest.m, widest.n, random)]
 

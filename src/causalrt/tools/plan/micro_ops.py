@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper
 
+from causalrt.export.fuse_attention import RUNTIME_DOMAIN, RUNTIME_OP
 from causalrt.plugins.attention import attend
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.tools.plan.calibration import Features, Runtime, attention_features, gemm_features, pass_features
@@ -52,7 +53,6 @@ class MicroOp:
         node: ONNX operator and attributes.
         eager: the same in torch.
         constant: names of inputs that ONNX Runtime is to hold as weights.
-        domain: of the ONNX operator.
     """
 
     kind: str
@@ -61,7 +61,6 @@ class MicroOp:
     node: tuple[str, dict[str, Any]]
     eager: Callable[..., torch.Tensor]
     constant: Sequence[str] = field(default=())
-    domain: str = ""
 
 
 def random_tensors(dtype: torch.dtype) -> Random:
@@ -83,22 +82,22 @@ def gemm_op(gemm: Gemm, random: Random) -> MicroOp:
 
 
 def attention_op(attention: Attention, random: Random) -> MicroOp:
-    """An attention, as standard ONNX has it."""
+    """An attention, in ONNX Runtime by the operator that its executor has."""
     heads, width = attention.num_heads, attention.num_heads * attention.head_dim
     rows, keys = attention.rows, attention.keys
     return MicroOp(
         kind="attention",
         features=attention_features(attention),
         inputs={"q": random(1, rows, width), "k": random(1, keys, width), "v": random(1, keys, width)},
-        node=("Attention", {"q_num_heads": heads, "kv_num_heads": heads}),
+        node=(RUNTIME_OP, {"num_heads": heads, "domain": RUNTIME_DOMAIN}),
         eager=lambda q, k, v: attend(q, k, v, heads),
     )
 
 
-def fused_attention_op(attention: Attention, random: Random) -> MicroOp:
-    """The same by ONNX Runtime's own operator, which keeps no score matrix."""
-    node = ("MultiHeadAttention", {"num_heads": attention.num_heads})
-    return replace(attention_op(attention, random), node=node, domain="com.microsoft")
+def standard_attention_op(attention: Attention, random: Random) -> MicroOp:
+    """The same by the standard operator, which keeps a matrix of all scores."""
+    heads = attention.num_heads
+    return replace(attention_op(attention, random), node=("Attention", {"q_num_heads": heads, "kv_num_heads": heads}))
 
 
 def sum_op(rows: int, width: int, random: Random) -> MicroOp:
@@ -182,7 +181,7 @@ def _onnx_runner(op: MicroOp) -> Callable[[], object]:
     out = op.eager(*op.inputs.values())
     values = {name: helper.make_tensor_value_info(name, types[t.dtype], list(t.shape)) for name, t in op.inputs.items()}
     graph = helper.make_graph(
-        [helper.make_node(op.node[0], list(op.inputs), ["out"], domain=op.domain, **op.node[1])],
+        [helper.make_node(op.node[0], list(op.inputs), ["out"], **op.node[1])],
         "one",
         [info for name, info in values.items() if name not in op.constant],
         [helper.make_tensor_value_info("out", TensorProto.FLOAT, list(out.shape))],
@@ -191,8 +190,9 @@ def _onnx_runner(op: MicroOp) -> Callable[[], object]:
             for n in op.constant
         ],
     )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(RUNTIME_DOMAIN, 1)], ir_version=10
+    )
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
