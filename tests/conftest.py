@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 # Before torch is imported, and for the processes that tests start: small ops on several threads wait for each other, at
 # great length where other tests run beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell has what it starts in the background ignore Ctrl-C, and tests that press it would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MAX_WORKERS = 4
 """Each takes a gigabyte or two, with the ranks that it starts."""
