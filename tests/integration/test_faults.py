@@ -42,6 +42,8 @@ SAME = 2e-5
 """Between two runs of the same rollout; on different numbers of ranks the order of float32 sums differs."""
 LONG = num_steps(240)
 """A chunk of a second or more, to break something in its middle."""
+LONG_REFRESH = {"video.latent_height": "80", "video.latent_width": "120", **num_steps(1)}
+"""What follows a chunk takes some tenths of a second."""
 SECONDS_TO_FAIL = 10.0
 
 
@@ -430,7 +432,7 @@ def next_in_background(session: Session) -> Background:
 
 
 def test_waiting_for_a_dead_engine_keeps_raising(bundles: Bundles) -> None:
-    with load(bundles(2)) as engine:
+    with load(bundles(2, LONG_REFRESH)) as engine:
         session = engine.session(prompt())
         next(session)
         os.kill(engine.rank_pids[1], signal.SIGKILL)

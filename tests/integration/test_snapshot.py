@@ -143,7 +143,6 @@ def damage(path, change):
         (DECODER_FILE, lambda found: found.pop("cache.03")),
         (SESSION_FILE, lambda found: None),  # its header is gone
     ],
-    ids=str,
 )
 def test_a_damaged_snapshot_is_refused(engine, written, file, change):
     damage(written / file, change)

@@ -14,21 +14,14 @@ from typing import Any
 
 import onnxruntime as ort
 import torch
-from onnx import TensorProto
 
-from causalrt.engines.base import TORCH_DTYPES, Collectives
+from causalrt.engines.base import ONNX_TYPES, TORCH_DTYPES, Collectives
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, Bundle
 from causalrt.engines.tensor_names import KV_ROWS, is_callers
 from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors
 from causalrt.model.wan import sinusoid
 
-_ONNX_TYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.bfloat16: TensorProto.BFLOAT16,
-    torch.float16: TensorProto.FLOAT16,
-    torch.int64: TensorProto.INT64,
-}
 _TORCH_TYPES = {
     "tensor(float)": torch.float32,
     "tensor(bfloat16)": torch.bfloat16,
@@ -94,7 +87,7 @@ class _Segment:
         assert tensor.is_contiguous()
         bind = self.binding.bind_output if output else self.binding.bind_input
         kind, index = self._device.type, self._device.index or 0
-        bind(name, kind, index, _ONNX_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+        bind(name, kind, index, ONNX_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
 
     def empty(self, name: str) -> torch.Tensor:
         """Memory for an input or output of static shape."""

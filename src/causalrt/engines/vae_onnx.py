@@ -6,17 +6,12 @@ from typing import Any
 
 import onnxruntime as ort
 import torch
-from onnx import TensorProto
 
+from causalrt.engines.base import ONNX_TYPES
 from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH
 from causalrt.engines.vae import GraphTensor, GraphVae, missing_graphs
 from causalrt.errors import BundleError, ExecutorError
 
-_ONNX_TYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.bfloat16: TensorProto.BFLOAT16,
-    torch.float16: TensorProto.FLOAT16,
-}
 _TORCH_TYPES = {
     "tensor(float)": torch.float32,
     "tensor(bfloat16)": torch.bfloat16,
@@ -58,7 +53,7 @@ class OnnxVae(GraphVae):
         binding = session.io_binding()
         for name, tensor in memory.items():
             bind = binding.bind_output if name in self.outputs[graph] else binding.bind_input
-            kind, sizes = _ONNX_TYPES[tensor.dtype], list(tensor.shape)
+            kind, sizes = ONNX_TYPES[tensor.dtype], list(tensor.shape)
             bind(name, self.device.type, self.device.index or 0, kind, sizes, tensor.data_ptr())
         return lambda: session.run_with_iobinding(binding, self._options)
 

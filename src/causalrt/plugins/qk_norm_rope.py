@@ -14,15 +14,12 @@ Statistics, weight and rotation are float32 whatever the type of the rows, and e
 import math
 from typing import Any
 
-import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
 from causalrt.errors import OperandError
 from causalrt.plugins.kernel_launch import require_triton
 from causalrt.plugins.rotate import rotate_pairs_real
-
-INT64 = ir.DataType.INT64
 
 
 def qk_norm_rope_rows(
@@ -249,13 +246,14 @@ def onnx_qk_norm_rope(
 
 def _onnx_sources(op: Any, destinations: Any, out_rows: int) -> Any:
     """`sources` in standard ops."""
+    from onnx_ir import DataType  # here alone: a rank would load it, and sympy with it, for nothing
 
     def constant(*values: int) -> Any:
         return op.Constant(value_ints=values)
 
     *source_shape, places = (int(size) for size in destinations.shape)
     count = places * math.prod(source_shape)
-    flat = op.Reshape(op.Cast(destinations, to=INT64), constant(-1))
+    flat = op.Reshape(op.Cast(destinations, to=DataType.INT64), constant(-1))
     numbered = op.Range(op.Constant(value_int=0), op.Constant(value_int=count), op.Constant(value_int=1))
     length = max(out_rows + 1, count)  # TensorRT wants no more indices than there are elements
     index = op.ScatterElements(

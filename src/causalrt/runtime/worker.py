@@ -9,6 +9,7 @@ the ranks. The decoder's process is one of the same kind, of a keeper of its own
 import argparse
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import shutil
@@ -109,6 +110,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, KEEPER_SIGNALS)
     descriptors = [int(d) for d in arguments.channels.split(",")]
     assert threading.active_count() == 1, "a fork needs a single thread"
+    gc.freeze()  # no rank's garbage collection needs to go through what was imported, or to copy its pages
     here, ranks = os.getpid(), set[int]()
     for rank in range(len(descriptors)):
         pid = os.fork()

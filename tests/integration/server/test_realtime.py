@@ -205,7 +205,9 @@ def test_switches_do_not_prolong_a_pause():
         client.send("pause")
         client.send("pause")
         server.engine.let(1)
-        until(lambda: server.engine.made.get(0))
+        until(
+            lambda: server.engine.made.get(0) or not server.engine.open_sessions
+        )  # on a busy machine the pause is over
         begun = time.monotonic()
         while server.engine.open_sessions:
             assert time.monotonic() < begun + DEADLINE_S, "the pause did not end"

@@ -1,11 +1,13 @@
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto
 
-from causalrt.engines.base import make_executor
+from causalrt.engines.base import ONNX_TYPES, make_executor
 from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind
 from causalrt.engines.step_record import FlavourEngines, TargetEngines
 from causalrt.errors import ExecutorError
@@ -93,3 +95,23 @@ def test_library_that_is_missing_is_named(name, monkeypatch):
     bundle = SimpleNamespace(engines={name: record}, config=config)
     with pytest.raises(ExecutorError, match=rf"{name} needs the Python module {name}, .*pip install 'causalrt\["):
         make_executor(name, bundle, None, num_threads=1, device=torch.device("cpu"), plugins=False)
+
+
+def test_types_are_numbered_as_onnx_numbers_them():
+    assert {
+        torch.float32: TensorProto.FLOAT,
+        torch.float16: TensorProto.FLOAT16,
+        torch.bfloat16: TensorProto.BFLOAT16,
+        torch.int64: TensorProto.INT64,
+    } == ONNX_TYPES
+
+
+def test_ranks_do_not_import_what_only_builds_need():
+    """Half a second for every rank, one after the other where they share cores."""
+    script = (
+        "import sys, causalrt.runtime.worker, causalrt.engines.eager, causalrt.engines.onnxruntime; print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "onnxruntime" in loaded
+    assert loaded.isdisjoint({"onnx", "onnx_ir", "onnxscript", "sympy", "diffusers", "transformers"})

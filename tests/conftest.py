@@ -1,0 +1,52 @@
+"""How the tests are run: on several cores at once, and without work that every test would do over again."""
+
+import functools
+import gc
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported, and for the processes that tests start: small ops on several threads wait for each other, at
+# great length where other tests run beside them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell has what it starts in the background ignore Ctrl-C, and tests that press it would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+MAX_WORKERS = 4
+"""Each takes a gigabyte or two, with the ranks that it starts."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share the files out among the cores, where pytest-xdist is there to do it and `-n` does not say otherwise.
+
+    What is named file by file stays in this process, and so does everything where there is a GPU, which is one for all.
+    """
+    option = config.option
+    wanted = getattr(option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
+    named = any(".py" in argument for argument in config.args)
+    if wanted and not (named or option.usepdb or option.collectonly or Path("/dev/nvidia0").exists()):
+        option.numprocesses = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+        option.dist = "loadfile"  # fixtures of a module are made once
+        option.loadscopereorder = False  # as they are collected: units, which are many and short, come last
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects, of modules for the most part, that no collection needs to look at again, nor that often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def torchlib_read_once() -> Iterator[None]:
+    """torch's exporter parses the sources of five hundred translations whenever it is called: half of its time for `tiny`."""
+    from torch.onnx._internal.exporter import _registration
+
+    apis = _registration.onnxscript_apis
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
+        yield
