@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from causalrt import errors
+from causalrt.runtime.canary import ExchangeCheck
 from causalrt.runtime.noise import Noise
 from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
 
@@ -104,6 +105,11 @@ class CloseCommand:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckExchangesCommand:
+    """Send the canary through every kind of exchange of a step (`runtime/canary.py`); `Done` says what arrived."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadVaeCommand:
     """Open the bundle's VAE; the first command to the decoder's process, answered by `Done`.
 
@@ -136,7 +142,15 @@ class EncodeCommand:
 
 
 Command = (
-    LoadCommand | OpenCommand | GivenCommand | ChunkCommand | PromptCommand | SaveCommand | ResumeCommand | CloseCommand
+    LoadCommand
+    | OpenCommand
+    | GivenCommand
+    | ChunkCommand
+    | PromptCommand
+    | SaveCommand
+    | ResumeCommand
+    | CloseCommand
+    | CheckExchangesCommand
 )
 VaeCommand = LoadVaeCommand | DecodeCommand | EncodeCommand | SaveCommand | ResumeCommand | CloseCommand
 
@@ -186,12 +200,14 @@ class Done:
         records: what the chunk's forwards computed, where that was asked for.
         kv_rows_moved: rows of one head that the session has moved to history.
         free_bytes: what the rank's own device can still give, once it has loaded; None on the host.
+        exchanges: what the canary found on this rank.
     """
 
     times: ChunkTimes | None = None
     records: tuple[StepRecord, ...] = ()
     kv_rows_moved: int = 0
     free_bytes: int | None = None
+    exchanges: tuple[ExchangeCheck, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
