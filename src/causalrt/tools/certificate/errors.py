@@ -103,7 +103,7 @@ class Comparison:
     """Two sides compared over many tensors.
 
     Attributes:
-        name: what was compared: `rollout`, `chunk step`, `segment`, `processes`, `precision`.
+        name: what was compared: `rollout`, `chunk step`, `segment`, `processes`.
         reference: the side that is right.
         candidate: the other one.
         rule: what it must keep to, in words.
@@ -157,6 +157,7 @@ def rms_by_group(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.T
 
 def precision_comparison(
     *,
+    name: str,
     reference: str,
     candidate: str,
     yardstick: str,
@@ -171,7 +172,7 @@ def precision_comparison(
         if not ours[group] <= ratio * theirs[group]
     ]
     return Comparison(
-        name="precision",
+        name=name,
         reference=reference,
         candidate=candidate,
         rule=f"root mean square error of each kind of tensor at most {ratio} times that of {yardstick}",

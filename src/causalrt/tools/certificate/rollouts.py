@@ -100,6 +100,15 @@ class Played:
     tapes: list[Tape]
 
 
+def recording_bytes(config: Config, layout: Layout, plan: RolloutPlan) -> int:
+    """Roughly what is kept of the forwards that are looked at, over two sides of several ranks and their copies as feeds."""
+    model, size = config.model, 4 if config.build.precision == "float32" else 2
+    slots = 2 * 2 * config.slot_rows * layout.kv_heads
+    blocks = 2 * layout.world_size * (layout.scatter_rows + layout.gather_rows)
+    per_rank = model.num_layers * ((slots + blocks) * model.head_dim + 3 * layout.local_tokens * model.dim)
+    return 3 * size * per_rank * layout.world_size * len(plan.places)
+
+
 @torch.inference_mode()
 def play(side: Side, plan: RolloutPlan, prompts: Mapping[str, torch.Tensor], *, held_by: Layout) -> Played:
     """Generate; keys and values are given as the ranks of `held_by` hold them."""
@@ -178,10 +187,17 @@ def _add_small_graphs(
 def _as_held(
     history: Mapping[str, torch.Tensor], layout: Layout, rank: int, held_by: Layout
 ) -> dict[str, torch.Tensor]:
-    """History `[rows, heads, D]` by layer, and by the rank and share of `held_by` that hold it; one rank holds every head."""
+    """History `[rows, heads, D]` by layer, and by the rank and share of `held_by` that hold it.
+
+    One rank holds every head; one that plays all ranks holds their shares, rank after rank.
+    """
     found = {}
     for name, rows in history.items():
         kind, layer, number = name.split(".")
+        if len(layout.shares) > 1 and layout.world_size < held_by.world_size:
+            other, share_number = divmod(int(number), len(held_by.shares))
+            found[f"layer {layer} rank {other} share {share_number} {kind}"] = rows
+            continue
         if layout.world_size == held_by.world_size:
             found[f"layer {layer} rank {rank} share {number} {kind}"] = rows
             continue

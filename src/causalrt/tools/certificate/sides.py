@@ -56,10 +56,15 @@ class Side:
 
 def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device) -> Side:
     """A side that runs `executor`, by fused ops where the bundle was built so."""
+    cores = len(os.sched_getaffinity(0))
 
     def make(collectives: WatchedCollectives) -> Executor:
-        threads = len(os.sched_getaffinity(0))
-        return make_executor(executor, bundle, collectives, num_threads=threads, device=device, plugins=bundle.plugins)
+        if executor == "onnxruntime":
+            from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
+
+            threads = max(1, cores // bundle.config.build.world_size)
+            return OnnxRuntimeExecutor(bundle, collectives, num_threads=threads, device=device, own_threads=True)
+        return make_executor(executor, bundle, collectives, num_threads=cores, device=device, plugins=bundle.plugins)
 
     return Side(name, bundle, make, watches_residuals=executor == "eager")
 
