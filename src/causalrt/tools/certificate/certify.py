@@ -39,6 +39,7 @@ def certify(
     bisect: bool = False,
     emulate: bool = False,
     device: str | None = None,
+    processes: bool = True,
     on_progress: Progress = lambda *_: None,
 ) -> Certificate:
     """Check a bundle and compare its executor with eager.
@@ -54,6 +55,7 @@ def certify(
             only if something is. It then says where the largest difference arises.
         emulate: TensorRT without a GPU: run the graphs that its engines were built from, all ranks in this process.
         device: `cpu` or `cuda`; by default the CPU, where the executor runs there.
+        processes: run the executor in rank processes too, and the canary in their exchanges.
         on_progress: told of each stage.
 
     Raises:
@@ -88,6 +90,7 @@ def certify(
             device=where,
             emulate=emulate,
             always_bisect=bisect,
+            processes=processes,
             scratch=scratch,
             folder=folder,
             out=out,
@@ -157,7 +160,7 @@ def _check_files(certificate: Certificate, bundle: Bundle, checkpoint: Path | No
         add("references", "references of graphs to weights", lambda: check_references(bundle))
     if bundle.engines:
         _check_engine_tables(certificate, bundle)
-    digests = add("digests", "weights finite, and as the build wrote them", lambda: check_digests(bundle))
+    digests = add("weights", "weights are finite, and what the build wrote", lambda: check_digests(bundle))
     if not digests:
         why = "the weight file holds no digests (it was built by an earlier version)"
         certificate.not_checked.append(NotChecked(what="weights against what the build wrote", why=why))

@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace, *, on_progress: Progress) -> tuple[int, s
         bisect=arguments.bisect,
         emulate=arguments.emulate,
         device=arguments.device,
+        processes=not arguments.no_processes,
         on_progress=on_progress,
     )
     text = json.dumps(as_plain(certificate)) if arguments.json else as_text(certificate, arguments.out)

@@ -43,6 +43,8 @@ class TensorError:
 
     def text(self) -> str:
         """In a line."""
+        if not self.error:
+            return f"{self.name}: equal"
         if not self.index:
             return f"{self.name}: error {self.error:.2e}"
         place = ", ".join(map(str, self.index))

@@ -140,12 +140,7 @@ class _Numerics:
             expected = {name: value for name, value in expected.items() if name.endswith(LEAVING)}
         self._add_series(candidate, outputs)
         if not self.low:
-            results = results_of({self.reference: [expected], candidate: [outputs]})
-            (errors,) = compared(results, reference=self.reference, candidate=candidate, tolerance=TOLERANCE)
-            rule = f"every tensor within {TOLERANCE:.0e}"
-            self._add(
-                Comparison(name=what, reference=self.reference, candidate=candidate, rule=rule, errors=tuple(errors))
-            )
+            self._add_errors(what, self.reference, candidate, expected, outputs)
         elif self.yardstick in self.played:
             yardstick = {name: self.played[self.yardstick].outputs[name] for name in expected}
             self._add(
@@ -159,6 +154,19 @@ class _Numerics:
                     theirs=rms_by_group(expected, yardstick),
                 )
             )
+
+    def _add_errors(
+        self,
+        what: str,
+        reference: str,
+        candidate: str,
+        expected: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+    ) -> None:
+        results = results_of({reference: [expected], candidate: [outputs]})
+        (errors,) = compared(results, reference=reference, candidate=candidate, tolerance=TOLERANCE)
+        rule = f"every tensor within {TOLERANCE:.0e}"
+        self._add(Comparison(name=what, reference=reference, candidate=candidate, rule=rule, errors=tuple(errors)))
 
     def _add_series(self, name: str, outputs: Mapping[str, torch.Tensor], *, ratio: float | None = None) -> None:
         """The picture's line of a side."""
@@ -228,6 +236,8 @@ class _Numerics:
         why = None
         if self.low:
             why = "a lower precision has no tolerance for a single step; the rule is about whole rollouts"
+        elif self.emulate:
+            why = "one emulation plays all ranks"
         elif whole_slots:
             why = "it takes KV slots whole, in another order than eager's"
         if why is not None:
@@ -291,11 +301,18 @@ class _Numerics:
         if certificate.bisected is None and step is not None:
             certificate.bisected = bisect_step(step)
 
-    def compare_processes(self, on_progress: Progress) -> None:
+    def compare_processes(self, on_progress: Progress, *, processes: bool) -> None:
         """The executor as users run it."""
+        if not processes:
+            self.certificate.not_checked.append(
+                NotChecked(what="rank processes", why="they were left out by the caller")
+            )
+            return
         if self.emulate:
             why = "its engines want a GPU; only the graphs that they were built from were run"
-            self.certificate.not_checked.append(NotChecked(what=f"rank processes of {self.executor}", why=why))
+            self.certificate.not_checked.append(
+                NotChecked(what=f"rank processes and engines of {self.executor}", why=why)
+            )
             return
         on_progress("rank processes", 0, 1)
         result, fault = attempt(
@@ -314,6 +331,9 @@ class _Numerics:
         outputs, exchanges = result
         if self.reference in self.played:
             self._compare_outputs("processes", name, outputs)
+        if self.candidate in self.played and not self.low:
+            threads = {key: value for key, value in self.played[self.candidate].outputs.items() if key in outputs}
+            self._add_errors("processes", f"{self.candidate}, threads", name, threads, outputs)
         if self.world_size == 1:
             return
         faults = tuple(f"{check.name}: {check.fault}" for check in exchanges if check.fault)
@@ -341,6 +361,7 @@ def compare_sides(
     device: str,
     emulate: bool,
     always_bisect: bool,
+    processes: bool,
     scratch: Path,
     folder: Path | None,
     out: Path | None,
@@ -368,7 +389,7 @@ def compare_sides(
     step = numerics.compare_steps(on_progress)
     numerics.compare_segments(folder, out, on_progress, always_bisect=always_bisect)
     numerics.find_first(step)
-    numerics.compare_processes(on_progress)
+    numerics.compare_processes(on_progress, processes=processes)
 
 
 def emulated_side(name: str, bundle: Bundle, flavour: str) -> Side:

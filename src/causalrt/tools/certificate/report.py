@@ -160,7 +160,8 @@ def as_text(certificate: Certificate, out: Path | None) -> str:
     ]
     if certificate.bisected is not None:
         found = certificate.bisected
-        lines.append(f"bisected    {found['part']}, made by {found['made_by']} ({found['segment']})")
+        title = "largest at" if certificate.passed else "leaves at"
+        lines.append(f"{title:11} {found['part']}, made by {found['made_by']} ({found['segment']})")
     elif certificate.first_wrong is not None:
         lines.append(f"first       {certificate.first_wrong}")
     if certificate.not_checked:
@@ -188,8 +189,9 @@ def as_markdown(certificate: Certificate) -> str:
         lines += [f"**First thing that is wrong:** {certificate.first_wrong}", ""]
     if certificate.bisected is not None:
         found = certificate.bisected
+        title = "Where the largest difference arises" if certificate.passed else "Where the executor leaves eager"
         lines += [
-            f"**Where the executor leaves eager:** {found['part']}; chunk {found['chunk']} {found['forward']}, rank "
+            f"**{title}:** {found['part']}; chunk {found['chunk']} {found['forward']}, rank "
             f"{found['rank']}, in {found['segment']}, made by `{found['made_by']}`.",
             "",
         ]

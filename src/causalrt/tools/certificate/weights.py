@@ -15,7 +15,7 @@ from causalrt.export.checkpoint import DIGESTS, converted_tensors, model_shapes,
 
 
 def check_digests(bundle: Bundle) -> tuple[int, list[str]]:
-    """Tensors whose digest the build has written, and those that are not what it wrote, missing or not finite."""
+    """Tensors whose digest the build has written, and what is wrong: not what it wrote, missing, or not finite."""
     checked, faults = 0, []
     with safe_open(bundle.path / WEIGHTS, framework="pt") as file:
         digests = json.loads((file.metadata() or {}).get(DIGESTS, "{}"))
