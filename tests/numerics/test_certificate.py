@@ -25,7 +25,6 @@ from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
 from causalrt.errors import BundleError, CheckpointError, ExecutorError, RequestError
 from causalrt.export.build import build
 from causalrt.layout import layout_from_config
-from causalrt.tools.certificate import certify as module
 from causalrt.tools.certificate.certify import certify
 from causalrt.tools.certificate.record import Certificate
 from causalrt.tools.certificate.watch import WatchedCollectives
@@ -229,10 +228,11 @@ def test_graphs_of_engines_pass_where_there_is_no_gpu(checkpoint, tmp_path, coll
         with pytest.raises(ExecutorError, match=r"torch sees 0 here.*--emulate.*--executor eager"):
             certified(bundle)
     found = certified(bundle, emulate=True)
-    assert found.passed, found.first_wrong
+    assert failed(found) == {"networks"}  # a stand-in leaves no description of them
     assert [c.candidate for c in found.comparisons] == [
         *("eager, 2 ranks", "tensorrt_rtx (emulated by onnxruntime), 2 ranks")
     ]
+    assert len(found.comparisons[1].errors) == len(found.comparisons[0].errors)
     assert "rank processes" in [entry.what for entry in found.not_checked]
 
 
@@ -293,17 +293,18 @@ def test_a_weight_with_and_without_a_checkpoint(broken, checkpoint):
     )
 
 
-def test_a_weight_where_the_build_left_no_digests_is_named_by_a_checkpoint_alone(broken, checkpoint):
-    weights = load_file(broken / WEIGHTS)
+def test_a_weight_where_the_build_left_no_digests_is_named_by_a_checkpoint_alone(checkpoint, tmp_path):
+    bundle = build(tiny_config(RANKS), checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"])
+    weights = load_file(bundle / WEIGHTS)
     halve_first(weights["head.head.bias"].numpy())
-    save_file(weights, broken / WEIGHTS)
-    hash_again(broken)
-    found = certified(broken, executor="eager")
+    save_file(weights, bundle / WEIGHTS)
+    hash_again(bundle)
+    found = certified(bundle)
     assert found.passed
     assert [entry.what for entry in found.not_checked] == [
         *("weights against what the build wrote", "weights against a checkpoint", "rank processes")
     ]
-    found = certified(broken, executor="eager", checkpoint=checkpoint)
+    found = certified(bundle, checkpoint=checkpoint)
     assert failed(found) == {"checkpoint"}
     assert "head.head.bias differs" in str(found.first_wrong)
 
@@ -332,7 +333,7 @@ def test_a_constant_that_no_table_explains_is_found_by_its_values(bundles, tmp_p
     found = certified(bundle, out=tmp_path / "certificate")
     assert failed(found) == {"rollout", "chunk step", "segment"}
     assert found.bisected["part"].startswith("layer 0 self-attention")
-    assert found.bisected["chunk"], found.bisected["forward"] == (0, "step 0")
+    assert (found.bisected["chunk"], found.bisected["forward"]) == (0, "step 0")
     plain = json.loads((tmp_path / "certificate" / "certificate.json").read_text())
     assert plain["passed"] is False
     assert plain["bisected"] == found.bisected
@@ -402,7 +403,7 @@ def test_a_refresh_without_the_prompt(bundles, monkeypatch):
 
     def wrong(self: OnnxRuntimeExecutor, x: torch.Tensor, e: torch.Tensor, *rest: Any) -> torch.Tensor:
         (kv, cross_kv), options = bound[id(self)]
-        if torch.equal(e, self.embed_time(0.0)[0]):
+        if torch.allclose(e, self.embed_time(0.0)[0], atol=1e-5):
             bind(self, kv, [(k * 0, v * 0) for k, v in cross_kv], **options)
         try:
             return step(self, x, e, *rest)
@@ -426,7 +427,7 @@ def test_ranks_that_send_to_the_wrong_one(bundles, tmp_path, monkeypatch):
         "right = dist.all_to_all_single\n"
         "dist.all_to_all_single = lambda received, sent: right(received, sent.flip(0))\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(module.__file__).parents[3]}")
+    monkeypatch.syspath_prepend(tmp_path)
     found = certify(bundles(RANKS), executor="eager")
     assert failed(found) == {"canary", "processes"}
     assert len(faults(found, "canary")) == 2 * RANKS

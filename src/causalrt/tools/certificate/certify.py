@@ -151,7 +151,8 @@ def _check_files(certificate: Certificate, bundle: Bundle, checkpoint: Path | No
     def add(name: str, what: str, check: Callable[[], tuple[int, list[str]]]) -> int:
         result, fault = attempt(f"the check of {name}", check)
         count, faults = result or (0, [fault])
-        certificate.checks.append(Check(name=name, count=count, found=f"{count} {what}", faults=tuple(faults)))
+        if count or faults:
+            certificate.checks.append(Check(name=name, count=count, found=f"{count} {what}", faults=tuple(faults)))
         return count
 
     add("hashes", "files as the manifest has them", lambda: (len(bundle.hashes), []))
@@ -160,8 +161,7 @@ def _check_files(certificate: Certificate, bundle: Bundle, checkpoint: Path | No
         add("references", "references of graphs to weights", lambda: check_references(bundle))
     if bundle.engines:
         _check_engine_tables(certificate, bundle)
-    digests = add("weights", "weights are finite, and what the build wrote", lambda: check_digests(bundle))
-    if not digests:
+    if not add("weights", "weights are finite, and what the build wrote of them", lambda: check_digests(bundle)):
         why = "the weight file holds no digests (it was built by an earlier version)"
         certificate.not_checked.append(NotChecked(what="weights against what the build wrote", why=why))
     if checkpoint is not None:
@@ -182,7 +182,11 @@ def _check_engine_tables(certificate: Certificate, bundle: Bundle) -> None:
 
     def check() -> tuple[int, list[str]]:
         count, faults = 0, []
-        for engine in describe_engines(bundle):
+        try:
+            engines = describe_engines(bundle)
+        except BundleError as error:
+            return 0, [str(error)]
+        for engine in engines:
             steps: Mapping[str, Any] = {"step": engine["step"], "lone step": engine["lone_step"]}
             for step, described in steps.items():
                 for name, table in (described or {"constants": {}})["constants"].items():

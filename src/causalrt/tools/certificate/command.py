@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunks", type=int, help="of the rollouts (up to the first after eviction)")
     parser.add_argument("--seed", type=int, help="of noise and prompts (0)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="(the CPU, where the executor runs there)")
+    parser.add_argument("--no-processes", action="store_true", help="leave the rank processes and their canary out")
     parser.add_argument(
         "--bisect", action="store_true", help="say where the largest difference arises even if all is well"
     )

@@ -270,7 +270,9 @@ class _Numerics:
             errors, places=self.plan.places, tolerance=TOLERANCE, candidate="onnxruntime, each segment", fault=fault
         )
         self._add(comparison)
-        wrong = comparison.first_wrong or (comparison.worst if always_bisect else None)
+        wrong = comparison.first_wrong
+        if wrong is None and always_bisect:
+            wrong = comparison.worst
         if wrong is not None:
             self.certificate.bisected = explain(graphs[wrong.where["segment"]], wrong)
         if saved is not None and out is not None:

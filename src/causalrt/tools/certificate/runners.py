@@ -136,13 +136,14 @@ def run(runners: Sequence[BaseRunner], feeds: Sequence[Feed]) -> Any:
 
 
 def compared(results: Any, *, reference: str, candidate: str, tolerance: float) -> list[list[TensorError]]:
-    """Errors of one runner against another by Polygraphy's comparator, a list for each feed."""
-    names = list(results.keys())
-    pair = (names.index(reference), names.index(candidate))
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        accuracy = Comparator.compare_accuracy(results, comparisons=[pair], compare_func=Within(tolerance))
-    (found,) = accuracy
-    return [list(errors.values()) for errors in found[reference, candidate]]
+    """Errors of one runner against another by the comparison function, a list for each feed.
+
+    `Comparator.compare_accuracy` would call the same function, and makes a histogram of every tensor to log, logged or not:
+    three quarters of the time of a small certificate.
+    """
+    function = Within(tolerance)
+    pairs = zip(results[reference], results[candidate], strict=True)
+    return [list(function(expected, got).values()) for expected, got in pairs]
 
 
 def results_of(outputs: Mapping[str, Sequence[Feed]]) -> Any:
