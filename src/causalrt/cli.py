@@ -255,7 +255,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(text)
         return code
     arguments.executor = arguments.executor or "onnxruntime"
-    arguments.world_size = arguments.world_size or 1
+    arguments.world_size = 1 if arguments.world_size is None else arguments.world_size
     arguments.time_index = arguments.time_index or "global"
     if arguments.emulate:
         result = _compare_emulated(arguments)

@@ -22,9 +22,10 @@ from small_bundles import bundle_factory, tiny_config, write_checkpoint
 from causalrt.cli import main
 from causalrt.engines.bundle import WEIGHTS
 from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
-from causalrt.errors import BundleError, CheckpointError, ExecutorError, RequestError
+from causalrt.errors import BundleError, CheckpointError, ExecutorError, OutOfMemoryError, RequestError
 from causalrt.export.build import build
 from causalrt.layout import layout_from_config
+from causalrt.tools.certificate import numerics
 from causalrt.tools.certificate.certify import certify
 from causalrt.tools.certificate.record import Certificate
 from causalrt.tools.certificate.watch import WatchedCollectives
@@ -46,6 +47,12 @@ def bundles(folder):
 @pytest.fixture(scope="module")
 def checkpoint(folder):
     return write_checkpoint(tiny_config(), folder / "checkpoint.safetensors")
+
+
+@pytest.fixture(scope="module")
+def low_bundle(checkpoint, folder):
+    config = tiny_config(RANKS, {"build.precision": "bfloat16"})
+    return build(config, checkpoint=checkpoint, out=folder / "bfloat16", executors=["eager"])
 
 
 @pytest.fixture(scope="module")
@@ -199,10 +206,8 @@ def test_inductor_passes(bundles, world_size):
     assert (from_inside in [entry.what for entry in found.not_checked]) == (world_size > 1)
 
 
-def test_a_lower_precision_is_held_against_eagers_own_error(checkpoint, tmp_path):
-    config = tiny_config(RANKS, {"build.precision": "bfloat16"})
-    bundle = build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"])
-    found = certified(bundle, checkpoint=checkpoint, out=tmp_path / "certificate")
+def test_a_lower_precision_is_held_against_eagers_own_error(low_bundle, checkpoint, tmp_path):
+    found = certified(low_bundle, checkpoint=checkpoint, out=tmp_path / "certificate")
     assert found.passed, found.first_wrong
     assert found.tolerance is None
     (rollout,) = found.comparisons
@@ -211,11 +216,9 @@ def test_a_lower_precision_is_held_against_eagers_own_error(checkpoint, tmp_path
     assert json.loads((tmp_path / "certificate" / "certificate.json").read_text())["passed"] is True
 
 
-def test_a_lower_precision_that_is_too_far_from_float32_fails(checkpoint, tmp_path, monkeypatch):
-    config = tiny_config(RANKS, {"build.precision": "bfloat16"})
-    bundle = build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"])
+def test_a_lower_precision_that_is_too_far_from_float32_fails(low_bundle, monkeypatch):
     swap_blocks_of(monkeypatch, exchange=1)
-    found = certified(bundle)
+    found = certified(low_bundle)
     assert failed(found) == {"rollout", "exchanges"}
 
 
@@ -471,6 +474,19 @@ def test_the_command_prints_a_short_verdict(bundles, checkpoint, tmp_path, capsy
 def test_what_cannot_be_certified_is_refused(bundles, tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         certified(bundles(RANKS), out=tmp_path / "certificate", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_polygraphy_it_says_what_to_install(bundles, monkeypatch):
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    with pytest.raises(ExecutorError, match=re.escape("pip install 'causalrt[proof]'")):
+        certified(bundles(RANKS))
+
+
+def test_what_would_not_fit_in_memory_is_refused(bundles, tmp_path, monkeypatch):
+    monkeypatch.setattr(numerics, "available_bytes", lambda: 100_000)
+    with pytest.raises(OutOfMemoryError, match=r"tensors of 6 forwards.*--chunks 1"):
+        certified(bundles(RANKS), out=tmp_path / "certificate")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -65,7 +65,7 @@ def tensor_error(
     if not expected.numel():
         return TensorError(name=name, error=0.0, tolerance=tolerance, where=where or {})
     wanted = expected.double()
-    difference = (got.double() - wanted).abs().nan_to_num(nan=torch.inf)
+    difference = (got.double() - wanted).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
     place = int(difference.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), difference.shape))
     scale = max(1.0, float(wanted.abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).max()))

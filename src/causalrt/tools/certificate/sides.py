@@ -51,7 +51,11 @@ class Side:
             torch.set_num_threads(threads)
             return work(rank)
 
-        return run_threads(self.meeting, on_rank)
+        before = torch.get_num_threads()
+        try:
+            return run_threads(self.meeting, on_rank)
+        finally:
+            torch.set_num_threads(before)  # what a thread sets, later threads begin with
 
 
 def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device) -> Side:
