@@ -33,6 +33,15 @@ from causalrt.tools.certificate.watch import WatchedCollectives
 RANKS = 2
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So small a model gains nothing from a second one, which spins while it waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("bundles")
@@ -223,10 +232,16 @@ def test_a_lower_precision_that_is_too_far_from_float32_fails(low_bundle, monkey
 
 
 @pytest.mark.parametrize("collectives", ["engine", pytest.param("runtime", marks=pytest.mark.slow)])
-def test_graphs_of_engines_pass_where_there_is_no_gpu(checkpoint, tmp_path, collectives):
+def test_graphs_of_engines_pass_where_there_is_no_gpu(bundles, checkpoint, tmp_path, collectives):
     from stand_in_bundles import build_stand_in
 
-    bundle = build_stand_in(tiny_config(RANKS), checkpoint=checkpoint, out=tmp_path / "bundle", collectives=collectives)
+    bundle = build_stand_in(
+        tiny_config(RANKS),
+        checkpoint=checkpoint,
+        out=tmp_path / "bundle",
+        collectives=collectives,
+        small_graphs=bundles(RANKS),
+    )
     if not torch.cuda.is_available():
         with pytest.raises(ExecutorError, match=r"torch sees 0 here.*--emulate.*--executor eager"):
             certified(bundle)

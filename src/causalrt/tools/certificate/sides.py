@@ -44,14 +44,14 @@ class Side:
             self.executors.append(executor)
 
     def run(self, work: Callable[[int], Result]) -> list[Result]:
-        """`work` on every rank, the cores shared among them."""
-        threads = max(1, len(os.sched_getaffinity(0)) // self.world_size)
+        """`work` on every rank; the threads that torch may take here are shared among them."""
+        before = torch.get_num_threads()
+        threads = max(1, before // self.world_size)
 
         def on_rank(rank: int) -> Result:
             torch.set_num_threads(threads)
             return work(rank)
 
-        before = torch.get_num_threads()
         try:
             return run_threads(self.meeting, on_rank)
         finally:
