@@ -245,6 +245,18 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    if (arguments.bundle is None) == (arguments.recorded is None):
+        raise ConfigError("give a bundle, to certify it, or --recorded FILE, to replay a recording; one of the two")
+    if arguments.bundle is not None:
+        from causalrt.tools.certificate.command import run
+
+        with shown_progress() as progress:
+            code, text = run(arguments, on_progress=progress)
+        print(text)
+        return code
+    arguments.executor = arguments.executor or "onnxruntime"
+    arguments.world_size = 1 if arguments.world_size is None else arguments.world_size
+    arguments.time_index = arguments.time_index or "global"
     if arguments.emulate:
         result = _compare_emulated(arguments)
     elif arguments.dtype or arguments.collectives:
@@ -524,20 +536,27 @@ def _parser() -> argparse.ArgumentParser:
     made = command(
         "compare",
         _compare,
-        "Replay a recorded rollout and compare every forward with it; exit 0 only if it agrees.",
+        "Certify that a bundle computes what eager does, or replay a recorded rollout; exit 0 only if all of it agrees.",
+        "  causalrt compare bundle --checkpoint self_forcing_dmd.pt --out certificate\n"
         "  causalrt compare --recorded tests/data/golden/B.safetensors --executor onnxruntime --world-size 8\n"
         "  causalrt compare --recorded tests/data/golden/B.safetensors --executor tensorrt_rtx --world-size 8 --emulate",
     )
-    made.add_argument("--recorded", required=True, type=Path, help="recorded rollout (safetensors)")
-    made.add_argument("--executor", default="onnxruntime", choices=EXECUTORS, help="(onnxruntime)")
-    made.add_argument("--world-size", type=int, default=1, help="ranks (1)")
-    made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks (shares)")
-    made.add_argument("--plugins", choices=("on", "off"), default="off", help="self-attention by the fused ops (off)")
+    from causalrt.tools.certificate.command import add_arguments as add_certificate_arguments
+
+    add_certificate_arguments(made)
+    made.add_argument("--recorded", type=Path, help="recorded rollout (safetensors), to replay instead")
+    made.add_argument(
+        "--executor", choices=EXECUTORS, help="(the best that the bundle was built for; of recordings onnxruntime)"
+    )
+    made.add_argument("--world-size", type=int, help="ranks (those of the bundle; of recordings 1)")
+    made.add_argument(
+        "--head-plan", choices=plans, help="with --recorded: how attention is divided over ranks (shares)"
+    )
+    made.add_argument("--plugins", choices=("on", "off"), help="with --recorded: self-attention by the fused ops (off)")
     made.add_argument(
         "--time-index",
         choices=get_args(TimeIndex),
-        default="global",
-        help="what rotary angles count time by; relative rotates keys when they are read, by the fused ops (global)",
+        help="with --recorded: what rotary angles count time by; relative rotates keys when they are read (global)",
     )
     made.add_argument(
         "--emulate",

@@ -61,11 +61,16 @@ class _Segment:
         received: str | None = None,
         *,
         prepack: bool = True,
+        own_threads: int | None = None,
     ) -> None:
         options = ort.SessionOptions()
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        options.use_per_session_threads = False
+        if own_threads is None:
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = own_threads
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # of many sessions, one runs
         options.log_severity_level = 2
         self._device = device
         self.session = ort.InferenceSession(path, options, providers=_providers(device))
@@ -110,11 +115,23 @@ class _Segment:
 
 
 class OnnxRuntimeExecutor:
-    """Runs the bundle's ONNX graphs."""
+    """Runs the bundle's ONNX graphs.
+
+    With `own_threads` each session has threads of its own: once a process has the shared pool, it can open no other kind of
+    session, which a process that also runs graphs otherwise must be able to.
+    """
 
     whole_slots = False
 
-    def __init__(self, bundle: Bundle, collectives: Collectives, *, num_threads: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        collectives: Collectives,
+        *,
+        num_threads: int,
+        device: torch.device,
+        own_threads: bool = False,
+    ) -> None:
         self.device = device
         built_with = bundle.toolchain.get("onnxruntime", "0.0")
         if _version(ort.__version__) < _version(built_with):
@@ -122,22 +139,21 @@ class OnnxRuntimeExecutor:
                 f"the bundle was built with onnxruntime {built_with}, here is {ort.__version__}; "
                 "install that version or newer, or build the bundle again here"
             )
-        _start_thread_pool(num_threads)
+        if not own_threads:
+            _start_thread_pool(num_threads)
+        segment = functools.partial(_Segment, own_threads=num_threads if own_threads else None)
         self._dtype = TORCH_DTYPES[bundle.config.build.precision]
         self._freq_dim = bundle.config.model.freq_dim
         self._layers = range(bundle.config.model.num_layers)
         self._shares = range(len(bundle.layout.shares))
         self._collectives = collectives
         folder = bundle.path
-        self._prompt = _Segment(str(folder / PROMPT_GRAPH), device)
-        self._time = _Segment(str(folder / TIME_GRAPH), device)
+        self._prompt = segment(str(folder / PROMPT_GRAPH), device)
+        self._time = segment(str(folder / TIME_GRAPH), device)
         self._steps = [
             self._open_step(
                 # Packed weights are a copy. A lone frame's steps, five a video, read them where the file is mapped.
-                [
-                    _Segment(str(folder / part.file), device, part.sent, part.received, prepack=not lone)
-                    for part in parts
-                ]
+                [segment(str(folder / part.file), device, part.sent, part.received, prepack=not lone) for part in parts]
             )
             for lone, parts in ((False, bundle.segments), (True, bundle.lone_segments))
             if parts

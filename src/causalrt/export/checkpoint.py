@@ -9,11 +9,13 @@ executor loads the written file is none of export's.
 Reference names are those of the released Self-Forcing file without `model.` (model_spec section 8).
 """
 
+import hashlib
+import json
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +28,8 @@ from causalrt.engines.bundle import publish_file
 from causalrt.errors import BuildError, CheckpointError
 from causalrt.export.checkpoint_source import StoredTensor, stored_tensors
 
+DIGESTS = "causalrt-weights"
+"""The one key of the weight file's metadata (several would be written in any order): JSON, the sha256 of each tensor."""
 KeyLayout = Literal["self_forcing", "wan", "diffusers"]
 
 _log = logging.getLogger(__name__)
@@ -248,6 +252,7 @@ def write_weights(
     check_checkpoint(checkpoint, model)
     names = list(model_shapes(model))
     converted: dict[str, torch.Tensor] = {}
+    digests: dict[str, str] = {}
     bad: list[str] = []
     for done, name in enumerate(names, start=1):
         tensor, fault = _convert(checkpoint.tensor(name), name, model, dtype)
@@ -257,6 +262,7 @@ def write_weights(
             converted.clear()
         elif not bad:
             converted[name] = tensor
+            digests[name] = tensor_digest(tensor)
         if on_progress is not None:
             on_progress(done, len(names))
     if bad:
@@ -264,13 +270,32 @@ def write_weights(
 
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        save_file(converted, partial, metadata={"format": "causalrt-weights"})
+        save_file(converted, partial, metadata={DIGESTS: json.dumps(digests)})
         publish_file(partial, out)
     except (SafetensorError, OSError) as error:
         size_mib = sum(tensor.nbytes for tensor in converted.values()) / 2**20
         raise BuildError(f"cannot write the weights ({size_mib:.0f} MiB) to {out}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's bytes, in hex."""
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def converted_tensors(
+    checkpoint: Checkpoint, model: ModelConfig, *, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of everything that `write_weights` writes of a checkpoint, one at a time.
+
+    Raises:
+        CheckpointError: not this model.
+    """
+    check_checkpoint(checkpoint, model)
+    for name in model_shapes(model):
+        yield name, _convert(checkpoint.tensor(name), name, model, dtype)[0]
+        checkpoint.release(name)
 
 
 def _convert(source: torch.Tensor, name: str, model: ModelConfig, dtype: torch.dtype) -> tuple[torch.Tensor, str]:

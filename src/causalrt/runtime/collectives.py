@@ -7,10 +7,12 @@ from the formula that it is checked against.
 import ctypes
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from causalrt.engines.base import Collectives
 from causalrt.errors import ExecutorError
 
 CAPSULE_NAME = b"ncclComm_t"
@@ -30,6 +32,13 @@ class Traffic:
     all_to_all_calls: int = 0
     rows_sent: int = 0
     wait_s: float = 0.0
+
+
+class CountingCollectives(Collectives, Protocol):
+    """`Collectives` that count, as a rollout wants them."""
+
+    def take_traffic(self) -> Traffic:
+        """Traffic since the last call."""
 
 
 class LocalCollectives:

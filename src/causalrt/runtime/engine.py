@@ -27,6 +27,7 @@ from causalrt.config import Config
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
 from causalrt.engines.kinds import executor_kind
 from causalrt.errors import CapacityError, PromptError, RequestError
+from causalrt.runtime.canary import ExchangeCheck
 from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.memory import (
     UNLIMITED,
@@ -36,6 +37,7 @@ from causalrt.runtime.memory import (
     predict_memory,
 )
 from causalrt.runtime.messages import (
+    CheckExchangesCommand,
     CloseCommand,
     Command,
     Done,
@@ -437,10 +439,27 @@ class Engine:
             count_waits: count how often the host waits from here on, until this is called again.
         """
         with self._turn():
+            self._pool.check_open()
             self._settle()
             self._pool.send(UsageCommand(count_waits=count_waits))
             answers = self._answers()
         return [answers[rank].usage or Usage() for rank in sorted(answers)]
+
+    def check_exchanges(self) -> list[ExchangeCheck]:
+        """Send a pattern through the collectives that the ranks use in steps, and see what arrives (`runtime/canary.py`).
+
+        Returns:
+            What each rank found in each kind of exchange; nothing on one rank.
+
+        Raises:
+            RankError: a rank died, hung or raised.
+        """
+        with self._turn():
+            self._pool.check_open()
+            self._settle()
+            self._pool.send(CheckExchangesCommand())
+            answers = self._answers()
+        return [check for rank in sorted(answers) for check in answers[rank].exchanges]
 
     def close(self) -> None:
         """End the ranks and free their memory; harmless when called again.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from causalrt import errors
+from causalrt.runtime.canary import ExchangeCheck
 from causalrt.runtime.noise import Noise
 from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
 from causalrt.runtime.usage import Usage
@@ -114,6 +115,11 @@ class CloseCommand:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckExchangesCommand:
+    """Send the canary through every kind of exchange of a step (`runtime/canary.py`); `Done` says what arrived."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadVaeCommand:
     """Open the bundle's VAE; the first command to the decoder's process, answered by `Done`.
 
@@ -154,6 +160,7 @@ Command = (
     | SaveCommand
     | ResumeCommand
     | UsageCommand
+    | CheckExchangesCommand
     | CloseCommand
 )
 VaeCommand = LoadVaeCommand | DecodeCommand | EncodeCommand | SaveCommand | ResumeCommand | CloseCommand
@@ -205,6 +212,7 @@ class Done:
         kv_rows_moved: rows of one head that the session has moved to history.
         free_bytes: what the rank's own device can still give, once it has loaded; None on the host.
         usage: what the rank has used, where that was asked for.
+        exchanges: what the canary found on this rank.
     """
 
     times: ChunkTimes | None = None
@@ -212,6 +220,7 @@ class Done:
     kv_rows_moved: int = 0
     free_bytes: int | None = None
     usage: Usage | None = None
+    exchanges: tuple[ExchangeCheck, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

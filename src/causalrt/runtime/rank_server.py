@@ -9,13 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from causalrt.engines.base import Executor, make_executor
+from causalrt.engines.base import TORCH_DTYPES, Executor, make_executor
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.kinds import executor_kind
 from causalrt.errors import RequestError
+from causalrt.runtime.canary import check_exchanges
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
 from causalrt.runtime.memory import check_device_memory, device_free_bytes, predict_memory
 from causalrt.runtime.messages import (
+    CheckExchangesCommand,
     ChunkCommand,
     CloseCommand,
     Command,
@@ -95,6 +97,12 @@ class RankServer:
                     send(self._channel, Refused(kind=type(error).__name__, message=str(error)))
             case UsageCommand():
                 return Done(usage=self._usage(command))
+            case CheckExchangesCommand():
+                config = self._bundle.config
+                dtype = TORCH_DTYPES[config.build.precision]
+                return Done(
+                    exchanges=check_exchanges(self._collectives, config, dtype=dtype, device=self._executor.device)
+                )
             case CloseCommand():
                 closed = self._sessions.pop(command.session, None)
                 if closed is not None:

@@ -26,7 +26,7 @@ from causalrt.errors import RequestError
 from causalrt.layout import Layout
 from causalrt.model.schedule import schedule_from_config
 from causalrt.model.step import KVPair
-from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
+from causalrt.runtime.collectives import CountingCollectives
 from causalrt.runtime.noise import Noise
 from causalrt.runtime.session_memory import SessionMemory
 from causalrt.runtime.snapshot import check_tensors, load_tensors, save_tensors
@@ -73,7 +73,7 @@ class Rollout:
     def __init__(
         self,
         executor: Executor,
-        collectives: LocalCollectives | TorchCollectives,
+        collectives: CountingCollectives,
         config: Config,
         layout: Layout,
         *,

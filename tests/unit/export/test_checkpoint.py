@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from causalrt.config import ModelConfig, recipe
 from causalrt.errors import BuildError, CheckpointError
-from causalrt.export.checkpoint import check_checkpoint, infer_sizes, model_shapes, open_checkpoint, write_weights
+from causalrt.export.checkpoint import (
+    DIGESTS,
+    check_checkpoint,
+    infer_sizes,
+    model_shapes,
+    open_checkpoint,
+    tensor_digest,
+    write_weights,
+)
 from causalrt.export.random_weights import random_weights
 
 MODEL = recipe("tiny").model
@@ -410,8 +418,9 @@ def test_write_weights(tmp_path, weights, dtype):
     )
     assert steps == [(i + 1, len(weights)) for i in range(len(weights))]
     with safe_open(out, framework="pt") as file:
-        assert file.metadata() == {"format": "causalrt-weights"}
+        metadata = file.metadata()
     written = load_file(out)
+    assert json.loads(metadata[DIGESTS]) == {name: tensor_digest(tensor) for name, tensor in written.items()}
     assert set(written) == set(weights)
 
     expected = {name: tensor.to(dtype) for name, tensor in weights.items()}
