@@ -4,9 +4,9 @@
     python benchmarks/plan_error.py --clock cpu --calibration cpu.json   # where other programs keep the machine busy
 
 For each size, two ranks of one thread and one rank of two, under eager and onnxruntime, lie side by side and take turns chunk
-by chunk. Compared is the time of a chunk's denoising steps and refresh (the last chunk has none): the fastest of the repeats,
-as the calibration takes the fastest, for what else the machine does only adds. With `--clock cpu`, ranks have one thread each,
-and both sides are medians of processor time, of the busiest rank: waiting is left out. The load is in the report.
+by chunk. Compared is the time of a chunk's denoising steps and refresh (the last chunk has none); both sides are medians. With
+`--clock cpu`, ranks have one thread each, and the time is processor time of the busiest rank: waiting is left out. The load is
+in the report.
 """
 
 import argparse
@@ -95,8 +95,7 @@ def measure(engines: dict[Key, Engine], config: Config, *, repeats: int, clock: 
                 wall = [sum(times[0].denoise_ms) + times[0].refresh_ms for times in session.times]
                 seen[key].append(used[key] if clock == "cpu" else wall)
         print(f"repeat {repeat} of {repeats}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
-    choose = min if clock == "wall" else statistics.median
-    return {key: [choose(column) for column in zip(*rows, strict=True)] for key, rows in seen.items()}
+    return {key: [statistics.median(column) for column in zip(*rows, strict=True)] for key, rows in seen.items()}
 
 
 def compare(name: str, found: Calibration, *, repeats: int, clock: str) -> list[dict[str, Any]]:

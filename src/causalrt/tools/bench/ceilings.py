@@ -7,6 +7,7 @@ round all ranks run the products, attentions, sums and exchanges of the step, at
     roofline    counted work of a step (tools/plan/work.py) / these rates
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -139,26 +140,37 @@ class Probe:
             for rank in range(way.world_size)
         ]
 
+    def wait_ready(self) -> None:
+        """Return when every process has what it needs, and is idle.
+
+        Raises:
+            MeasurementError: a process failed.
+        """
+        self._answers()
+
     def measure(self) -> dict[str, float]:
         """One round.
 
         Raises:
             MeasurementError: a process failed.
         """
-        try:
-            for process in self._processes:
-                assert process.stdin is not None
+        for process in self._processes:
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):  # it has ended, which its answer tells
                 process.stdin.write("go\n")
                 process.stdin.flush()
-            lines = [process.stdout.readline() for process in self._processes if process.stdout is not None]
-            samples = json.loads(lines[0])
+        return rates_of(self._answers()[0], element_bytes=self._bytes)
+
+    def _answers(self) -> list[Any]:
+        """The next line of every rank."""
+        try:
+            return [json.loads(process.stdout.readline()) for process in self._processes if process.stdout is not None]
         except (OSError, ValueError) as error:
             self._log.seek(0)
             raise MeasurementError(
                 f"single ops could not be measured ({self.way.name}): {self._log.read()[-2000:].strip() or error}; "
                 "leave them out with --no-ceilings"
             ) from error
-        return rates_of(samples, element_bytes=self._bytes)
 
     def close(self) -> None:
         """End the processes."""
@@ -191,6 +203,8 @@ class Ceilings(AbstractContextManager["Ceilings"]):
         try:
             for way, config in configs.items():
                 self._probes.append(Probe(way, config, self._sides[0].device))
+            for probe in self._probes:
+                probe.wait_ready()
         except BaseException:
             self.__exit__()
             raise

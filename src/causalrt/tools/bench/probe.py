@@ -1,7 +1,8 @@
 """One rank of a round of single ops: `python -m causalrt.tools.bench.probe`, started by `ceilings.py`.
 
-For each line on stdin it runs every op a few times, the ranks beginning each together, and writes a line of JSON: for each
-op its kind, its features, and the seconds of its fastest run, for what else the machine does only adds.
+When it is ready it writes `[]`. For each line on stdin it runs every op a few times, the ranks beginning each together, and
+writes a line of JSON: for each op its kind, its features, and the seconds of its fastest run, for what else the machine does
+only adds.
 """
 
 import argparse
@@ -101,6 +102,7 @@ def main() -> None:
         )
     with torch.inference_mode():
         runs = runs_of(full_work(config), arguments.runtime, TORCH_DTYPES[config.build.precision], device)
+        print("[]", flush=True)  # noqa: T201
         for _ in sys.stdin:
             samples = [
                 {

@@ -3,8 +3,7 @@
     calibrate -> for each (executor, ranks): `ranks` processes of this module, side by side -> samples -> fit -> Calibration
 
 The processes are those of an engine in what matters: threads, gloo or NCCL, ONNX Runtime's shared pool. They keep step, so that
-each is measured while the others load the machine. Of the repeats of an op the fastest counts, for other programs only add; of
-processor time, which they do not add to, the median.
+each is measured while the others load the machine. An op never finds its inputs in a cache; the median of its repeats counts.
 """
 
 import argparse
@@ -142,10 +141,9 @@ def _seconds(
     *,
     device: torch.device,
     now: Callable[[], float],
-    choose: Callable[[list[float]], float],
     collective: bool,
 ) -> float:
-    """Chosen of several; ranks begin together, and repeat alike where they must."""
+    """The median of several; ranks begin together, and repeat alike where they must."""
 
     def once() -> float:
         start = now()
@@ -163,7 +161,7 @@ def _seconds(
         not collective and time.perf_counter() < until
     ):
         found.append(once())
-    return choose(found)
+    return statistics.median(found)
 
 
 def _rank_main(arguments: argparse.Namespace) -> None:
@@ -183,12 +181,11 @@ def _rank_main(arguments: argparse.Namespace) -> None:
     def now() -> float:
         return time.process_time() if arguments.clock == "cpu" else time.perf_counter()
 
-    choose: Callable[[list[float]], float] = statistics.median if arguments.clock == "cpu" else min
-    timed = functools.partial(_seconds, device=device, now=now, choose=choose)
+    timed = functools.partial(_seconds, device=device, now=now)
     samples = []
     with torch.inference_mode():
         for op in micro_ops(torch.bfloat16 if device.type == "cuda" else torch.float32):
-            run = runner(op, arguments.runtime, device)
+            run = runner(op, arguments.runtime, device, cold=True)
             samples.append({"kind": op.kind, "features": op.features, "seconds": timed(run, collective=False)})
         for rows in EXCHANGES if arguments.ranks > 1 else ():
             sent = torch.zeros(arguments.ranks, rows, HEAD, device=device)

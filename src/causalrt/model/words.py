@@ -1,0 +1,105 @@
+"""A text encoder of a few dozen words, behind what sessions want of `text.TextEncoder`: the demo model's.
+
+    "A red ball, moving right!"  ->  red circle moves right  ->  rows of a table [words, text_dim]
+
+`words.safetensors` in a folder holds the table, and in its header, as JSON, what row each word has. A word may stand for others
+(`ball` for `circle`), or for none (`the`); one that is not there is an error that lists what is. Nothing else is learnt or known
+of language: the order of the words plays no part.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from causalrt.errors import CheckpointError, PromptError
+
+WORDS_FILE = "words.safetensors"
+_TABLE, _WORDS = "embedding.weight", "words"
+MAX_PROMPT_CHARS = 2_000
+
+
+class WordEncoder:
+    """A loaded table. `encode` may be called from several threads.
+
+    Attributes:
+        text_dim: width of the embeddings.
+        max_tokens: rows that a prompt can have at most.
+        words: rows of each word that is known; none for a filler.
+    """
+
+    layout = "words"
+
+    def __init__(self, table: torch.Tensor, words: Mapping[str, tuple[int, ...]], *, max_tokens: int) -> None:
+        self._table, self.words, self.max_tokens = table, dict(words), max_tokens
+        self.text_dim = table.shape[1]
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, text_dim: int | None = None, max_tokens: int = 512) -> Self:
+        """Read `words.safetensors`.
+
+        Args:
+            folder: where it lies.
+            text_dim: width that the embeddings must have; None takes what is there.
+            max_tokens: longer prompts are refused: the `text_len` of the model.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another width.
+        """
+        path = folder / WORDS_FILE
+        try:
+            with safe_open(path, framework="pt") as file:
+                table = file.get_tensor(_TABLE)
+                words = json.loads((file.metadata() or {})[_WORDS])
+            rows = {str(word): tuple(map(int, each)) for word, each in words.items()}
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is no table of words: {error!r}") from None
+        if table.dim() != 2 or not table.is_floating_point() or not table.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {_TABLE} must be finite [words, text_dim], got {table.dtype} {list(table.shape)}"
+            )
+        wild = [word for word, each in rows.items() if not all(0 <= row < len(table) for row in each)]
+        if wild:
+            raise CheckpointError(
+                f"{path} has words whose rows are not in its table of {len(table)}: {', '.join(wild)}"
+            )
+        if text_dim not in (None, table.shape[1]):
+            raise CheckpointError(
+                f"{path} makes embeddings of width {table.shape[1]}, but the model wants text_dim {text_dim}; take the words "
+                "that the model was trained with"
+            )
+        return cls(table.float(), rows, max_tokens=max_tokens)
+
+    def save(self, folder: Path) -> None:
+        """Write what `from_folder` reads."""
+        save_file({_TABLE: self._table}, folder / WORDS_FILE, metadata={_WORDS: json.dumps(self.words)})
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        """Embeddings `[rows, text_dim]` of a prompt, float32 on the CPU.
+
+        Raises:
+            PromptError: no text, too long, words that are not known (those that are are listed), or none that says anything.
+        """
+        if not isinstance(prompt, str):
+            raise PromptError(f"a prompt must be a str, got {type(prompt).__name__}")
+        if len(prompt) > MAX_PROMPT_CHARS:
+            raise PromptError(f"a prompt may have {MAX_PROMPT_CHARS} characters here, got {len(prompt)}; shorten it")
+        found = re.findall(r"\w+", prompt.lower())
+        unknown = list(dict.fromkeys(word for word in found if word not in self.words))
+        if unknown:
+            raise PromptError(f"this model does not know {', '.join(unknown[:10])}; its words are: {self._known()}")
+        rows = list(dict.fromkeys(row for word in found for row in self.words[word]))
+        if not 1 <= len(rows) <= self.max_tokens:
+            raise PromptError(f"a prompt must have 1 to {self.max_tokens} words that say something: {self._known()}")
+        return self._table[rows].clone()
+
+    def forget_prompts(self) -> None:
+        """Nothing is kept."""
+
+    def _known(self) -> str:
+        return ", ".join(sorted(word for word, rows in self.words.items() if rows))

@@ -1,0 +1,156 @@
+"""What the demo model is trained on: clips of one coloured shape that moves as a caption says, drawn from formulas.
+
+    "a red circle bounces sideways quickly"  ->  Caption  ->  track [T, 2] of the centre  ->  frames [T, 64, 64, 3]
+
+The canvas has no border unless a shape bounces: what leaves on one side comes in on the other. Positions are (x, y) in pixels,
+y downwards; a frame is a sixteenth of a second. Everything is a function of a generator's seed.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+SIZE = 64
+"""Pixels of a frame, either way."""
+BACKGROUND = (0.10, 0.10, 0.13)
+COLOURS = {
+    "red": (0.90, 0.15, 0.15),
+    "green": (0.15, 0.75, 0.25),
+    "blue": (0.20, 0.35, 0.95),
+    "yellow": (0.95, 0.85, 0.15),
+    "orange": (0.98, 0.52, 0.08),
+    "purple": (0.60, 0.22, 0.85),
+    "cyan": (0.15, 0.85, 0.90),
+    "white": (0.95, 0.95, 0.95),
+}
+SHAPES = ("circle", "square", "triangle")
+MOTIONS = (
+    "moves right",
+    "moves left",
+    "moves up",
+    "moves down",
+    "bounces sideways",
+    "bounces up and down",
+    "turns clockwise",
+    "turns counterclockwise",
+)
+SPEEDS = {"slowly": 0.75, "quickly": 1.5}
+"""Pixels a frame."""
+RADIUS = 9.0
+"""Of a shape: its area is that of a circle of this radius."""
+WALLS = (RADIUS + 2.0, SIZE - RADIUS - 2.0)
+TURN_RADIUS = 14.0
+_DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caption:
+    """What a clip shows."""
+
+    colour: str
+    shape: str
+    motion: str
+    speed: str
+
+    def __str__(self) -> str:
+        return f"a {self.colour} {self.shape} {self.motion} {self.speed}"
+
+    @property
+    def pixels_per_frame(self) -> float:
+        """How fast it moves."""
+        return SPEEDS[self.speed]
+
+
+def captions() -> list[Caption]:
+    """Every caption that there is."""
+    every = itertools.product(COLOURS, SHAPES, MOTIONS, SPEEDS)
+    return [Caption(colour=colour, shape=shape, motion=motion, speed=speed) for colour, shape, motion, speed in every]
+
+
+def split_captions(*, held_back: int = 100, seed: int = 0) -> tuple[list[Caption], list[Caption]]:
+    """(for training, held back), the same every time."""
+    every = captions()
+    random.Random(seed).shuffle(every)
+    return every[held_back:], every[:held_back]
+
+
+@dataclass(slots=True)
+class Mover:
+    """Where a shape is, and where it heads; `step` moves it on by a frame."""
+
+    x: float
+    y: float
+    dx: float
+    dy: float
+
+    @classmethod
+    def start(cls, rng: random.Random) -> "Mover":
+        """Anywhere, heading anywhere."""
+        angle = rng.uniform(0, 2 * math.pi)
+        return cls(rng.uniform(0, SIZE), rng.uniform(0, SIZE), math.cos(angle), math.sin(angle))
+
+    def step(self, caption: Caption) -> None:
+        """One frame on, as the caption says."""
+        kind, _, how = caption.motion.partition(" ")
+        speed = caption.pixels_per_frame
+        if kind == "moves":
+            self.dx, self.dy = _DIRECTIONS[how]
+        elif kind == "turns":
+            turn = speed / TURN_RADIUS * (1 if how == "clockwise" else -1)  # y points down, so this is as seen
+            cos, sin = math.cos(turn), math.sin(turn)
+            self.dx, self.dy = cos * self.dx - sin * self.dy, sin * self.dx + cos * self.dy
+        elif how == "sideways":
+            self.dx, self.dy = _bounce(self.x, self.dx), 0.0
+        else:
+            self.dx, self.dy = 0.0, _bounce(self.y, self.dy)
+        self.x, self.y = (self.x + speed * self.dx) % SIZE, (self.y + speed * self.dy) % SIZE
+
+
+def _bounce(position: float, heading: float) -> float:
+    """Back from a wall; on as it was between them."""
+    if position <= WALLS[0]:
+        return 1.0
+    if position >= WALLS[1]:
+        return -1.0
+    return 1.0 if heading >= 0 else -1.0
+
+
+def track(captions_of_frames: Sequence[Caption], mover: Mover) -> torch.Tensor:
+    """`[T, 2]`: the centre in each frame, the first one as `mover` is, which is moved along."""
+    places = []
+    for caption in captions_of_frames:
+        places.append((mover.x, mover.y))
+        mover.step(caption)
+    return torch.tensor(places)
+
+
+def masks(shape: str, centres_T2: torch.Tensor) -> torch.Tensor:
+    """`[T, 64, 64]`, 1 inside the shape and 0 outside, its edge two pixels soft; the canvas goes round."""
+    grid = torch.arange(SIZE) + 0.5
+    dx, dy = ((grid - centre[:, None] + SIZE / 2) % SIZE - SIZE / 2 for centre in centres_T2.unbind(1))
+    dx, dy = dx[:, None, :], dy[:, :, None]
+    if shape == "circle":
+        outside = (dx * dx + dy * dy).sqrt() - RADIUS
+    elif shape == "square":
+        outside = torch.maximum(dx.abs(), dy.abs()) - RADIUS * math.sqrt(math.pi) / 2
+    else:  # equilateral, point up: distances to three sides, each r from the centre, area 3 sqrt(3) r^2
+        inner = RADIUS * math.sqrt(math.pi / (3 * math.sqrt(3)))
+        slope = (dx.abs() * math.sqrt(3) - dy) / 2
+        outside = torch.maximum(dy.expand_as(slope), slope) - inner
+    return (0.5 - outside / 2).clamp(0, 1)
+
+
+def draw(caption: Caption, centres_T2: torch.Tensor) -> torch.Tensor:
+    """`[T, 3, 64, 64]` in [-1, 1]."""
+    mask = masks(caption.shape, centres_T2)[:, None]
+    colour, background = (torch.tensor(rgb).view(3, 1, 1) for rgb in (COLOURS[caption.colour], BACKGROUND))
+    return 2 * (background + mask * (colour - background)) - 1
+
+
+def with_motion(caption: Caption, other: Caption) -> Caption:
+    """The shape of one, moving as the other does."""
+    return replace(caption, motion=other.motion, speed=other.speed)
