@@ -614,7 +614,7 @@ def _parser() -> argparse.ArgumentParser:
         "Measure executors and numbers of ranks side by side: one JSON, one picture, one table.",
         "  causalrt bench\n"
         "  causalrt bench one-rank two-ranks --executors eager,onnxruntime --out measured\n"
-        "  causalrt bench --recipe demo --world-sizes 1,2 --repeats 9\n"
+        "  causalrt bench --recipe small --world-sizes 1,2 --repeats 9\n"
         "  causalrt bench --recipe wan_1_3b_480p --dtype bf16 --device cuda --executors eager,inductor",
     )
     add_bench_arguments(made)

@@ -57,7 +57,7 @@ class WordEncoder:
                 table = file.get_tensor(_TABLE)
                 words = json.loads((file.metadata() or {})[_WORDS])
             rows = {str(word): tuple(map(int, each)) for word, each in words.items()}
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{path} is no table of words: {error!r}") from None
         if table.dim() != 2 or not table.is_floating_point() or not table.isfinite().all():
             raise CheckpointError(

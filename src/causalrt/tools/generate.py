@@ -35,7 +35,7 @@ class Request:
         out: an MP4 file, or a safetensors file of latents; given frames are included.
         prompt: what to show, as text; with `text_encoder`.
         prompt_embeds: or a file of embeddings.
-        text_encoder: folder of umT5.
+        text_encoder: folder of umT5, or of a table of words.
         text_device: where it computes.
         given: latents that the video begins with (safetensors), or an image or clip, which is encoded.
         switches: `CHUNK=PROMPT`, other prompts from these chunks on, given as the first one is.
