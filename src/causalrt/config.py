@@ -391,7 +391,16 @@ def tiny() -> Config:
 
 
 def demo() -> Config:
-    """What `causalrt demo` runs: 5 heads on 2 ranks, a rolling window with a sink, 7 chunks."""
+    """What `causalrt demo` runs, a small trained model: 6 heads, 16 tokens a frame, a rolling window with a sink."""
+    return Config(
+        model=ModelConfig(dim=144, num_heads=6, num_layers=4, ffn_dim=384, freq_dim=64, text_dim=32, text_len=12),
+        video=VideoConfig(latent_height=8, latent_width=8, window_frames=12, sink_frames=3, horizon_frames=126),
+        build=BuildConfig(world_size=2),
+    )
+
+
+def small() -> Config:
+    """A small model of which nothing is trained, for trials: 5 heads on 2 ranks, a rolling window with a sink, 7 chunks."""
     return Config(
         model=ModelConfig(dim=320, num_heads=5, num_layers=4, ffn_dim=1280, text_dim=128, text_len=64),
         video=VideoConfig(latent_height=24, latent_width=40, window_frames=12, sink_frames=3),
@@ -408,7 +417,7 @@ def bench_cpu() -> Config:
 
 
 RECIPES: Mapping[str, Callable[[], Config]] = {
-    recipe.__name__: recipe for recipe in (wan_1_3b_480p, wan_14b_480p, tiny, demo, bench_cpu)
+    recipe.__name__: recipe for recipe in (wan_1_3b_480p, wan_14b_480p, tiny, demo, small, bench_cpu)
 }
 
 

@@ -1,8 +1,9 @@
 """Latents by formula: a truncated cosine transform of blocks of 3 colours x 4 frames x 8 x 8 pixels, 16 numbers each.
 
-It stands in the place of a VAE in the demo model: the same scales (a latent is 8 x 8 pixels, the first one frame, each later one
-four), the same streaming (9 frames for the first chunk of three latents, 12 for the others), and nothing learnt but the mean and
-spread of each number. The transform is orthonormal; of its 768 numbers the 16 are kept in which clips of the demo differ most.
+It stands in the place of a VAE in the demo model: the same scales (a latent is 8 x 8 pixels, the first one frame, each later
+one four), the same streaming (9 frames for the first chunk of three latents, 12 for the others), and nothing learnt but the
+mean and spread of each number. The transform is orthonormal; of its 768 numbers those 16 are kept in which the demo's clips
+differ most.
 """
 
 import math
@@ -33,10 +34,11 @@ def block_basis() -> torch.Tensor:
 
 
 def encode_blocks(frames_T3HW: torch.Tensor) -> torch.Tensor:
-    """Frames in [-1, 1], 1 + 4k of them, to latents `[1 + k, 16, H / 8, W / 8]`, not normalised; the first counts four times."""
+    """1 + 4k frames in [-1, 1] to latents `[1 + k, 16, H / 8, W / 8]`, not normalised; the first counts four times."""
     first = frames_T3HW[:1].expand(FRAMES, -1, -1, -1)
-    blocks = torch.cat([first, frames_T3HW[1:]]).unflatten(0, (-1, FRAMES))
-    blocks = blocks.unflatten(-1, (-1, PIXELS)).unflatten(-3, (-1, PIXELS))
+    _, colours, height, width = frames_T3HW.shape
+    sizes = -1, FRAMES, colours, height // PIXELS, PIXELS, width // PIXELS, PIXELS
+    blocks = torch.cat([first, frames_T3HW[1:]]).reshape(sizes)
     return torch.einsum("ntchywx,zctyx->nzhw", blocks, block_basis())
 
 

@@ -3,8 +3,8 @@
     "A red ball, moving right!"  ->  red circle moves right  ->  rows of a table [words, text_dim]
 
 `words.safetensors` in a folder holds the table, and in its header, as JSON, what row each word has. A word may stand for others
-(`ball` for `circle`), or for none (`the`); one that is not there is an error that lists what is. Nothing else is learnt or known
-of language: the order of the words plays no part.
+(`ball` for `circle`), or for none (`the`); one that is not there is an error that lists what is. Nothing else is known of
+language: the order of the words plays no part.
 """
 
 import json
