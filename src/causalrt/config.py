@@ -391,7 +391,7 @@ def tiny() -> Config:
 
 
 def demo() -> Config:
-    """The shipped model, which `causalrt demo` runs: frames of 64 x 64 pixels, a rolling window with a sink, up to 42 chunks."""
+    """What `causalrt demo` runs, a small trained model: 6 heads, 16 tokens a frame, a rolling window with a sink."""
     return Config(
         model=ModelConfig(dim=144, num_heads=6, num_layers=4, ffn_dim=384, freq_dim=64, text_dim=32, text_len=12),
         video=VideoConfig(latent_height=8, latent_width=8, window_frames=12, sink_frames=3, horizon_frames=126),
@@ -400,7 +400,7 @@ def demo() -> Config:
 
 
 def small() -> Config:
-    """Large enough to measure, small enough for any CPU: 5 heads on 2 ranks, a rolling window with a sink, 7 chunks."""
+    """A small model of which nothing is trained, for trials: 5 heads on 2 ranks, a rolling window with a sink, 7 chunks."""
     return Config(
         model=ModelConfig(dim=320, num_heads=5, num_layers=4, ffn_dim=1280, text_dim=128, text_len=64),
         video=VideoConfig(latent_height=24, latent_width=40, window_frames=12, sink_frames=3),

@@ -58,8 +58,13 @@ def encode_blocks(frames_T3HW: torch.Tensor, basis: torch.Tensor | None = None) 
     """Frames in [-1, 1], 1 + 4k of them, to latents `[1 + k, 16, H / 8, W / 8]`, not normalised; the first fills four."""
     first = frames_T3HW[:1].expand(FRAMES, -1, -1, -1)
     rows, columns = (size // PIXELS for size in frames_T3HW.shape[2:])
-    blocks = torch.cat([first, frames_T3HW[1:]]).view(-1, FRAMES, COLOURS, rows, PIXELS, columns, PIXELS)
+    blocks = torch.cat([first, frames_T3HW[1:]]).reshape(-1, FRAMES, COLOURS, rows, PIXELS, columns, PIXELS)
     return torch.einsum("ntchywx,zctyx->nzhw", blocks, block_basis() if basis is None else basis)
+
+
+def decode_block(latent_CHW: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """A latent as it was before normalisation to its four frames `[4, 3, 8H, 8W]`."""
+    return torch.einsum("zhw,zctyx->tchywx", latent_CHW, basis).flatten(-2).flatten(-3, -2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,6 +73,12 @@ def test_encoding_is_the_transform_by_its_definition(codec):
         torch.testing.assert_close(found[latent, :, row, column].double(), wanted, rtol=0, atol=1e-5)
 
 
+def test_pixels_are_encoded_like_what_they_stand_for(codec):
+    pixels = torch.randint(0, 256, (5, 16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    wanted = encode(codec, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    torch.testing.assert_close(encode(codec, pixels), wanted, rtol=0, atol=1e-5)
+
+
 def test_decoding_is_the_sum_of_the_basis(codec):
     found = BlockDecoder(codec).open().decode_float(latents())
     raw = latents().double() * torch.tensor(STD).double().view(-1, 1, 1) + torch.tensor(MEAN).double().view(-1, 1, 1)

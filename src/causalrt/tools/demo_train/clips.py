@@ -26,7 +26,7 @@ class Clips:
     """A batch; K chunks of N tokens.
 
     Attributes:
-        tokens: `[B, K, N, 64]`, normalised.
+        tokens: `[B, K, N, 64]`, of latents that are not normalised.
         captions: before and after the switch, by clip; the same two where there is none.
         switched: `[B, K]`, whether a chunk goes by the second one.
         starts: `[B, K]`, time index of each chunk's first latent frame.
@@ -38,16 +38,6 @@ class Clips:
     switched: torch.Tensor
     starts: torch.Tensor
     counts: torch.Tensor
-
-    def pick(self, rows: torch.Tensor) -> "Clips":
-        """Some of them."""
-        return Clips(
-            tokens=self.tokens[rows].float(),
-            captions=[self.captions[row] for row in rows.tolist()],
-            switched=self.switched[rows],
-            starts=self.starts[rows],
-            counts=self.counts[rows],
-        )
 
 
 def frames_of(config: Config, chunk: int) -> int:
@@ -76,13 +66,13 @@ def _clip(
 
 
 def draw_clips(config: Config, every: Sequence[Caption], *, count: int, rng: random.Random) -> Clips:
-    """`count` of them, tokens not normalised, in half precision to save memory."""
+    """`count` of them."""
     tokens, captions, switched, starts, counts = [], [], [], [], []
     chunk_numbers = torch.arange(CHUNKS)
     for _ in range(count):
         latents, both, switch, gap = _clip(config, every, rng)
-        chunks = latents.unflatten(0, (CHUNKS, -1))
-        tokens.append(torch.stack([tokens_from_latents(chunk, config) for chunk in chunks]).half())
+        chunks = latents.view(CHUNKS, -1, *latents.shape[1:])
+        tokens.append(torch.stack([tokens_from_latents(chunk, config) for chunk in chunks]))
         captions.append(both)
         switched.append(chunk_numbers >= switch)
         starts.append(config.video.chunk_frames * (chunk_numbers + gap * (chunk_numbers > 0)))

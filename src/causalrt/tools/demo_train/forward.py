@@ -72,7 +72,7 @@ class TrainingForward:
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         """Flow `[A, B, K, N, 64]`."""
-        wan, (streams, clips, chunks) = self.wan, inputs.times.shape
+        wan, (_, clips, chunks) = self.wan, inputs.times.shape
         e_TC = wan.time_embedding(self.sinusoids)
         e0_T6C = wan.time_projection(e_TC).unflatten(-1, (6, -1))
         e0 = e0_T6C[inputs.times]  # [A, B, K, 6, C]
@@ -100,7 +100,8 @@ class TrainingForward:
         shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation[0] + e0)[..., None, :].unbind(-3)
         x = x + gate1 * self._self_attention(block, block.modulate(x, shift1, scale1), rotation)
         x = x + self._cross_attention(block, block.norm3(x), text, prompts)
-        return x + gate2 * block.ffn(block.modulate(x, shift2, scale2))
+        out: torch.Tensor = x + gate2 * block.ffn(block.modulate(x, shift2, scale2))
+        return out
 
     def _self_attention(
         self, block: Block, y: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
@@ -110,10 +111,10 @@ class TrainingForward:
         k = rotate(weights.norm_k(weights.k(y)).unflatten(-1, heads), *rotation)
         v = weights.v(y).unflatten(-1, heads)
         keys, values = (torch.cat([each.unsqueeze(3), self._of_window(each)], dim=3).flatten(3, 4) for each in (k, v))
-        # [A, B, K, N, H, D] -> [A * B, K, H, N, D]
-        q, keys, values = (each.flatten(0, 1).transpose(-3, -2) for each in (q, keys, values))
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
-        projected: torch.Tensor = weights.o(out.transpose(-3, -2).flatten(-2).unflatten(0, y.shape[:2]))
+        q, keys, values = (each.flatten(0, 2).transpose(1, 2) for each in (q, keys, values))  # [A * B * K, H, N, D]
+        mask = self.mask.repeat(y.shape[0] * y.shape[1], 1, 1, 1)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        projected: torch.Tensor = weights.o(out.transpose(1, 2).reshape(y.shape))
         return projected
 
     def _of_window(self, each: torch.Tensor) -> torch.Tensor:
@@ -128,15 +129,17 @@ class TrainingForward:
         k, v = (each.unflatten(-1, heads)[prompts] for each in (weights.norm_k(weights.k(text)), weights.v(text)))
         q = weights.norm_q(weights.q(y)).unflatten(-1, heads)
         # Streams beside tokens: one attention for each clip and chunk.
-        queries = q.movedim(0, 2).flatten(2, 3).transpose(-3, -2)
-        out = F.scaled_dot_product_attention(queries, k.transpose(-3, -2), v.transpose(-3, -2))
-        projected: torch.Tensor = weights.o(out.transpose(-3, -2).flatten(-2).unflatten(2, (len(y), -1)).movedim(2, 0))
+        queries = q.movedim(0, 2).flatten(2, 3).flatten(0, 1).transpose(1, 2)
+        keys, values = (each.flatten(0, 1).transpose(1, 2) for each in (k, v))
+        out = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+        streams, clips, chunks, rows, width = y.shape
+        projected: torch.Tensor = weights.o(out.reshape(clips, chunks, streams, rows, width).movedim(2, 0))
         return projected
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`[..., N, H, D]`, neighbours in pairs, by `[..., N, 1, D / 2]`."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 

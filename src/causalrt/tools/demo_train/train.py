@@ -1,12 +1,12 @@
-"""The training loop: flow matching at the few noise levels that the sampler uses, first on clean history, then on the model's own.
+"""The training loop: flow matching at the noise levels that the sampler uses, on clean history, then on the model's own.
 
     clean phase   history is the clip itself; the noisy chunk is (1 - sigma) x0 + sigma noise
     own phase     history, and what the noise is added to, are the model's: chunks 1 and later are sampled in as many steps as a
                   session takes, from the clip's own first chunk, and the target stays the clip. So what the model does wrong is
                   what it learns to put right, and rollouts hold for longer than any clip
 
-Only the noise levels of the recipe's schedule are trained, for no others are ever asked for; there is nothing to distil. All is a
-function of the seed and the step, so a run that is taken up again goes on as if it had not stopped.
+Only the noise levels of the recipe's schedule are trained, for no others are ever asked for; there is nothing to distil. All is
+a function of the seed and the step, so a run that is taken up again goes on as if it had not stopped.
 """
 
 import math
@@ -20,17 +20,15 @@ import torch
 from torch import nn
 
 from causalrt.config import Config
+from causalrt.errors import ConfigError
 from causalrt.model.schedule import schedule_from_config
 from causalrt.model.wan import Wan
 from causalrt.tools.demo_train.clips import CHUNKS, Clips, draw_clips
 from causalrt.tools.demo_train.forward import Inputs, TrainingForward, initialise
 from causalrt.tools.demo_train.world import Caption
 
-Told = Callable[[int, float], None]
-"""Step and loss."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a run is made of; a run can only be taken up with the same.
 
@@ -38,22 +36,19 @@ class Settings:
         steps: of the optimiser.
         own_from: step from which on history is the model's own in half of the clips of a batch.
         batch: clips of a step.
-        clips: drawn in advance; `fresh` of them are drawn anew after every step.
         rate: the highest learning rate.
         seed: of everything.
     """
 
-    steps: int = 4000
-    own_from: int = 2600
-    batch: int = 24
-    clips: int = 3000
-    fresh: int = 3
+    steps: int = 4200
+    own_from: int = 3200
+    batch: int = 16
     rate: float = 2e-3
     seed: int = 0
 
 
 class Trainer:
-    """A run: the model, its running average, the optimiser, and the clips.
+    """A run: the model, its running average, and the optimiser.
 
     Attributes:
         step: steps done.
@@ -79,6 +74,7 @@ class Trainer:
         self.wan.to(device)
         timesteps = (*schedule.timesteps, schedule.context_timestep)
         self.forward = TrainingForward(self.wan, config, timesteps=timesteps, num_chunks=CHUNKS, device=device)
+        self.forward_pass: Callable[[Inputs], torch.Tensor] = self.forward
         decayed = [p for p in self.wan.parameters() if p.dim() > 1]
         others = [p for p in self.wan.parameters() if p.dim() <= 1]
         self.optimiser = torch.optim.AdamW(
@@ -87,18 +83,13 @@ class Trainer:
         self.average = {name: parameter.detach().clone() for name, parameter in self.wan.named_parameters()}
         self.mean, self.std = (value.to(device) for value in normal)
         self.step = 0
-        self._pool: Clips | None = None
-
-    def train(self, told: Told, *, until: Callable[[], bool] = lambda: False) -> None:
-        """Go on to the last step, or to where `until` says so."""
-        while self.step < self.settings.steps and not until():
-            told(self.step + 1, self.one_step())
 
     def one_step(self) -> float:
         """One step of the optimiser; its loss."""
         s = self.settings
-        generator = torch.Generator().manual_seed(hash((s.seed, self.step)) % 2**62)
-        clips = self._batch(generator)
+        seed = 1_000_003 * s.seed + self.step
+        generator = torch.Generator().manual_seed(seed)
+        clips = draw_clips(self.config, self.captions, count=s.batch, rng=random.Random(seed))
         for group in self.optimiser.param_groups:
             group["lr"] = self._rate()
         self.optimiser.zero_grad(set_to_none=True)
@@ -122,8 +113,15 @@ class Trainer:
         os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
-        """Go to where `save` was called."""
+        """Go to where `save` was called.
+
+        Raises:
+            ConfigError: it was with other settings.
+        """
         state = torch.load(path, map_location=self.device, weights_only=True)
+        settings = Settings(**state["settings"])
+        if settings != self.settings:
+            raise ConfigError(f"{path} is of a run with {settings}, not {self.settings}; give these, or another --out")
         self.wan.load_state_dict(state["model"])
         self.average = state["average"]
         self.optimiser.load_state_dict(state["optimiser"])
@@ -135,12 +133,6 @@ class Trainer:
         warm = min(1.0, (self.step + 1) / 100)
         return s.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / s.steps)))
 
-    def _batch(self, generator: torch.Generator) -> Clips:
-        s = self.settings
-        if self._pool is None:
-            self._pool = draw_clips(self.config, self.captions, count=s.clips, rng=random.Random(s.seed))
-        return self._pool.pick(torch.randint(len(self._pool.tokens), (s.batch,), generator=generator))
-
     def _loss(self, clips: Clips, generator: torch.Generator) -> torch.Tensor:
         target = (clips.tokens.to(self.device) - self.mean) / self.std
         levels = torch.randint(len(self.sigmas), clips.starts.shape, generator=generator).to(self.device)
@@ -151,7 +143,7 @@ class Trainer:
             history, seen = self._own(clips, target, levels, generator)
         noisy = (1 - sigma) * seen + sigma * noise
         flow = self._flow(clips, history, noisy, levels)
-        # x0 = noisy - sigma flow shall be the target; the flow that makes it so is this, the usual one where seen is the target.
+        # x0 = noisy - sigma flow shall be the target: noise - target, where the noise was added to that.
         wanted = (noisy - target) / sigma
         errors = (flow - wanted).square().mean((2, 3))
         counts = clips.counts.to(self.device)
@@ -166,7 +158,7 @@ class Trainer:
             prompts=prompts,
             starts=clips.starts.to(self.device),
         )
-        return self.forward(inputs)[1]
+        return self.forward_pass(inputs)[1]
 
     @torch.no_grad()
     def _own(
@@ -174,24 +166,19 @@ class Trainer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(history, what noise is added to): the model's own in half of the clips, the clip in the others.
 
-        All chunks are sampled at once, each after the clip's own history, in a session's steps; with that as history they are
-        sampled again, and are then two chunks away from the clip. What the noise of a level is added to is x0 of the step before.
+        All chunks are sampled at once, each after the clip's own history, in a session's steps; what the noise of a level is
+        added to is x0 of the step before.
         """
         own = torch.rand(len(target), generator=generator).to(self.device) < 0.5
-        history, seen = target, target
-        for _ in range(2):
-            x0 = target
-            before = target.clone()
-            for level, sigma in enumerate(self.sigmas):
-                noise = torch.randn(target.shape, generator=generator).to(self.device)
-                noisy = (1 - sigma) * x0 + sigma * noise
-                x0 = noisy - sigma * self._flow(clips, history, noisy, torch.full_like(levels, level))
-                before = torch.where((levels == level + 1)[..., None, None], x0, before)
-            first = torch.zeros(CHUNKS, 1, 1, dtype=torch.bool, device=self.device)
-            first[0] = True
-            usable = own[:, None, None, None] & ~first & clips.counts.to(self.device)[..., None, None]
-            history, seen = torch.where(usable, x0, target), torch.where(usable, before, target)
-        return history, seen
+        x0 = before = target
+        for level, sigma in enumerate(self.sigmas):
+            noise = torch.randn(target.shape, generator=generator).to(self.device)
+            noisy = (1 - sigma) * x0 + sigma * noise
+            x0 = noisy - sigma * self._flow(clips, target, noisy, torch.full_like(levels, level))
+            before = torch.where((levels == level + 1)[..., None, None], x0, before)
+        later = torch.arange(CHUNKS, device=self.device) > 0
+        usable = (own[:, None] & later & clips.counts.to(self.device))[..., None, None]
+        return torch.where(usable, x0, target), torch.where(usable, before, target)
 
     def _text(self, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `[2 B, text_len, text_dim]`, and the number of each chunk's among them."""

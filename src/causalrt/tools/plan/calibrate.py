@@ -26,14 +26,17 @@ import torch.distributed as dist
 
 from causalrt.errors import ExecutorError
 from causalrt.tools.plan.calibration import Calibration, Entry, Runtime, Sample, exchange_features, fit_costs
-from causalrt.tools.plan.micro_ops import micro_ops, runner
-from causalrt.tools.plan.work import Exchange
+from causalrt.tools.plan.micro_ops import gemm_op, micro_ops, random_tensors, runner
+from causalrt.tools.plan.work import Exchange, Gemm
 
 Clock = Literal["wall", "cpu"]
 logger = logging.getLogger(__name__)
 EXCHANGES = (64, 512, 2048, 8192)
 """Rows of 64 channels to each rank."""
 HEAD = 64
+BEFORE_EXCHANGE = Gemm(m=1024, n=1024, k=512, count=1)
+"""A product, whose time is taken off again: ranks come to an exchange from their work, and never quite together."""
+LEAST_S = 1e-6
 REPEAT_S = 0.25
 """Time spent on repeats of an op."""
 LEAST_REPEATS, COLLECTIVE_REPEATS = 5, 50
@@ -164,6 +167,11 @@ def _seconds(
     return statistics.median(found)
 
 
+def _one_after_other(first: Callable[[], object], second: Callable[[], object]) -> None:
+    first()
+    second()
+
+
 def _rank_main(arguments: argparse.Namespace) -> None:
     import onnxruntime as ort
 
@@ -184,15 +192,20 @@ def _rank_main(arguments: argparse.Namespace) -> None:
     timed = functools.partial(_seconds, device=device, now=now)
     samples = []
     with torch.inference_mode():
-        for op in micro_ops(torch.bfloat16 if device.type == "cuda" else torch.float32):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        for op in micro_ops(dtype):
             run = runner(op, arguments.runtime, device, cold=True)
             samples.append({"kind": op.kind, "features": op.features, "seconds": timed(run, collective=False)})
+        if arguments.ranks > 1:
+            product = gemm_op(BEFORE_EXCHANGE, random_tensors(dtype))
+            compute = runner(product, arguments.runtime, device, cold=True)
+            alone_s = timed(compute, collective=True)
         for rows in EXCHANGES if arguments.ranks > 1 else ():
             sent = torch.zeros(arguments.ranks, rows, HEAD, device=device)
-            received = torch.empty_like(sent)
-            seconds = timed(functools.partial(dist.all_to_all_single, received, sent), collective=True)
+            exchange = functools.partial(dist.all_to_all_single, torch.empty_like(sent), sent)
+            both_s = timed(functools.partial(_one_after_other, compute, exchange), collective=True)
             features = exchange_features(Exchange(rows=rows, head_dim=HEAD, count=1), arguments.ranks)
-            samples.append({"kind": "exchange", "features": features, "seconds": seconds})
+            samples.append({"kind": "exchange", "features": features, "seconds": max(both_s - alone_s, LEAST_S)})
     if arguments.rank == 0:
         (arguments.folder / "samples.json").write_text(json.dumps(samples))
     if dist.is_initialized():

@@ -1,0 +1,144 @@
+"""`python -m causalrt.tools.demo_train`: train, show progress and loss, keep the state, write what is shipped."""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+
+from causalrt.config import Config, recipe
+from causalrt.errors import CausalRTError
+from causalrt.runtime.requests import latents_from_tokens, tokens_from_latents
+from causalrt.tools.demo_train.clips import draw_clips
+from causalrt.tools.demo_train.train import Settings, Trainer
+from causalrt.tools.demo_train.vocabulary import word_encoder
+from causalrt.tools.demo_train.world import split_captions
+
+STATE, CHECKPOINT, LOSSES = "state.pt", "checkpoint.safetensors", "losses.json"
+MEASURED_CLIPS = 200
+SAVE_EVERY_S = 120.0
+SHOWN = 50
+"""Steps whose mean loss is shown."""
+
+
+def normal_values(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, spread) `[16]` of the latent channels, over clips of the captions that are trained."""
+    train, _ = split_captions()
+    clips = draw_clips(config, train, count=MEASURED_CLIPS, rng=random.Random(0))
+    latents = torch.cat([latents_from_tokens(chunk, config) for clip in clips.tokens for chunk in clip])
+    return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+
+
+def as_tokens(values: torch.Tensor, config: Config) -> torch.Tensor:
+    """A value for each latent channel, `[16]`, at the features of a token, `[64]`."""
+    video = config.video
+    return tokens_from_latents(values.view(1, -1, 1, 1).expand(1, -1, video.latent_height, video.latent_width), config)[
+        0
+    ]
+
+
+def released_layout(config: Config, average: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters under the names and in the shapes of a Self-Forcing checkpoint: what `write_weights` reads."""
+    model = config.model
+    found = {}
+    for name, tensor in average.items():
+        value = tensor.cpu()
+        if name == "patch_embedding.weight":
+            value = value.view(-1, model.latent_channels, 1, model.patch_height, model.patch_width)
+        elif name.startswith("head.head"):
+            rows = value.view(model.latent_channels, model.patch_height, model.patch_width, *value.shape[1:])
+            value = rows.movedim(0, 2).flatten(0, 2)
+        found[f"model.{name}"] = value.float().contiguous()
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m causalrt.tools.demo_train", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-model"), help="folder of the state and of what is made")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="of the optimiser")
+    parser.add_argument(
+        "--own-from", type=int, help="step from which on history is the model's own (default: 3/4 of them)"
+    )
+    parser.add_argument("--batch", type=int, default=Settings.batch, help="clips of a step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop after so many; the same command goes on"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="by torch.compile: a third less time, after two minutes")
+    try:
+        return _train(parser.parse_args(arguments))
+    except CausalRTError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False)
+        return 1
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = recipe("demo")
+    own_from = arguments.steps * 3 // 4 if arguments.own_from is None else arguments.own_from
+    settings = Settings(steps=arguments.steps, own_from=own_from, batch=arguments.batch, seed=arguments.seed)
+    train, _ = split_captions()
+    words = word_encoder(text_dim=config.model.text_dim, text_len=config.model.text_len)
+    mean, std = normal_values(config)
+    trainer = Trainer(
+        config,
+        train,
+        words.encode,
+        settings,
+        device=torch.device(arguments.device),
+        normal=(as_tokens(mean, config), as_tokens(std, config)),
+    )
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    losses = _resume(trainer, out)
+    if arguments.compile:
+        trainer.forward_pass = torch.compile(trainer.forward)
+    started = saved = time.perf_counter()
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=console) as progress:
+        task = progress.add_task("training", total=settings.steps, completed=trainer.step, loss=float("nan"))
+        while trainer.step < settings.steps and time.perf_counter() - started < 60 * arguments.minutes:
+            losses.append(trainer.one_step())
+            recent = losses[-SHOWN:]
+            progress.update(task, completed=trainer.step, loss=sum(recent) / len(recent))
+            if not console.is_terminal and trainer.step % SHOWN == 0:
+                console.print(f"step {trainer.step} of {settings.steps}, loss {sum(recent) / len(recent):.4f}")
+            if time.perf_counter() - saved > SAVE_EVERY_S:
+                _save(trainer, out, losses)
+                saved = time.perf_counter()
+    _save(trainer, out, losses)
+    words.save(out)
+    console.print(
+        f"{trainer.step} of {settings.steps} steps; written: {out / CHECKPOINT}, {out / STATE}, {out / LOSSES}"
+    )
+    return 0
+
+
+def _resume(trainer: Trainer, out: Path) -> list[float]:
+    """Go to where an earlier run stopped; the losses so far."""
+    if not (out / STATE).exists():
+        return []
+    trainer.resume(out / STATE)
+    losses: list[float] = json.loads((out / LOSSES).read_text())["losses"]
+    return losses[: trainer.step]
+
+
+def _save(trainer: Trainer, out: Path, losses: list[float]) -> None:
+    (out / LOSSES).write_text(json.dumps({"losses": losses}))
+    trainer.save(out / STATE)
+    save_file(released_layout(trainer.config, trainer.average), out / CHECKPOINT)
