@@ -314,12 +314,27 @@ def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from causalrt.runtime.server.command import run
+    from causalrt.runtime.server.command import checked_settings, run
 
     def started(url: str) -> None:
         print(json.dumps({"url": url}) if arguments.json else f"serving at {url}", flush=True)
 
-    return run(arguments, version=__version__, on_start=started)
+    if arguments.bundle is not None:
+        if arguments.text_encoder is None:
+            raise ConfigError(
+                "a bundle's prompts need --text-encoder FOLDER; without a bundle the demo model is served"
+            )
+        return run(arguments, version=__version__, on_start=started)
+    if arguments.text_encoder is not None:
+        raise ConfigError("--text-encoder is a bundle's; name the bundle, or leave both out to serve the demo model")
+    from causalrt.tools.demo import served_demo
+
+    checked_settings(arguments)
+    with contextlib.ExitStack() as stack:
+        with shown_progress() as progress:
+            served = stack.enter_context(served_demo(on_progress=progress))
+        vars(arguments).update(served)
+        return run(arguments, version=__version__, on_start=started)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -361,8 +376,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result))
         return code
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "start, s", "first, ms", "chunk, ms", "frames/s", "latents", "grey"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "start s", "first ms", "chunk ms", "frames/s", "latents", "grey"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in result["rows"]:
         table.add_row(
@@ -574,12 +589,13 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         _serve,
         "Serve a bundle: video jobs, real-time sessions, and a page to try them.",
+        "  causalrt serve\n"
         "  causalrt serve bundle --text-encoder Wan2.1-T2V-1.3B\n"
         "  causalrt serve bundle --text-encoder Wan2.1-T2V-1.3B --host 0.0.0.0 --tokens tokens.txt --spool /var/lib/causalrt",
     )
-    made.add_argument("bundle", type=Path)
+    made.add_argument("bundle", type=Path, nargs="?", help="by default the demo model, built for 2 ranks")
     made.add_argument(
-        "--text-encoder", required=True, type=Path, help="folder of umT5: Wan's released one, or the diffusers layout"
+        "--text-encoder", type=Path, help="folder of umT5 (Wan's released one, or the diffusers layout), or of words"
     )
     made.add_argument("--text-device", default="cpu", help="where it computes: cpu or cuda:N (cpu)")
     made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-LABEL_WIDTH, VERDICT_WIDTH, HEADER, GAP = 170, 210, 28, 6
+LABEL_WIDTH, VERDICT_WIDTH, HEADER, GAP = 100, 190, 28, 6
 WIDEST = 16_000
 """Pixels of a picture."""
 INK, QUIET, GOOD, BAD = "#1a1a1f", "#6b6b76", "#1b7a3d", "#b3261e"

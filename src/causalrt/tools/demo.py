@@ -6,10 +6,12 @@ Every row goes the way that any bundle goes: files -> `build` -> `load` -> a ses
 rank, is what the others are compared with.
 """
 
+import contextlib
 import statistics
 import tempfile
+import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.session import Chunk
 from causalrt.runtime.video_file import Mp4Writer, check_picture, pyav
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet, enlarged
-from causalrt.tools.demo_request import DemoRequest
+from causalrt.tools.demo_request import ABOUT, EXAMPLES, DemoRequest
 from causalrt.tools.generate import check_switches, parsed_switches
 
 SHOWN = ("onnxruntime", 2)
@@ -42,7 +44,7 @@ LEAST_SIDE = 384
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
-    """A row's video: `load_s` until the ranks were ready, from the prompt `first_ms` to the first frames, `total_s` to the last."""
+    """A row's video: `load_s` until the ranks were ready; from the prompt `first_ms` to frames, `total_s` to the last."""
 
     chunks: list[Chunk]
     load_s: float
@@ -108,6 +110,15 @@ def demo_bundle(out: Path, *, world_size: int = 2, on_progress: Progress | None 
     model = demo_files()
     config = override(recipe("demo"), {"build.world_size": str(world_size)})
     return build(config, checkpoint=model.checkpoint, vae=model.codec, out=out, on_progress=on_progress)
+
+
+@contextlib.contextmanager
+def served_demo(*, on_progress: Progress) -> Iterator[dict[str, Any]]:
+    """What `causalrt serve` is given where no bundle is named: arguments by name; the bundle goes with the block."""
+    with tempfile.TemporaryDirectory(prefix="causalrt-demo-") as folder:
+        bundle = demo_bundle(Path(folder) / "bundle", on_progress=on_progress)
+        words = demo_files().words
+        yield {"bundle": bundle, "text_encoder": words, "about": ABOUT, "examples": EXAMPLES}
 
 
 def row_name(executor: str, world_size: int) -> str:
@@ -200,9 +211,9 @@ def _write(
     with Mp4Writer(request.out / VIDEO_FILE, **size, fps=video.fps) as writer:
         for frames in made[shown].frames:
             writer.write(enlarged(frames.numpy(), scale))
-    title = "\n".join(
-        (f"{request.prompt!r}, seed {request.seed}", *(f"from chunk {at}: {to!r}" for at, to in switches.items()))
-    )
+    said = [request.prompt, *switches.values()]
+    starts = [f"seed {request.seed}", *(f"from chunk {chunk}" for chunk in switches)]
+    title = "\n".join(f"{start}: {textwrap.shorten(text, 90)}" for start, text in zip(starts, said, strict=True))
     sheet = [_sheet_row(row, made[row["executor"], row["world_size"]], number) for number, row in enumerate(rows)]
     write_whole(request.out / SHEET_FILE, contact_sheet(title, sheet))
     return [request.out / VIDEO_FILE, request.out / SHEET_FILE]

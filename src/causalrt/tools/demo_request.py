@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROMPT = "a red circle bounces sideways quickly"
+EXAMPLES = (PROMPT, "a blue square turns clockwise slowly", "a yellow triangle moves up quickly")
+ABOUT = (
+    "This is the small demo model that ships with CausalRT: it knows coloured shapes and how they move, and nothing else. "
+    "`causalrt serve BUNDLE` serves another."
+)
 CHUNKS = 7
 FOLDER = "causalrt-demo"
 ROWS = tuple((executor, world_size) for executor in ("eager", "onnxruntime") for world_size in (1, 2, 8))
