@@ -376,8 +376,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result))
         return code
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "start s", "first ms", "chunk ms", "frames/s", "latents", "grey"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("", "start s", "first ms", "chunk ms", "fps", "latents", "grey"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in result["rows"]:
         table.add_row(

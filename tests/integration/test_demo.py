@@ -171,6 +171,9 @@ def test_the_contact_sheet_has_a_place_for_everything():
     for chunk in range(1, 5):
         same = (pixels == 10 * chunk).all(axis=2)
         assert same.sum() >= 2 * 128 * 128  # a frame in each of the two rows
+    long = [SheetRow(name="one", frames=8 * frames, verdict="", agrees=None)]
+    with Image.open(io.BytesIO(contact_sheet("title", long))) as sheet:
+        assert sheet.width <= 2200
     assert chunks_shown(5, 9) == [0, 1, 2, 3, 4]
     assert chunks_shown(42, 4) == [0, 14, 27, 41]
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 LABEL_WIDTH, VERDICT_WIDTH, HEADER, GAP = 100, 190, 28, 6
-WIDEST = 16_000
-"""Pixels of a picture."""
+CELL, WIDEST = 128, 2_200
+"""Pixels: small frames are enlarged to about this, and a picture that would be wider leaves chunks out."""
 INK, QUIET, GOOD, BAD = "#1a1a1f", "#6b6b76", "#1b7a3d", "#b3261e"
 
 
@@ -37,11 +37,11 @@ class SheetRow:
 
 
 def contact_sheet(title: str, rows: Sequence[SheetRow]) -> bytes:
-    """A PNG of the last frame of each chunk, row under row, enlarged by whole pixels where there is room."""
+    """A PNG of the last frame of each chunk (of a long video's, of some), row under row, enlarged by whole pixels."""
     height, width, _ = rows[0].frames[0].shape[1:]
     chunks = len(rows[0].frames)
-    scale = max(1, min(128 // height, 1100 // (chunks * (width + GAP))))
-    shown = chunks_shown(chunks, (WIDEST - LABEL_WIDTH - VERDICT_WIDTH) // (scale * width + GAP))
+    scale = max(1, CELL // height)
+    shown = chunks_shown(chunks, max(2, (WIDEST - LABEL_WIDTH - VERDICT_WIDTH) // (scale * width + GAP)))
     cell_height, cell_width = scale * height + GAP, scale * width + GAP
     top = HEADER * (1 + title.count("\n") + 1) + GAP
     size = LABEL_WIDTH + len(shown) * cell_width + VERDICT_WIDTH, top + len(rows) * cell_height + GAP
@@ -51,8 +51,7 @@ def contact_sheet(title: str, rows: Sequence[SheetRow]) -> bytes:
     font = ImageFont.load_default(14)
     for column, chunk in enumerate(shown):
         middle = LABEL_WIDTH + column * cell_width + scale * width / 2
-        words = f"chunk {chunk}" if scale * width >= 60 else str(chunk)
-        draw.text((middle, top - GAP), words, fill=QUIET, font=font, anchor="ms")
+        draw.text((middle, top - GAP), f"chunk {chunk}", fill=QUIET, font=font, anchor="ms")
     for number, row in enumerate(rows):
         y = top + number * cell_height
         middle = y + scale * height / 2
