@@ -40,8 +40,8 @@ class Settings:
         seed: of everything.
     """
 
-    steps: int = 4200
-    own_from: int = 3200
+    steps: int = 3000
+    own_from: int = 2250
     batch: int = 16
     rate: float = 2e-3
     seed: int = 0
