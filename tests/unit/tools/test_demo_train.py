@@ -19,12 +19,13 @@ from causalrt.model.wan import PromptGraph, TimeGraph, Wan, sinusoid
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.requests import tokens_from_latents
 from causalrt.tools.demo_train.clips import CHUNKS, draw_clips
 from causalrt.tools.demo_train.command import as_tokens, normal_values, released_layout
 from causalrt.tools.demo_train.command import main as train_command
 from causalrt.tools.demo_train.forward import Inputs, TrainingForward, initialise
 from causalrt.tools.demo_train.judge import border_jump, look
-from causalrt.tools.demo_train.train import Settings, Trainer
+from causalrt.tools.demo_train.train import Settings, Trainer, coupled
 from causalrt.tools.demo_train.vocabulary import word_encoder
 from causalrt.tools.demo_train.world import Mover, captions, draw, split_captions, track
 
@@ -138,7 +139,7 @@ def small_trainer(settings: Settings) -> Trainer:
 
 
 def test_a_run_that_is_taken_up_goes_on_as_if_it_had_not_stopped(tmp_path):
-    settings = Settings(steps=6, own_from=3, batch=2)
+    settings = Settings(steps=6, coupled_from=1, own_from=3, batch=2)
     whole = small_trainer(settings)
     losses = [whole.one_step() for _ in range(6)]
     assert len(set(losses)) == 6
@@ -151,7 +152,7 @@ def test_a_run_that_is_taken_up_goes_on_as_if_it_had_not_stopped(tmp_path):
     for name, value in whole.average.items():
         assert torch.equal(second.average[name], value), name
     with pytest.raises(ConfigError, match="another --out"):
-        small_trainer(Settings(steps=7, own_from=3, batch=2)).resume(tmp_path / "state.pt")
+        small_trainer(Settings(steps=7, coupled_from=1, own_from=3, batch=2)).resume(tmp_path / "state.pt")
 
 
 def test_own_history_leaves_the_first_chunk_and_what_does_not_count(monkeypatch):
@@ -201,3 +202,24 @@ def test_two_minutes_of_training_bring_the_loss_down(tmp_path):
     assert train_command(["--out", str(tmp_path), "--minutes", "0", "--device", "cpu"]) == 0  # nothing is lost
     assert json.loads((tmp_path / "losses.json").read_text())["losses"] == losses
     assert train_command(["--out", str(tmp_path), "--steps", "7"]) == 1
+
+
+def test_clips_are_moved_to_where_their_noise_says_and_only_where_they_may_be():
+    every = captions()
+    both = [(next(c for c in every if c.motion == m),) * 2 for m in ("moves up", "bounces sideways", "turns clockwise")]
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 3 * CHUNKS, 16, 8, 8, generator=generator)
+    shifts = [(3, 5), (2, 0), (7, 1)]
+    noise = torch.stack([each.roll(shift, (2, 3)) for each, shift in zip(latents, shifts, strict=True)])
+
+    def tokens(each):
+        return torch.stack([torch.stack([tokens_from_latents(c, CONFIG) for c in clip.split(3)]) for clip in each])
+
+    alone = torch.tensor([True, True, False])
+    moved = coupled(CONFIG, both, tokens(latents), tokens(noise), alone=alone)
+    assert torch.equal(moved[:2], tokens(noise)[:2])
+    assert torch.equal(moved[2], tokens(latents)[2])
+    aside = latents.roll((0, 4), (3, 4))
+    kept = coupled(CONFIG, both, tokens(aside), tokens(latents), alone=alone)
+    assert torch.equal(kept[0], tokens(latents)[0])
+    assert not torch.equal(kept[1], tokens(latents)[1])  # it may not be moved sideways
