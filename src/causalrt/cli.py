@@ -314,12 +314,27 @@ def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from causalrt.runtime.server.command import run
+    from causalrt.runtime.server.command import checked_settings, run
 
     def started(url: str) -> None:
         print(json.dumps({"url": url}) if arguments.json else f"serving at {url}", flush=True)
 
-    return run(arguments, version=__version__, on_start=started)
+    if arguments.bundle is not None:
+        if arguments.text_encoder is None:
+            raise ConfigError(
+                "a bundle's prompts need --text-encoder FOLDER; without a bundle the demo model is served"
+            )
+        return run(arguments, version=__version__, on_start=started)
+    if arguments.text_encoder is not None:
+        raise ConfigError("--text-encoder is a bundle's; name the bundle, or leave both out to serve the demo model")
+    from causalrt.tools.demo import served_demo
+
+    checked_settings(arguments)
+    with contextlib.ExitStack() as stack:
+        with shown_progress() as progress:
+            served = stack.enter_context(served_demo(on_progress=progress))
+        vars(arguments).update(served)
+        return run(arguments, version=__version__, on_start=started)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -351,40 +366,40 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from causalrt.tools.demo import run_demo
+    from causalrt.tools.demo import row_name, run_demo
+    from causalrt.tools.demo_request import request_from_arguments
 
+    request = request_from_arguments(arguments)
     with shown_progress() as progress:
-        result = run_demo(on_progress=progress, on_stage=lambda text: errors_console.print(text))
+        result = run_demo(request, on_progress=progress, on_stage=lambda text: errors_console.print(text, markup=False))
+    code = 0 if result["passed"] else EXIT_FAILED
     if arguments.json:
         print(json.dumps(result))
-        return 0 if result["passed"] else EXIT_FAILED
-    print(
-        "onnxruntime on 2 ranks, chunk by chunk. ms: latency; queue: of it waiting for the last refresh; steps: the four\n"
-        "denoising steps; exch.: their all-to-alls; KV: latent frames attended; error: largest, against eager on 1 rank"
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    columns = ("#", "ms", "queue", "steps", "exch.", "refresh", "KV", "error")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        return code
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "start s", "first ms", "chunk ms", "frames/s", "latents", "grey"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in result["rows"]:
         table.add_row(
-            str(row["chunk"]),
-            f"{row['latency_ms']:.0f}",
-            f"{row['queue_ms']:.0f}",
-            " ".join(f"{ms:.0f}" for ms in row["denoise_ms"]),
-            f"{row['exchange_ms']:.0f}",
-            f"{row['refresh_ms']:.0f}",
-            str(row["kv_frames"]),
-            f"{row['error']:.1e}",
+            row_name(row["executor"], row["world_size"]),
+            f"{row['load_s']:.1f}",
+            f"{row['first_frame_ms']:.0f}",
+            f"{row['median_chunk_ms']:.0f}",
+            f"{row['frames_per_s']:.0f}",
+            f"{row['latent_error']:.1e}",
+            str(row["grey_levels"]),
         )
     Console(markup=False).print(table)
-    verdict = "agrees with eager" if result["passed"] else "DISAGREES with eager"
+    first = result["rows"][0]
     print(
-        f"{verdict}: largest error {result['max_abs_error']:.1e} (tolerance {result['tolerance']:.0e}). Built in "
-        f"{result['build_s']:.1f} s; first chunk {result['first_chunk_cold_ms'] / 1e3:.1f} s after starting the ranks. "
-        "The weights are random: latents, not pictures."
+        f"start: of the ranks; first: from the prompt to the first frames; chunk: the median.\nlatents, grey (levels, of 255): "
+        f"the largest difference from {row_name(first['executor'], first['world_size'])}.\n"
+        f"{'All rows agree' if result['passed'] else 'ROWS DISAGREE'}: at most {result['most_grey_levels']} grey level is "
+        f"allowed. {result['total_s']:.0f} s in all, {result['build_s']:.0f} s of them building."
     )
-    return 0 if result["passed"] else EXIT_FAILED
+    for path in result["files"]:
+        print(path)
+    return code
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -574,12 +589,13 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         _serve,
         "Serve a bundle: video jobs, real-time sessions, and a page to try them.",
+        "  causalrt serve\n"
         "  causalrt serve bundle --text-encoder Wan2.1-T2V-1.3B\n"
         "  causalrt serve bundle --text-encoder Wan2.1-T2V-1.3B --host 0.0.0.0 --tokens tokens.txt --spool /var/lib/causalrt",
     )
-    made.add_argument("bundle", type=Path)
+    made.add_argument("bundle", type=Path, nargs="?", help="by default the demo model, built for 2 ranks")
     made.add_argument(
-        "--text-encoder", required=True, type=Path, help="folder of umT5: Wan's released one, or the diffusers layout"
+        "--text-encoder", type=Path, help="folder of umT5 (Wan's released one, or the diffusers layout), or of words"
     )
     made.add_argument("--text-device", default="cpu", help="where it computes: cpu or cuda:N (cpu)")
     made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")
@@ -614,7 +630,7 @@ def _parser() -> argparse.ArgumentParser:
         "Measure executors and numbers of ranks side by side: one JSON, one picture, one table.",
         "  causalrt bench\n"
         "  causalrt bench one-rank two-ranks --executors eager,onnxruntime --out measured\n"
-        "  causalrt bench --recipe demo --world-sizes 1,2 --repeats 9\n"
+        "  causalrt bench --recipe small --world-sizes 1,2 --repeats 9\n"
         "  causalrt bench --recipe wan_1_3b_480p --dtype bf16 --device cuda --executors eager,inductor",
     )
     add_bench_arguments(made)
@@ -623,7 +639,16 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="with --recipe: override any field of it"
     )
 
-    command("demo", _demo, "Build a small random model, run it on 2 ranks, compare with eager.", "  causalrt demo")
+    made = command(
+        "demo",
+        _demo,
+        "Make a video with the small model that ships with the package, by two executors on 1 to 8 ranks, and compare.",
+        "  causalrt demo\n"
+        "  causalrt demo --prompt 'a blue square turns clockwise slowly' --switch '4=a blue square moves left quickly'",
+    )
+    from causalrt.tools.demo_request import add_arguments as add_demo_arguments
+
+    add_demo_arguments(made)
     command("doctor", _doctor, "Say what this machine can build and run, and why not.", "  causalrt doctor --json")
     return parser
 

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+DEMO_MODEL = ("checkpoint.safetensors", "codec.safetensors", "words.safetensors", "README.md")
 
 
 def test_wheel_holds_the_package_once(tmp_path):
@@ -14,12 +15,16 @@ def test_wheel_holds_the_package_once(tmp_path):
     (built,) = tmp_path.glob("causalrt-*.whl")
     with zipfile.ZipFile(built) as archive:
         names = set(archive.namelist())
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
         entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     sources = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "causalrt").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
     assert "causalrt/py.typed" in names
     page = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "causalrt").glob("runtime/server/page/*")}
     assert "causalrt/runtime/server/page/index.html" in page <= names
+    demo = {f"causalrt/demo_model/{name}" for name in DEMO_MODEL}
+    assert demo <= names
+    assert sum(sizes[name] for name in demo) < 6_000_000
     assert "causalrt.cli:main" in entry_points
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -27,7 +27,7 @@ from causalrt.engines.step_record import FlavourEngines, StepPart, files_of, par
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
-from causalrt.model.vae_checkpoint import VaeConfig
+from causalrt.model.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
 
 SCHEMA = 4
 MAX_NAME = 200
@@ -49,7 +49,7 @@ class Bundle:
         config: what it was built from.
         layout: who holds what, derived from `config`.
         plugins: self-attention is made of the fused ops.
-        vae: sizes of the VAE, or None if the bundle was built without one.
+        vae: sizes of the VAE (or the constants of a cosine transform), or None if the bundle was built without one.
         executors: names of the executors that it holds everything for.
         graphs: what the manifest says of the graph files.
         segments: onnxruntime's parts of the step.
@@ -65,7 +65,7 @@ class Bundle:
     config: Config
     layout: Layout
     plugins: bool
-    vae: VaeConfig | None
+    vae: AnyVaeConfig | None
     executors: tuple[str, ...]
     graphs: Mapping[str, Any]
     segments: tuple[StepPart, ...]
@@ -195,7 +195,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
     if manifest["layout"] != _layout_record(config):
         raise TypeError(f"it has the layout {manifest['layout']}, this version plans {_layout_record(config)}")
-    vae = None if manifest["vae"] is None else VaeConfig.from_mapping(manifest["vae"])
+    vae = None if manifest["vae"] is None else vae_config_from_mapping(manifest["vae"])
     if vae is not None and vae.z_dim != config.model.latent_channels:
         raise TypeError(
             f"the VAE has {vae.z_dim} channels, and model.latent_channels is {config.model.latent_channels}"
@@ -263,7 +263,7 @@ def write_manifest(
     executors: tuple[str, ...],
     graphs: Mapping[str, Any],
     engines: Mapping[str, Any],
-    vae: VaeConfig | None = None,
+    vae: AnyVaeConfig | None = None,
 ) -> None:
     """Hash every file in `folder` and write the manifest; the last act of a build."""
     files = {

@@ -90,7 +90,7 @@ class GraphDecodeState(DecodeState):
 
     def __init__(self, vae: GraphVae) -> None:
         _, channels, height, width = vae.latent.shape
-        super().__init__(channels=channels, dtype=vae.caches[0].dtype, latent_size=(height, width))
+        super().__init__(channels=channels, dtype=vae.outputs[0][FRAMES].dtype, latent_size=(height, width))
         self._vae = vae
         self._current = 0
         self._latent = vae.latent.empty(vae.device)
@@ -156,11 +156,12 @@ def make_vae(bundle: Bundle, executor: str, *, device: torch.device, num_threads
         from causalrt.engines.vae_tensorrt import TensorRTVae
 
         return TensorRTVae(FLAVOURS[executor], bundle, device=device)
+    from causalrt.model.block_dct import BlockDct, BlockDecoder
     from causalrt.model.vae import StreamingDecoder
     from causalrt.model.vae_checkpoint import load_vae
 
-    dtype = TORCH_DTYPES[bundle.config.build.precision]
-    return StreamingDecoder(load_vae(bundle.path / VAE_WEIGHTS, dtype=dtype, device=device))
+    vae = load_vae(bundle.path / VAE_WEIGHTS, dtype=TORCH_DTYPES[bundle.config.build.precision], device=device)
+    return BlockDecoder(vae) if isinstance(vae, BlockDct) else StreamingDecoder(vae)
 
 
 def check_has_vae(bundle: Bundle) -> None:

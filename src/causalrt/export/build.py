@@ -15,7 +15,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
 from causalrt.export.options import CollectivesMode, FrontEnd, PluginsMode, Progress
-from causalrt.model.vae_checkpoint import VaeConfig, load_vae
+from causalrt.model.vae_checkpoint import load_vae, vae_config_from_mapping
 from causalrt.plugins.plugin_specs import MAX_HEAD_DIM
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def build(
         plugins: whether self-attention is made of the fused ops: plugins for TensorRT, functions of standard ops for
             onnxruntime, and what eager and inductor run unless `load` is told otherwise. `auto` is off, for no GPU has measured
             them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
-        vae: Wan2.1's VAE, in its own layout or diffusers' (file or folder), so that the bundle makes pixels; None for latents.
+        vae: Wan2.1's VAE, in its own layout or diffusers' (file or folder), or the file of a cosine transform
+            (`model/block_dct.py`), so that the bundle makes pixels; None for latents.
         overwrite: replace a bundle that is there already.
         on_progress: told of each stage.
 
@@ -114,7 +115,7 @@ def build(
             folder,
             config=config,
             plugins=fused,
-            vae=None if decoder is None else VaeConfig.from_mapping(decoder.config),
+            vae=None if decoder is None else vae_config_from_mapping(decoder.config),
             executors=chosen,
             graphs=graphs,
             engines=engines,

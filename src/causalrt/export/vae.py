@@ -4,8 +4,9 @@
     vae-first.onnx    latent                  -> frames, cache.*.made, but of those that stay zero
     vae-next.onnx     latent, cache.00 ...    -> frames, cache.00.made ...
 
-`model/vae.py` has the modules that are traced; every size is static. The precision is that of the VAE's weights, latents are
-float32 in any. The one attention is spelled out: its head has 384 channels, and TensorRT has fused kernels up to 256.
+`model/vae.py` has the modules that are traced, `model/block_dct.py` those of a cosine transform, which has no caches. Every
+size is static. The precision is that of the VAE's weights, latents are float32 in any. The one attention is spelled out: its
+head has 384 channels, and TensorRT has fused kernels up to 256.
 """
 
 import json
@@ -32,9 +33,10 @@ from causalrt.export.engine_worker import EngineRequest, request_json
 from causalrt.export.options import Progress
 from causalrt.export.share_weights import share_weights_pass
 from causalrt.export.translate import onnx_from_program
+from causalrt.model.block_dct import CONFIG_KEY, BlockDct, FirstBlock, NextBlock
 from causalrt.model.decode_state import cache_name
 from causalrt.model.vae import FirstFrame, NextFrame, cache_slots
-from causalrt.model.vae_checkpoint import CONFIG_KEY, VaeConfig
+from causalrt.model.vae_checkpoint import vae_config_from_mapping
 
 STAGE = "VAE graphs"
 
@@ -45,7 +47,7 @@ def check_vae(vae: Any, config: Config) -> None:
     Raises:
         ConfigError: they have other channels.
     """
-    channels = VaeConfig.from_mapping(vae.config).z_dim
+    channels = vae_config_from_mapping(vae.config).z_dim
     if channels != config.model.latent_channels:
         raise ConfigError(
             f"the VAE has latents of {channels} channels, and model.latent_channels is {config.model.latent_channels}; "
@@ -74,15 +76,17 @@ def write_vae(
     if not graphs:
         return
     on_progress(STAGE, 1, 3)
-    slots = cache_slots(VaeConfig.from_mapping(vae.config), latent_height=latent_height, latent_width=latent_width)
+    config = vae_config_from_mapping(vae.config)
+    slots = cache_slots(config, latent_height=latent_height, latent_width=latent_width)
     names = [cache_name(index) for index in range(len(slots))]
     filled = [name for name, slot in zip(names, slots, strict=True) if not slot.skips_first]
-    latent = torch.empty(1, slots[0].shape[1], latent_height, latent_width)
+    latent = torch.empty(1, config.z_dim, latent_height, latent_width)
     caches = [torch.empty(slot.shape, dtype=vae.dtype) for slot in slots]
-    first = torch.export.export(FirstFrame(vae).eval(), (latent,), strict=False)
+    first_step, next_step = (FirstBlock, NextBlock) if isinstance(vae, BlockDct) else (FirstFrame, NextFrame)
+    first = torch.export.export(first_step(vae).eval(), (latent,), strict=False)
     _write_graph(first, folder, FIRST_GRAPH, inputs=[LATENT], written=filled)
     on_progress(STAGE, 2, 3)
-    following = torch.export.export(NextFrame(vae).eval(), (latent, caches), strict=False)
+    following = torch.export.export(next_step(vae).eval(), (latent, caches) if caches else (latent,), strict=False)
     _write_graph(following, folder, NEXT_GRAPH, inputs=[LATENT, *names], written=names)
     on_progress(STAGE, 3, 3)
 
@@ -94,7 +98,7 @@ def write_vae_weights(vae: Any, path: Path) -> None:
         BuildError: the file cannot be written.
     """
     state = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
-    config = json.dumps(VaeConfig.from_mapping(vae.config).to_mapping())
+    config = json.dumps(vae_config_from_mapping(vae.config).to_mapping())
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(state, partial, {CONFIG_KEY: config})

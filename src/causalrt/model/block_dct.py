@@ -2,13 +2,34 @@
 
 It stands in the place of a VAE in the demo model: the same scales (a latent is 8 x 8 pixels, the first one frame, each later
 one four), the same streaming (9 frames for the first chunk of three latents, 12 for the others), and nothing learnt but the
-mean and spread of each number. The transform is orthonormal; of its 768 numbers those 16 are kept in which the demo's clips
+mean and spread of each number. The transform is orthonormal; of its 768 numbers the 16 are kept in which clips of the demo
 differ most.
+
+    codec.safetensors   tensor `basis` [16, 3, 4, 8, 8]; in the header the class, and the mean and spread of each channel
+
+A block has no past: the only state of a decoder is whether the first latent, which is one frame, was there.
 """
 
 import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from causalrt.errors import CheckpointError
+from causalrt.model.decode_state import DecodeState
+from causalrt.model.stored_tensors import check_tensors
+
+CLASS_NAME = "BlockDct"
+CONFIG_KEY = "vae_config"
+"""Where the header of a weight file has the config, as JSON; the same for every VAE of a bundle."""
 
 CHANNELS = (
     *((0, 0, 0, 0), (1, 0, 0, 0), (2, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 1)),
@@ -33,15 +54,213 @@ def block_basis() -> torch.Tensor:
     return torch.stack(blocks).float()
 
 
-def encode_blocks(frames_T3HW: torch.Tensor) -> torch.Tensor:
-    """1 + 4k frames in [-1, 1] to latents `[1 + k, 16, H / 8, W / 8]`, not normalised; the first counts four times."""
+def encode_blocks(frames_T3HW: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
+    """Frames in [-1, 1], 1 + 4k of them, to latents `[1 + k, 16, H / 8, W / 8]`, not normalised; the first fills four."""
     first = frames_T3HW[:1].expand(FRAMES, -1, -1, -1)
-    _, colours, height, width = frames_T3HW.shape
-    sizes = -1, FRAMES, colours, height // PIXELS, PIXELS, width // PIXELS, PIXELS
-    blocks = torch.cat([first, frames_T3HW[1:]]).reshape(sizes)
-    return torch.einsum("ntchywx,zctyx->nzhw", blocks, block_basis())
+    rows, columns = (size // PIXELS for size in frames_T3HW.shape[2:])
+    blocks = torch.cat([first, frames_T3HW[1:]]).reshape(-1, FRAMES, COLOURS, rows, PIXELS, columns, PIXELS)
+    return torch.einsum("ntchywx,zctyx->nzhw", blocks, block_basis() if basis is None else basis)
 
 
 def decode_block(latent_CHW: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """A latent as it was before normalisation to its four frames `[4, 3, 8H, 8W]`."""
     return torch.einsum("zhw,zctyx->tchywx", latent_CHW, basis).flatten(-2).flatten(-3, -2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockDctConfig:
+    """Mean and spread of each channel, which normalised latents lack."""
+
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
+            if len(values) != self.z_dim or not all(map(math.isfinite, values)):
+                raise CheckpointError(f"{CLASS_NAME} has {name} of {self.z_dim} finite values, got {list(values)}")
+        if not all(value > 0 for value in self.latents_std):
+            raise CheckpointError(f"{CLASS_NAME} has latents_std that are positive, got {list(self.latents_std)}")
+
+    @property
+    def z_dim(self) -> int:
+        """Channels of a latent."""
+        return len(CHANNELS)
+
+    @property
+    def decoder_dim(self) -> int:
+        """Channels at full resolution in the decoder: the colours themselves."""
+        return COLOURS
+
+    @classmethod
+    def from_mapping(cls, plain: Mapping[str, Any]) -> Self:
+        """From the header of a weight file as parsed.
+
+        Raises:
+            CheckpointError: a value is missing, or cannot be.
+        """
+        values = {}
+        for name in ("latents_mean", "latents_std"):
+            given = plain.get(name)
+            if not isinstance(given, list | tuple) or not all(type(value) in (int, float) for value in given):
+                raise CheckpointError(f"{CLASS_NAME} has {name} of {len(CHANNELS)} numbers, got {given!r:.200}")
+            values[name] = tuple(map(float, given))
+        if unknown := sorted(plain.keys() - values.keys() - {"_class_name"}):
+            raise CheckpointError(f"{CLASS_NAME} has no {', '.join(map(str, unknown))}")
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """For JSON."""
+        constants = {"latents_mean": list(self.latents_mean), "latents_std": list(self.latents_std)}
+        return {"_class_name": CLASS_NAME, **constants}
+
+
+class BlockDct(nn.Module):
+    """The transform in a type and on a device; what `load_vae` returns for its file.
+
+    Attributes:
+        config: mean and spread, as a mapping.
+    """
+
+    def __init__(self, config: BlockDctConfig, basis: torch.Tensor) -> None:
+        super().__init__()
+        self.config = config.to_mapping()
+        self.basis = nn.Parameter(basis, requires_grad=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.basis.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where."""
+        return self.basis.device
+
+    def decode(self, blocks: torch.Tensor) -> torch.Tensor:
+        """`[1, 16, H, W]`, as they were before normalisation -> `[1, 3, 4, 8H, 8W]`, not clamped."""
+        _, _, height, width = blocks.shape
+        rows = blocks.permute(0, 2, 3, 1) @ self.basis.flatten(1)  # TensorRT has no transposed convolution in bfloat16
+        frames = rows.view(1, height, width, COLOURS, FRAMES, PIXELS, PIXELS).permute(0, 3, 4, 1, 5, 2, 6)
+        return frames.reshape(1, COLOURS, FRAMES, PIXELS * height, PIXELS * width)
+
+
+class _BlockDecoder(nn.Module):
+    """What the two steps share."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, codec: BlockDct) -> None:
+        super().__init__()
+        config = BlockDctConfig.from_mapping(codec.config)
+        self.wan = codec  # the name in front of all weights, that of `share_weights_pass`
+        for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
+            self.register_buffer(name, torch.tensor(values, device=codec.device).view(1, -1, 1, 1))
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """A normalised latent -> its four frames in float32."""
+        return self.wan.decode((latent.float() * self.std + self.mean).to(self.wan.dtype)).float()
+
+
+class FirstBlock(_BlockDecoder):
+    """The first latent of a video: one frame, the mean of the block's four."""
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """`[1, 16, H, W]` -> `[1, 3, 1, 8H, 8W]` in [-1, 1]."""
+        return self.decode(latent).mean(2, keepdim=True).clamp(-1.0, 1.0).to(self.wan.dtype)
+
+
+class NextBlock(_BlockDecoder):
+    """A later latent of a video."""
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """`[1, 16, H, W]` -> `[1, 3, 4, 8H, 8W]` in [-1, 1]."""
+        return self.decode(latent).clamp(-1.0, 1.0).to(self.wan.dtype)
+
+
+class BlockDecoder:
+    """The decoder for any number of sessions, in eager.
+
+    Attributes:
+        codec: the transform.
+        first: the step of a video's first latent.
+        next: that of each later one.
+    """
+
+    def __init__(self, codec: BlockDct) -> None:
+        self.codec, self.first, self.next = codec, FirstBlock(codec).eval(), NextBlock(codec).eval()
+
+    def warmed_up(self) -> None:
+        """Nothing to keep."""
+
+    def open(self) -> DecodeState:
+        """The start of a video; its first latents settle its size."""
+        return BlockDecodeState(self)
+
+
+class BlockDecodeState(DecodeState):
+    """How many latents there were: there is nothing else to remember."""
+
+    def __init__(self, decoder: BlockDecoder) -> None:
+        super().__init__(channels=len(CHANNELS), dtype=decoder.codec.dtype, latent_size=None)
+        self._decoder = decoder
+
+    def _decode_each(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        for latent in latents.to(self._decoder.codec.device).unbind(0):
+            step = self._decoder.next if self.latent_frames else self._decoder.first
+            self.latent_frames += 1
+            yield step(latent.unsqueeze(0))[0].transpose(0, 1)
+
+    def _cache_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
+        return []
+
+    def _caches(self) -> list[torch.Tensor]:
+        return []
+
+    def _set_caches(self, caches: list[torch.Tensor]) -> None:
+        return
+
+    def _clear_caches(self) -> None:
+        return
+
+
+def block_dct_from_tensors(
+    path: Path,
+    stored: Mapping[str, torch.Tensor],
+    config: BlockDctConfig,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> BlockDct:
+    """The transform of a file whose tensors and header were read.
+
+    Raises:
+        CheckpointError: other tensors, or not finite.
+    """
+    check_tensors(path, stored, {"basis": tuple(block_basis().shape)}, fault=f"is no {CLASS_NAME}")
+    basis = stored["basis"].to(device=device, dtype=dtype)
+    if not basis.isfinite().all():
+        raise CheckpointError(f"{path} has values that are not finite in {dtype}: basis")
+    return BlockDct(config, basis).eval()
+
+
+def write_block_dct(path: Path, *, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Write the file that `load_vae` reads, by way of a temporary one.
+
+    Args:
+        path: of the file, which should end in `.safetensors`.
+        mean: of each of the 16 channels of latents that are not normalised.
+        std: their spread.
+
+    Raises:
+        CheckpointError: not 16 finite values, or a spread that is not positive; or the file cannot be written.
+    """
+    config = BlockDctConfig(latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std)))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({"basis": block_basis()}, partial, {CONFIG_KEY: dumps(config.to_mapping())})
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from causalrt.errors import RequestError
+from causalrt.model.block_dct import BlockDct, encode_blocks
 from causalrt.model.decode_state import DecodeState
-from causalrt.model.vae_checkpoint import VaeConfig
+from causalrt.model.vae_checkpoint import AnyVaeConfig, VaeConfig, vae_config_from_mapping
 
 SPATIAL_SCALE, TEMPORAL_SCALE = 8, 4
 CACHED_FRAMES = 2
@@ -40,8 +41,10 @@ class CacheSlot:
     skips_first: bool
 
 
-def cache_slots(config: VaeConfig, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
-    """The decoder's caches, in the order in which it fills them."""
+def cache_slots(config: AnyVaeConfig, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
+    """The decoder's caches, in the order in which it fills them; none of a cosine transform."""
+    if not isinstance(config, VaeConfig):
+        return []
     height, width = latent_height, latent_width
 
     def slot(channels: int, *, skips_first: bool = False) -> CacheSlot:
@@ -61,7 +64,7 @@ def cache_slots(config: VaeConfig, *, latent_height: int, latent_width: int) -> 
     return [*slots, slot(channels)]
 
 
-def cache_bytes(config: VaeConfig, *, latent_height: int, latent_width: int, dtype: torch.dtype) -> int:
+def cache_bytes(config: AnyVaeConfig, *, latent_height: int, latent_width: int, dtype: torch.dtype) -> int:
     """Bytes of one session's caches: 1801 MiB for Wan2.1 at 832x480 pixels in bfloat16.
 
     While a frame is decoded, each in turn exists twice; `engines/vae.py` keeps two sets of them.
@@ -212,15 +215,22 @@ def encode(vae: Any, frames: torch.Tensor) -> torch.Tensor:
     Raises:
         RequestError: wrong shape, type, number of frames, or values.
     """
-    config = VaeConfig.from_mapping(vae.config)
-    signal = _signal_from_frames(frames).to(vae.device, vae.dtype).transpose(0, 1).unsqueeze(0)
+    config = vae_config_from_mapping(vae.config)
+    signal = _signal_from_frames(frames).to(vae.device, vae.dtype)
+    mode = (encode_blocks(signal, vae.basis) if isinstance(vae, BlockDct) else _posterior_mode(vae, signal)).float()
+    mean, std = (mode.new_tensor(values).view(-1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    return (mode - mean) / std
+
+
+def _posterior_mode(vae: Any, signal_T3HW: torch.Tensor) -> torch.Tensor:
+    """What Wan's encoder makes of checked frames, `[1 + k, C, height / 8, width / 8]`."""
+    signal = signal_T3HW.transpose(0, 1).unsqueeze(0)
     cache: list[Any] = [None] * sum(isinstance(module, nn.Conv3d) for module in vae.encoder.modules())
     starts = [0, *range(1, signal.shape[2], TEMPORAL_SCALE)]
     steps = [signal[:, :, start : start + (TEMPORAL_SCALE if start else 1)] for start in starts]
     hidden = torch.cat([vae.encoder(step, feat_cache=cache, feat_idx=[0]) for step in steps], dim=2)
-    mode: torch.Tensor = vae.quant_conv(hidden)[0, : config.z_dim].float().transpose(0, 1)
-    mean, std = (mode.new_tensor(values).view(-1, 1, 1) for values in (config.latents_mean, config.latents_std))
-    return (mode - mean) / std
+    mode: torch.Tensor = vae.quant_conv(hidden)[0, : vae.config["z_dim"]]
+    return mode.transpose(0, 1)
 
 
 def _signal_from_frames(frames: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Wan's video VAE from local files, as diffusers' module.
+"""Wan's video VAE from local files, as diffusers' module; or the cosine transform of `block_dct.py`, where a file holds that.
 
     folder/vae/config.json, diffusion_pytorch_model.safetensors    layout diffusers
     folder/Wan2.1_VAE.pth                                          layout wan: no sizes, no constants; tensors tell the sizes
     vae.safetensors of a bundle                                    layout bundle: diffusers' names, the config in its header
+    codec.safetensors                                              the same for a cosine transform, as its header says
 
 This module owns sizes, names and shapes; what is decoded with the weights is `vae.py`'s affair. The module is built without
 memory and given its tensors: on the CPU, those of the wanted type stay views of the mapped file. Nothing is downloaded, and no
@@ -22,15 +23,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from causalrt.errors import CheckpointError, ExecutorError
+from causalrt.model.block_dct import CLASS_NAME, CONFIG_KEY, BlockDctConfig, block_dct_from_tensors
 from causalrt.model.stored_tensors import check_tensors, map_tensors
 
 VaeLayout = Literal["diffusers", "wan", "bundle"]
 
 WAN_FILE = "Wan2.1_VAE.pth"
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
-CONFIG_KEY = "vae_config"
-"""Where the header of a bundle's weight file has the config, as JSON."""
-
 _LARGEST = 4096
 # fmt: off
 _LATENTS_MEAN = (
@@ -119,6 +118,20 @@ class VaeConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
+AnyVaeConfig = VaeConfig | BlockDctConfig
+
+
+def vae_config_from_mapping(plain: object) -> AnyVaeConfig:
+    """The config of either kind, which its class name tells.
+
+    Raises:
+        CheckpointError: another kind of VAE, or a value that cannot be.
+    """
+    if isinstance(plain, Mapping) and plain.get("_class_name") == CLASS_NAME:
+        return BlockDctConfig.from_mapping(plain)
+    return VaeConfig.from_mapping(plain)
+
+
 def _is_a(value: object, hint: Any) -> bool:
     """Whether a parsed JSON value is of an annotated type."""
     if get_origin(hint) is tuple:
@@ -164,26 +177,30 @@ def find_vae_files(path: Path) -> VaeFiles:
 
 
 def load_vae(path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
-    """A `diffusers.AutoencoderKLWan` in eval mode with the weights of a local release; nothing is downloaded.
+    """A `diffusers.AutoencoderKLWan`, or a `BlockDct`, in eval mode with the weights of local files; nothing is downloaded.
 
     On the CPU, weights of type `dtype` stay in the mapped file: leave it alone while the VAE lives.
 
     Args:
-        path: a folder of a release, in either layout, its `vae/` folder, the weight file, or a bundle's `vae.safetensors`.
+        path: a folder of a release, in either layout, its `vae/` folder, the weight file, a bundle's `vae.safetensors`, or the
+            file of a cosine transform.
         dtype: type of every parameter.
         device: where they go.
 
     Raises:
         CheckpointError: missing, damaged, holding code, not the VAE of Wan2.1, or not finite; every bad tensor is listed.
-        ExecutorError: diffusers is not installed.
+        ExecutorError: diffusers is not installed, and it is Wan's.
     """
     files = find_vae_files(path)
     stored = map_tensors(files.weights)
+    config: AnyVaeConfig
     if files.layout == "wan":
         stored = _diffusers_from_wan(files.weights, stored)
         config = _config_from_tensors(files.weights, stored)
     else:
-        config = VaeConfig.from_mapping(_read_config(files))
+        config = vae_config_from_mapping(_read_config(files))
+    if isinstance(config, BlockDctConfig):
+        return block_dct_from_tensors(files.weights, stored, config, dtype=dtype, device=device)
     vae = empty_vae(config)
     wanted = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
     check_tensors(files.weights, stored, wanted, fault="is not the VAE that its sizes say")

@@ -22,6 +22,7 @@ from causalrt.errors import CheckpointError, PromptError
 WORDS_FILE = "words.safetensors"
 _TABLE, _WORDS = "embedding.weight", "words"
 MAX_PROMPT_CHARS = 2_000
+_UNREADABLE = (OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class WordEncoder:
@@ -57,7 +58,16 @@ class WordEncoder:
                 table = file.get_tensor(_TABLE)
                 words = json.loads((file.metadata() or {})[_WORDS])
             rows = {str(word): tuple(map(int, each)) for word, each in words.items()}
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise CheckpointError(f"{path} is no table of words: {error!r}") from None
         if table.dim() != 2 or not table.is_floating_point() or not table.isfinite().all():
             raise CheckpointError(

@@ -27,6 +27,7 @@ from causalrt.config import Config
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
 from causalrt.engines.kinds import executor_kind
 from causalrt.errors import CapacityError, PromptError, RequestError
+from causalrt.model.words import WORDS_FILE, WordEncoder
 from causalrt.runtime.canary import ExchangeCheck
 from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.memory import (
@@ -64,11 +65,18 @@ if TYPE_CHECKING:
     from causalrt.model.text import TextEncoder
 
 
-def open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder":
-    """The text encoder in a folder, for the prompts of a model (`TextEncoder.from_folder`)."""
+def open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder | WordEncoder":
+    """The text encoder in a folder, for the prompts of a model: a table of words where there is one, or else umT5.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not the model's.
+        ConfigError, ExecutorError: umT5 cannot compute on `device`, or lacks a library; a table of words needs neither.
+    """
+    model = config.model
+    if (folder / WORDS_FILE).is_file():
+        return WordEncoder.from_folder(folder, text_dim=model.text_dim, max_tokens=model.text_len)
     from causalrt.model.text import TextEncoder
 
-    model = config.model
     return TextEncoder.from_folder(folder, device=device, text_dim=model.text_dim, max_tokens=model.text_len)
 
 
@@ -124,7 +132,7 @@ class Engine:
         self._open: set[int] = set()
         self._dropped: deque[int] = deque()
         self._unfinished: tuple[Session, Iterator[tuple[int, Reply]]] | None = None
-        self._text_encoder: TextEncoder | None = None
+        self._text_encoder: TextEncoder | WordEncoder | None = None
         if text_encoder is not None and text_device != "cpu":  # before the ranks look at what is free
             self._text_encoder = open_text_encoder(text_encoder, text_device, bundle.config)
         self._pool = RankPool(world_size, timeout_s=timeout_s)

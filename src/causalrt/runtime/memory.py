@@ -16,7 +16,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import OutOfMemoryError
 from causalrt.layout import layout_from_config
 from causalrt.model.vae import TEMPORAL_SCALE, cache_bytes
-from causalrt.model.vae_checkpoint import VaeConfig
+from causalrt.model.vae_checkpoint import AnyVaeConfig
 from causalrt.model.wan import num_parameters
 
 UNLIMITED = sys.maxsize
@@ -86,7 +86,7 @@ def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
     return predict_decoder_memory(bundle.vae, bundle.config, executor, weights_bytes=weights)
 
 
-def predict_decoder_memory(vae: VaeConfig, config: Config, executor: str, *, weights_bytes: int) -> DecoderMemory:
+def predict_decoder_memory(vae: AnyVaeConfig, config: Config, executor: str, *, weights_bytes: int) -> DecoderMemory:
     """Bytes that a decoder will hold, with one session open; graphs keep a second set of caches."""
     video, dtype = config.video, TORCH_DTYPES[config.build.precision]
     caches = cache_bytes(vae, latent_height=video.latent_height, latent_width=video.latent_width, dtype=dtype)
@@ -207,7 +207,7 @@ def device_sessions(
         if shared:  # whoever has loaded last has seen both
             free = min(free_bytes[0], decoder_free_bytes) - working - decoder.activation_bytes
             fitting[0] = free // (memory.session_bytes + decoder.cache_bytes)
-        else:
+        elif decoder.cache_bytes:
             fitting.append((decoder_free_bytes - decoder.activation_bytes) // decoder.cache_bytes)
     if min(fitting) < 1:
         needed = working + memory.session_bytes

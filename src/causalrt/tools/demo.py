@@ -1,98 +1,229 @@
-"""`causalrt demo`: the main job on a small random model. Build, 2 ranks, 7 chunks, and every chunk against eager."""
+"""`causalrt demo`: the shipped model's video, made by several executors on several ranks, and compared.
 
+    prompt -> a bundle for each number of ranks -> the same video by every row -> demo.mp4, contact-sheet.png, a table
+
+Every row goes the way that any bundle goes: files -> `build` -> `load` -> a session with frames. The first row, eager on one
+rank, is what the others are compared with.
+"""
+
+import contextlib
+import statistics
 import tempfile
+import textwrap
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from causalrt.config import override, recipe
+from causalrt.config import Config, override, recipe
+from causalrt.demo_model import DemoFiles, demo_files
+from causalrt.errors import RequestError
 from causalrt.export.build import build
 from causalrt.export.options import Progress
-from causalrt.export.random_weights import random_weights
-from causalrt.runtime.engine import Engine
+from causalrt.model.words import WordEncoder
+from causalrt.runtime.files import check_writable, write_whole
 from causalrt.runtime.load import load
-from causalrt.tools.compare import TOLERANCE
+from causalrt.runtime.noise import SeededNoise
+from causalrt.runtime.requests import checked_chunks
+from causalrt.runtime.session import Chunk
+from causalrt.runtime.video_file import Mp4Writer, check_picture, pyav
+from causalrt.tools.contact_sheet import SheetRow, contact_sheet, enlarged
+from causalrt.tools.demo_request import ABOUT, EXAMPLES, DemoRequest
+from causalrt.tools.generate import check_switches, parsed_switches
 
-SEED = 0
+SHOWN = ("onnxruntime", 2)
+"""The row that is filmed, if it is there."""
+MOST_GREY_LEVELS = 1
+VIDEO_FILE, SHEET_FILE = "demo.mp4", "contact-sheet.png"
+LEAST_SIDE = 384
+"""Of the video, in pixels: players blur smaller ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DemoRow:
-    """One chunk: stages in milliseconds, latent frames attended over, and the largest difference from eager on one rank."""
+class Made:
+    """A row's video: `load_s` until the ranks were ready; from the prompt `first_ms` to frames, `total_s` to the last."""
 
-    chunk: int
-    latency_ms: float
-    queue_ms: float
-    denoise_ms: list[float]
-    exchange_ms: float
-    gather_ms: float
-    refresh_ms: float
-    kv_frames: int
-    error: float
+    chunks: list[Chunk]
+    load_s: float
+    first_ms: float
+    total_s: float
+
+    @property
+    def frames(self) -> list[torch.Tensor]:
+        """Of each chunk, uint8 `[T, h, w, 3]`."""
+        return [chunk.frames for chunk in self.chunks if chunk.frames is not None]
 
 
-def run_demo(*, on_progress: Progress, on_stage: Callable[[str], None]) -> dict[str, Any]:
-    """Build a bundle of fixed seed, generate on 2 ranks with onnxruntime, compare with eager on 1 rank.
+def run_demo(request: DemoRequest, *, on_progress: Progress, on_stage: Callable[[str], None]) -> dict[str, Any]:
+    """Build, generate by every row, compare, and write the files; what is refused is refused before anything is built.
 
     Args:
+        request: what to show.
         on_progress: told of (stage, done, total).
         on_stage: told in words what comes next.
 
     Returns:
-        `{"rows": [...], "max_abs_error", "tolerance", "passed", "build_s", "first_chunk_cold_ms"}`.
+        `rows` (executor, world_size, load_s, first_frame_ms, chunk_ms, frames_per_s, latent_error, grey_levels), `passed`,
+        `most_grey_levels`, `build_s`, `total_s`, `prompt`, `files`.
+
+    Raises:
+        PromptError: a word that the model does not know.
+        RequestError: too many chunks, no such chunk to switch at, no seed, or the files cannot be written.
     """
-    config = recipe("demo")
-    prompt = torch.randn(20, config.model.text_dim, generator=torch.Generator().manual_seed(SEED))
+    began = time.perf_counter()
+    config, model = recipe("demo"), demo_files()
+    switches = _checked(request, config, model)
+    worlds = sorted({world_size for _, world_size in request.rows})
     with tempfile.TemporaryDirectory(prefix="causalrt-demo-") as folder:
-        checkpoint = Path(folder) / "checkpoint.safetensors"
-        save_file({f"model.{name}": tensor for name, tensor in random_weights(config.model, seed=SEED)}, checkpoint)
-        on_stage("Building a bundle for 2 ranks (onnxruntime), and one for eager on 1 rank")
+        on_stage(f"Building bundles of the demo model for {', '.join(map(str, worlds))} rank(s)")
         start = time.perf_counter()
-        two = build(config, checkpoint=checkpoint, out=Path(folder) / "two", on_progress=on_progress)
-        single = override(config, {"build.world_size": "1"})
-        one = build(
-            single, checkpoint=checkpoint, out=Path(folder) / "one", executors=["eager"], on_progress=on_progress
-        )
+        bundles = {}
+        for done, world_size in enumerate(worlds):
+            on_progress("bundles", done, len(worlds))
+            bundles[world_size] = demo_bundle(Path(folder) / f"ranks-{world_size}", world_size=world_size)
+        on_progress("bundles", len(worlds), len(worlds))
         build_s = time.perf_counter() - start
-        on_stage("Starting 2 rank processes and generating")
-        start = time.perf_counter()
-        with load(two, executor="onnxruntime", device="cpu") as engine:
-            rows, latents, first_ms = _generate(engine, prompt, start, "onnxruntime, 2 ranks", on_progress)
-        on_stage("The same with eager torch on 1 rank, to compare")
-        with load(one, executor="eager", device="cpu") as engine:
-            _, expected, _ = _generate(engine, prompt, start, "eager, 1 rank", on_progress)
-    for row, got, want in zip(rows, latents, expected, strict=True):
-        row["error"] = float((got - want).abs().max())
-    worst = max(row["error"] for row in rows)
+        on_stage(f"Generating {request.chunks} chunks: {request.prompt!r}")
+        made = {}
+        for executor, world_size in request.rows:
+            made[executor, world_size] = _generate(
+                request, switches, bundles[world_size], executor, model, on_progress, row_name(executor, world_size)
+            )
+    rows = [_compared(row, video, made[request.rows[0]]) for row, video in made.items()]
+    files = _write(request, config, switches, made, rows)
     return {
-        "rows": [asdict(DemoRow(**row)) for row in rows],
-        "max_abs_error": worst,
-        "tolerance": TOLERANCE,
-        "passed": worst <= TOLERANCE,
+        "prompt": request.prompt,
+        "rows": rows,
+        "most_grey_levels": MOST_GREY_LEVELS,
+        "passed": all(row["grey_levels"] <= MOST_GREY_LEVELS for row in rows),
         "build_s": build_s,
-        "first_chunk_cold_ms": first_ms,
+        "total_s": time.perf_counter() - began,
+        "files": list(map(str, files)),
     }
 
 
+def demo_bundle(out: Path, *, world_size: int = 2, on_progress: Progress | None = None) -> Path:
+    """The demo model as a bundle with its codec, for eager and onnxruntime."""
+    model = demo_files()
+    config = override(recipe("demo"), {"build.world_size": str(world_size)})
+    return build(config, checkpoint=model.checkpoint, vae=model.codec, out=out, on_progress=on_progress)
+
+
+@contextlib.contextmanager
+def served_demo(*, on_progress: Progress) -> Iterator[dict[str, Any]]:
+    """What `causalrt serve` is given where no bundle is named: arguments by name; the bundle goes with the block."""
+    with tempfile.TemporaryDirectory(prefix="causalrt-demo-") as folder:
+        bundle = demo_bundle(Path(folder) / "bundle", on_progress=on_progress)
+        words = demo_files().words
+        yield {"bundle": bundle, "text_encoder": words, "about": ABOUT, "examples": EXAMPLES}
+
+
+def row_name(executor: str, world_size: int) -> str:
+    """For people."""
+    return f"{executor}, {world_size} rank{'s' if world_size > 1 else ''}"
+
+
+def _checked(request: DemoRequest, config: Config, model: DemoFiles) -> Mapping[int, str]:
+    """The switches, everything having been refused that can be; the folder of the files is there."""
+    words = WordEncoder.from_folder(model.words, text_dim=config.model.text_dim, max_tokens=config.model.text_len)
+    switches = parsed_switches(request.switches)
+    checked_chunks(config, request.chunks, num_given=0)
+    check_switches(switches, request.chunks)
+    for prompt in (request.prompt, *switches.values()):
+        words.encode(prompt)
+    SeededNoise(request.seed)
+    pyav()
+    scale = _scale(config)
+    check_picture(
+        height=scale * config.video.pixel_height, width=scale * config.video.pixel_width, fps=config.video.fps
+    )
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"cannot write to {request.out}: {error.strerror}; choose a folder with --out") from None
+    for name in (VIDEO_FILE, SHEET_FILE):
+        check_writable(request.out / name)
+    return switches
+
+
 def _generate(
-    engine: Engine, prompt: torch.Tensor, started: float, stage: str, on_progress: Progress
-) -> tuple[list[dict[str, Any]], list[torch.Tensor], float]:
-    rows: list[dict[str, Any]] = []
-    latents: list[torch.Tensor] = []
-    first_ms = 0.0
-    with engine.session(prompt, seed=SEED) as session:
-        on_progress(stage, 0, session.num_chunks)
-        for chunk in session:
-            first_ms = first_ms or 1e3 * (time.perf_counter() - started)
-            latents.append(chunk.latents)
-            rows.append({"chunk": chunk.index, "latency_ms": chunk.latency_ms, "queue_ms": chunk.queue_ms})
-            on_progress(stage, chunk.index + 1, session.num_chunks)
-    for row, times in zip(rows, session.times, strict=True):
-        stages = asdict(times[0])
-        row.update({key: stages[key] for key in ("denoise_ms", "exchange_ms", "gather_ms", "refresh_ms", "kv_frames")})
-    return rows, latents, first_ms
+    request: DemoRequest,
+    switches: Mapping[int, str],
+    bundle: Path,
+    executor: str,
+    model: DemoFiles,
+    on_progress: Progress,
+    stage: str,
+) -> Made:
+    on_progress(stage, 0, request.chunks)
+    start = time.perf_counter()
+    with load(bundle, executor=executor, vae_executor=executor, device="cpu", text_encoder=model.words) as engine:
+        ready = time.perf_counter()
+        chunks, first_ms = [], 0.0
+        with engine.session(request.prompt, seed=request.seed, num_chunks=request.chunks) as session:
+            for index in range(request.chunks):
+                if index in switches:
+                    session.switch_prompt(switches[index])
+                chunks.append(next(session))
+                first_ms = first_ms or 1e3 * (time.perf_counter() - ready)
+                on_progress(stage, index + 1, request.chunks)
+        return Made(chunks=chunks, load_s=ready - start, first_ms=first_ms, total_s=time.perf_counter() - ready)
+
+
+def _compared(row: tuple[str, int], made: Made, wanted: Made) -> dict[str, Any]:
+    """A row of the table: its times, and its largest differences from what is wanted."""
+    executor, world_size = row
+    latency = [chunk.latency_ms for chunk in made.chunks]
+    pairs = list(zip(made.chunks, wanted.chunks, strict=True))
+    levels = [(one.int() - other.int()).abs() for one, other in zip(made.frames, wanted.frames, strict=True)]
+    return {
+        "executor": executor,
+        "world_size": world_size,
+        "load_s": made.load_s,
+        "first_frame_ms": made.first_ms,
+        "chunk_ms": latency,
+        "median_chunk_ms": statistics.median(latency),
+        "frames_per_s": sum(map(len, made.frames)) / made.total_s,
+        "latent_error": max(float((one.latents - other.latents).abs().max()) for one, other in pairs),
+        "grey_levels": max(int(level.max()) for level in levels),
+    }
+
+
+def _scale(config: Config) -> int:
+    """How many pixels wide one of the model's is in the video."""
+    return max(1, -(-LEAST_SIDE // max(config.video.pixel_height, config.video.pixel_width)))
+
+
+def _write(
+    request: DemoRequest,
+    config: Config,
+    switches: Mapping[int, str],
+    made: Mapping[tuple[str, int], Made],
+    rows: Sequence[Mapping[str, Any]],
+) -> list[Path]:
+    """Each file whole or not at all, in the place of an earlier demo's."""
+    video, scale = config.video, _scale(config)
+    shown = SHOWN if SHOWN in made else request.rows[-1]
+    size = {"height": scale * video.pixel_height, "width": scale * video.pixel_width}
+    with Mp4Writer(request.out / VIDEO_FILE, **size, fps=video.fps) as writer:
+        for frames in made[shown].frames:
+            writer.write(enlarged(frames.numpy(), scale))
+    said = [request.prompt, *switches.values()]
+    starts = [f"seed {request.seed}", *(f"from chunk {chunk}" for chunk in switches)]
+    title = "\n".join(f"{start}: {textwrap.shorten(text, 90)}" for start, text in zip(starts, said, strict=True))
+    sheet = [_sheet_row(row, made[row["executor"], row["world_size"]], number) for number, row in enumerate(rows)]
+    write_whole(request.out / SHEET_FILE, contact_sheet(title, sheet))
+    return [request.out / VIDEO_FILE, request.out / SHEET_FILE]
+
+
+def _sheet_row(row: Mapping[str, Any], made: Made, number: int) -> SheetRow:
+    levels = row["grey_levels"]
+    return SheetRow(
+        name=row_name(row["executor"], row["world_size"]).replace(", ", "\n"),
+        frames=made.frames,
+        verdict=f"largest difference:\n{levels} of 255 grey levels" if number else "what the others\nare compared with",
+        agrees=levels <= MOST_GREY_LEVELS if number else None,
+    )

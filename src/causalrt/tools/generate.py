@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Request:
         out: an MP4 file, or a safetensors file of latents; given frames are included.
         prompt: what to show, as text; with `text_encoder`.
         prompt_embeds: or a file of embeddings.
-        text_encoder: folder of umT5.
+        text_encoder: folder of umT5, or of a table of words.
         text_device: where it computes.
         given: latents that the video begins with (safetensors), or an image or clip, which is encoded.
         switches: `CHUNK=PROMPT`, other prompts from these chunks on, given as the first one is.
@@ -100,11 +100,7 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
     )
     prompt, switches = _prompts(request)
     num_chunks = checked_chunks(config, request.chunks, num_given=num_given)
-    late = [chunk for chunk in switches if not 0 < chunk < num_chunks]
-    if late:
-        raise RequestError(
-            f"--switch {late[0]}=...: chunks are 0 to {num_chunks - 1}, and the first has its prompt already"
-        )
+    check_switches(switches, num_chunks)
     start = time.perf_counter()
     with load(
         bundle,
@@ -191,14 +187,37 @@ def _warm(engine: Engine, request: Request, prompt: str | torch.Tensor, given: t
     return _first(chunk, total_ms=1e3 * (time.perf_counter() - start), before={"text": session.text_ms})
 
 
-def _prompts(request: Request) -> tuple[str | torch.Tensor, dict[int, str | torch.Tensor]]:
-    """The first prompt, and those that follow by chunk: texts, or embeddings read from files."""
-    later = {}
-    for text in request.switches:
+def parsed_switches(texts: Sequence[str]) -> dict[int, str]:
+    """`CHUNK=PROMPT`, by chunk.
+
+    Raises:
+        RequestError: something else.
+    """
+    found = {}
+    for text in texts:
         chunk, separator, prompt = text.partition("=")
         if not separator or not chunk.isdecimal():
             raise RequestError(f"--switch wants CHUNK=PROMPT, for example --switch '3=a fox runs', got {text!r}")
-        later[int(chunk)] = prompt
+        found[int(chunk)] = prompt
+    return found
+
+
+def check_switches(switches: Iterable[int], num_chunks: int) -> None:
+    """Refuse a chunk that there is not, or that has its prompt already.
+
+    Raises:
+        RequestError: there is one.
+    """
+    late = [chunk for chunk in switches if not 0 < chunk < num_chunks]
+    if late:
+        raise RequestError(
+            f"--switch {late[0]}=...: chunks are 0 to {num_chunks - 1}, and the first has its prompt already"
+        )
+
+
+def _prompts(request: Request) -> tuple[str | torch.Tensor, dict[int, str | torch.Tensor]]:
+    """The first prompt, and those that follow by chunk: texts, or embeddings read from files."""
+    later = parsed_switches(request.switches)
     if request.prompt is None:
         if request.text_encoder is not None:
             raise RequestError("--text-encoder is for --prompt; leave it out, or give the prompt as text")

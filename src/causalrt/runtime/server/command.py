@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     """Load the bundle and serve it until a signal.
 
     Args:
-        arguments: what `add_arguments` added, and the bundle, the text encoder, and how to load them.
+        arguments: what `add_arguments` added, and the bundle, the text encoder, and how to load them; `about` and `examples`
+            (`ServerSettings`) may be there, too.
         version: of the OpenAPI document.
         on_start: told the URL once requests are taken.
 
@@ -64,14 +65,13 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     Raises:
         CausalRTError: a setting, a library, the bundle or the text encoder is not as it must be.
     """
-    given = {name: getattr(arguments, name) for name in _DEFAULTS if hasattr(arguments, name)}
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    settings = ServerSettings(**values)
-    _check_libraries()
+    settings = checked_settings(arguments)
 
     import asyncio
 
     from causalrt.engines.bundle import open_bundle
+    from causalrt.model.text import clean_prompt
+    from causalrt.model.words import WordEncoder
     from causalrt.runtime.engine import Engine, open_text_encoder
     from causalrt.runtime.load import load
     from causalrt.runtime.server import run as running
@@ -105,13 +105,23 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
                 tokens=tokens,
                 listening=listening,
                 version=version,
+                check_prompt=encoder.encode if isinstance(encoder, WordEncoder) else clean_prompt,
                 on_start=lambda server: on_start(running.address(listening)),
             )
         )
     return 0
 
 
-def _check_libraries() -> None:
+def checked_settings(arguments: argparse.Namespace) -> ServerSettings:
+    """What the flags say, all that can be refused before there is a bundle having been refused.
+
+    Raises:
+        ConfigError: a setting cannot be.
+        ExecutorError: a library is missing.
+    """
+    given = {name: getattr(arguments, name) for name in _DEFAULTS if hasattr(arguments, name)}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    settings = ServerSettings(**values)
     for name in LIBRARIES:
         try:
             importlib.import_module(name)
@@ -119,3 +129,4 @@ def _check_libraries() -> None:
             raise ExecutorError(
                 f"the server needs {name}, which cannot be imported ({error}); pip install 'causalrt[serve]'"
             ) from None
+    return settings

@@ -1,6 +1,7 @@
 """What the loaded bundle can be asked for: picture, rate, lengths; and what a prompt has to be."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -32,6 +33,9 @@ class Offer:
         max_chunks: of a generation; None is without an end.
         max_seconds: of a job's video.
         max_prompt_chars: of a prompt.
+        about: what is to be said of the model.
+        examples: prompts for it.
+        check_prompt: raises a PromptError for a text that the text encoder will not take.
     """
 
     model_name: str
@@ -44,9 +48,14 @@ class Offer:
     max_chunks: int | None
     max_seconds: float
     max_prompt_chars: int
+    about: str
+    examples: tuple[str, ...]
+    check_prompt: Callable[[str], object]
 
     @classmethod
-    def from_config(cls, config: Config, settings: ServerSettings) -> Self:
+    def from_config(
+        cls, config: Config, settings: ServerSettings, *, check_prompt: Callable[[str], object] = clean_prompt
+    ) -> Self:
         """What `config` makes, within the limits of `settings`.
 
         Raises:
@@ -69,6 +78,9 @@ class Offer:
             max_chunks=max_chunks,
             max_seconds=settings.max_seconds,
             max_prompt_chars=settings.max_prompt_chars,
+            about=settings.about,
+            examples=settings.examples,
+            check_prompt=check_prompt,
         )
         if max_chunks is None:
             return offer
@@ -99,18 +111,18 @@ class Offer:
         """The prompt as it was given.
 
         Raises:
-            Problem: 400, nothing to show, too long, or with characters that no text has.
+            Problem: 400, nothing to show, too long, with characters that no text has, or words that are not known.
         """
         if len(prompt) > self.max_prompt_chars:
             raise bad_request(
                 f"a prompt may have {self.max_prompt_chars} characters, got {len(prompt)}", param="prompt"
             )
         try:
-            cleaned = clean_prompt(prompt)
+            if not clean_prompt(prompt):
+                raise bad_request("the prompt is empty; say what the video shows", param="prompt")
+            self.check_prompt(prompt)
         except (PromptError, RequestError) as error:
             raise bad_request(str(error), param="prompt") from None
-        if not cleaned:
-            raise bad_request("the prompt is empty; say what the video shows", param="prompt")
         return prompt
 
     def checked_chunks(self, chunks: int | None) -> int:

@@ -173,6 +173,8 @@ class Connection:
             "mime": offer.mime,
             "max_prompt_chars": offer.max_prompt_chars,
             "max_chunks": offer.max_chunks,
+            "about": offer.about,
+            "examples": offer.examples,
         }
 
     # ---- in

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from causalrt.errors import RequestError
+from causalrt.model.text import clean_prompt
 from causalrt.runtime.server.admission import Admission, RateLimit
 from causalrt.runtime.server.auth import Tokens
 from causalrt.runtime.server.engine_host import EngineHost, EngineLike
@@ -131,6 +132,8 @@ def make_services(
     encode: Callable[[str], torch.Tensor],
     settings: ServerSettings,
     tokens: Tokens,
+    *,
+    check_prompt: Callable[[str], object] = clean_prompt,
 ) -> Services:
     """Put a server together on the running event loop.
 
@@ -140,6 +143,7 @@ def make_services(
         encode: prompt -> embeddings `[rows, text_dim]`; called from several threads.
         settings: limits and places.
         tokens: who may use it.
+        check_prompt: refuses, quickly, a text that `encode` would refuse (`Offer`).
 
     Raises:
         RequestError: the engine makes no frames, or the spool cannot be used.
@@ -150,7 +154,7 @@ def make_services(
         )
     slots = _slots(engine, settings)
     metrics = Metrics()
-    offer = Offer.from_config(engine.config, settings)
+    offer = Offer.from_config(engine.config, settings, check_prompt=check_prompt)
     admission = Admission(slots=slots, max_queue=settings.max_queue)
     loop = asyncio.get_running_loop()
 

@@ -27,6 +27,8 @@ class ServerSettings:
         max_message_bytes: of a WebSocket message from a client.
         max_prompt_chars: of a prompt.
         max_seconds: of a job's video.
+        about: what the page says of the model.
+        examples: prompts that the page offers.
         max_chunks: of a real-time generation, where the bundle sets no end; None sets none.
         generations_per_minute: jobs, starts and switches of one token, or of one address where there are no tokens.
         max_jobs: jobs that the spool keeps.
@@ -60,6 +62,8 @@ class ServerSettings:
     max_prompt_chars: int = 2000
     max_seconds: float = 60.0
     max_chunks: int | None = None
+    about: str = ""
+    examples: tuple[str, ...] = ()
     generations_per_minute: int = 120
     max_jobs: int = 10_000
     max_spool_bytes: int = 10 * 2**30

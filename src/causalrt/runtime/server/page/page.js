@@ -7,6 +7,7 @@ import { Player, whyUnplayable } from "./player.js";
 const $ = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
 const HOLD_S = 6; // so much unplayed video: generation is held, or a switch would show late and memory fill
 const GO_ON_S = 3;
+const SMALL = 200; // pixels of a picture that is shown with its pixels, and not blurred
 const RATE_OVER_CHUNKS = 6;
 const BUSY_STATES = ["asking", "queued", "running", "stopping"];
 const ENDINGS = {
@@ -111,11 +112,31 @@ function ready(message) {
   $.chunks.max = message.max_chunks ?? "";
   $["chunks-hint"].textContent = message.max_chunks ? `Chunks: at most ${message.max_chunks}; empty means as many.` : "Chunks: empty means until you stop it.";
   connectionState("ready", "Connected");
+  $.about.textContent = message.about ?? "";
+  $.about.hidden = !message.about;
+  $.video.style.imageRendering = message.width < SMALL ? "pixelated" : "";
+  offerExamples(message.examples ?? []);
   const why = whyUnplayable(message.mime);
   state.playable = why === null;
   state.cause = "";
   complain(why ?? "");
   say(state.chunks ? "Connected again. Start begins a new video." : "Ready.");
+}
+
+function offerExamples(prompts) {
+  if (prompts.length) $.prompt.placeholder = prompts[0];
+  $.examples.hidden = !prompts.length;
+  $.examples.replaceChildren(...prompts.map((prompt) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = prompt;
+    button.addEventListener("click", () => {
+      $.prompt.value = prompt;
+      $.prompt.focus();
+      render();
+    });
+    return button;
+  }));
 }
 
 function started({ chunks }) {

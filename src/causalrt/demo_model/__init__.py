@@ -1,0 +1,33 @@
+"""The model that ships with the package, as files; its card is `README.md` beside them.
+
+    checkpoint.safetensors   the transformer of the recipe `demo`, in the layout of Self-Forcing's release
+    codec.safetensors        the cosine transform in a VAE's place (`model/block_dct.py`)
+    words.safetensors        the table of words in a text encoder's place (`model/words.py`)
+
+`python -m causalrt.tools.demo_train` makes them.
+"""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoFiles:
+    """Where they lie.
+
+    Attributes:
+        checkpoint: for `build(checkpoint=)`.
+        codec: for `build(vae=)`.
+        words: the folder of `words.safetensors`, for `load(text_encoder=)`.
+    """
+
+    checkpoint: Path
+    codec: Path
+    words: Path
+
+
+def demo_files() -> DemoFiles:
+    """The shipped files."""
+    folder = Path(str(files(__name__)))
+    return DemoFiles(checkpoint=folder / "checkpoint.safetensors", codec=folder / "codec.safetensors", words=folder)
