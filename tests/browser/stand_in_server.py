@@ -75,6 +75,7 @@ class StandInServer:
     token: what the page must send, or None.
     refuse: errors that answer the next "start"s, in order.
     refuse_switch: the error that answers every "switch".
+    about, examples: what the page is told of the model.
     chunk_s: seconds a chunk takes, or None: a chunk is made for each `release`.
     """
 
@@ -84,6 +85,8 @@ class StandInServer:
     token: str | None = None
     mime: str | None = None
     max_chunks: int | None = None
+    about: str = ""
+    examples: list[str] = field(default_factory=list)
     chunk_s: float | None = None
     port: int = 0
     refuse: list[dict[str, Any]] = field(default_factory=list)
@@ -161,7 +164,8 @@ class _Connection:
             return
         mime = server.mime or FragmentWriter(height=server.height, width=server.width, fps=server.fps).mime
         size = {"width": server.width, "height": server.height, "fps": server.fps}
-        await self.say("ready", **size, mime=mime, max_prompt_chars=2000, max_chunks=server.max_chunks)
+        model = {"about": server.about, "examples": server.examples}
+        await self.say("ready", **size, mime=mime, max_prompt_chars=2000, max_chunks=server.max_chunks, **model)
         try:
             while True:
                 message = await self.read()

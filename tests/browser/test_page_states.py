@@ -141,6 +141,7 @@ def test_narrow_screen(new_page, server, expect, screenshots, scheme):
 def test_accessible_in_every_state(new_page, server, expect, scheme, width):
     page = new_page(viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion="reduce")
     server.token = "secret"
+    server.about, server.examples = "A small model.", ["a red circle", "a blue square"]
     page.goto(server.url)
     expect(page.get_by_label("Access token")).to_be_visible()
     violations = {"token": accessibility_violations(page)}
@@ -313,3 +314,28 @@ def test_broken_video_stops_generation(new_page, server, expect):
     expect(page.get_by_role("alert")).to_contain_text("The video cannot be decoded")
     expect(page.get_by_role("status")).to_contain_text("Stopped.")
     assert len(server.messages("stop")) == 1
+
+
+def test_examples_fill_the_prompt(new_page, server, expect):
+    page = new_page()
+    server.about, server.examples = "A <b>small</b> model.", ["a red circle", "a <i>blue</i> square"]
+    page.goto(server.url)
+    expect(page.get_by_role("status")).to_have_text("Ready.")
+    expect(page.locator("#about")).to_have_text("A <b>small</b> model.")  # text, not markup
+    prompt = page.get_by_label("Prompt", exact=True)
+    expect(prompt).to_have_attribute("placeholder", "a red circle")
+    page.get_by_role("group", name="Example prompts").get_by_role("button", name="a <i>blue</i> square").click()
+    expect(prompt).to_have_value("a <i>blue</i> square")
+    expect(prompt).to_be_focused()
+    assert server.messages("start") == []  # it is the user who starts
+    prompt.press("Enter")
+    expect(page.get_by_role("status")).to_have_text("Generating the first chunk.")
+    assert [message["prompt"] for message in server.messages("start")] == ["a <i>blue</i> square"]
+
+
+def test_a_server_that_says_nothing_of_its_model_has_no_examples(new_page, server, expect):
+    page = new_page()
+    page.goto(server.url)
+    expect(page.get_by_role("status")).to_have_text("Ready.")
+    expect(page.locator("#about")).to_be_hidden()
+    expect(page.locator("#examples")).to_be_hidden()

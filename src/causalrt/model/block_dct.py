@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from causalrt.errors import CheckpointError
@@ -258,9 +257,9 @@ def write_block_dct(path: Path, *, mean: Sequence[float], std: Sequence[float]) 
     config = BlockDctConfig(latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std)))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({"basis": block_basis()}, partial, {CONFIG_KEY: dumps(config.to_mapping())})
+        partial.write_bytes(save({"basis": block_basis()}, {CONFIG_KEY: dumps(config.to_mapping())}))
         os.replace(partial, path)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -112,4 +112,8 @@ class WordEncoder:
         """Nothing is kept."""
 
     def _known(self) -> str:
-        return ", ".join(sorted(word for word, rows in self.words.items() if rows))
+        """One word for each meaning, the first that the file has."""
+        first: dict[tuple[int, ...], str] = {}
+        for word, rows in self.words.items():
+            first.setdefault(rows, word)
+        return ", ".join(sorted(word for rows, word in first.items() if rows))

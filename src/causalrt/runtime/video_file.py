@@ -334,7 +334,7 @@ def pyav() -> Any:
         import av.video.reformatter
     except ImportError as error:
         raise ExecutorError(
-            f"video files need PyAV, which cannot be imported ({error}); pip install 'causalrt[video]'"
+            f"video files need PyAV, which cannot be imported ({error}); pip install 'av>=18.1,<19'"
         ) from error
     return av
 

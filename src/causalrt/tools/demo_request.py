@@ -9,7 +9,7 @@ PROMPT = "a red circle bounces sideways quickly"
 EXAMPLES = (PROMPT, "a blue square turns clockwise slowly", "a yellow triangle moves up quickly")
 ABOUT = (
     "This is the small demo model that ships with CausalRT: it knows coloured shapes and how they move, and nothing else. "
-    "`causalrt serve BUNDLE` serves another."
+    "To serve another: causalrt serve BUNDLE."
 )
 CHUNKS = 7
 FOLDER = "causalrt-demo"

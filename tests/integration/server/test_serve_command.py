@@ -32,11 +32,13 @@ def places(tmp_path_factory):
 
 
 class Process:
-    """A server that runs in a process of its own."""
+    """A server that runs in a process of its own; without places, that of the demo model."""
 
     def __init__(self, places, *flags):
-        bundle, encoder = places
-        command = [sys.executable, "-m", "causalrt.cli", "serve", str(bundle), "--text-encoder", str(encoder)]
+        command = [sys.executable, "-m", "causalrt.cli", "serve"]
+        if places:
+            bundle, encoder = places
+            command += [str(bundle), "--text-encoder", str(encoder)]
         self.process = subprocess.Popen(
             [*command, "--port", "0", "--json", "--threads", "1", *flags],
             stdout=subprocess.PIPE,

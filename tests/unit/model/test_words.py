@@ -44,7 +44,7 @@ def test_the_rows_are_the_callers(encoder):
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("red fox in red snow", "does not know fox, in, snow; its words are: ball, circle, moves, red, right, rolls$"),
+        ("red fox in red snow", "does not know fox, in, snow; its words are: circle, moves, red, right, rolls$"),
         ("the", "1 to 3 words that say something"),
         ("", "1 to 3 words"),
         ("red circle moves right", "1 to 3 words"),

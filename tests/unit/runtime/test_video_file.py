@@ -18,7 +18,7 @@ from causalrt.errors import ExecutorError, RequestError, VideoError
 from causalrt.runtime.mp4_boxes import boxes
 from causalrt.runtime.video_file import FragmentWriter, Mp4Writer
 
-av = pytest.importorskip("av", reason="needs PyAV: pip install 'causalrt[video]'")
+av = pytest.importorskip("av", reason="needs PyAV: pip install 'av>=18.1,<19'")
 
 HEIGHT, WIDTH, FPS = 96, 128, 16
 CHUNKS = (9, 12, 12)
@@ -255,7 +255,7 @@ def test_frames_need_not_be_contiguous(frames, tmp_path):
 
 def test_without_pyav_an_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ExecutorError, match=r"pip install 'causalrt\[video\]'"):
+    with pytest.raises(ExecutorError, match="pip install 'av"):
         Mp4Writer(tmp_path / "video.mp4", height=HEIGHT, width=WIDTH, fps=FPS)
     assert list(tmp_path.iterdir()) == []
 
