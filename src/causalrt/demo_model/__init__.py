@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+CHECKPOINT, CODEC = "checkpoint.safetensors", "codec.safetensors"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoFiles:
@@ -30,4 +32,4 @@ class DemoFiles:
 def demo_files() -> DemoFiles:
     """The shipped files."""
     folder = Path(str(files(__name__)))
-    return DemoFiles(checkpoint=folder / "checkpoint.safetensors", codec=folder / "codec.safetensors", words=folder)
+    return DemoFiles(checkpoint=folder / CHECKPOINT, codec=folder / CODEC, words=folder)

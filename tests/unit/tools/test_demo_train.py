@@ -1,11 +1,15 @@
 """Training of the demo model: its forward is the step's, its clips are what their captions say, its loop falls and goes on."""
 
+import json
 import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from causalrt.config import override, recipe
+from causalrt.errors import ConfigError
+from causalrt.export.checkpoint import open_checkpoint, write_weights
 from causalrt.layout import layout_from_config
 from causalrt.model.block_dct import block_basis, decode_block, encode_blocks
 from causalrt.model.decode_state import pixels_from_signal
@@ -15,9 +19,13 @@ from causalrt.model.wan import PromptGraph, TimeGraph, Wan, sinusoid
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.requests import tokens_from_latents
 from causalrt.tools.demo_train.clips import CHUNKS, draw_clips
-from causalrt.tools.demo_train.forward import Inputs, TrainingForward
+from causalrt.tools.demo_train.command import as_tokens, normal_values, released_layout
+from causalrt.tools.demo_train.command import main as train_command
+from causalrt.tools.demo_train.forward import Inputs, TrainingForward, initialise
 from causalrt.tools.demo_train.judge import border_jump, look
+from causalrt.tools.demo_train.train import Settings, Trainer, coupled
 from causalrt.tools.demo_train.vocabulary import word_encoder
 from causalrt.tools.demo_train.world import Mover, captions, draw, split_captions, track
 
@@ -118,3 +126,100 @@ def test_clips_lie_where_they_say_in_time():
     assert int(clips.starts.max()) + 3 <= CONFIG.video.horizon_frames
     assert (~clips.counts[gaps > 0][:, 1:3]).all()
     assert clips.counts[gaps == 0].all()
+
+
+# ---- the loop
+
+
+def small_trainer(settings: Settings) -> Trainer:
+    config = override(CONFIG, {"model.num_layers": "1", "model.dim": "48", "model.ffn_dim": "64"})
+    words = word_encoder(text_dim=config.model.text_dim, text_len=config.model.text_len)
+    normal = tuple(as_tokens(value, config) for value in normal_values(config))
+    return Trainer(config, captions(), words.encode, settings, device=torch.device("cpu"), normal=normal)
+
+
+def test_a_run_that_is_taken_up_goes_on_as_if_it_had_not_stopped(tmp_path):
+    settings = Settings(steps=6, coupled_from=1, own_from=3, batch=2)
+    whole = small_trainer(settings)
+    losses = [whole.one_step() for _ in range(6)]
+    assert len(set(losses)) == 6
+    first = small_trainer(settings)
+    assert [first.one_step() for _ in range(4)] == losses[:4]
+    first.save(tmp_path / "state.pt")
+    second = small_trainer(settings)
+    second.resume(tmp_path / "state.pt")
+    assert [second.one_step() for _ in range(2)] == losses[4:]
+    for name, value in whole.average.items():
+        assert torch.equal(second.average[name], value), name
+    with pytest.raises(ConfigError, match="another --out"):
+        small_trainer(Settings(steps=7, coupled_from=1, own_from=3, batch=2)).resume(tmp_path / "state.pt")
+
+
+def test_own_history_leaves_the_first_chunk_and_what_does_not_count(monkeypatch):
+    trainer = small_trainer(Settings(batch=6))
+    clips = draw_clips(trainer.config, captions(), count=6, rng=random.Random(3))
+    target = torch.randn(clips.tokens.shape)
+    levels = torch.randint(4, clips.starts.shape, generator=torch.Generator().manual_seed(0))
+    history, seen = trainer._own(clips, target, levels, torch.Generator().manual_seed(1))
+    changed = (history != target).any(-1).any(-1)
+    assert not changed[:, 0].any()
+    assert not changed[~clips.counts].any()
+    own = changed.any(1)
+    assert own.any()
+    assert not own.all()
+    assert torch.equal(changed[own], clips.counts[own] & (torch.arange(CHUNKS) > 0))
+    # At the first level a chunk is noise alone: nothing of the model's can be in it.
+    assert torch.equal(seen[levels == 0], target[levels == 0])
+
+
+def test_what_is_written_is_a_checkpoint_in_the_released_layout(tmp_path):
+    config = override(CONFIG, {"build.world_size": "1"})
+    wan = Wan(config.model)
+    initialise(wan, seed=1)
+    with torch.no_grad():
+        wan.head.head.weight.normal_()
+    save_file(released_layout(config, dict(wan.named_parameters())), tmp_path / "checkpoint.safetensors")
+    write_weights(
+        open_checkpoint(tmp_path / "checkpoint.safetensors"),
+        config.model,
+        dtype=torch.float32,
+        out=tmp_path / "weights.safetensors",
+    )
+    written = load_file(tmp_path / "weights.safetensors")
+    assert set(written) == set(dict(wan.named_parameters()))
+    for name, parameter in wan.named_parameters():
+        assert torch.equal(written[name], parameter), name
+
+
+@pytest.mark.slow
+def test_two_minutes_of_training_bring_the_loss_down(tmp_path):
+    assert train_command(["--out", str(tmp_path), "--minutes", "2", "--device", "cpu"]) == 0
+    losses = json.loads((tmp_path / "losses.json").read_text())["losses"]
+    assert len(losses) >= 20
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+    stored = load_file(tmp_path / "checkpoint.safetensors")
+    assert sum(tensor.nbytes for tensor in stored.values()) < 6_000_000
+    assert train_command(["--out", str(tmp_path), "--minutes", "0", "--device", "cpu"]) == 0  # nothing is lost
+    assert json.loads((tmp_path / "losses.json").read_text())["losses"] == losses
+    assert train_command(["--out", str(tmp_path), "--steps", "7"]) == 1
+
+
+def test_clips_are_moved_to_where_their_noise_says_and_only_where_they_may_be():
+    every = captions()
+    both = [(next(c for c in every if c.motion == m),) * 2 for m in ("moves up", "bounces sideways", "turns clockwise")]
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 3 * CHUNKS, 16, 8, 8, generator=generator)
+    shifts = [(3, 5), (2, 0), (7, 1)]
+    noise = torch.stack([each.roll(shift, (2, 3)) for each, shift in zip(latents, shifts, strict=True)])
+
+    def tokens(each):
+        return torch.stack([torch.stack([tokens_from_latents(c, CONFIG) for c in clip.split(3)]) for clip in each])
+
+    alone = torch.tensor([True, True, False])
+    moved = coupled(CONFIG, both, tokens(latents), tokens(noise), alone=alone)
+    assert torch.equal(moved[:2], tokens(noise)[:2])
+    assert torch.equal(moved[2], tokens(latents)[2])
+    aside = latents.roll((0, 4), (3, 4))
+    kept = coupled(CONFIG, both, tokens(aside), tokens(latents), alone=alone)
+    assert torch.equal(kept[0], tokens(latents)[0])
+    assert not torch.equal(kept[1], tokens(latents)[1])  # it may not be moved sideways

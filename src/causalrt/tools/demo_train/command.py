@@ -14,14 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 
 from causalrt.config import Config, recipe
+from causalrt.demo_model import CHECKPOINT, CODEC
 from causalrt.errors import CausalRTError
+from causalrt.model.block_dct import write_block_dct
 from causalrt.runtime.requests import latents_from_tokens, tokens_from_latents
 from causalrt.tools.demo_train.clips import draw_clips
 from causalrt.tools.demo_train.train import Settings, Trainer
 from causalrt.tools.demo_train.vocabulary import word_encoder
 from causalrt.tools.demo_train.world import split_captions
 
-STATE, CHECKPOINT, LOSSES = "state.pt", "checkpoint.safetensors", "losses.json"
+STATE, LOSSES = "state.pt", "losses.json"
 MEASURED_CLIPS = 200
 SAVE_EVERY_S = 120.0
 SHOWN = 50
@@ -123,6 +125,7 @@ def _train(arguments: argparse.Namespace) -> int:
                 saved = time.perf_counter()
     _save(trainer, out, losses)
     words.save(out)
+    write_block_dct(out / CODEC, mean=mean.tolist(), std=std.tolist())
     console.print(
         f"{trainer.step} of {settings.steps} steps; written: {out / CHECKPOINT}, {out / STATE}, {out / LOSSES}"
     )

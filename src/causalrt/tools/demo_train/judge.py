@@ -27,6 +27,8 @@ STRIDE, SMOOTHED = 8, 4
 """Frames over which a displacement is taken, and a place averaged: fewer show the codec's own roughness, more cut corners."""
 FARTHEST = 0.5
 """A motion is none of those known if it is farther than this from the nearest, in units of its speed."""
+TIE = 0.15
+"""In a short clip, motions that are so close to each other cannot be told apart."""
 BESIDE = 4.0
 """Pixels past a wall at which a shape no longer bounces."""
 
@@ -53,6 +55,11 @@ class Seen:
         """Colour, motion and speed are the caption's, and the shape was there all the time."""
         said = (caption.colour, caption.motion, caption.speed)
         return (self.colour, self.motion, self.speed) == said and self.present > 0.5
+
+    def fits(self, caption: Caption) -> bool:
+        """Nothing of a short clip speaks against the caption: a shape that has met no wall may move on or bounce."""
+        own, nearest = self.distances[caption.motion, caption.speed], min(self.distances.values())
+        return self.colour == caption.colour and self.present > 0.5 and own <= min(FARTHEST, nearest + TIE)
 
 
 def weights_of(frames_THW3: torch.Tensor) -> torch.Tensor:
@@ -118,5 +125,5 @@ def _distance(places: torch.Tensor, motion: str, speed: float) -> float:
         # A turn at a wall is shorter than its speed says: the median is of what lies between.
         errors = torch.hypot((moved[:, along].abs() - speed).abs().median(), moved[:, 1 - along])
         past = torch.maximum(WALLS[0] - BESIDE - places[:, along], places[:, along] - WALLS[1] - BESIDE).clamp(min=0)
-        errors = errors + past.max() / 4 * speed
+        errors = errors + past[: len(errors)] / BESIDE * speed
     return float(errors.square().mean().sqrt()) / speed

@@ -5,6 +5,10 @@
                   session takes, from the clip's own first chunk, and the target stays the clip. So what the model does wrong is
                   what it learns to put right, and rollouts hold for longer than any clip
 
+    coupled       a first chunk may lie anywhere, and noise alone does not say where: the mean of all places is no picture. So
+                  where a clip may be moved about its canvas, it is moved to where its first chunk is most like the noise, and
+                  noise does say where
+
 Only the noise levels of the recipe's schedule are trained, for no others are ever asked for; there is nothing to distil. All is
 a function of the seed and the step, so a run that is taken up again goes on as if it had not stopped.
 """
@@ -23,6 +27,7 @@ from causalrt.config import Config
 from causalrt.errors import ConfigError
 from causalrt.model.schedule import schedule_from_config
 from causalrt.model.wan import Wan
+from causalrt.runtime.requests import latents_from_tokens, tokens_from_latents
 from causalrt.tools.demo_train.clips import CHUNKS, Clips, draw_clips
 from causalrt.tools.demo_train.forward import Inputs, TrainingForward, initialise
 from causalrt.tools.demo_train.world import Caption
@@ -34,14 +39,16 @@ class Settings:
 
     Attributes:
         steps: of the optimiser.
+        coupled_from: step from which on first chunks are where their noise says.
         own_from: step from which on history is the model's own in half of the clips of a batch.
         batch: clips of a step.
         rate: the highest learning rate.
         seed: of everything.
     """
 
-    steps: int = 4200
-    own_from: int = 3200
+    steps: int = 3000
+    coupled_from: int = 900
+    own_from: int = 2250
     batch: int = 16
     rate: float = 2e-3
     seed: int = 0
@@ -134,10 +141,15 @@ class Trainer:
         return s.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / s.steps)))
 
     def _loss(self, clips: Clips, generator: torch.Generator) -> torch.Tensor:
-        target = (clips.tokens.to(self.device) - self.mean) / self.std
-        levels = torch.randint(len(self.sigmas), clips.starts.shape, generator=generator).to(self.device)
+        target = (clips.tokens - self.mean.cpu()) / self.std.cpu()
+        levels = torch.randint(len(self.sigmas), clips.starts.shape, generator=generator)
+        noise = torch.randn(target.shape, generator=generator)
+        if self.step >= self.settings.coupled_from:
+            # More often than not of noise alone: what is made of that decides about the whole video.
+            levels[:, 0] = (torch.randint(2 * len(self.sigmas), (len(target),), generator=generator) - 4).clamp(min=0)
+            target = coupled(self.config, clips.captions, target, noise, alone=levels[:, 0] == 0)
+        target, noise, levels = (each.to(self.device) for each in (target, noise, levels))
         sigma = self.sigmas[levels][..., None, None]
-        noise = torch.randn(target.shape, generator=generator).to(self.device)
         history, seen = target, target
         if self.step >= self.settings.own_from:
             history, seen = self._own(clips, target, levels, generator)
@@ -190,3 +202,36 @@ class Trainer:
                 text[2 * row + place, : len(rows)] = rows
         prompts = 2 * torch.arange(len(clips.captions))[:, None] + clips.switched
         return text.to(self.device), prompts.to(self.device)
+
+
+def coupled(
+    config: Config,
+    captions: list[tuple[Caption, Caption]],
+    target: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    alone: torch.Tensor,
+) -> torch.Tensor:
+    """Clips `[B, K, N, 64]` moved by whole latents to where their first chunk is most like its noise, where they may be.
+
+    Args:
+        config: of the model.
+        captions: of the clips; one that bounces is not moved along its way.
+        target: the clips.
+        noise: likewise.
+        alone: `[B]`, whose first chunk is noise alone.
+    """
+    sizes = config.video.latent_height, config.video.latent_width
+    moved = target.clone()
+    for clip in alone.nonzero()[:, 0].tolist():
+        motions = [caption.motion for caption in captions[clip]]
+        rows = range(1 if "bounces up and down" in motions else sizes[0])
+        columns = range(1 if "bounces sideways" in motions else sizes[1])
+        latents = torch.cat([latents_from_tokens(chunk, config) for chunk in target[clip]])
+        wanted = latents_from_tokens(noise[clip, 0], config)
+        first = latents[: len(wanted)]
+        likeness = {(y, x): float((first.roll((y, x), (2, 3)) * wanted).sum()) for y in rows for x in columns}
+        best = max(likeness, key=lambda shift: likeness[shift])
+        chunks = latents.roll(best, (2, 3)).view(len(target[clip]), -1, *latents.shape[1:])
+        moved[clip] = torch.stack([tokens_from_latents(chunk, config) for chunk in chunks])
+    return moved

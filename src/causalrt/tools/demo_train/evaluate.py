@@ -1,0 +1,104 @@
+"""How well the demo model does what captions say: `python -m causalrt.tools.demo_train.evaluate [FOLDER]`.
+
+Videos are made as users make them, from captions held back in training, and judged from their pixels alone (`judge.py`).
+FOLDER has what `demo_train` writes, by default the shipped files; the report says how many captions were shown right, and what
+went wrong.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from causalrt.config import override, recipe
+from causalrt.demo_model import CHECKPOINT, CODEC, demo_files
+from causalrt.export.build import build
+from causalrt.runtime.engine import Engine
+from causalrt.runtime.load import load
+from causalrt.tools.demo_train.judge import Seen, border_jump, look
+from causalrt.tools.demo_train.world import Caption, split_captions
+
+FRAMES_OF_CHUNK, FEWER_IN_FIRST = 12, 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """One video, judged.
+
+    Attributes:
+        frames: uint8 `[T, 64, 64, 3]`.
+        borders: frames at which a chunk begins, the first one left out.
+    """
+
+    frames: torch.Tensor
+    borders: list[int]
+
+    def seen(self, first_chunk: int = 0, end_chunk: int | None = None) -> Seen:
+        """What some of its chunks show."""
+        starts = [0, *self.borders, len(self.frames)]
+        return look(self.frames[starts[first_chunk] : starts[-1 if end_chunk is None else end_chunk]])
+
+    def jumps(self) -> tuple[float, float]:
+        """(longest step of the shape's centre from a chunk to the next, longest elsewhere), in pixels."""
+        return border_jump(self.frames, self.borders)
+
+
+def show(
+    engine: Engine, caption: Caption, *, seed: int, num_chunks: int = 7, switches: Mapping[int, Caption] | None = None
+) -> Shown:
+    """A video by a caption, and by others from the chunks on that `switches` names."""
+    parts = []
+    with engine.session(str(caption), seed=seed, num_chunks=num_chunks) as session:
+        for chunk in range(num_chunks):
+            if switches and chunk in switches:
+                session.switch_prompt(str(switches[chunk]))
+            frames = next(session).frames
+            assert frames is not None
+            parts.append(frames)
+    borders = [FRAMES_OF_CHUNK * chunk - FEWER_IN_FIRST for chunk in range(1, num_chunks)]
+    return Shown(frames=torch.cat(parts), borders=borders)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m causalrt.tools.demo_train.evaluate", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=demo_files().words)
+    parser.add_argument("--count", type=int, default=100, help="held-back captions to try")
+    parser.add_argument("--chunks", type=int, default=7)
+    parser.add_argument("--sheet", type=Path, help="write a picture of the first eight videos")
+    given = parser.parse_args(arguments)
+    config, console = override(recipe("demo"), {"build.world_size": "1"}), Console(width=160)
+    _, held_back = split_captions()
+    right, strips = 0, list[torch.Tensor]()
+    with tempfile.TemporaryDirectory(prefix="causalrt-demo-") as folder:
+        source = given.folder
+        bundle = build(config, checkpoint=source / CHECKPOINT, vae=source / CODEC, out=Path(folder) / "bundle")
+        with load(bundle, device="cpu", text_encoder=source) as engine:
+            for seed, caption in enumerate(held_back[: given.count]):
+                shown = show(engine, caption, seed=seed, num_chunks=given.chunks)
+                seen, (at_borders, within) = shown.seen(), shown.jumps()
+                right += seen.agrees(caption)
+                if len(strips) < 8:
+                    strips.append(torch.cat(list(shown.frames[::6]), dim=1))
+                if not seen.agrees(caption) or at_borders > within:
+                    distance = seen.distances[caption.motion, caption.speed]
+                    console.print(
+                        f"{caption}: {seen.colour}, {seen.motion}, {seen.speed}; {distance:.2f} from what was said; least area "
+                        f"{seen.present:.2f}; longest step {at_borders:.1f} pixels at borders, {within:.1f} elsewhere",
+                        highlight=False,
+                    )
+    console.print(f"{right} of {min(given.count, len(held_back))} right")
+    if given.sheet is not None:
+        from PIL import Image
+
+        Image.fromarray(torch.cat(strips).numpy()).save(given.sheet)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
