@@ -39,6 +39,16 @@ class Clips:
     starts: torch.Tensor
     counts: torch.Tensor
 
+    def first(self, count: int) -> "Clips":
+        """The first so many."""
+        return Clips(
+            tokens=self.tokens[:count],
+            captions=self.captions[:count],
+            switched=self.switched[:count],
+            starts=self.starts[:count],
+            counts=self.counts[:count],
+        )
+
 
 def frames_of(config: Config, chunk: int) -> int:
     """Pixel frames of a chunk of a video."""

@@ -46,9 +46,9 @@ class Settings:
         seed: of everything.
     """
 
-    steps: int = 3000
+    steps: int = 2400
     coupled_from: int = 900
-    own_from: int = 2250
+    own_from: int = 2000
     batch: int = 16
     rate: float = 2e-3
     seed: int = 0
@@ -176,21 +176,23 @@ class Trainer:
     def _own(
         self, clips: Clips, target: torch.Tensor, levels: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(history, what noise is added to): the model's own in half of the clips, the clip in the others.
+        """(history, what noise is added to): the model's own in the first half of the clips, the clip in the others.
 
         All chunks are sampled at once, each after the clip's own history, in a session's steps; what the noise of a level is
         added to is x0 of the step before.
         """
-        own = torch.rand(len(target), generator=generator).to(self.device) < 0.5
-        x0 = before = target
+        half = len(target) // 2
+        clips, clean, levels = clips.first(half), target[:half], levels[:half]
+        x0 = before = clean
         for level, sigma in enumerate(self.sigmas):
-            noise = torch.randn(target.shape, generator=generator).to(self.device)
+            noise = torch.randn(clean.shape, generator=generator).to(self.device)
             noisy = (1 - sigma) * x0 + sigma * noise
-            x0 = noisy - sigma * self._flow(clips, target, noisy, torch.full_like(levels, level))
+            x0 = noisy - sigma * self._flow(clips, clean, noisy, torch.full_like(levels, level))
             before = torch.where((levels == level + 1)[..., None, None], x0, before)
         later = torch.arange(CHUNKS, device=self.device) > 0
-        usable = (own[:, None] & later & clips.counts.to(self.device))[..., None, None]
-        return torch.where(usable, x0, target), torch.where(usable, before, target)
+        usable = (later & clips.counts.to(self.device))[..., None, None]
+        history, seen = torch.where(usable, x0, clean), torch.where(usable, before, clean)
+        return torch.cat([history, target[half:]]), torch.cat([seen, target[half:]])
 
     def _text(self, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `[2 B, text_len, text_dim]`, and the number of each chunk's among them."""
