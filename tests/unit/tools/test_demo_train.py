@@ -78,7 +78,7 @@ def test_the_judge_tells_every_held_back_caption_from_its_clip(codec):
     rng = random.Random(1)
     _, held_back = split_captions()
     for caption in held_back:
-        mover = Mover.start(rng)
+        mover = Mover.start(rng, caption)
         mover.step(caption)
         frames = draw(caption, track([caption] * 81, mover))
         if codec:
@@ -95,7 +95,7 @@ def test_the_judge_tells_every_held_back_caption_from_its_clip(codec):
 def test_the_judge_refuses_what_moves_otherwise_or_has_another_colour():
     rng = random.Random(2)
     red = next(c for c in captions() if str(c) == "a red circle moves right slowly")
-    pixels = pixels_from_signal(draw(red, track([red] * 81, Mover.start(rng))))
+    pixels = pixels_from_signal(draw(red, track([red] * 81, Mover.start(rng, red))))
     assert look(pixels).agrees(red)
     assert not any(look(pixels).agrees(other) for other in captions() if other.shape == "circle" and other != red)
     noise = torch.randint(0, 255, pixels.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -139,7 +139,7 @@ def small_trainer(settings: Settings) -> Trainer:
 
 
 def test_a_run_that_is_taken_up_goes_on_as_if_it_had_not_stopped(tmp_path):
-    settings = Settings(steps=6, coupled_from=1, own_from=3, batch=2)
+    settings = Settings(steps=6, own_from=3, batch=2)
     whole = small_trainer(settings)
     losses = [whole.one_step() for _ in range(6)]
     assert len(set(losses)) == 6
@@ -152,7 +152,7 @@ def test_a_run_that_is_taken_up_goes_on_as_if_it_had_not_stopped(tmp_path):
     for name, value in whole.average.items():
         assert torch.equal(second.average[name], value), name
     with pytest.raises(ConfigError, match="another --out"):
-        small_trainer(Settings(steps=7, coupled_from=1, own_from=3, batch=2)).resume(tmp_path / "state.pt")
+        small_trainer(Settings(steps=7, own_from=3, batch=2)).resume(tmp_path / "state.pt")
 
 
 def test_own_history_leaves_the_first_chunk_and_what_does_not_count(monkeypatch):

@@ -63,7 +63,7 @@ def _clip(
     other = with_motion(caption, rng.choice(every)) if rng.random() < SWITCH_SHARE else caption
     switch = CHUNKS if other == caption else rng.randrange(1, CHUNKS)
     gap = rng.randrange(1, MAX_GAP + 1) if rng.random() < GAP_SHARE else 0
-    mover = Mover.start(rng)
+    mover = Mover.start(rng, caption)
     mover.step(caption)  # heads where the caption says
     parts = []
     for chunk in range(CHUNKS):

@@ -67,10 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-model"), help="folder of the state and of what is made")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of the optimiser")
     parser.add_argument(
-        "--own-from", type=int, help="step from which on history is the model's own (default: 5/6 of them)"
+        "--own-from", type=int, help="step from which on history is the model's own (default: 3/4 of them)"
     )
     parser.add_argument("--batch", type=int, default=Settings.batch, help="clips of a step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--from", dest="start", type=Path, metavar="STATE", help="begin with the weights of another run"
+    )
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after so many; the same command goes on"
     )
@@ -85,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = recipe("demo")
-    own_from = arguments.steps * 5 // 6 if arguments.own_from is None else arguments.own_from
+    own_from = arguments.steps * 3 // 4 if arguments.own_from is None else arguments.own_from
     settings = Settings(steps=arguments.steps, own_from=own_from, batch=arguments.batch, seed=arguments.seed)
     train, _ = split_captions()
     words = word_encoder(text_dim=config.model.text_dim, text_len=config.model.text_len)
@@ -100,6 +103,8 @@ def _train(arguments: argparse.Namespace) -> int:
     )
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    if arguments.start is not None:
+        trainer.start_from(arguments.start)
     losses = _resume(trainer, out)
     if arguments.compile:
         trainer.forward_pass = torch.compile(trainer.forward)

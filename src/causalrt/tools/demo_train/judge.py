@@ -18,9 +18,9 @@ from causalrt.tools.demo_train.world import (
     MOTIONS,
     SIZE,
     SPEEDS,
-    TURN_RADIUS,
     WALLS,
     Caption,
+    turn_heading,
 )
 
 STRIDE, SMOOTHED = 8, 4
@@ -115,11 +115,9 @@ def _distance(places: torch.Tensor, motion: str, speed: float) -> float:
     if kind == "moves":
         errors = (moved - speed * torch.tensor(_DIRECTIONS[how])).norm(dim=1)
     elif kind == "turns":
-        angle = STRIDE * speed / TURN_RADIUS * (1 if how == "clockwise" else -1)
-        cos, sin = math.cos(angle), math.sin(angle)
-        before, after = moved[:-STRIDE], moved[STRIDE:]
-        turned = torch.stack([cos * before[:, 0] - sin * before[:, 1], sin * before[:, 0] + cos * before[:, 1]], dim=1)
-        errors = (after - turned).norm(dim=1) + (before.norm(dim=1) - speed).abs()
+        between = places[(STRIDE + SMOOTHED) // 2 :].tolist()
+        headings = [turn_heading(x, y, clockwise=how == "clockwise") for x, y in between[: len(moved)]]
+        errors = (moved - speed * torch.tensor(headings)).norm(dim=1)
     else:
         along = 0 if how == "sideways" else 1
         # A turn at a wall is shorter than its speed says: the median is of what lies between.

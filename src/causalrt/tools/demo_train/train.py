@@ -39,16 +39,14 @@ class Settings:
 
     Attributes:
         steps: of the optimiser.
-        coupled_from: step from which on first chunks are where their noise says.
         own_from: step from which on history is the model's own in half of the clips of a batch.
         batch: clips of a step.
         rate: the highest learning rate.
         seed: of everything.
     """
 
-    steps: int = 2400
-    coupled_from: int = 900
-    own_from: int = 2000
+    steps: int = 2000
+    own_from: int = 1500
     batch: int = 16
     rate: float = 2e-3
     seed: int = 0
@@ -82,11 +80,13 @@ class Trainer:
         timesteps = (*schedule.timesteps, schedule.context_timestep)
         self.forward = TrainingForward(self.wan, config, timesteps=timesteps, num_chunks=CHUNKS, device=device)
         self.forward_pass: Callable[[Inputs], torch.Tensor] = self.forward
-        decayed = [p for p in self.wan.parameters() if p.dim() > 1]
-        others = [p for p in self.wan.parameters() if p.dim() <= 1]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
-        )
+        matrices = [p for name, p in self.wan.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+        chosen = set(map(id, matrices))
+        others = [p for p in self.wan.parameters() if id(p) not in chosen]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
         self.average = {name: parameter.detach().clone() for name, parameter in self.wan.named_parameters()}
         self.mean, self.std = (value.to(device) for value in normal)
         self.step = 0
@@ -97,15 +97,17 @@ class Trainer:
         seed = 1_000_003 * s.seed + self.step
         generator = torch.Generator().manual_seed(seed)
         clips = draw_clips(self.config, self.captions, count=s.batch, rng=random.Random(seed))
-        for group in self.optimiser.param_groups:
-            group["lr"] = self._rate()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self._rate()
+        self.wan.zero_grad(set_to_none=True)
         loss = self._loss(clips, generator)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.wan.parameters(), 1.0)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         self.step += 1
-        keep = min(0.998, 1 - 1 / (1 + 0.1 * self.step))
+        keep = min(0.995, 1 - 1 / (1 + 0.1 * self.step))
         with torch.no_grad():
             for name, parameter in self.wan.named_parameters():
                 self.average[name].lerp_(parameter, 1 - keep)
@@ -115,8 +117,8 @@ class Trainer:
         """Everything that `resume` needs, by way of a temporary file beside it."""
         partial = path.with_name(f".{path.name}.partial")
         settings = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
-        state = {"model": self.wan.state_dict(), "average": self.average, "optimiser": self.optimiser.state_dict()}
-        torch.save({**state, "step": self.step, "settings": settings}, partial)
+        state = {"model": self.wan.state_dict(), "average": self.average, "step": self.step, "settings": settings}
+        torch.save({**state, "optimisers": [each.state_dict() for each in self.optimisers]}, partial)
         os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
@@ -131,8 +133,15 @@ class Trainer:
             raise ConfigError(f"{path} is of a run with {settings}, not {self.settings}; give these, or another --out")
         self.wan.load_state_dict(state["model"])
         self.average = state["average"]
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
         self.step = state["step"]
+
+    def start_from(self, path: Path) -> None:
+        """Begin with the running average of another run; steps are counted from 0."""
+        average = torch.load(path, map_location=self.device, weights_only=True)["average"]
+        self.wan.load_state_dict(average)
+        self.average = average
 
     def _rate(self) -> float:
         """A linear start, then half a cosine down to a fiftieth."""
@@ -144,10 +153,9 @@ class Trainer:
         target = (clips.tokens - self.mean.cpu()) / self.std.cpu()
         levels = torch.randint(len(self.sigmas), clips.starts.shape, generator=generator)
         noise = torch.randn(target.shape, generator=generator)
-        if self.step >= self.settings.coupled_from:
-            # More often than not of noise alone: what is made of that decides about the whole video.
-            levels[:, 0] = (torch.randint(2 * len(self.sigmas), (len(target),), generator=generator) - 4).clamp(min=0)
-            target = coupled(self.config, clips.captions, target, noise, alone=levels[:, 0] == 0)
+        # First chunks are noise alone more often than not: what is made of that decides about the whole video.
+        levels[:, 0] = (torch.randint(2 * len(self.sigmas), (len(target),), generator=generator) - 4).clamp(min=0)
+        target = coupled(self.config, clips.captions, target, noise, alone=levels[:, 0] == 0)
         target, noise, levels = (each.to(self.device) for each in (target, noise, levels))
         sigma = self.sigmas[levels][..., None, None]
         history, seen = target, target
@@ -218,7 +226,7 @@ def coupled(
 
     Args:
         config: of the model.
-        captions: of the clips; one that bounces is not moved along its way.
+        captions: of the clips; one that bounces is not moved along its way, one that turns not at all.
         target: the clips.
         noise: likewise.
         alone: `[B]`, whose first chunk is noise alone.
@@ -229,6 +237,8 @@ def coupled(
         motions = [caption.motion for caption in captions[clip]]
         rows = range(1 if "bounces up and down" in motions else sizes[0])
         columns = range(1 if "bounces sideways" in motions else sizes[1])
+        if any(motion.startswith("turns") for motion in motions):
+            continue
         latents = torch.cat([latents_from_tokens(chunk, config) for chunk in target[clip]])
         wanted = latents_from_tokens(noise[clip, 0], config)
         first = latents[: len(wanted)]

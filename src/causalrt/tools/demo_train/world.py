@@ -2,8 +2,9 @@
 
     "a red circle bounces sideways quickly"  ->  Caption  ->  track [T, 2] of the centre  ->  frames [T, 64, 64, 3]
 
-The canvas has no border unless a shape bounces: what leaves on one side comes in on the other. Positions are (x, y) in pixels,
-y downwards; a frame is a sixteenth of a second. Everything is a function of a generator's seed.
+What moves leaves the canvas on one side and comes in on the other; what bounces turns back at walls; what turns goes round the
+middle, on a circle that it first has to reach if the prompt was another one before. Positions are (x, y) in pixels, y
+downwards; a frame is a sixteenth of a second. Everything is a function of a generator's seed.
 """
 
 import itertools
@@ -43,7 +44,8 @@ SPEEDS = {"slowly": 0.75, "quickly": 1.5}
 RADIUS = 9.0
 """Of a shape: its area is that of a circle of this radius."""
 WALLS = (RADIUS + 2.0, SIZE - RADIUS - 2.0)
-TURN_RADIUS = 14.0
+TURN_RADIUS, TURN_PULL = 18.0, 8.0
+"""Of the circle round the middle; and how far from it a shape heads halfway towards it."""
 _DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -88,10 +90,17 @@ class Mover:
     dy: float
 
     @classmethod
-    def start(cls, rng: random.Random) -> "Mover":
-        """Anywhere, heading anywhere."""
-        angle = rng.uniform(0, 2 * math.pi)
-        return cls(rng.uniform(0, SIZE), rng.uniform(0, SIZE), math.cos(angle), math.sin(angle))
+    def start(cls, rng: random.Random, caption: Caption) -> "Mover":
+        """Anywhere where a shape may be that moves so, heading anywhere."""
+        angle, heading = rng.uniform(0, 2 * math.pi), rng.uniform(0, 2 * math.pi)
+        x, y = rng.uniform(0, SIZE), rng.uniform(0, SIZE)
+        if caption.motion == "bounces sideways":
+            x = rng.uniform(*WALLS)
+        elif caption.motion == "bounces up and down":
+            y = rng.uniform(*WALLS)
+        elif caption.motion.startswith("turns"):
+            x, y = SIZE / 2 + TURN_RADIUS * math.cos(angle), SIZE / 2 + TURN_RADIUS * math.sin(angle)
+        return cls(x, y, math.cos(heading), math.sin(heading))
 
     def step(self, caption: Caption) -> None:
         """One frame on, as the caption says."""
@@ -100,14 +109,24 @@ class Mover:
         if kind == "moves":
             self.dx, self.dy = _DIRECTIONS[how]
         elif kind == "turns":
-            turn = speed / TURN_RADIUS * (1 if how == "clockwise" else -1)  # y points down, so this is as seen
-            cos, sin = math.cos(turn), math.sin(turn)
-            self.dx, self.dy = cos * self.dx - sin * self.dy, sin * self.dx + cos * self.dy
+            self.dx, self.dy = turn_heading(self.x, self.y, clockwise=how == "clockwise")
         elif how == "sideways":
             self.dx, self.dy = _bounce(self.x, self.dx), 0.0
         else:
             self.dx, self.dy = 0.0, _bounce(self.y, self.dy)
         self.x, self.y = (self.x + speed * self.dx) % SIZE, (self.y + speed * self.dy) % SIZE
+
+
+def turn_heading(x: float, y: float, *, clockwise: bool) -> tuple[float, float]:
+    """Unit vector: along the circle round the middle, and towards it."""
+    out_x, out_y = x - SIZE / 2, y - SIZE / 2
+    far = math.hypot(out_x, out_y) or 1.0
+    out_x, out_y = out_x / far, out_y / far
+    sign = 1.0 if clockwise else -1.0  # y points down, so this is as seen
+    pull = min(1.0, max(-1.0, (TURN_RADIUS - far) / TURN_PULL))
+    dx, dy = pull * out_x - sign * out_y, pull * out_y + sign * out_x
+    length = math.hypot(dx, dy)
+    return dx / length, dy / length
 
 
 def _bounce(position: float, heading: float) -> float:
