@@ -100,7 +100,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
         and (each["against"] == first or executors[each["side"]] == executors[each["against"]])
     ]
     for way in report["ceilings"]:
-        rates = ", ".join(f"{name.replace('_', ' ')} {rate:.1f}" for name, rate in way["best"].items())
+        rates = ", ".join(f"{name.replace('_', ' ')} {rate:.3g}" for name, rate in way["best"].items())
         lines.append(f"ceilings a rank, {way['way']}: {rates}")
     for row in report["rows"]:
         checks = row["checks"]
