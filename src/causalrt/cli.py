@@ -644,7 +644,7 @@ def _parser() -> argparse.ArgumentParser:
         _demo,
         "Make a video with the small model that ships with the package, by two executors on 1 to 8 ranks, and compare.",
         "  causalrt demo\n"
-        "  causalrt demo --prompt 'a blue square turns clockwise slowly' --switch '4=a blue square moves left quickly'",
+        "  causalrt demo --prompt 'a blue square bounces up and down slowly' --switch '4=a blue square moves left quickly'",
     )
     from causalrt.tools.demo_request import add_arguments as add_demo_arguments
 

@@ -188,9 +188,23 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_refusals(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench("--recipe", "tiny", "--device", "cpu", *flags, "--out", tmp_path) == 2
+    assert bench("--recipe", "tiny", "--device", "cpu", *flags, "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--executors", ""], "leave it out for all"),
+        (["--world-sizes", ","], "leave it out for all"),
+        (["--world-sizes", "1,two"], "whole numbers, separated by commas"),
+    ],
+)
+def test_lists_that_are_none(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        _parser().parse_args(["bench", *flags])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("unloaded")
@@ -209,6 +223,8 @@ def test_refusals_of_bundles(bundles: list[Path], tmp_path: Path, capsys: pytest
     assert "leave --recipe" in capsys.readouterr().err
     assert bench(tmp_path, "--out", tmp_path) == 2
     assert "is no bundle" in capsys.readouterr().err
+    assert bench(bundles[0], bundles[0], "--out", tmp_path) == 2
+    assert "given twice" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("unloaded")

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from damage import change_constant, change_weight, copy_of, hash_again, hold_weight
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parents[1] / "integration"))
@@ -20,15 +21,17 @@ sys.path.append(str(Path(__file__).parents[1] / "integration"))
 from small_bundles import bundle_factory, tiny_config, write_checkpoint
 
 from causalrt.cli import main
-from causalrt.engines.bundle import WEIGHTS
+from causalrt.engines.bundle import WEIGHTS, open_bundle
 from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
 from causalrt.errors import BundleError, CheckpointError, ExecutorError, OutOfMemoryError, RequestError
 from causalrt.export.build import build
+from causalrt.export.checkpoint import DIGESTS
 from causalrt.layout import layout_from_config
 from causalrt.tools.certificate import numerics
 from causalrt.tools.certificate.certify import certify
 from causalrt.tools.certificate.record import Certificate
 from causalrt.tools.certificate.watch import WatchedCollectives
+from causalrt.tools.certificate.weights import check_digests
 
 RANKS = 2
 
@@ -215,6 +218,26 @@ def test_inductor_passes(bundles, world_size):
     assert (from_inside in [entry.what for entry in found.not_checked]) == (world_size > 1)
 
 
+@pytest.mark.parametrize(("executor", "world_size"), [("inductor", RANKS), ("eager", 1)])
+def test_nothing_is_certified_that_has_not_run(bundles, executor, world_size):
+    """Its ranks cannot be threads, or it is the reference itself, and rank processes are left out."""
+    found = certified(bundles(world_size), executor=executor)
+    assert all(comparison.passed for comparison in found.comparisons)
+    assert not found.passed
+    assert found.first_wrong is not None
+    assert f"no rollout of {executor}" in found.first_wrong
+
+
+def test_a_full_disk_is_no_fault_of_the_bundle(bundles, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("causalrt.tools.certificate.polygraphy_files.save_json", full)
+    with pytest.raises(RequestError, match=r"No space left.*--out"):
+        certified(bundles(1), out=tmp_path / "certificate")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lower_precision_is_held_against_eagers_own_error(low_bundle, checkpoint, tmp_path):
     found = certified(low_bundle, checkpoint=checkpoint, out=tmp_path / "certificate")
     assert found.passed, found.first_wrong
@@ -325,6 +348,18 @@ def test_a_weight_where_the_build_left_no_digests_is_named_by_a_checkpoint_alone
     found = certified(bundle, checkpoint=checkpoint)
     assert failed(found) == {"checkpoint"}
     assert "head.head.bias differs" in str(found.first_wrong)
+
+
+def test_a_weight_that_alone_has_no_digest(broken):
+    with safe_open(broken / WEIGHTS, framework="pt") as file:
+        digests = json.loads(file.metadata()[DIGESTS])
+    del digests["head.head.bias"]
+    weights = load_file(broken / WEIGHTS)
+    save_file(weights, broken / WEIGHTS, metadata={DIGESTS: json.dumps(digests)})
+    hash_again(broken)
+    checked, wrong = check_digests(open_bundle(broken))
+    assert wrong == [f"{WEIGHTS}: head.head.bias has no digest, though others have"]
+    assert checked == len(weights) - 1
 
 
 def test_a_weight_that_a_graph_holds_itself(broken):

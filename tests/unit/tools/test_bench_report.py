@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,15 @@ import pytest
 import torch
 
 from causalrt.config import Config, override, recipe
+from causalrt.errors import MeasurementError
 from causalrt.runtime.usage import WaitCounter
-from causalrt.tools.bench.ceilings import Ceilings, full_work, rates_of, roofline, work_of
+from causalrt.tools.bench.ceilings import Ceilings, Probe, Way, full_work, rates_of, roofline, work_of
 from causalrt.tools.bench.machine import describe_machine, describe_moment, peak_host_bytes
+from causalrt.tools.bench.picture import draw
 from causalrt.tools.bench.probe import ops_of
 from causalrt.tools.bench.report import comparisons, full_chunks, row, steady_chunks
 from causalrt.tools.bench.samples import ChunkSample, FirstSample, Measured
+from causalrt.tools.bench.show import sentences
 from causalrt.tools.bench.sides import Side
 from causalrt.tools.plan.micro_ops import _onnx_runner, attention_op, random_tensors, standard_attention_op
 from causalrt.tools.plan.work import Attention
@@ -274,3 +280,58 @@ def test_waits_are_counted_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> No
         assert counter.end() == 3
     assert counter.end() is None
     assert modes == ["warn", "default"] * 2
+
+
+def test_the_legend_names_every_stage_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is too short for a picture of cold starts, and long in that of warm ones."""
+    from matplotlib.figure import Figure
+
+    named: list[str] = []
+    monkeypatch.setattr(Figure, "legend", lambda _, __, names, **___: named.extend(names))
+    found = row(side(), measured(), None)
+    found["first_frame"] = {
+        "cold": {"stages_ms": {"load": 1e4, "open": 1.0}},
+        "warm": {"stages_ms": {"open": 1.0, "denoise": 4.0}},
+    }
+    machine = {"gpus": [], "cpu": "one", "cores": 1}
+    manifest = {
+        "what": "tiny",
+        "machine": machine,
+        "config": config().as_dict(),
+        "repeats": 2,
+        "date": "2026-11-21",
+        **{when: {"load_average": [0.0]} for when in ("before", "after")},
+    }
+    draw({"rows": [found], "comparisons": [], "manifest": manifest})
+    assert named == ["load", "open", "denoise", "gather", "hand over"]
+
+
+def test_a_low_rate_is_not_shown_as_none() -> None:
+    report = {
+        "rows": [],
+        "comparisons": [],
+        "left_out": [],
+        "ceilings": [{"way": "eager 2x1", "best": {"exchange_gbs": 0.0123}}],
+        "manifest": {when: {"load_average": [0.0]} for when in ("before", "after")},
+    }
+    report["rows"] = [row(side(), measured(), None)]
+    assert "ceilings a rank, eager 2x1: exchange gbs 0.0123" in sentences(report)
+
+
+def test_a_rank_that_has_ended_is_not_waited_for() -> None:
+    """The first rank waits for it, and answers nothing."""
+    probe = Probe.__new__(Probe)
+    probe.way = Way(runtime="eager", world_size=2, threads=1)
+    probe._folder = tempfile.TemporaryDirectory()
+    probe._log = (Path(probe._folder.name) / "log").open("w+")
+    programs = ("import time; time.sleep(600)", "import sys; sys.exit(1)")
+    probe._processes = [
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for program in programs
+    ]
+    try:
+        with pytest.raises(MeasurementError, match="--no-ceilings"):
+            probe.wait_ready()
+        assert probe._processes[0].poll() is None
+    finally:
+        probe.close()

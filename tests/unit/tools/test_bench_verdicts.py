@@ -97,3 +97,10 @@ def test_quantiles_are_numpys() -> None:
     for name, percent in (("p50", 50), ("p95", 95), ("p99", 99)):
         assert found[name] == pytest.approx(np.percentile(values, percent))
     assert quantiles([4.0]) == {"p50": 4.0, "p95": 4.0, "p99": 4.0, "n": 1}
+
+
+def test_a_bound_is_never_rounded_to_one() -> None:
+    found = judged([100.0] * 5, [100.1, 150, 160, 170, 180])
+    assert found.verdict == "faster"
+    assert "interval 1.001 to 1.800" in found.sentence()
+    assert "interval 1.00 to 1.00" in judged([100.0] * 5, [100.0] * 5).sentence()

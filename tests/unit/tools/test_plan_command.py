@@ -1,13 +1,17 @@
 """`causalrt plan` as it is called: JSON that does not change, verdicts, the calibration's file, refusals."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from causalrt.cli import main
 from causalrt.config import override, recipe
-from causalrt.errors import ConfigError
+from causalrt.errors import ConfigError, ExecutorError
+from causalrt.tools.plan.calibrate import exchange_of, wait_for
 from causalrt.tools.plan.calibration import (
     CalibratedMachine,
     Calibration,
@@ -154,9 +158,17 @@ def test_a_fit_has_no_negative_costs() -> None:
         (("--gpu", "a800", "--world-size", "0"), "world_size"),
         (("--calibration", "nowhere.json"), "no calibration"),
         (("--gpu", "a800", "--straggler", "-1"), "straggler"),
+        (("--calibrate", "nowhere/machine.json"), "writable folder"),
+        (("--calibrate", "machine.json", "--world-size", "-1"), "at least 1"),
     ],
 )
-def test_refusals(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
+def test_refusals(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    def measured(*_: object, **__: object) -> Calibration:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr("causalrt.tools.plan.calibrate.calibrate", measured)
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -167,6 +179,30 @@ def test_the_tables_of_the_docs_are_what_the_planner_says() -> None:
     assert with_tables(page) == page, (
         "run `python benchmarks/plan_tables.py`, and read what the page says about its tables"
     )
+
+
+def test_a_calibration_does_not_wait_for_the_ranks_of_one_that_failed(tmp_path: Path) -> None:
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    programs = ("import time; time.sleep(600)", "raise MemoryError('too much')")
+    processes = []
+    for program, path in zip(programs, logs, strict=True):
+        with path.open("w") as log:
+            processes.append(subprocess.Popen([sys.executable, "-c", program], stderr=log))
+    try:
+        with pytest.raises(ExecutorError, match="too much"):
+            wait_for(processes, logs)
+        assert processes[0].poll() is None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_an_exchange_is_timed_in_the_precision_that_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchanged: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda *tensors: exchanged.extend(tensors))
+    exchange_of(8, 2, torch.bfloat16, torch.device("cpu"))()
+    assert [tensor.dtype for tensor in exchanged] == [torch.bfloat16] * 2
 
 
 @pytest.mark.slow

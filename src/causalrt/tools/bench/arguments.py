@@ -8,11 +8,17 @@ REPEATS = 5
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("names none; leave it out for all")
+    return names
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(name) for name in _names(text)]
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"whole numbers, separated by commas, not {text!r}") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
@@ -162,9 +163,15 @@ class Probe:
         return rates_of(self._answers()[0], element_bytes=self._bytes)
 
     def _answers(self) -> list[Any]:
-        """The next line of every rank."""
+        """The next line of every rank, as they come: where one has ended, the others wait for it and write none."""
+        pipes = {process.stdout.fileno(): process.stdout for process in self._processes if process.stdout is not None}
+        answers: dict[int, Any] = {}
         try:
-            return [json.loads(process.stdout.readline()) for process in self._processes if process.stdout is not None]
+            while len(answers) < len(pipes):
+                for ready in connection.wait([number for number in pipes if number not in answers]):
+                    number = cast("int", ready)
+                    answers[number] = json.loads(pipes[number].readline())
+            return [answers[number] for number in pipes]
         except (OSError, ValueError) as error:
             self._log.seek(0)
             raise MeasurementError(

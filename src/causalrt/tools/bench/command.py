@@ -57,7 +57,6 @@ def run(
     if arguments.threads is not None and arguments.threads < 1:
         raise ConfigError(f"--threads must be at least 1, got {arguments.threads}; leave it out for all cores")
     SeededNoise(arguments.seed)
-    _check_out(arguments.out, picture=not arguments.no_picture)
     wishes = Wishes(
         executors=arguments.executors,
         world_sizes=arguments.world_sizes,
@@ -73,6 +72,7 @@ def run(
         sides, left_out = choose_sides(sources, wishes, examine()["can"])
         vae = config is None and not arguments.no_vae
         check_all_fit(sides, vae=vae)
+        _check_out(arguments.out, picture=not arguments.no_picture)
         if config is not None:
             wanted = {s.path: [side.executor for side in sides if side.bundle == s.path] for s in sources}
             build_random(sources, wanted, folder, seed=arguments.seed, on_progress=on_progress)

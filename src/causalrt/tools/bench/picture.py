@@ -59,9 +59,10 @@ def _draw(report: dict[str, Any], figure_type: Any) -> bytes:
         f"{manifest['after']['load_average'][0]:.1f}",
         fontsize=10,
     )
-    handles, labels = axes[0, 1].get_legend_handles_labels()
-    cold_handles, cold_labels = axes[1, 0].get_legend_handles_labels()
-    named = dict(zip(cold_labels + labels, cold_handles + handles, strict=True))
+    # A stage that is too short to be seen in one of these is not in its legend, and may be in another's.
+    drawn = [ax.get_legend_handles_labels() for ax in (axes[0, 1], axes[1, 0], axes[1, 1])]
+    handles = {label: handle for found in drawn for handle, label in zip(*found, strict=True)}
+    named = {label: handles[label] for label in map(_label, STAGES) if label in handles}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=9, fontsize=8, frameon=False)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=90)
@@ -101,12 +102,16 @@ def _first(ax: Any, rows: list[dict[str, Any]], which: str) -> None:
     )
 
 
+def _label(stage: str) -> str:
+    return stage.replace("_", " ")
+
+
 def _bars(ax: Any, rows: list[dict[str, Any]], stages: list[dict[str, float]]) -> None:
     ends, longest = [0.0] * len(rows), max(sum(each.values()) for each in stages)
     for stage, colour in zip(STAGES, COLOURS, strict=True):
         widths = [each.get(stage, 0.0) for each in stages]
         if max(widths) > INVISIBLE * longest:
-            ax.barh(range(len(rows)), widths, left=ends, color=colour, label=stage.replace("_", " "))
+            ax.barh(range(len(rows)), widths, left=ends, color=colour, label=_label(stage))
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     _names(ax, rows)
 

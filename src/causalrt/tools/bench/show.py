@@ -99,8 +99,13 @@ def sentences(report: dict[str, Any]) -> list[str]:
         if each["metric"] == "chunk latency"
         and (each["against"] == first or executors[each["side"]] == executors[each["against"]])
     ]
+    if len(lines) > 1 and all(each["interval"] for each in report["comparisons"]):
+        missed = sum(1 - each["interval"][2] for each in report["comparisons"])
+        lines.append(
+            f"of all {len(report['comparisons'])} intervals in the report, about {missed:.1f} miss, as intervals do"
+        )
     for way in report["ceilings"]:
-        rates = ", ".join(f"{name.replace('_', ' ')} {rate:.1f}" for name, rate in way["best"].items())
+        rates = ", ".join(f"{name.replace('_', ' ')} {rate:.3g}" for name, rate in way["best"].items())
         lines.append(f"ceilings a rank, {way['way']}: {rates}")
     for row in report["rows"]:
         checks = row["checks"]
@@ -109,7 +114,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
         flatness = "too few chunks with a full window" if ratio is None else f"{ratio:.3f} ({_held(flat)})"
         lines.append(
             f"{row['name']}: slowest over fastest chunk once the window is full {flatness}; first warm chunk over its like "
-            f"{warm['over_later_sessions']:.3f} ({_held(warm)})"
+            f"{warm['over_later_sessions']:.3f} (one sample, {_held(warm)})"
         )
     missing: dict[str, list[int]] = {}
     for each in report["left_out"]:

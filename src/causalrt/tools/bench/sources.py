@@ -72,6 +72,8 @@ def bundles_of(paths: Sequence[Path], wishes: Wishes) -> list[Source]:
         BundleError: one is damaged, or none is for a number of ranks that is asked for.
         ConfigError: they are not of one model.
     """
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise ConfigError(f"a bundle is given twice: {', '.join(map(str, paths))}; leave one out")
     opened = [open_bundle(path, verify=False) for path in paths]
     for other in opened[1:]:
         _check_same_work(opened[0], other)

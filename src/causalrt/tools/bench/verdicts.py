@@ -80,7 +80,9 @@ class Comparison:
         if self.interval is None:
             return f"{what}: none shown, {len(self.ratios)} repeat(s) are too few"
         low, high, held = self.interval
-        bounds = f"{100 * held:.0f} % interval {low:.2f} to {high:.2f}"
+        # A bound is never rounded to 1: on which side of it the bound is decides.
+        digits = next((n for n in (2, 3, 4) if all(round(x, n) != 1 or x == 1 for x in (low, high))), 5)
+        bounds = f"{100 * held:.0f} % interval {low:.{digits}f} to {high:.{digits}f}"
         if self.verdict == "none shown":
             return f"{what}: no difference shown ({bounds})"
         return f"{what}: {self.ratio:.2f} times as fast, {self.verdict} ({bounds})"

@@ -12,6 +12,7 @@ from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
+from causalrt.errors import RequestError
 from causalrt.tools.certificate.segments import EAGER, Fed
 
 FOLDER = "polygraphy"
@@ -33,7 +34,11 @@ class SavedSegments:
         self._folder, self._bytes = folder / FOLDER, 0
 
     def save(self, segment: Path, fed: Fed) -> None:
-        """Write one forward of one rank. Outputs that eager does not know (parts of rotary tables) are the segment's own."""
+        """Write one forward of one rank. Outputs that eager does not know (parts of rotary tables) are the segment's own.
+
+        Raises:
+            RequestError: it cannot be written, which is not the segment's fault.
+        """
         held = {value.name for value in onnx.load(segment, load_external_data=False).graph.output}
         outputs = {name: fed.expected.get(name, value) for name, value in fed.outputs.items() if name in held}
         size = sum(tensor.nbytes for tensor in (*fed.inputs.values(), *outputs.values()))
@@ -41,13 +46,18 @@ class SavedSegments:
             self.left_out.append(segment.name)
             return
         self._bytes += size
-        self._folder.mkdir(exist_ok=True)
         inputs_file, outputs_file = (f"{segment.stem}.{kind}.json" for kind in ("inputs", "outputs"))
         results = RunResults()
         results.add([_arrays(outputs)], runtime=0.0, runner_name=EAGER)
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-            save_json([_arrays(fed.inputs)], str(self._folder / inputs_file))
-            results.save(str(self._folder / outputs_file))
+        try:
+            self._folder.mkdir(exist_ok=True)
+            with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+                save_json([_arrays(fed.inputs)], str(self._folder / inputs_file))
+                results.save(str(self._folder / outputs_file))
+        except OSError as error:
+            raise RequestError(
+                f"writing what Polygraphy reads of {segment.name} failed: {error}; choose another folder with --out"
+            ) from error
         self.files[segment.name] = f"{FOLDER}/{inputs_file}", f"{FOLDER}/{outputs_file}"
 
 

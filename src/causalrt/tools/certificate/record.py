@@ -71,11 +71,19 @@ class Certificate:
     polygraphy: dict[str, str] = field(default_factory=dict)
 
     @property
+    def executor_ran(self) -> bool:
+        """A rollout of the executor itself was compared, not of eager in its place."""
+        return any(
+            comparison.name in ("rollout", "processes")
+            and comparison.candidate.startswith(f"{self.subject['executor']}, ")
+            for comparison in self.comparisons
+        )
+
+    @property
     def passed(self) -> bool:
         """Every check and comparison passed, and a rollout of the executor was among them."""
-        rollouts = any(comparison.name in ("rollout", "processes") for comparison in self.comparisons)
         return (
-            rollouts
+            self.executor_ran
             and all(check.passed for check in self.checks)
             and all(comparison.passed for comparison in self.comparisons)
         )
@@ -92,4 +100,6 @@ class Certificate:
             wrong = comparison.first_wrong
             if wrong is not None:
                 return f"{comparison.name}, {comparison.candidate}: {wrong.text()}"
+        if not self.executor_ran:
+            return f"no rollout of {self.subject['executor']} was compared with eager; leave --no-processes out"
         return None

@@ -28,7 +28,9 @@ def check_digests(bundle: Bundle) -> tuple[int, list[str]]:
             bad = int((~tensor.isfinite()).sum())
             if bad:
                 faults.append(f"{WEIGHTS}: {name} holds {bad} values that are not finite")
-            if name in digests:
+            if digests and name not in digests:
+                faults.append(f"{WEIGHTS}: {name} has no digest, though others have")
+            elif digests:
                 checked += 1
                 if tensor_digest(tensor) != digests[name]:
                     faults.append(f"{WEIGHTS}: {name} is not what the build wrote (its sha256 differs)")

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ LEAST_S = 1e-6
 REPEAT_S = 0.25
 """Time spent on repeats of an op."""
 LEAST_REPEATS, COLLECTIVE_REPEATS = 5, 50
-LIMIT_S = 600.0
+LIMIT_S, POLL_S = 600.0, 0.2
 
 
 def calibrate(
@@ -94,16 +94,14 @@ def _measure(runtime: Runtime, ranks: int, threads: int, device: str, clock: Clo
     with tempfile.TemporaryDirectory(prefix="causalrt-plan-") as folder:
         command = [sys.executable, "-m", "causalrt.tools.plan.calibrate", "--runtime", runtime, "--device", device]
         command += ["--ranks", str(ranks), "--threads", str(threads), "--folder", folder, "--clock", clock]
-        processes = [
-            subprocess.Popen([*command, "--rank", str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-            for rank in range(ranks)
-        ]
+        logs = [Path(folder) / f"log{rank}" for rank in range(ranks)]
+        processes = []
+        for rank, path in enumerate(logs):
+            with path.open("w") as log:
+                processes.append(subprocess.Popen([*command, "--rank", str(rank)], env=environment, stderr=log))
         try:
-            for rank, process in enumerate(processes):
-                _, errors = process.communicate(timeout=LIMIT_S)
-                if process.returncode:
-                    raise ExecutorError(f"rank {rank} of the calibration failed:\n{errors[-2000:]}")
-        except subprocess.TimeoutExpired as error:
+            wait_for(processes, logs)
+        except TimeoutError as error:
             raise ExecutorError(
                 f"the calibration of {runtime} took longer than {LIMIT_S:.0f} s; free the machine"
             ) from error
@@ -122,6 +120,26 @@ def _measure(runtime: Runtime, ranks: int, threads: int, device: str, clock: Clo
         relative_error=relative_error,
         ceilings=ceilings(samples, element_bytes=2 if device == "cuda" else 4),
     )
+
+
+def wait_for(processes: Sequence[subprocess.Popen[Any]], logs: Sequence[Path]) -> None:
+    """Wait for all ranks, and no longer than for the first that fails: the others wait for it.
+
+    Raises:
+        ExecutorError: one has failed; with the end of its log.
+        TimeoutError: it takes longer than `LIMIT_S`.
+    """
+    until = time.monotonic() + LIMIT_S
+    while True:
+        codes = [process.poll() for process in processes]
+        for code, log in zip(codes, logs, strict=True):
+            if code:
+                raise ExecutorError(f"a rank of the calibration failed (exit code {code}):\n{log.read_text()[-2000:]}")
+        if None not in codes:
+            return
+        if time.monotonic() > until:
+            raise TimeoutError
+        time.sleep(POLL_S)
 
 
 def ceilings(samples: Sequence[Sample], *, element_bytes: int) -> dict[str, float]:
@@ -172,6 +190,12 @@ def _one_after_other(first: Callable[[], object], second: Callable[[], object]) 
     second()
 
 
+def exchange_of(rows: int, ranks: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """An exchange of so many rows with each rank, in the precision that is planned for."""
+    sent = torch.zeros(ranks, rows, HEAD, device=device, dtype=dtype)
+    return functools.partial(dist.all_to_all_single, torch.empty_like(sent), sent)
+
+
 def _rank_main(arguments: argparse.Namespace) -> None:
     import onnxruntime as ort
 
@@ -201,8 +225,7 @@ def _rank_main(arguments: argparse.Namespace) -> None:
             compute = runner(product, arguments.runtime, device, cold=True)
             alone_s = timed(compute, collective=True)
         for rows in EXCHANGES if arguments.ranks > 1 else ():
-            sent = torch.zeros(arguments.ranks, rows, HEAD, device=device)
-            exchange = functools.partial(dist.all_to_all_single, torch.empty_like(sent), sent)
+            exchange = exchange_of(rows, arguments.ranks, dtype, device)
             both_s = timed(functools.partial(_one_after_other, compute, exchange), collective=True)
             features = exchange_features(Exchange(rows=rows, head_dim=HEAD, count=1), arguments.ranks)
             samples.append({"kind": "exchange", "features": features, "seconds": max(both_s - alone_s, LEAST_S)})

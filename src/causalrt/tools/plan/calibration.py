@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from causalrt.errors import ConfigError
+from causalrt.runtime.files import write_whole
 from causalrt.tools.plan.roofline import StepTime
 from causalrt.tools.plan.spans import Case
 from causalrt.tools.plan.work import Attention, Exchange, Gemm, StepWork
@@ -106,8 +107,12 @@ class Calibration:
         )
 
     def write(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
+        """As JSON.
+
+        Raises:
+            RequestError: it cannot be written; what was there is as it was.
+        """
+        write_whole(path, (json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n").encode())
 
 
 def read_calibration(path: Path) -> Calibration:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from causalrt.config import Config
 from causalrt.errors import ConfigError
+from causalrt.runtime.files import check_writable
 from causalrt.tools.plan.arguments import WORLD_SIZES
 from causalrt.tools.plan.calibration import CalibratedMachine, Runtime, read_calibration
 from causalrt.tools.plan.hardware import VaePlace, gpu_by_name
@@ -99,6 +100,9 @@ def _measured(arguments: argparse.Namespace, config: Config, on_progress: Callab
     if arguments.calibrate:
         from causalrt.tools.plan.calibrate import calibrate  # ONNX Runtime with it
 
+        if arguments.world_size is not None and arguments.world_size < 1:
+            raise ConfigError(f"--world-size must be at least 1, got {arguments.world_size}")
+        check_writable(arguments.calibrate)
         sizes = sorted({1, arguments.world_size or 2})
         found = calibrate(get_args(Runtime), sizes, on_progress=on_progress)
         found.write(arguments.calibrate)
