@@ -39,9 +39,9 @@ def share_right(engine, captions: list[Caption]) -> tuple[float, list[Shown]]:
 
 
 def smooth(shown: Shown) -> bool:
-    """No jump at a chunk's border beyond the motion within chunks; half a pixel is the codec's own roughness."""
+    """No jump at a chunk's border beyond the motion within chunks; three quarters of a pixel are the codec's own roughness."""
     at_borders, within = shown.jumps()
-    return at_borders <= within + 0.5
+    return at_borders <= within + 0.75
 
 
 @NOT_YET
