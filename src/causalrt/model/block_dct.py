@@ -61,11 +61,6 @@ def encode_blocks(frames_T3HW: torch.Tensor, basis: torch.Tensor | None = None) 
     return torch.einsum("ntchywx,zctyx->nzhw", blocks, block_basis() if basis is None else basis)
 
 
-def decode_block(latent_CHW: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """A latent as it was before normalisation to its four frames `[4, 3, 8H, 8W]`."""
-    return torch.einsum("zhw,zctyx->tchywx", latent_CHW, basis).flatten(-2).flatten(-3, -2)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockDctConfig:
     """Mean and spread of each channel, which normalised latents lack."""

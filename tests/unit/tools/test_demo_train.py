@@ -11,7 +11,7 @@ from causalrt.config import override, recipe
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import open_checkpoint, write_weights
 from causalrt.layout import layout_from_config
-from causalrt.model.block_dct import block_basis, decode_block, encode_blocks
+from causalrt.model.block_dct import BlockDct, BlockDctConfig, block_basis, encode_blocks
 from causalrt.model.decode_state import pixels_from_signal
 from causalrt.model.schedule import schedule_from_config
 from causalrt.model.step import ChunkStep, StepOps
@@ -83,7 +83,9 @@ def test_the_judge_tells_every_held_back_caption_from_its_clip(codec):
         frames = draw(caption, track([caption] * 81, mover))
         if codec:
             latents = encode_blocks(frames)
-            blocks = [decode_block(latent, block_basis()) for latent in latents]
+            as_it_is = BlockDctConfig(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+            transform = BlockDct(as_it_is, block_basis())
+            blocks = [transform.decode(latent[None])[0].transpose(0, 1) for latent in latents]
             frames = torch.cat([blocks[0][:1], *blocks[1:]])
         pixels = pixels_from_signal(frames.clamp(-1, 1))
         seen = look(pixels)

@@ -41,9 +41,8 @@ def normal_values(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
 def as_tokens(values: torch.Tensor, config: Config) -> torch.Tensor:
     """A value for each latent channel, `[16]`, at the features of a token, `[64]`."""
     video = config.video
-    return tokens_from_latents(values.view(1, -1, 1, 1).expand(1, -1, video.latent_height, video.latent_width), config)[
-        0
-    ]
+    latent = values.view(1, -1, 1, 1).expand(1, -1, video.latent_height, video.latent_width)
+    return tokens_from_latents(latent, config)[0]
 
 
 def released_layout(config: Config, average: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ went wrong.
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,6 @@ from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
 from causalrt.tools.demo_train.judge import Seen, border_jump, look
 from causalrt.tools.demo_train.world import Caption, split_captions
-
-FRAMES_OF_CHUNK, FEWER_IN_FIRST = 12, 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +59,7 @@ def show(
             frames = next(session).frames
             assert frames is not None
             parts.append(frames)
-    borders = [FRAMES_OF_CHUNK * chunk - FEWER_IN_FIRST for chunk in range(1, num_chunks)]
-    return Shown(frames=torch.cat(parts), borders=borders)
+    return Shown(frames=torch.cat(parts), borders=list(itertools.accumulate(map(len, parts)))[:-1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

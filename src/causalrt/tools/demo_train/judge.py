@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from causalrt.tools.demo_train.world import (
-    _DIRECTIONS,
     BACKGROUND,
     COLOURS,
+    DIRECTIONS,
     MOTIONS,
     SIZE,
     SPEEDS,
@@ -113,7 +113,7 @@ def _distance(places: torch.Tensor, motion: str, speed: float) -> float:
     moved = (walked[STRIDE:] - walked[:-STRIDE]) / STRIDE
     kind, _, how = motion.partition(" ")
     if kind == "moves":
-        errors = (moved - speed * torch.tensor(_DIRECTIONS[how])).norm(dim=1)
+        errors = (moved - speed * torch.tensor(DIRECTIONS[how])).norm(dim=1)
     elif kind == "turns":
         between = places[(STRIDE + SMOOTHED) // 2 :].tolist()
         headings = [turn_heading(x, y, clockwise=how == "clockwise") for x, y in between[: len(moved)]]

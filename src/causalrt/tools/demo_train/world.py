@@ -46,7 +46,7 @@ RADIUS = 9.0
 WALLS = (RADIUS + 2.0, SIZE - RADIUS - 2.0)
 TURN_RADIUS, TURN_PULL = 18.0, 8.0
 """Of the circle round the middle; and how far from it a shape heads halfway towards it."""
-_DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +107,7 @@ class Mover:
         kind, _, how = caption.motion.partition(" ")
         speed = caption.pixels_per_frame
         if kind == "moves":
-            self.dx, self.dy = _DIRECTIONS[how]
+            self.dx, self.dy = DIRECTIONS[how]
         elif kind == "turns":
             self.dx, self.dy = turn_heading(self.x, self.y, clockwise=how == "clockwise")
         elif how == "sideways":
