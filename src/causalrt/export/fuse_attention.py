@@ -23,11 +23,16 @@ def fuse_attention_pass(model: onnx.ModelProto) -> int:
     for body in (model.graph, *model.functions):
         here = sum(_replace(node) for node in body.node)
         if here and body is not model.graph:
-            body.opset_import.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
+            _import(body)
         hits += here
     if hits:
-        model.opset_import.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
+        _import(model)
     return hits
+
+
+def _import(body: onnx.ModelProto | onnx.FunctionProto) -> None:
+    if RUNTIME_DOMAIN not in [opset.domain for opset in body.opset_import]:
+        body.opset_import.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
 
 
 def _replace(node: onnx.NodeProto) -> bool:

@@ -2,6 +2,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import helper
 
 from causalrt.config import override, recipe
 from causalrt.export.fuse_attention import RUNTIME_DOMAIN, RUNTIME_OP, fuse_attention_pass
@@ -37,6 +38,14 @@ def test_the_runtimes_own_attention_gives_the_same(rows):
     assert fuse_attention_pass(model) == 1
     assert kinds(model.graph) == [(RUNTIME_DOMAIN, RUNTIME_OP)]
     np.testing.assert_allclose(run(model, rows), before, rtol=0, atol=1e-6)
+
+
+def test_what_is_imported_already_is_not_imported_again():
+    model = parse(PLAIN)
+    model.opset_import.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
+    assert fuse_attention_pass(model) == 1
+    assert [opset.domain for opset in model.opset_import].count(RUNTIME_DOMAIN) == 1
+    onnx.checker.check_model(model)
 
 
 def test_attentions_in_functions_are_replaced():

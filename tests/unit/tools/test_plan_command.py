@@ -160,6 +160,7 @@ def test_a_fit_has_no_negative_costs() -> None:
         (("--gpu", "a800", "--straggler", "-1"), "straggler"),
         (("--calibrate", "nowhere/machine.json"), "writable folder"),
         (("--calibrate", "machine.json", "--world-size", "-1"), "at least 1"),
+        (("--calibrate", "machine.json", "--dtype", "fp16"), "add `--dtype"),
     ],
 )
 def test_refusals(

@@ -143,10 +143,10 @@ def _ratios(ax: Any, report: dict[str, Any]) -> None:
         shown = each["verdict"] != "none shown"
         ax.plot([low, high], [index] * 2, color="tab:blue" if shown else "0.6", linewidth=4, alpha=0.6)
         ax.plot(each["ratios"], [index] * len(each["ratios"]), "|", color="black")
-        ax.text(high, index, "" if shown else "  none shown", va="center", fontsize=7)
     ax.axvline(1, color="tab:red", linewidth=1)
     ax.set_title(f"times as fast as {first}: repeats, interval", fontsize=10)
-    ax.set_yticks(range(len(found)), [each["side"] for each in found], fontsize=7)
+    names = [each["side"] + "\nnone shown" * (each["verdict"] == "none shown") for each in found]
+    ax.set_yticks(range(len(found)), names, fontsize=7)
     ax.invert_yaxis()
 
 

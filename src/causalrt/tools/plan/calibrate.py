@@ -43,6 +43,16 @@ LEAST_REPEATS, COLLECTIVE_REPEATS = 5, 50
 LIMIT_S, POLL_S = 600.0, 0.2
 
 
+def default_device() -> str:
+    """What `calibrate` measures unless told."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def measured_precision(device: str) -> str:
+    """That of the ops that `calibrate` measures on a device."""
+    return "bfloat16" if device == "cuda" else "float32"
+
+
 def calibrate(
     runtimes: Sequence[Runtime],
     world_sizes: Sequence[int],
@@ -63,7 +73,7 @@ def calibrate(
     Raises:
         ExecutorError: a process failed, or there are fewer GPUs than ranks.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     ways = [(runtime, ranks) for runtime in runtimes for ranks in world_sizes if device == "cpu" or runtime == "eager"]
     entries = []
     for done, (runtime, ranks) in enumerate(ways):
@@ -75,7 +85,7 @@ def calibrate(
     return Calibration(
         machine=torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores",
         device="cuda" if gpu else "cpu",
-        precision="bfloat16" if gpu else "float32",
+        precision=measured_precision(device),
         entries=tuple(entries),
     )
 

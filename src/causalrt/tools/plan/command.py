@@ -98,11 +98,12 @@ def plan(
 
 def _measured(arguments: argparse.Namespace, config: Config, on_progress: Callable[..., None]) -> dict[int, Machine]:
     if arguments.calibrate:
-        from causalrt.tools.plan.calibrate import calibrate  # ONNX Runtime with it
+        from causalrt.tools.plan.calibrate import calibrate, default_device, measured_precision  # ONNX Runtime with it
 
         if arguments.world_size is not None and arguments.world_size < 1:
             raise ConfigError(f"--world-size must be at least 1, got {arguments.world_size}")
         check_writable(arguments.calibrate)
+        _check_precision(config, measured_precision(default_device()))
         sizes = sorted({1, arguments.world_size or 2})
         found = calibrate(get_args(Runtime), sizes, on_progress=on_progress)
         found.write(arguments.calibrate)
@@ -112,13 +113,17 @@ def _measured(arguments: argparse.Namespace, config: Config, on_progress: Callab
         raise ConfigError(
             "say what to plan for: --gpu NAME, --calibration FILE, or --calibrate FILE to measure this machine"
         )
-    if config.build.precision != found.precision:
-        raise ConfigError(f"the machine was measured in {found.precision}; add `--dtype {found.precision}`")
+    _check_precision(config, found.precision)
     known = sorted(entry.ranks for entry in found.entries if entry.runtime == arguments.executor)
     sizes = [arguments.world_size] if arguments.world_size else known
     return {
         ranks: CalibratedMachine(machine=found.machine, entry=found.entry(arguments.executor, ranks)) for ranks in sizes
     }
+
+
+def _check_precision(config: Config, measured: str) -> None:
+    if config.build.precision != measured:
+        raise ConfigError(f"the machine is measured in {measured}; add `--dtype {measured}`")
 
 
 def _spread(span: Span, factor: float = 1.0, digits: int = 0) -> str:
