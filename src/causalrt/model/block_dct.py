@@ -10,6 +10,7 @@ differ most.
 A block has no past: the only state of a decoder is whether the first latent, which is one frame, was there.
 """
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ def cosines(size: int) -> torch.Tensor:
     return scale * torch.cos(math.pi / size * frequency * place)
 
 
+@functools.cache
 def block_basis() -> torch.Tensor:
     """`[16, 3, 4, 8, 8]` float32: what each latent channel stands for, orthonormal."""
     colours, frames, pixels = cosines(COLOURS), cosines(FRAMES), cosines(PIXELS)

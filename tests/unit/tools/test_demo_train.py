@@ -1,6 +1,7 @@
 """Training of the demo model: its forward is the step's, its clips are what their captions say, its loop falls and goes on."""
 
 import json
+import math
 import random
 
 import pytest
@@ -19,15 +20,25 @@ from causalrt.model.wan import PromptGraph, TimeGraph, Wan, sinusoid
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.runtime.kv_slots import KVSlots
-from causalrt.runtime.requests import tokens_from_latents
+from causalrt.runtime.requests import latents_from_tokens
 from causalrt.tools.demo_train.clips import CHUNKS, draw_clips
 from causalrt.tools.demo_train.command import as_tokens, normal_values, released_layout
 from causalrt.tools.demo_train.command import main as train_command
 from causalrt.tools.demo_train.forward import Inputs, TrainingForward, initialise
-from causalrt.tools.demo_train.judge import border_jump, look
-from causalrt.tools.demo_train.train import Settings, Trainer, coupled
+from causalrt.tools.demo_train.judge import border_jump, centres, look
+from causalrt.tools.demo_train.train import Settings, Trainer
 from causalrt.tools.demo_train.vocabulary import word_encoder
-from causalrt.tools.demo_train.world import Mover, captions, draw, split_captions, track
+from causalrt.tools.demo_train.world import (
+    SIZE,
+    TURN_RADIUS,
+    WALLS,
+    Caption,
+    Mover,
+    captions,
+    draw,
+    split_captions,
+    track,
+)
 
 CONFIG = recipe("demo")
 
@@ -73,6 +84,13 @@ def test_the_training_forward_is_the_chunk_step_of_the_executors():
         slots.commit(frame)
 
 
+def decoded(latents: torch.Tensor) -> torch.Tensor:
+    as_it_is = BlockDctConfig(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+    transform = BlockDct(as_it_is, block_basis())
+    blocks = [transform.decode(latent[None])[0].transpose(0, 1) for latent in latents]
+    return torch.cat([blocks[0][:1], *blocks[1:]])
+
+
 @pytest.mark.parametrize("codec", [False, True])
 def test_the_judge_tells_every_held_back_caption_from_its_clip(codec):
     rng = random.Random(1)
@@ -82,11 +100,7 @@ def test_the_judge_tells_every_held_back_caption_from_its_clip(codec):
         mover.step(caption)
         frames = draw(caption, track([caption] * 81, mover))
         if codec:
-            latents = encode_blocks(frames)
-            as_it_is = BlockDctConfig(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
-            transform = BlockDct(as_it_is, block_basis())
-            blocks = [transform.decode(latent[None])[0].transpose(0, 1) for latent in latents]
-            frames = torch.cat([blocks[0][:1], *blocks[1:]])
+            frames = decoded(encode_blocks(frames))
         pixels = pixels_from_signal(frames.clamp(-1, 1))
         seen = look(pixels)
         assert seen.agrees(caption), f"{caption}: {seen}"
@@ -128,6 +142,34 @@ def test_clips_lie_where_they_say_in_time():
     assert int(clips.starts.max()) + 3 <= CONFIG.video.horizon_frames
     assert (~clips.counts[gaps > 0][:, 1:3]).all()
     assert clips.counts[gaps == 0].all()
+
+
+def first_latents(caption: Caption, wish: torch.Tensor | None) -> torch.Tensor:
+    clips = draw_clips(CONFIG, [caption], count=1, rng=random.Random(5), wishes=[wish])
+    return latents_from_tokens(clips.tokens[0, 0], CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("motion", "down_and_right"), [("moves up", (3, 5)), ("bounces sideways", (2, 0)), ("turns clockwise", (0, 0))]
+)
+def test_clips_begin_where_their_noise_says(motion, down_and_right):
+    caption = next(c for c in captions() if c.motion == motion)
+    wish = first_latents(caption, None).roll(down_and_right, (2, 3))
+    assert torch.equal(first_latents(caption, wish), wish)
+
+
+@pytest.mark.parametrize("motion", ["bounces sideways", "bounces up and down", "turns clockwise"])
+def test_clips_begin_nearer_to_what_was_wished_and_where_they_may(motion):
+    caption = next(c for c in captions() if c.motion == motion)
+    without = first_latents(caption, None)
+    wish = without.roll((4, 4), (2, 3))  # where no clip of this kind may be
+    moved = first_latents(caption, wish)
+    assert (moved * wish).sum() > (without * wish).sum() + 1
+    x, y = centres(pixels_from_signal(decoded(moved).clamp(-1, 1)))[0].tolist()
+    if motion == "turns clockwise":
+        assert math.hypot(x - SIZE / 2, y - SIZE / 2) == pytest.approx(TURN_RADIUS, abs=1)
+    else:
+        assert WALLS[0] - 1 < (x if motion == "bounces sideways" else y) < WALLS[1] + 1
 
 
 # ---- the loop
@@ -203,24 +245,3 @@ def test_a_short_training_brings_the_loss_down(tmp_path):
     assert train_command(short) == 0  # there is nothing left to do, and nothing is lost
     assert json.loads((tmp_path / "losses.json").read_text())["losses"] == losses
     assert train_command([*short, "--seed", "1"]) == 1
-
-
-def test_clips_are_moved_to_where_their_noise_says_and_only_where_they_may_be():
-    every = captions()
-    both = [(next(c for c in every if c.motion == m),) * 2 for m in ("moves up", "bounces sideways", "turns clockwise")]
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(3, 3 * CHUNKS, 16, 8, 8, generator=generator)
-    shifts = [(3, 5), (2, 0), (7, 1)]
-    noise = torch.stack([each.roll(shift, (2, 3)) for each, shift in zip(latents, shifts, strict=True)])
-
-    def tokens(each):
-        return torch.stack([torch.stack([tokens_from_latents(c, CONFIG) for c in clip.split(3)]) for clip in each])
-
-    alone = torch.tensor([True, True, False])
-    moved = coupled(CONFIG, both, tokens(latents), tokens(noise), alone=alone)
-    assert torch.equal(moved[:2], tokens(noise)[:2])
-    assert torch.equal(moved[2], tokens(latents)[2])
-    aside = latents.roll((0, 4), (3, 4))
-    kept = coupled(CONFIG, both, tokens(aside), tokens(latents), alone=alone)
-    assert torch.equal(kept[0], tokens(latents)[0])
-    assert not torch.equal(kept[1], tokens(latents)[1])  # it may not be moved sideways

@@ -3,11 +3,16 @@
 A clip is its video's first chunk, the sink, and five chunks in a row, that follow at once or after a gap of up to `MAX_GAP`
 chunks: so a model that is trained on six chunks knows a sink that is far away. In some clips the motion changes at a chunk's
 start, as it does when a user switches the prompt.
+
+A first chunk may lie anywhere, and noise alone does not say where: the mean of all places is no picture. So a clip whose first
+chunk the model is to make from noise alone is given that noise as a wish, and begins where its first chunk is most like it.
+Then noise does say where.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +24,10 @@ from causalrt.tools.demo_train.world import Caption, Mover, draw, track, with_mo
 CHUNKS = 6
 MAX_GAP = 36
 GAP_SHARE, SWITCH_SHARE = 0.35, 0.4
+TURNS_AGAIN = 1
+"""How much more often than others a clip is drawn that turns: its way depends on where it is, and is the hardest to learn."""
+STARTS = 16
+"""Starts that are tried for a wish where a clip cannot be moved about its canvas both ways."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,15 +65,17 @@ def frames_of(config: Config, chunk: int) -> int:
 
 
 def _clip(
-    config: Config, every: Sequence[Caption], rng: random.Random
+    config: Config, every: Sequence[Caption], rng: random.Random, wish: torch.Tensor | None
 ) -> tuple[torch.Tensor, tuple[Caption, Caption], int, int]:
     """Latents `[K * F, C, H, W]` not normalised, the two captions, the chunk of the switch (or K), the gap."""
-    caption = rng.choice(every)
+    caption = rng.choices(every, [1 + TURNS_AGAIN * caption.motion.startswith("turns") for caption in every])[0]
     other = with_motion(caption, rng.choice(every)) if rng.random() < SWITCH_SHARE else caption
     switch = CHUNKS if other == caption else rng.randrange(1, CHUNKS)
     gap = rng.randrange(1, MAX_GAP + 1) if rng.random() < GAP_SHARE else 0
-    mover = Mover.start(rng, caption)
+    mover, shift = Mover.start(rng, caption), (0, 0)
     mover.step(caption)  # heads where the caption says
+    if wish is not None:
+        mover, shift = _likest(config, (caption, other), mover, wish, rng)
     parts = []
     for chunk in range(CHUNKS):
         said = caption if chunk < switch else other
@@ -72,15 +83,57 @@ def _clip(
             for _ in range(gap * frames_of(config, 1)):
                 mover.step(caption)
         parts.append(draw(caption, track([said] * frames_of(config, chunk), mover)))
-    return encode_blocks(torch.cat(parts)), (caption, other), switch, gap
+    return encode_blocks(torch.cat(parts)).roll(shift, (2, 3)), (caption, other), switch, gap
 
 
-def draw_clips(config: Config, every: Sequence[Caption], *, count: int, rng: random.Random) -> Clips:
-    """`count` of them."""
+def _likest(
+    config: Config, said: tuple[Caption, Caption], mover: Mover, wish: torch.Tensor, rng: random.Random
+) -> tuple[Mover, tuple[int, int]]:
+    """Of where a clip may begin, what makes its first chunk likest to `wish`: a start, and latents down and right.
+
+    A clip that moves straight on may be moved about the canvas, one that bounces across its way; for one that turns, and for
+    what one that bounces starts from, some more starts are drawn.
+    """
+    motions = [caption.motion for caption in said]
+    turns = any(motion.startswith("turns") for motion in motions)
+    rows = range(1 if turns or "bounces up and down" in motions else wish.shape[2])
+    columns = range(1 if turns or "bounces sideways" in motions else wish.shape[3])
+    movers = [mover]
+    if len(rows) * len(columns) < wish[0, 0].numel():
+        for _ in range(STARTS - 1):
+            movers.append(Mover.start(rng, said[0]))
+            movers[-1].step(said[0])
+    count = frames_of(config, 0)
+    tracks = torch.cat([track([said[0]] * count, replace(start)) for start in movers])
+    frames = draw(said[0], tracks)
+    firsts = torch.stack([encode_blocks(each) for each in frames.view(len(movers), count, *frames.shape[1:])])
+    shifts = list(itertools.product(rows, columns))
+    wishes = torch.stack([wish.roll((-down, -right), (2, 3)) for down, right in shifts])
+    best = int((firsts.flatten(1) @ wishes.flatten(1).T).argmax())
+    return movers[best // len(shifts)], shifts[best % len(shifts)]
+
+
+def draw_clips(
+    config: Config,
+    every: Sequence[Caption],
+    *,
+    count: int,
+    rng: random.Random,
+    wishes: Sequence[torch.Tensor | None] | None = None,
+) -> Clips:
+    """Clips of captions drawn from `every`.
+
+    Args:
+        config: of the model.
+        every: captions.
+        count: clips.
+        rng: where chance comes from.
+        wishes: for each clip, latents `[F, C, H, W]` that its first chunk shall be like; None where it may lie anywhere.
+    """
     tokens, captions, switched, starts, counts = [], [], [], [], []
     chunk_numbers = torch.arange(CHUNKS)
-    for _ in range(count):
-        latents, both, switch, gap = _clip(config, every, rng)
+    for wish in [None] * count if wishes is None else wishes:
+        latents, both, switch, gap = _clip(config, every, rng, wish)
         chunks = latents.view(CHUNKS, -1, *latents.shape[1:])
         tokens.append(torch.stack([tokens_from_latents(chunk, config) for chunk in chunks]))
         captions.append(both)

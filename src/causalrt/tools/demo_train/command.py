@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from causalrt.config import Config, recipe
 from causalrt.demo_model import CHECKPOINT, CODEC
 from causalrt.errors import CausalRTError
 from causalrt.model.block_dct import write_block_dct
+from causalrt.runtime.files import write_whole
 from causalrt.runtime.requests import latents_from_tokens, tokens_from_latents
 from causalrt.tools.demo_train.clips import draw_clips
 from causalrt.tools.demo_train.train import Settings, Trainer
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="by torch.compile: a third less time, after two minutes")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16, for processors that multiply in it")
     try:
         return _train(parser.parse_args(arguments))
     except CausalRTError as error:
@@ -88,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     config = recipe("demo")
     own_from = arguments.steps * 3 // 4 if arguments.own_from is None else arguments.own_from
-    settings = Settings(steps=arguments.steps, own_from=own_from, batch=arguments.batch, seed=arguments.seed)
+    settings = Settings(
+        steps=arguments.steps, own_from=own_from, batch=arguments.batch, bf16=arguments.bf16, seed=arguments.seed
+    )
     train, _ = split_captions()
     words = word_encoder(text_dim=config.model.text_dim, text_len=config.model.text_len)
     mean, std = normal_values(config)
@@ -146,6 +150,6 @@ def _resume(trainer: Trainer, out: Path) -> list[float]:
 
 
 def _save(trainer: Trainer, out: Path, losses: list[float]) -> None:
-    (out / LOSSES).write_text(json.dumps({"losses": losses}))
+    write_whole(out / LOSSES, json.dumps({"losses": losses}).encode())
     trainer.save(out / STATE)
-    save_file(released_layout(trainer.config, trainer.average), out / CHECKPOINT)
+    write_whole(out / CHECKPOINT, save(released_layout(trainer.config, trainer.average)))

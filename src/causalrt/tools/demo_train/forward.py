@@ -107,13 +107,13 @@ class TrainingForward:
         self, block: Block, y: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         weights, heads = block.self_attn, (self.config.model.num_heads, -1)
-        q = rotate(weights.norm_q(weights.q(y)).unflatten(-1, heads), *rotation)
-        k = rotate(weights.norm_k(weights.k(y)).unflatten(-1, heads), *rotation)
+        q = rotate(weights.norm_q(weights.q(y).float()).unflatten(-1, heads), *rotation)
+        k = rotate(weights.norm_k(weights.k(y).float()).unflatten(-1, heads), *rotation)
         v = weights.v(y).unflatten(-1, heads)
         keys, values = (torch.cat([each.unsqueeze(3), self._of_window(each)], dim=3).flatten(3, 4) for each in (k, v))
         q, keys, values = (each.flatten(0, 2).transpose(1, 2) for each in (q, keys, values))  # [A * B * K, H, N, D]
         mask = self.mask.repeat(y.shape[0] * y.shape[1], 1, 1, 1)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        out = _attend(q, keys, values, mask)
         projected: torch.Tensor = weights.o(out.transpose(1, 2).reshape(y.shape))
         return projected
 
@@ -126,15 +126,23 @@ class TrainingForward:
         self, block: Block, y: torch.Tensor, text: torch.Tensor, prompts: torch.Tensor
     ) -> torch.Tensor:
         weights, heads = block.cross_attn, (self.config.model.num_heads, -1)
-        k, v = (each.unflatten(-1, heads)[prompts] for each in (weights.norm_k(weights.k(text)), weights.v(text)))
-        q = weights.norm_q(weights.q(y)).unflatten(-1, heads)
+        k, v = (
+            each.unflatten(-1, heads)[prompts] for each in (weights.norm_k(weights.k(text).float()), weights.v(text))
+        )
+        q = weights.norm_q(weights.q(y).float()).unflatten(-1, heads)
         # Streams beside tokens: one attention for each clip and chunk.
         queries = q.movedim(0, 2).flatten(2, 3).flatten(0, 1).transpose(1, 2)
         keys, values = (each.flatten(0, 1).transpose(1, 2) for each in (k, v))
-        out = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+        out = _attend(queries, keys, values).transpose(1, 2)
         streams, clips, chunks, rows, width = y.shape
         projected: torch.Tensor = weights.o(out.reshape(clips, chunks, streams, rows, width).movedim(2, 0))
         return projected
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """In float32 whatever autocast says: in bfloat16 a CPU takes ten times as long for the gradient."""
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

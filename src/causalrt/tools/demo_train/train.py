@@ -5,10 +5,6 @@
                   session takes, from the clip's own first chunk, and the target stays the clip. So what the model does wrong is
                   what it learns to put right, and rollouts hold for longer than any clip
 
-    coupled       a first chunk may lie anywhere, and noise alone does not say where: the mean of all places is no picture. So
-                  where a clip may be moved about its canvas, it is moved to where its first chunk is most like the noise, and
-                  noise does say where
-
 Only the noise levels of the recipe's schedule are trained, for no others are ever asked for; there is nothing to distil. All is
 a function of the seed and the step, so a run that is taken up again goes on as if it had not stopped.
 """
@@ -27,7 +23,7 @@ from causalrt.config import Config
 from causalrt.errors import ConfigError
 from causalrt.model.schedule import schedule_from_config
 from causalrt.model.wan import Wan
-from causalrt.runtime.requests import latents_from_tokens, tokens_from_latents
+from causalrt.runtime.requests import latents_from_tokens
 from causalrt.tools.demo_train.clips import CHUNKS, Clips, draw_clips
 from causalrt.tools.demo_train.forward import Inputs, TrainingForward, initialise
 from causalrt.tools.demo_train.world import Caption
@@ -42,6 +38,7 @@ class Settings:
         own_from: step from which on history is the model's own in half of the clips of a batch.
         batch: clips of a step.
         rate: the highest learning rate.
+        bf16: products in bfloat16.
         seed: of everything.
     """
 
@@ -49,6 +46,7 @@ class Settings:
     own_from: int = 1500
     batch: int = 16
     rate: float = 2e-3
+    bf16: bool = False
     seed: int = 0
 
 
@@ -96,12 +94,11 @@ class Trainer:
         s = self.settings
         seed = 1_000_003 * s.seed + self.step
         generator = torch.Generator().manual_seed(seed)
-        clips = draw_clips(self.config, self.captions, count=s.batch, rng=random.Random(seed))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self._rate()
         self.wan.zero_grad(set_to_none=True)
-        loss = self._loss(clips, generator)
+        loss = self._loss(random.Random(seed), generator)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.wan.parameters(), 1.0)
         for optimiser in self.optimisers:
@@ -149,13 +146,19 @@ class Trainer:
         warm = min(1.0, (self.step + 1) / 100)
         return s.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / s.steps)))
 
-    def _loss(self, clips: Clips, generator: torch.Generator) -> torch.Tensor:
-        target = (clips.tokens - self.mean.cpu()) / self.std.cpu()
-        levels = torch.randint(len(self.sigmas), clips.starts.shape, generator=generator)
-        noise = torch.randn(target.shape, generator=generator)
+    def _loss(self, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
+        shape = self.settings.batch, CHUNKS, self.config.tokens_per_chunk, len(self.mean)
+        noise = torch.randn(shape, generator=generator)
+        levels = torch.randint(len(self.sigmas), shape[:2], generator=generator)
         # First chunks are noise alone more often than not: what is made of that decides about the whole video.
-        levels[:, 0] = (torch.randint(2 * len(self.sigmas), (len(target),), generator=generator) - 4).clamp(min=0)
-        target = coupled(self.config, clips.captions, target, noise, alone=levels[:, 0] == 0)
+        levels[:, 0] = (torch.randint(2 * len(self.sigmas), shape[:1], generator=generator) - 4).clamp(min=0)
+        std = self.std.cpu()
+        wishes = [
+            latents_from_tokens(first / std, self.config) if level == 0 else None
+            for first, level in zip(noise[:, 0], levels[:, 0].tolist(), strict=True)
+        ]
+        clips = draw_clips(self.config, self.captions, count=len(wishes), rng=rng, wishes=wishes)
+        target = (clips.tokens - self.mean.cpu()) / std
         target, noise, levels = (each.to(self.device) for each in (target, noise, levels))
         sigma = self.sigmas[levels][..., None, None]
         history, seen = target, target
@@ -178,7 +181,8 @@ class Trainer:
             prompts=prompts,
             starts=clips.starts.to(self.device),
         )
-        return self.forward_pass(inputs)[1]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
+            return self.forward_pass(inputs)[1].float()
 
     @torch.no_grad()
     def _own(
@@ -212,38 +216,3 @@ class Trainer:
                 text[2 * row + place, : len(rows)] = rows
         prompts = 2 * torch.arange(len(clips.captions))[:, None] + clips.switched
         return text.to(self.device), prompts.to(self.device)
-
-
-def coupled(
-    config: Config,
-    captions: list[tuple[Caption, Caption]],
-    target: torch.Tensor,
-    noise: torch.Tensor,
-    *,
-    alone: torch.Tensor,
-) -> torch.Tensor:
-    """Clips `[B, K, N, 64]` moved by whole latents to where their first chunk is most like its noise, where they may be.
-
-    Args:
-        config: of the model.
-        captions: of the clips; one that bounces is not moved along its way, one that turns not at all.
-        target: the clips.
-        noise: likewise.
-        alone: `[B]`, whose first chunk is noise alone.
-    """
-    sizes = config.video.latent_height, config.video.latent_width
-    moved = target.clone()
-    for clip in alone.nonzero()[:, 0].tolist():
-        motions = [caption.motion for caption in captions[clip]]
-        rows = range(1 if "bounces up and down" in motions else sizes[0])
-        columns = range(1 if "bounces sideways" in motions else sizes[1])
-        if any(motion.startswith("turns") for motion in motions):
-            continue
-        latents = torch.cat([latents_from_tokens(chunk, config) for chunk in target[clip]])
-        wanted = latents_from_tokens(noise[clip, 0], config)
-        first = latents[: len(wanted)]
-        likeness = {(y, x): float((first.roll((y, x), (2, 3)) * wanted).sum()) for y in rows for x in columns}
-        best = max(likeness, key=lambda shift: likeness[shift])
-        chunks = latents.roll(best, (2, 3)).view(len(target[clip]), -1, *latents.shape[1:])
-        moved[clip] = torch.stack([tokens_from_latents(chunk, config) for chunk in chunks])
-    return moved
