@@ -327,6 +327,12 @@ def _serve(arguments: argparse.Namespace) -> int:
         return run(arguments, version=__version__, on_start=started)
     if arguments.text_encoder is not None:
         raise ConfigError("--text-encoder is a bundle's; name the bundle, or leave both out to serve the demo model")
+    from causalrt.tools.demo_request import ROWS
+
+    if arguments.executor not in (None, *(executor for executor, _ in ROWS)):
+        raise ConfigError(
+            f"the demo model is not built for {arguments.executor}; leave --executor out, or name a bundle"
+        )
     from causalrt.tools.demo import served_demo
 
     checked_settings(arguments)

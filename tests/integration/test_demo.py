@@ -123,8 +123,10 @@ def test_what_lies_in_the_folder_stays(shown, tmp_path, monkeypatch):
         ({"switches": ["1=a fox"]}, PromptError, "does not know fox"),
         ({"switches": ["2=a red circle"]}, RequestError, "chunks are 0 to 1"),
         ({"switches": ["soon"]}, RequestError, "CHUNK=PROMPT"),
-        ({"chunks": 43}, RequestError, "horizon"),
-        ({"chunks": 0}, RequestError, "chunk"),
+        ({"switches": [f"{'9' * 5000}=a red circle"]}, RequestError, "CHUNK=PROMPT"),
+        ({"switches": ["1=a red circle", "1=a blue circle"]}, RequestError, "names chunk 1 more than once"),
+        ({"chunks": 43}, RequestError, "makes 1 to 42 chunks, not 43"),
+        ({"chunks": 0}, RequestError, "makes 1 to 42 chunks, not 0"),
         ({"seed": -1}, RequestError, "seed"),
     ],
 )
@@ -174,6 +176,11 @@ def test_the_contact_sheet_has_a_place_for_everything():
     long = [SheetRow(name="one", frames=8 * frames, verdict="", agrees=None)]
     with Image.open(io.BytesIO(contact_sheet("title", long))) as sheet:
         assert sheet.width <= 2200
+    short = [SheetRow(name="one", frames=frames[:1], verdict="", agrees=None)]
+    with Image.open(io.BytesIO(contact_sheet("a title " * 30, short))) as sheet:
+        ink = np.asarray(sheet)[:30].min(axis=(0, 2)) < 128
+        assert ink.any()
+        assert not ink[-4:].any()  # it is not cut
     assert chunks_shown(5, 9) == [0, 1, 2, 3, 4]
     assert chunks_shown(42, 4) == [0, 14, 27, 41]
 

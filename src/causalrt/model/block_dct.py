@@ -10,6 +10,7 @@ differ most.
 A block has no past: the only state of a decoder is whether the first latent, which is one frame, was there.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -259,4 +260,5 @@ def write_block_dct(path: Path, *, mean: Sequence[float], std: Sequence[float]) 
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

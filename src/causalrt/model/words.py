@@ -8,6 +8,7 @@ language: the order of the words plays no part.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +16,15 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from causalrt.errors import CheckpointError, PromptError
 
 WORDS_FILE = "words.safetensors"
 _TABLE, _WORDS = "embedding.weight", "words"
 MAX_PROMPT_CHARS = 2_000
-_UNREADABLE = (OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError)
+_UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class WordEncoder:
@@ -57,19 +59,10 @@ class WordEncoder:
             with safe_open(path, framework="pt") as file:
                 table = file.get_tensor(_TABLE)
                 words = json.loads((file.metadata() or {})[_WORDS])
-            rows = {str(word): tuple(map(int, each)) for word, each in words.items()}
-        except (
-            OSError,
-            SafetensorError,
-            KeyError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+            rows = {str(word): _whole_numbers(each) for word, each in words.items()}
+        except _UNREADABLE as error:
             raise CheckpointError(f"{path} is no table of words: {error!r}") from None
-        if table.dim() != 2 or not table.is_floating_point() or not table.isfinite().all():
+        if table.dim() != 2 or table.dtype not in _DTYPES or not table.isfinite().all():
             raise CheckpointError(
                 f"{path}: {_TABLE} must be finite [words, text_dim], got {table.dtype} {list(table.shape)}"
             )
@@ -86,8 +79,13 @@ class WordEncoder:
         return cls(table.float(), rows, max_tokens=max_tokens)
 
     def save(self, folder: Path) -> None:
-        """Write what `from_folder` reads."""
-        save_file({_TABLE: self._table}, folder / WORDS_FILE, metadata={_WORDS: json.dumps(self.words)})
+        """Write what `from_folder` reads, by way of a temporary file beside it."""
+        partial = folder / f".{WORDS_FILE}.{os.getpid()}.partial"
+        try:
+            partial.write_bytes(save({_TABLE: self._table}, {_WORDS: json.dumps(self.words)}))
+            os.replace(partial, folder / WORDS_FILE)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def encode(self, prompt: str) -> torch.Tensor:
         """Embeddings `[rows, text_dim]` of a prompt, float32 on the CPU.
@@ -99,7 +97,10 @@ class WordEncoder:
             raise PromptError(f"a prompt must be a str, got {type(prompt).__name__}")
         if len(prompt) > MAX_PROMPT_CHARS:
             raise PromptError(f"a prompt may have {MAX_PROMPT_CHARS} characters here, got {len(prompt)}; shorten it")
-        found = re.findall(r"\w+", prompt.lower())
+        found = list[str]()
+        for token in re.findall(r"\w+(?:-\w+)*", prompt.lower()):
+            joined = token.replace("-", "")  # counter-clockwise
+            found += [joined] if joined in self.words else token.split("-")
         unknown = list(dict.fromkeys(word for word in found if word not in self.words))
         if unknown:
             raise PromptError(f"this model does not know {', '.join(unknown[:10])}; its words are: {self._known()}")
@@ -117,3 +118,9 @@ class WordEncoder:
         for word, rows in self.words.items():
             first.setdefault(rows, word)
         return ", ".join(sorted(word for rows, word in first.items() if rows))
+
+
+def _whole_numbers(values: object) -> tuple[int, ...]:
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise TypeError(f"rows of a word must be a list of whole numbers, got {values!r}")
+    return tuple(values)

@@ -6,6 +6,7 @@ This module owns the picture alone; what rows are and what is said of them is th
 """
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,10 +45,13 @@ def contact_sheet(title: str, rows: Sequence[SheetRow]) -> bytes:
     shown = chunks_shown(chunks, max(2, (WIDEST - LABEL_WIDTH - VERDICT_WIDTH) // (scale * width + GAP)))
     cell_height, cell_width = scale * height + GAP, scale * width + GAP
     top = HEADER * (1 + title.count("\n") + 1) + GAP
-    size = LABEL_WIDTH + len(shown) * cell_width + VERDICT_WIDTH, top + len(rows) * cell_height + GAP
+    title_font = ImageFont.load_default(16)
+    title_width = max(math.ceil(title_font.getlength(line)) for line in title.split("\n")) + 2 * GAP
+    width_of_rows = LABEL_WIDTH + len(shown) * cell_width + VERDICT_WIDTH
+    size = max(width_of_rows, title_width), top + len(rows) * cell_height + GAP
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    draw.multiline_text((GAP, GAP), title, fill=INK, font=ImageFont.load_default(16), spacing=8)
+    draw.multiline_text((GAP, GAP), title, fill=INK, font=title_font, spacing=8)
     font = ImageFont.load_default(14)
     for column, chunk in enumerate(shown):
         middle = LABEL_WIDTH + column * cell_width + scale * width / 2

@@ -27,7 +27,6 @@ from causalrt.model.words import WordEncoder
 from causalrt.runtime.files import check_writable, write_whole
 from causalrt.runtime.load import load
 from causalrt.runtime.noise import SeededNoise
-from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.session import Chunk
 from causalrt.runtime.video_file import Mp4Writer, check_picture, pyav
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet, enlarged
@@ -130,7 +129,8 @@ def _checked(request: DemoRequest, config: Config, model: DemoFiles) -> Mapping[
     """The switches, everything having been refused that can be; the folder of the files is there."""
     words = WordEncoder.from_folder(model.words, text_dim=config.model.text_dim, max_tokens=config.model.text_len)
     switches = parsed_switches(request.switches)
-    checked_chunks(config, request.chunks, num_given=0)
+    if not 1 <= request.chunks <= config.video.horizon_chunks:
+        raise RequestError(f"the demo model makes 1 to {config.video.horizon_chunks} chunks, not {request.chunks}")
     check_switches(switches, request.chunks)
     for prompt in (request.prompt, *switches.values()):
         words.encode(prompt)

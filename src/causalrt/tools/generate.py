@@ -187,6 +187,10 @@ def _warm(engine: Engine, request: Request, prompt: str | torch.Tensor, given: t
     return _first(chunk, total_ms=1e3 * (time.perf_counter() - start), before={"text": session.text_ms})
 
 
+MOST_DIGITS = 9
+"""Of a chunk's number."""
+
+
 def parsed_switches(texts: Sequence[str]) -> dict[int, str]:
     """`CHUNK=PROMPT`, by chunk.
 
@@ -196,8 +200,10 @@ def parsed_switches(texts: Sequence[str]) -> dict[int, str]:
     found = {}
     for text in texts:
         chunk, separator, prompt = text.partition("=")
-        if not separator or not chunk.isdecimal():
-            raise RequestError(f"--switch wants CHUNK=PROMPT, for example --switch '3=a fox runs', got {text!r}")
+        if not separator or not chunk.isdecimal() or len(chunk) > MOST_DIGITS:
+            raise RequestError(f"--switch wants CHUNK=PROMPT, for example --switch '3=a fox runs', got {text[:200]!r}")
+        if int(chunk) in found:
+            raise RequestError(f"--switch names chunk {int(chunk)} more than once; leave one of its prompts out")
         found[int(chunk)] = prompt
     return found
 

@@ -53,6 +53,7 @@ def test_the_demo_model_is_served(tmp_path, monkeypatch):
         (["bundle"], "--text-encoder FOLDER"),
         (["--text-encoder", "folder"], "name the bundle"),
         (["--host", "0.0.0.0"], "--tokens FILE"),
+        (["--executor", "tensorrt"], "not built for tensorrt; leave --executor out"),
     ],
 )
 def test_what_is_half_said_is_refused_at_once(flags, words, capsys, monkeypatch):

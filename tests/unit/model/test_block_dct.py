@@ -219,6 +219,9 @@ def test_nothing_half_written(tmp_path):
     with pytest.raises(CheckpointError, match="cannot write"):
         write_block_dct(tmp_path / "nowhere" / "c.safetensors", mean=MEAN, std=STD)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write"):
+        write_block_dct(tmp_path / "file" / "c.safetensors", mean=MEAN, std=STD)
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install 'causalrt[tensorrt-rtx]'")

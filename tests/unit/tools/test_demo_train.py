@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.requests import latents_from_tokens
-from causalrt.tools.demo_train.clips import CHUNKS, draw_clips
-from causalrt.tools.demo_train.command import as_tokens, normal_values, released_layout
+from causalrt.tools.demo_train.clips import CHUNKS, Starts, draw_clips, draw_firsts
 from causalrt.tools.demo_train.command import main as train_command
+from causalrt.tools.demo_train.command import normal_values, released_layout
+from causalrt.tools.demo_train.evaluate import main as evaluate_command
 from causalrt.tools.demo_train.forward import Inputs, TrainingForward, initialise
 from causalrt.tools.demo_train.judge import border_jump, centres, look
 from causalrt.tools.demo_train.train import Settings, Trainer
@@ -31,6 +33,7 @@ from causalrt.tools.demo_train.vocabulary import word_encoder
 from causalrt.tools.demo_train.world import (
     SIZE,
     TURN_RADIUS,
+    TURN_START,
     WALLS,
     Caption,
     Mover,
@@ -118,9 +121,30 @@ def test_the_judge_refuses_what_moves_otherwise_or_has_another_colour():
     assert look(noise).motion is None
     still = pixels[:1].expand_as(pixels)
     assert look(still).motion is None
+    blue = pixels_from_signal(draw(replace(red, colour="blue"), track([red] * 81, Mover.start(random.Random(2), red))))
+    assert look(blue).agrees(replace(red, colour="blue"))
+    assert not look(torch.cat([pixels[:55], blue[55:]])).agrees(red)
+    twice = torch.maximum(pixels, pixels.roll(30, 1))
+    assert not look(twice).agrees(red)
+    stripe = pixels.amax(1, keepdim=True).expand_as(pixels)
+    assert not look(stripe).agrees(red)
     gone = pixels.clone()
     gone[40:50] = pixels[0, 0, 0] if pixels[0, 0, 0].max() < 60 else 25
     assert not look(gone).agrees(red)
+
+
+def test_the_judge_wants_what_bounces_to_turn_at_walls():
+    red = replace(captions()[0], motion="bounces sideways", speed="quickly")
+
+    def agrees(x: torch.Tensor) -> bool:
+        return look(pixels_from_signal(draw(red, torch.stack([x, torch.full_like(x, 30)], dim=1)))).agrees(red)
+
+    there = track([red] * 81, Mover(20.0, 30.0, 1.0, 0.0))[:, 0]
+    assert agrees(there)
+    assert not agrees(there.clamp(max=40))  # stands still now and then
+    assert not agrees(torch.cat([there[:48], there[47].expand(33)]))  # stands still at the end
+    before_the_wall = 32 - 9 + ((1.5 * torch.arange(81)) % 36 - 18).abs()
+    assert not agrees(before_the_wall)
 
 
 def test_captions_are_split_without_overlap_and_their_words_are_known():
@@ -132,8 +156,25 @@ def test_captions_are_split_without_overlap_and_their_words_are_known():
     assert len(rows) == len(captions())  # no two captions mean the same to the model
 
 
+@pytest.fixture(scope="module")
+def starts() -> Starts:
+    triangles = [caption for caption in captions() if caption.shape == "triangle"]
+    return Starts(CONFIG, triangles, normal=normal_values(CONFIG))
+
+
+def test_no_clip_has_a_caption_that_is_held_back(starts):
+    train, held_back = split_captions()
+    triangles = [c for c in train if c.shape == "triangle"]
+    wishes = [None, torch.randn(3, 16, 8, 8)] * 150
+    clips = draw_clips(CONFIG, starts, triangles, rng=random.Random(0), wishes=wishes)
+    firsts = draw_firsts(CONFIG, starts, triangles, rng=random.Random(0), wishes=wishes)
+    seen = {caption for both in clips.captions + firsts.captions for caption in both}
+    assert not seen & set(held_back)
+    assert sum(before != after for before, after in clips.captions) > 50
+
+
 def test_clips_lie_where_they_say_in_time():
-    clips = draw_clips(CONFIG, captions(), count=40, rng=random.Random(0))
+    clips = draw_clips(CONFIG, None, captions(), rng=random.Random(0), wishes=[None] * 40)
     gaps = clips.starts[:, 1] - 3
     assert (gaps >= 0).all()
     assert (gaps > 0).any()
@@ -144,32 +185,46 @@ def test_clips_lie_where_they_say_in_time():
     assert clips.counts[gaps == 0].all()
 
 
-def first_latents(caption: Caption, wish: torch.Tensor | None) -> torch.Tensor:
-    clips = draw_clips(CONFIG, [caption], count=1, rng=random.Random(5), wishes=[wish])
+def of_motion(motion: str) -> Caption:
+    return next(c for c in captions() if (c.motion, c.shape) == (motion, "triangle"))
+
+
+def first_latents(starts: Starts, said: Caption, wish: torch.Tensor | None, draw_them=draw_clips) -> torch.Tensor:
+    clips = draw_them(CONFIG, starts, [said], rng=random.Random(5), wishes=[wish])
     return latents_from_tokens(clips.tokens[0, 0], CONFIG)
 
 
+def test_first_chunks_that_are_kept_are_those_that_would_be_drawn(starts):
+    for said, shift in [
+        (of_motion("turns clockwise"), (0, 0)),
+        (replace(of_motion("moves up"), colour="cyan"), (3, 5)),
+    ]:
+        drawn = encode_blocks(draw(said, track([said] * 9, starts.mover(said, 3, shift))))
+        torch.testing.assert_close(starts.firsts(said)[3].roll(shift, (2, 3)), drawn, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("draw_them", [draw_clips, draw_firsts])
 @pytest.mark.parametrize(
     ("motion", "down_and_right"), [("moves up", (3, 5)), ("bounces sideways", (2, 0)), ("turns clockwise", (0, 0))]
 )
-def test_clips_begin_where_their_noise_says(motion, down_and_right):
-    caption = next(c for c in captions() if c.motion == motion)
-    wish = first_latents(caption, None).roll(down_and_right, (2, 3))
-    assert torch.equal(first_latents(caption, wish), wish)
+def test_clips_begin_where_their_noise_says(starts, motion, down_and_right, draw_them):
+    said = of_motion(motion)
+    first = starts.firsts(said)[7].roll(down_and_right, (2, 3))
+    wish = (first - starts.mean) / starts.std
+    torch.testing.assert_close(first_latents(starts, said, wish, draw_them), first, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("draw_them", [draw_clips, draw_firsts])
 @pytest.mark.parametrize("motion", ["bounces sideways", "bounces up and down", "turns clockwise"])
-def test_clips_begin_nearer_to_what_was_wished_and_where_they_may(motion):
-    caption = next(c for c in captions() if c.motion == motion)
-    without = first_latents(caption, None)
-    wish = without.roll((4, 4), (2, 3))  # where no clip of this kind may be
-    moved = first_latents(caption, wish)
-    assert (moved * wish).sum() > (without * wish).sum() + 1
-    x, y = centres(pixels_from_signal(decoded(moved).clamp(-1, 1)))[0].tolist()
-    if motion == "turns clockwise":
-        assert math.hypot(x - SIZE / 2, y - SIZE / 2) == pytest.approx(TURN_RADIUS, abs=1)
-    else:
-        assert WALLS[0] - 1 < (x if motion == "bounces sideways" else y) < WALLS[1] + 1
+def test_clips_begin_nowhere_but_where_they_may(starts, motion, draw_them):
+    said = of_motion(motion)
+    for wish in [None, *torch.randn(8, 3, 16, 8, 8, generator=torch.Generator().manual_seed(0))]:
+        frames = decoded(first_latents(starts, said, wish, draw_them))
+        x, y = centres(pixels_from_signal(frames.clamp(-1, 1)))[0].tolist()
+        if motion == "turns clockwise":
+            assert math.hypot(x - SIZE / 2, y - (SIZE / 2 - TURN_RADIUS)) < TURN_RADIUS * TURN_START + 2
+        else:
+            assert WALLS[0] - 2 < (x if motion == "bounces sideways" else y) < WALLS[1] + 2
 
 
 # ---- the loop
@@ -178,12 +233,11 @@ def test_clips_begin_nearer_to_what_was_wished_and_where_they_may(motion):
 def small_trainer(settings: Settings) -> Trainer:
     config = override(CONFIG, {"model.num_layers": "1", "model.dim": "48", "model.ffn_dim": "64"})
     words = word_encoder(text_dim=config.model.text_dim, text_len=config.model.text_len)
-    normal = tuple(as_tokens(value, config) for value in normal_values(config))
-    return Trainer(config, captions(), words.encode, settings, device=torch.device("cpu"), normal=normal)
+    return Trainer(config, captions(), words.encode, settings, device=torch.device("cpu"), normal=normal_values(config))
 
 
 def test_a_run_that_is_taken_up_goes_on_as_if_it_had_not_stopped(tmp_path):
-    settings = Settings(steps=6, own_from=3, batch=2)
+    settings = Settings(steps=6, own_from=3, batch=2, firsts=3)
     whole = small_trainer(settings)
     losses = [whole.one_step() for _ in range(6)]
     assert len(set(losses)) == 6
@@ -196,22 +250,39 @@ def test_a_run_that_is_taken_up_goes_on_as_if_it_had_not_stopped(tmp_path):
     for name, value in whole.average.items():
         assert torch.equal(second.average[name], value), name
     with pytest.raises(ConfigError, match="another --out"):
-        small_trainer(Settings(steps=7, own_from=3, batch=2)).resume(tmp_path / "state.pt")
+        small_trainer(Settings(steps=7, own_from=3, batch=2, firsts=3)).resume(tmp_path / "state.pt")
 
 
-def test_own_history_leaves_the_first_chunk_and_what_does_not_count(monkeypatch):
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_own_history_is_sampled_as_a_session_samples(rounds):
     trainer = small_trainer(Settings(batch=6))
-    clips = draw_clips(trainer.config, captions(), count=6, rng=random.Random(3))
+    trainer.step = rounds - 1
+    with torch.no_grad():
+        trainer.wan.head.head.weight.normal_(std=0.2)  # it begins at zero
+    clips = draw_clips(trainer.config, None, captions(), rng=random.Random(3), wishes=[None] * 6)
     target = torch.randn(clips.tokens.shape)
     levels = torch.randint(4, clips.starts.shape, generator=torch.Generator().manual_seed(0))
     history, seen = trainer._own(clips, target, levels, torch.Generator().manual_seed(1))
-    changed = (history != target).any(-1).any(-1)
-    assert not changed[:, 0].any()
-    assert not changed[~clips.counts].any()
-    assert torch.equal(changed[:3], clips.counts[:3] & (torch.arange(CHUNKS) > 0))
-    assert not changed[3:].any()
-    # At the first level a chunk is noise alone: nothing of the model's can be in it.
-    assert torch.equal(seen[levels == 0], target[levels == 0])
+
+    noises, half = torch.Generator().manual_seed(1), clips.first(3)
+    own = (torch.arange(CHUNKS) > 0) & half.counts  # neither the first chunk nor what does not count
+    wanted, steps = target[:3].clone(), []
+    for _ in range(rounds):
+        x0, before, steps = torch.zeros_like(wanted), wanted, []
+        for level, sigma in enumerate(trainer.sigmas):
+            noisy = (1 - sigma) * x0 + sigma * torch.randn(x0.shape, generator=noises)
+            with torch.no_grad():
+                x0 = noisy - sigma * trainer._flow(half, before, noisy, torch.full(own.shape, level))
+            steps.append(x0)
+        wanted = torch.where(own[..., None, None], x0, target[:3])
+    torch.testing.assert_close(history[:3], wanted, rtol=0, atol=1e-4)
+    assert torch.equal(history[3:], target[3:])
+    assert torch.equal(seen[3:], target[3:])
+    for clip, chunk in own.nonzero().tolist():
+        level = int(levels[clip, chunk])
+        if level:  # at level 0 a chunk is noise alone
+            torch.testing.assert_close(seen[clip, chunk], steps[level - 1][clip, chunk], rtol=0, atol=1e-4)
+    assert torch.equal(seen[:3][~own], target[:3][~own])
 
 
 def test_what_is_written_is_a_checkpoint_in_the_released_layout(tmp_path):
@@ -231,6 +302,61 @@ def test_what_is_written_is_a_checkpoint_in_the_released_layout(tmp_path):
     assert set(written) == set(dict(wan.named_parameters()))
     for name, parameter in wan.named_parameters():
         assert torch.equal(written[name], parameter), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--steps", "0"], "steps must be from 1"),
+        (["--batch", "1"], "batch must be from 2"),
+        (["--own-from", "-1"], "own_from must be from 0"),
+        (["--seed", "-1"], "seed must be from 0"),
+        (["--seed", "9" * 30], "seed must be from 0"),
+        (["--minutes", "-1"], "--minutes must be more than 0"),
+        (["--minutes", "nan"], "--minutes must be more than 0"),
+        (["--device", "nonsense"], "--device nonsense cannot be used"),
+        (["--from", "nowhere.pt"], "--from nowhere.pt cannot be read"),
+        (["--from", __file__], "no state of a training"),
+        (["--out", __file__], "choose a folder with --out"),
+    ],
+)
+def test_training_that_cannot_be_is_refused(changes, words, tmp_path, capsys):
+    assert (
+        train_command(["--out", str(tmp_path / "out"), "--steps", "1", "--batch", "2", "--device", "cpu", *changes])
+        == 1
+    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert words in said
+    assert not list(tmp_path.glob("out/*.pt"))
+
+
+def test_a_run_with_another_beginning_is_another_run(tmp_path, capsys):
+    short = ["--steps", "1", "--batch", "2", "--device", "cpu", "--own-from", "0"]
+    assert train_command([*short, "--out", str(tmp_path / "first")]) == 0
+    made = {path.name for path in (tmp_path / "first").iterdir()}
+    assert made == {"checkpoint.safetensors", "codec.safetensors", "words.safetensors", "losses.json", "state.pt"}
+    state = str(tmp_path / "first" / "state.pt")
+    assert train_command([*short, "--out", str(tmp_path / "second"), "--from", state]) == 0
+    assert train_command([*short, "--out", str(tmp_path / "second")]) == 1
+    assert train_command([*short, "--out", str(tmp_path / "first"), "--from", state]) == 1
+    assert "give these, or another --out" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "first" / "losses.json").unlink()
+    assert train_command([*short, "--out", str(tmp_path / "first")]) == 1
+    assert "losses.json should lie beside" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--count", "0"], "--count must be from 1 to 100"),
+        (["--count", "101"], "--count must be from 1 to 100"),
+        (["--chunks", "1"], "--chunks must be from 2 to 42"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(flags, words, capsys):
+    assert evaluate_command(flags) == 1
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow

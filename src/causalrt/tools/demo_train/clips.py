@@ -17,17 +17,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from causalrt.config import Config
-from causalrt.model.block_dct import FRAMES, encode_blocks
+from causalrt.model.block_dct import FRAMES, PIXELS, encode_blocks
 from causalrt.runtime.requests import tokens_from_latents
-from causalrt.tools.demo_train.world import Caption, Mover, draw, track, with_motion
+from causalrt.tools.demo_train.world import BACKGROUND, COLOURS, SIZE, Caption, Mover, draw, masks, track
 
 CHUNKS = 6
 MAX_GAP = 36
 GAP_SHARE, SWITCH_SHARE = 0.35, 0.4
 TURNS_AGAIN = 1
 """How much more often than others a clip is drawn that turns: its way depends on where it is, and is the hardest to learn."""
-STARTS = 16
-"""Starts that are tried for a wish where a clip cannot be moved about its canvas both ways."""
+STARTS = 64
+"""Starts that are drawn for each way of moving."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,18 +64,109 @@ def frames_of(config: Config, chunk: int) -> int:
     return FRAMES * config.video.chunk_frames - (FRAMES - 1) * (chunk == 0)
 
 
+class Starts:
+    """How clips may start: for each shape and way of moving some movers, and the first chunk that each makes.
+
+    A clip that moves straight on may also be moved about the canvas by whole latents, one that bounces across its way.
+    """
+
+    def __init__(
+        self, config: Config, every: Sequence[Caption], *, normal: tuple[torch.Tensor, torch.Tensor], seed: int = 0
+    ) -> None:
+        self.mean, self.std = (value.view(-1, 1, 1) for value in normal)
+        rng, count = random.Random(seed), frames_of(config, 0)
+        self.size = config.video.latent_height, config.video.latent_width
+        self._movers: dict[tuple[str, str, str], list[Mover]] = {}
+        self._masks: dict[tuple[str, str, str], torch.Tensor] = {}  # [colours, STARTS, F, C, H, W]
+        for caption in every:
+            kind = _kind(caption)
+            if kind in self._movers:
+                continue
+            self._movers[kind] = [Mover.start(rng, caption) for _ in range(STARTS)]
+            videos = []
+            for mover in self._movers[kind]:
+                mover.step(caption)  # heads where the caption says
+                mask = masks(caption.shape, track([caption] * count, replace(mover)))
+                videos.append(torch.einsum("ij,thw->itjhw", torch.eye(3), mask))
+            encoded = [encode_blocks(video) for each in videos for video in each]
+            stacked = torch.stack(encoded)
+            self._masks[kind] = stacked.view(STARTS, 3, *stacked.shape[1:]).transpose(0, 1).contiguous()
+        empty = 2 * torch.tensor(BACKGROUND).view(3, 1, 1) - 1
+        self._empty = encode_blocks(empty.expand(count, 3, SIZE, SIZE))
+
+    def firsts(self, caption: Caption) -> torch.Tensor:
+        """`[STARTS, F, C, H, W]`: the first chunks that there are, not normalised."""
+        difference = 2 * (torch.tensor(COLOURS[caption.colour]) - torch.tensor(BACKGROUND))
+        shapes: torch.Tensor = torch.tensordot(difference, self._masks[_kind(caption)], dims=1)
+        return self._empty + shapes
+
+    def mover(self, caption: Caption, number: int, shift: tuple[int, int]) -> Mover:
+        """A new one, that makes the first chunk of this number, moved by `shift`."""
+        found = self._movers[_kind(caption)][number]
+        down, right = shift
+        return replace(found, x=(found.x + PIXELS * right) % SIZE, y=(found.y + PIXELS * down) % SIZE)
+
+    def shifts(self, caption: Caption) -> list[tuple[int, int]]:
+        """Latents down and right by which a clip may be moved."""
+        rows, columns = self.size
+        down = rows if caption.motion.startswith("moves") or caption.motion == "bounces sideways" else 1
+        right = columns if caption.motion.startswith("moves") or caption.motion == "bounces up and down" else 1
+        return list(itertools.product(range(down), range(right)))
+
+    def choose(self, caption: Caption, wish: torch.Tensor | None, rng: random.Random) -> tuple[int, tuple[int, int]]:
+        """(number, shift): any; or, of those that there are, where the first chunk is nearest to `wish`."""
+        shifts = self.shifts(caption)
+        if wish is None:
+            return rng.randrange(STARTS), rng.choice(shifts)
+        firsts = ((self.firsts(caption) - self.mean) / self.std).flatten(1)
+        wishes = torch.stack([wish.roll((-down, -right), (2, 3)) for down, right in shifts]).flatten(1)
+        best = int((firsts @ wishes.T - firsts.square().sum(1, keepdim=True) / 2).argmax())
+        return best // len(shifts), shifts[best % len(shifts)]
+
+
+def _kind(caption: Caption) -> tuple[str, str, str]:
+    return caption.shape, caption.motion, caption.speed
+
+
+def _draw_caption(every: Sequence[Caption], rng: random.Random) -> Caption:
+    return rng.choices(every, [1 + TURNS_AGAIN * caption.motion.startswith("turns") for caption in every])[0]
+
+
+def draw_firsts(
+    config: Config,
+    starts: Starts,
+    every: Sequence[Caption],
+    *,
+    rng: random.Random,
+    wishes: Sequence[torch.Tensor | None],
+) -> Clips:
+    """Clips of one chunk, the first; arguments as in `draw_clips`."""
+    captions, tokens = [], []
+    for wish in wishes:
+        caption = _draw_caption(every, rng)
+        number, shift = starts.choose(caption, wish, rng)
+        captions.append((caption, caption))
+        tokens.append(tokens_from_latents(starts.firsts(caption)[number].roll(shift, (2, 3)), config))
+    once = torch.zeros(len(tokens), 1, dtype=torch.int64)
+    return Clips(
+        tokens=torch.stack(tokens)[:, None], captions=captions, switched=once.bool(), starts=once, counts=~once.bool()
+    )
+
+
 def _clip(
-    config: Config, every: Sequence[Caption], rng: random.Random, wish: torch.Tensor | None
+    config: Config, starts: Starts | None, every: Sequence[Caption], rng: random.Random, wish: torch.Tensor | None
 ) -> tuple[torch.Tensor, tuple[Caption, Caption], int, int]:
     """Latents `[K * F, C, H, W]` not normalised, the two captions, the chunk of the switch (or K), the gap."""
-    caption = rng.choices(every, [1 + TURNS_AGAIN * caption.motion.startswith("turns") for caption in every])[0]
-    other = with_motion(caption, rng.choice(every)) if rng.random() < SWITCH_SHARE else caption
+    caption = _draw_caption(every, rng)
+    alike = [c for c in every if (c.colour, c.shape) == (caption.colour, caption.shape)]
+    other = rng.choice(alike) if rng.random() < SWITCH_SHARE else caption
     switch = CHUNKS if other == caption else rng.randrange(1, CHUNKS)
     gap = rng.randrange(1, MAX_GAP + 1) if rng.random() < GAP_SHARE else 0
-    mover, shift = Mover.start(rng, caption), (0, 0)
-    mover.step(caption)  # heads where the caption says
-    if wish is not None:
-        mover, shift = _likest(config, (caption, other), mover, wish, rng)
+    if wish is None or starts is None:
+        mover = Mover.start(rng, caption)
+        mover.step(caption)  # heads where the caption says
+    else:
+        mover = starts.mover(caption, *starts.choose(caption, wish, rng))
     parts = []
     for chunk in range(CHUNKS):
         said = caption if chunk < switch else other
@@ -83,68 +174,41 @@ def _clip(
             for _ in range(gap * frames_of(config, 1)):
                 mover.step(caption)
         parts.append(draw(caption, track([said] * frames_of(config, chunk), mover)))
-    return encode_blocks(torch.cat(parts)).roll(shift, (2, 3)), (caption, other), switch, gap
-
-
-def _likest(
-    config: Config, said: tuple[Caption, Caption], mover: Mover, wish: torch.Tensor, rng: random.Random
-) -> tuple[Mover, tuple[int, int]]:
-    """Of where a clip may begin, what makes its first chunk likest to `wish`: a start, and latents down and right.
-
-    A clip that moves straight on may be moved about the canvas, one that bounces across its way; for one that turns, and for
-    what one that bounces starts from, some more starts are drawn.
-    """
-    motions = [caption.motion for caption in said]
-    turns = any(motion.startswith("turns") for motion in motions)
-    rows = range(1 if turns or "bounces up and down" in motions else wish.shape[2])
-    columns = range(1 if turns or "bounces sideways" in motions else wish.shape[3])
-    movers = [mover]
-    if len(rows) * len(columns) < wish[0, 0].numel():
-        for _ in range(STARTS - 1):
-            movers.append(Mover.start(rng, said[0]))
-            movers[-1].step(said[0])
-    count = frames_of(config, 0)
-    tracks = torch.cat([track([said[0]] * count, replace(start)) for start in movers])
-    frames = draw(said[0], tracks)
-    firsts = torch.stack([encode_blocks(each) for each in frames.view(len(movers), count, *frames.shape[1:])])
-    shifts = list(itertools.product(rows, columns))
-    wishes = torch.stack([wish.roll((-down, -right), (2, 3)) for down, right in shifts])
-    best = int((firsts.flatten(1) @ wishes.flatten(1).T).argmax())
-    return movers[best // len(shifts)], shifts[best % len(shifts)]
+    return encode_blocks(torch.cat(parts)), (caption, other), switch, gap
 
 
 def draw_clips(
     config: Config,
+    starts: Starts | None,
     every: Sequence[Caption],
     *,
-    count: int,
     rng: random.Random,
-    wishes: Sequence[torch.Tensor | None] | None = None,
+    wishes: Sequence[torch.Tensor | None],
 ) -> Clips:
     """Clips of captions drawn from `every`.
 
     Args:
         config: of the model.
+        starts: that `every` may have; None where there are no wishes.
         every: captions.
-        count: clips.
         rng: where chance comes from.
-        wishes: for each clip, latents `[F, C, H, W]` that its first chunk shall be like; None where it may lie anywhere.
+        wishes: for each clip, normalised latents `[F, C, H, W]` that its first chunk shall be like; None: it may lie anywhere.
     """
-    tokens, captions, switched, starts, counts = [], [], [], [], []
+    tokens, captions, switched, indices, counts = [], [], [], [], []
     chunk_numbers = torch.arange(CHUNKS)
-    for wish in [None] * count if wishes is None else wishes:
-        latents, both, switch, gap = _clip(config, every, rng, wish)
+    for wish in wishes:
+        latents, both, switch, gap = _clip(config, starts, every, rng, wish)
         chunks = latents.view(CHUNKS, -1, *latents.shape[1:])
         tokens.append(torch.stack([tokens_from_latents(chunk, config) for chunk in chunks]))
         captions.append(both)
         switched.append(chunk_numbers >= switch)
-        starts.append(config.video.chunk_frames * (chunk_numbers + gap * (chunk_numbers > 0)))
+        indices.append(config.video.chunk_frames * (chunk_numbers + gap * (chunk_numbers > 0)))
         # After a gap the next two chunks lack the history that a window would hold.
         counts.append((chunk_numbers == 0) | (chunk_numbers > 2) if gap else torch.ones(CHUNKS, dtype=torch.bool))
     return Clips(
         tokens=torch.stack(tokens),
         captions=captions,
         switched=torch.stack(switched),
-        starts=torch.stack(starts),
+        starts=torch.stack(indices),
         counts=torch.stack(counts),
     )

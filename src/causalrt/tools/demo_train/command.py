@@ -1,6 +1,7 @@
 """`python -m causalrt.tools.demo_train`: train, show progress and loss, keep the state, write what is shipped."""
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -15,10 +16,10 @@ from safetensors.torch import save
 
 from causalrt.config import Config, recipe
 from causalrt.demo_model import CHECKPOINT, CODEC
-from causalrt.errors import CausalRTError
+from causalrt.errors import CausalRTError, ConfigError
 from causalrt.model.block_dct import write_block_dct
 from causalrt.runtime.files import write_whole
-from causalrt.runtime.requests import latents_from_tokens, tokens_from_latents
+from causalrt.runtime.requests import latents_from_tokens
 from causalrt.tools.demo_train.clips import draw_clips
 from causalrt.tools.demo_train.train import Settings, Trainer
 from causalrt.tools.demo_train.vocabulary import word_encoder
@@ -26,6 +27,7 @@ from causalrt.tools.demo_train.world import split_captions
 
 STATE, LOSSES = "state.pt", "losses.json"
 MEASURED_CLIPS = 200
+FIRSTS_PER_CLIP = 4
 SAVE_EVERY_S = 120.0
 SHOWN = 50
 """Steps whose mean loss is shown."""
@@ -34,16 +36,9 @@ SHOWN = 50
 def normal_values(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, spread) `[16]` of the latent channels, over clips of the captions that are trained."""
     train, _ = split_captions()
-    clips = draw_clips(config, train, count=MEASURED_CLIPS, rng=random.Random(0))
+    clips = draw_clips(config, None, train, rng=random.Random(0), wishes=[None] * MEASURED_CLIPS)
     latents = torch.cat([latents_from_tokens(chunk, config) for clip in clips.tokens for chunk in clip])
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-
-
-def as_tokens(values: torch.Tensor, config: Config) -> torch.Tensor:
-    """A value for each latent channel, `[16]`, at the features of a token, `[64]`."""
-    video = config.video
-    latent = values.view(1, -1, 1, 1).expand(1, -1, video.latent_height, video.latent_width)
-    return tokens_from_latents(latent, config)[0]
 
 
 def released_layout(config: Config, average: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -69,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--own-from", type=int, help="step from which on history is the model's own (default: 3/4 of them)"
     )
-    parser.add_argument("--batch", type=int, default=Settings.batch, help="clips of a step")
+    parser.add_argument(
+        "--batch", type=int, default=Settings.batch, help="clips of a step; beside them four first chunks each"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--from", dest="start", type=Path, metavar="STATE", help="begin with the weights of another run"
@@ -88,10 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    config = recipe("demo")
+    if not arguments.minutes > 0:
+        raise ConfigError(f"--minutes must be more than 0, got {arguments.minutes}")
+    config, device, out = recipe("demo"), _device(arguments.device), _folder(arguments.out)
     own_from = arguments.steps * 3 // 4 if arguments.own_from is None else arguments.own_from
     settings = Settings(
-        steps=arguments.steps, own_from=own_from, batch=arguments.batch, bf16=arguments.bf16, seed=arguments.seed
+        steps=arguments.steps,
+        own_from=own_from,
+        batch=arguments.batch,
+        firsts=FIRSTS_PER_CLIP * arguments.batch,
+        bf16=arguments.bf16,
+        seed=arguments.seed,
+        start="" if arguments.start is None else _digest(arguments.start),
     )
     train, _ = split_captions()
     words = word_encoder(text_dim=config.model.text_dim, text_len=config.model.text_len)
@@ -101,16 +106,17 @@ def _train(arguments: argparse.Namespace) -> int:
         train,
         words.encode,
         settings,
-        device=torch.device(arguments.device),
-        normal=(as_tokens(mean, config), as_tokens(std, config)),
+        device=device,
+        normal=(mean, std),
     )
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
+    words.save(out)
+    write_block_dct(out / CODEC, mean=mean.tolist(), std=std.tolist())
     if arguments.start is not None:
         trainer.start_from(arguments.start)
     losses = _resume(trainer, out)
     if arguments.compile:
         trainer.forward_pass = torch.compile(trainer.forward)
+        trainer.first_pass = torch.compile(trainer.first_forward)
     started = saved = time.perf_counter()
     console = Console(file=sys.stderr)
     columns = (
@@ -132,8 +138,6 @@ def _train(arguments: argparse.Namespace) -> int:
                 _save(trainer, out, losses)
                 saved = time.perf_counter()
     _save(trainer, out, losses)
-    words.save(out)
-    write_block_dct(out / CODEC, mean=mean.tolist(), std=std.tolist())
     console.print(
         f"{trainer.step} of {settings.steps} steps; written: {out / CHECKPOINT}, {out / STATE}, {out / LOSSES}"
     )
@@ -145,8 +149,33 @@ def _resume(trainer: Trainer, out: Path) -> list[float]:
     if not (out / STATE).exists():
         return []
     trainer.resume(out / STATE)
-    losses: list[float] = json.loads((out / LOSSES).read_text())["losses"]
+    try:
+        losses: list[float] = json.loads((out / LOSSES).read_text())["losses"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{out / LOSSES} should lie beside {STATE}: {error}; give another --out") from None
     return losses[: trainer.step]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _folder(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror}; choose a folder with --out") from None
+    return out
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"--from {path} cannot be read: {error.strerror}") from None
 
 
 def _save(trainer: Trainer, out: Path, losses: list[float]) -> None:

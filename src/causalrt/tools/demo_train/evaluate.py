@@ -18,6 +18,7 @@ from rich.console import Console
 
 from causalrt.config import override, recipe
 from causalrt.demo_model import CHECKPOINT, CODEC, demo_files
+from causalrt.errors import CausalRTError, ConfigError
 from causalrt.export.build import build
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
@@ -43,7 +44,7 @@ class Shown:
         return look(self.frames[starts[first_chunk] : starts[-1 if end_chunk is None else end_chunk]])
 
     def jumps(self) -> tuple[float, float]:
-        """(longest step of the shape's centre from a chunk to the next, longest elsewhere), in pixels."""
+        """(longest step of the shape's centre from a chunk to the next, what few elsewhere exceed), in pixels."""
         return border_jump(self.frames, self.borders)
 
 
@@ -70,8 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunks", type=int, default=7)
     parser.add_argument("--sheet", type=Path, help="write a picture of the first eight videos")
     given = parser.parse_args(arguments)
+    try:
+        return _evaluate(given)
+    except CausalRTError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False)
+        return 1
+
+
+def _evaluate(given: argparse.Namespace) -> int:
     config, console = override(recipe("demo"), {"build.world_size": "1"}), Console(width=160)
     _, held_back = split_captions()
+    for name, least, most in (("count", 1, len(held_back)), ("chunks", 2, config.video.horizon_chunks)):
+        if not least <= getattr(given, name) <= most:
+            raise ConfigError(f"--{name} must be from {least} to {most}, got {getattr(given, name)}")
     right, strips = 0, list[torch.Tensor]()
     with tempfile.TemporaryDirectory(prefix="causalrt-demo-") as folder:
         source = given.folder
@@ -86,11 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if not seen.agrees(caption) or at_borders > within:
                     distance = seen.distances[caption.motion, caption.speed]
                     console.print(
-                        f"{caption}: {seen.colour}, {seen.motion}, {seen.speed}; {distance:.2f} from what was said; least area "
-                        f"{seen.present:.2f}; longest step {at_borders:.1f} pixels at borders, {within:.1f} elsewhere",
+                        f"{caption}: {seen.colour}, {seen.motion}, {seen.speed}; {distance:.2f} from what was said; area "
+                        f"{seen.area[0]:.2f} to {seen.area[1]:.2f}; longest step {at_borders:.1f} pixels at borders, "
+                        f"{within:.1f} elsewhere",
                         highlight=False,
                     )
-    console.print(f"{right} of {min(given.count, len(held_back))} right")
+    console.print(f"{right} of {given.count} right")
     if given.sheet is not None:
         from PIL import Image
 

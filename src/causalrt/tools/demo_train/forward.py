@@ -57,8 +57,10 @@ class TrainingForward:
         windows = [window_chunks(config, chunk) for chunk in range(num_chunks)]
         width = max(map(len, windows))
         padded = [window + [0] * (width - len(window)) for window in windows]
-        self.windows = torch.tensor(padded, device=device)  # [K, W]
-        there = torch.tensor([[True] * len(w) + [False] * (width - len(w)) for w in windows], device=device)
+        self.windows = torch.tensor(padded, dtype=torch.int64, device=device)  # [K, W]
+        there = torch.tensor(
+            [[True] * len(w) + [False] * (width - len(w)) for w in windows], dtype=torch.bool, device=device
+        )
         own = torch.ones(num_chunks, 1, dtype=torch.bool, device=device)
         keys = torch.cat([own, there], dim=1).repeat_interleave(config.tokens_per_chunk, dim=1)
         self.mask = keys[:, None, None]  # [K, 1, 1, (1 + W) * N]

@@ -16,6 +16,7 @@ from causalrt.tools.demo_train.world import (
     COLOURS,
     DIRECTIONS,
     MOTIONS,
+    RADIUS,
     SIZE,
     SPEEDS,
     WALLS,
@@ -31,6 +32,12 @@ TIE = 0.15
 """In a short clip, motions that are so close to each other cannot be told apart."""
 BESIDE = 4.0
 """Pixels past a wall at which a shape no longer bounces."""
+LEAST_COLOUR = 0.9
+"""Share of frames that have the colour."""
+LEAST_AREA, MOST_AREA = 0.5, 1.6
+"""Of the shape's own: less is no whole shape, more is no single one."""
+USUAL = 0.95
+"""Share of the steps within chunks that a step from one to the next is held against: a single jump excuses no others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,28 +45,35 @@ class Seen:
     """What a clip shows.
 
     Attributes:
-        colour: the nearest of the palette.
+        colour: the one of the palette that most frames are nearest to.
+        colour_share: of the frames, how many.
         motion: the nearest one; None if none is near.
         speed: likewise.
         distances: of every (motion, speed), root mean square over time, in units of the speed.
-        present: the least visible frame's share of the shape's nominal area.
+        area: (least, most) of any frame, as a share of the shape's own.
     """
 
     colour: str
+    colour_share: float
     motion: str | None
     speed: str | None
     distances: dict[tuple[str, str], float]
-    present: float
+    area: tuple[float, float]
 
     def agrees(self, caption: Caption) -> bool:
-        """Colour, motion and speed are the caption's, and the shape was there all the time."""
-        said = (caption.colour, caption.motion, caption.speed)
-        return (self.colour, self.motion, self.speed) == said and self.present > 0.5
+        """Colour, motion and speed are the caption's, and one shape was there all the time."""
+        return self.shows(caption.colour) and (self.motion, self.speed) == (caption.motion, caption.speed)
 
     def fits(self, caption: Caption) -> bool:
         """Nothing of a short clip speaks against the caption: a shape that has met no wall may move on or bounce."""
         own, nearest = self.distances[caption.motion, caption.speed], min(self.distances.values())
-        return self.colour == caption.colour and self.present > 0.5 and own <= min(FARTHEST, nearest + TIE)
+        return self.shows(caption.colour) and own <= min(FARTHEST, nearest + TIE)
+
+    def shows(self, colour: str) -> bool:
+        """One shape of this colour, all the time."""
+        least, most = self.area
+        whole = least > LEAST_AREA and most < MOST_AREA
+        return self.colour == colour and self.colour_share >= LEAST_COLOUR and whole
 
 
 def weights_of(frames_THW3: torch.Tensor) -> torch.Tensor:
@@ -93,19 +107,37 @@ def look(frames_THW3: torch.Tensor) -> Seen:
     nearest = min(distances, key=lambda pair: distances[pair])
     motion, speed = nearest if distances[nearest] <= FARTHEST else (None, None)
     weights = weights_of(frames_THW3)
-    inside = weights > 0.7 * weights.amax()
-    rgb = frames_THW3[inside].float().mean(0) / 255 if inside.any() else torch.tensor(BACKGROUND)
-    colour = min(COLOURS, key=lambda name: float((rgb - torch.tensor(COLOURS[name])).square().sum()))
-    area = (weights > 0.2).float().sum((1, 2)).min() / (math.pi * 81)
-    return Seen(colour=colour, motion=motion, speed=speed, distances=distances, present=float(area))
+    seen = colours(frames_THW3, weights)
+    colour = max(COLOURS, key=seen.count)
+    area = (weights > 0.2).float().sum((1, 2)) / (math.pi * RADIUS * RADIUS)
+    return Seen(
+        colour=colour,
+        colour_share=seen.count(colour) / len(seen),
+        motion=motion,
+        speed=speed,
+        distances=distances,
+        area=(float(area.min()), float(area.max())),
+    )
+
+
+def colours(frames_THW3: torch.Tensor, weights: torch.Tensor) -> list[str]:
+    """Of each frame, the one of the palette that its shape is nearest to."""
+    inside = (weights > 0.7 * weights.amax((1, 2), keepdim=True))[..., None]
+    rgb = (frames_THW3.float() / 255 * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    names = list(COLOURS)
+    apart = torch.cdist(rgb, torch.tensor([COLOURS[name] for name in names]))
+    return [names[nearest] for nearest in apart.argmin(1).tolist()]
 
 
 def border_jump(frames_THW3: torch.Tensor, borders: list[int]) -> tuple[float, float]:
-    """(largest step of the centre from the frame before a border to that at it, largest step elsewhere), in pixels."""
+    """(longest step of the centre from the frame before a border to that at it, what `USUAL` steps elsewhere do not exceed).
+
+    In pixels.
+    """
     lengths = steps(centres(frames_THW3)).norm(dim=1)
     at = torch.zeros(len(lengths), dtype=torch.bool)
     at[[border - 1 for border in borders]] = True
-    return float(lengths[at].max()), float(lengths[~at].max())
+    return float(lengths[at].max()), float(lengths[~at].quantile(USUAL))
 
 
 def _distance(places: torch.Tensor, motion: str, speed: float) -> float:
@@ -120,8 +152,20 @@ def _distance(places: torch.Tensor, motion: str, speed: float) -> float:
         errors = (moved - speed * torch.tensor(headings)).norm(dim=1)
     else:
         along = 0 if how == "sideways" else 1
-        # A turn at a wall is shorter than its speed says: the median is of what lies between.
-        errors = torch.hypot((moved[:, along].abs() - speed).abs().median(), moved[:, 1 - along])
+        before = places[0, along] + walked[: -2 * STRIDE, along]
+        # A stride after another, on one heading: who stands still beside a wall is where a stride would have taken him.
+        apart = []
+        for frames in (STRIDE, 2 * STRIDE):
+            there = places[0, along] + walked[frames : len(before) + frames, along]
+            ways = torch.stack([_between_walls(before + heading * speed * frames) for heading in (1, -1)])
+            apart.append((ways - there) / STRIDE)
+        errors = torch.hypot(torch.stack(apart).square().mean(0).sqrt().amin(0), moved[: len(before), 1 - along])
         past = torch.maximum(WALLS[0] - BESIDE - places[:, along], places[:, along] - WALLS[1] - BESIDE).clamp(min=0)
         errors = errors + past[: len(errors)] / BESIDE * speed
     return float(errors.square().mean().sqrt()) / speed
+
+
+def _between_walls(way: torch.Tensor) -> torch.Tensor:
+    """Where a shape is that would be there if no walls threw it back."""
+    span = WALLS[1] - WALLS[0]
+    return WALLS[0] + span - ((way - WALLS[0]) % (2 * span) - span).abs()

@@ -3,15 +3,15 @@
     "a red circle bounces sideways quickly"  ->  Caption  ->  track [T, 2] of the centre  ->  frames [T, 64, 64, 3]
 
 What moves leaves the canvas on one side and comes in on the other; what bounces turns back at walls; what turns goes round the
-middle, on a circle that it first has to reach if the prompt was another one before. Positions are (x, y) in pixels, y
-downwards; a frame is a sixteenth of a second. Everything is a function of a generator's seed.
+middle, from the top of a circle on, which it first has to reach if the prompt was another one before. Positions are (x, y) in
+pixels, y downwards; a frame is a sixteenth of a second. Everything is a function of a generator's seed.
 """
 
 import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -44,8 +44,11 @@ SPEEDS = {"slowly": 0.75, "quickly": 1.5}
 RADIUS = 9.0
 """Of a shape: its area is that of a circle of this radius."""
 WALLS = (RADIUS + 2.0, SIZE - RADIUS - 2.0)
-TURN_RADIUS, TURN_PULL = 18.0, 8.0
-"""Of the circle round the middle; and how far from it a shape heads halfway towards it."""
+TURN_RADIUS, TURN_PULL, TURN_START = 18.0, 8.0, 0.3
+"""Of the circle round the middle; how far from it a shape heads halfway towards it; and how far from its top it may begin.
+
+Rotary positions are relative, so where the middle is only the canvas's edges say: were a start anywhere on the circle, the
+first chunk's heading would hang on that, which a small model takes long to learn."""
 DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -91,15 +94,15 @@ class Mover:
 
     @classmethod
     def start(cls, rng: random.Random, caption: Caption) -> "Mover":
-        """Anywhere where a shape may be that moves so, heading anywhere."""
-        angle, heading = rng.uniform(0, 2 * math.pi), rng.uniform(0, 2 * math.pi)
+        """Anywhere where a shape may be that moves so, heading anywhere; what turns begins near the top of its circle."""
+        angle, heading = rng.uniform(-TURN_START, TURN_START), rng.uniform(0, 2 * math.pi)
         x, y = rng.uniform(0, SIZE), rng.uniform(0, SIZE)
         if caption.motion == "bounces sideways":
             x = rng.uniform(*WALLS)
         elif caption.motion == "bounces up and down":
             y = rng.uniform(*WALLS)
         elif caption.motion.startswith("turns"):
-            x, y = SIZE / 2 + TURN_RADIUS * math.cos(angle), SIZE / 2 + TURN_RADIUS * math.sin(angle)
+            x, y = SIZE / 2 + TURN_RADIUS * math.sin(angle), SIZE / 2 - TURN_RADIUS * math.cos(angle)
         return cls(x, y, math.cos(heading), math.sin(heading))
 
     def step(self, caption: Caption) -> None:
@@ -168,8 +171,3 @@ def draw(caption: Caption, centres_T2: torch.Tensor) -> torch.Tensor:
     mask = masks(caption.shape, centres_T2)[:, None]
     colour, background = (torch.tensor(rgb).view(3, 1, 1) for rgb in (COLOURS[caption.colour], BACKGROUND))
     return 2 * (background + mask * (colour - background)) - 1
-
-
-def with_motion(caption: Caption, other: Caption) -> Caption:
-    """The shape of one, moving as the other does."""
-    return replace(caption, motion=other.motion, speed=other.speed)
