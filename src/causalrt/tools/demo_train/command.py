@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-model"), help="folder of the state and of what is made")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of the optimiser")
     parser.add_argument(
-        "--own-from", type=int, help="step from which on history is the model's own (default: 3/4 of them)"
+        "--own-from", type=int, help="step from which on history is the model's own (default: 11/14 of them)"
     )
     parser.add_argument(
         "--batch", type=int, default=Settings.batch, help="clips of a step; beside them four first chunks each"
@@ -88,7 +88,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if not arguments.minutes > 0:
         raise ConfigError(f"--minutes must be more than 0, got {arguments.minutes}")
     config, device, out = recipe("demo"), _device(arguments.device), _folder(arguments.out)
-    own_from = arguments.steps * 3 // 4 if arguments.own_from is None else arguments.own_from
+    own_from = arguments.steps * 11 // 14 if arguments.own_from is None else arguments.own_from
     settings = Settings(
         steps=arguments.steps,
         own_from=own_from,

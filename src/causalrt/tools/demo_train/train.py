@@ -49,8 +49,8 @@ class Settings:
         start: digest of the weights that it began with; empty where these were drawn.
     """
 
-    steps: int = 2000
-    own_from: int = 1500
+    steps: int = 4200
+    own_from: int = 3300
     batch: int = 16
     firsts: int = 64
     rate: float = 2e-3
