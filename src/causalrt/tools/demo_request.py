@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROMPT = "a red circle bounces sideways quickly"
-EXAMPLES = (PROMPT, "a blue square bounces up and down slowly", "a yellow triangle moves up quickly")
+EXAMPLES = (
+    PROMPT,
+    "a blue square bounces up and down slowly",
+    "a yellow triangle moves up quickly",
+    "a cyan circle turns clockwise slowly",
+)
 ABOUT = (
     "This is the small demo model that ships with CausalRT: it knows coloured shapes and how they move, and nothing else. "
     "To serve another: causalrt serve BUNDLE."

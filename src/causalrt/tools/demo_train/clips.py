@@ -4,12 +4,11 @@ A clip is its video's first chunk, the sink, and five chunks in a row, that foll
 chunks: so a model that is trained on six chunks knows a sink that is far away. In some clips the motion changes at a chunk's
 start, as it does when a user switches the prompt.
 
-A first chunk may lie anywhere, and noise alone does not say where: the mean of all places is no picture. So a clip whose first
-chunk the model is to make from noise alone is given that noise as a wish, and begins where its first chunk is most like it.
-Then noise does say where.
+Where exactly a first chunk lies nothing says, and the mean of all places is no picture. So a clip whose first chunk the model
+is to make from noise alone is given that noise as a wish, and begins where its first chunk is most like it. Then noise does say
+where.
 """
 
-import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from causalrt.config import Config
-from causalrt.model.block_dct import FRAMES, PIXELS, encode_blocks
+from causalrt.model.block_dct import FRAMES, encode_blocks
 from causalrt.runtime.requests import tokens_from_latents
 from causalrt.tools.demo_train.world import BACKGROUND, COLOURS, SIZE, Caption, Mover, draw, masks, track
 
@@ -65,17 +64,13 @@ def frames_of(config: Config, chunk: int) -> int:
 
 
 class Starts:
-    """How clips may start: for each shape and way of moving some movers, and the first chunk that each makes.
-
-    A clip that moves straight on may also be moved about the canvas by whole latents, one that bounces across its way.
-    """
+    """How clips may start: for each shape and way of moving some movers, and the first chunk that each makes."""
 
     def __init__(
         self, config: Config, every: Sequence[Caption], *, normal: tuple[torch.Tensor, torch.Tensor], seed: int = 0
     ) -> None:
         self.mean, self.std = (value.view(-1, 1, 1) for value in normal)
         rng, count = random.Random(seed), frames_of(config, 0)
-        self.size = config.video.latent_height, config.video.latent_width
         self._movers: dict[tuple[str, str, str], list[Mover]] = {}
         self._masks: dict[tuple[str, str, str], torch.Tensor] = {}  # [colours, STARTS, F, C, H, W]
         for caption in every:
@@ -100,28 +95,16 @@ class Starts:
         shapes: torch.Tensor = torch.tensordot(difference, self._masks[_kind(caption)], dims=1)
         return self._empty + shapes
 
-    def mover(self, caption: Caption, number: int, shift: tuple[int, int]) -> Mover:
-        """A new one, that makes the first chunk of this number, moved by `shift`."""
-        found = self._movers[_kind(caption)][number]
-        down, right = shift
-        return replace(found, x=(found.x + PIXELS * right) % SIZE, y=(found.y + PIXELS * down) % SIZE)
+    def mover(self, caption: Caption, number: int) -> Mover:
+        """A new one, that makes the first chunk of this number."""
+        return replace(self._movers[_kind(caption)][number])
 
-    def shifts(self, caption: Caption) -> list[tuple[int, int]]:
-        """Latents down and right by which a clip may be moved."""
-        rows, columns = self.size
-        down = rows if caption.motion.startswith("moves") or caption.motion == "bounces sideways" else 1
-        right = columns if caption.motion.startswith("moves") or caption.motion == "bounces up and down" else 1
-        return list(itertools.product(range(down), range(right)))
-
-    def choose(self, caption: Caption, wish: torch.Tensor | None, rng: random.Random) -> tuple[int, tuple[int, int]]:
-        """(number, shift): any; or, of those that there are, where the first chunk is nearest to `wish`."""
-        shifts = self.shifts(caption)
+    def choose(self, caption: Caption, wish: torch.Tensor | None, rng: random.Random) -> int:
+        """A number: any, or of the first chunk that is nearest to `wish`."""
         if wish is None:
-            return rng.randrange(STARTS), rng.choice(shifts)
-        firsts = ((self.firsts(caption) - self.mean) / self.std).flatten(1)
-        wishes = torch.stack([wish.roll((-down, -right), (2, 3)) for down, right in shifts]).flatten(1)
-        best = int((firsts @ wishes.T - firsts.square().sum(1, keepdim=True) / 2).argmax())
-        return best // len(shifts), shifts[best % len(shifts)]
+            return rng.randrange(STARTS)
+        firsts = (self.firsts(caption) - self.mean) / self.std
+        return int((firsts - wish).square().sum((1, 2, 3, 4)).argmin())
 
 
 def _kind(caption: Caption) -> tuple[str, str, str]:
@@ -144,9 +127,8 @@ def draw_firsts(
     captions, tokens = [], []
     for wish in wishes:
         caption = _draw_caption(every, rng)
-        number, shift = starts.choose(caption, wish, rng)
         captions.append((caption, caption))
-        tokens.append(tokens_from_latents(starts.firsts(caption)[number].roll(shift, (2, 3)), config))
+        tokens.append(tokens_from_latents(starts.firsts(caption)[starts.choose(caption, wish, rng)], config))
     once = torch.zeros(len(tokens), 1, dtype=torch.int64)
     return Clips(
         tokens=torch.stack(tokens)[:, None], captions=captions, switched=once.bool(), starts=once, counts=~once.bool()
@@ -159,14 +141,14 @@ def _clip(
     """Latents `[K * F, C, H, W]` not normalised, the two captions, the chunk of the switch (or K), the gap."""
     caption = _draw_caption(every, rng)
     alike = [c for c in every if (c.colour, c.shape) == (caption.colour, caption.shape)]
-    other = rng.choice(alike) if rng.random() < SWITCH_SHARE else caption
+    other = _draw_caption(alike, rng) if rng.random() < SWITCH_SHARE else caption
     switch = CHUNKS if other == caption else rng.randrange(1, CHUNKS)
     gap = rng.randrange(1, MAX_GAP + 1) if rng.random() < GAP_SHARE else 0
     if wish is None or starts is None:
         mover = Mover.start(rng, caption)
         mover.step(caption)  # heads where the caption says
     else:
-        mover = starts.mover(caption, *starts.choose(caption, wish, rng))
+        mover = starts.mover(caption, starts.choose(caption, wish, rng))
     parts = []
     for chunk in range(CHUNKS):
         said = caption if chunk < switch else other

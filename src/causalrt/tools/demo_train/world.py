@@ -3,8 +3,9 @@
     "a red circle bounces sideways quickly"  ->  Caption  ->  track [T, 2] of the centre  ->  frames [T, 64, 64, 3]
 
 What moves leaves the canvas on one side and comes in on the other; what bounces turns back at walls; what turns goes round the
-middle, from the top of a circle on, which it first has to reach if the prompt was another one before. Positions are (x, y) in
-pixels, y downwards; a frame is a sixteenth of a second. Everything is a function of a generator's seed.
+middle, on a circle that it first has to reach if the prompt was another one before. Videos begin near the middle, or at the
+circle's top. Positions are (x, y) in pixels, y downwards; a frame is a sixteenth of a second. Everything is a function of a
+generator's seed.
 """
 
 import itertools
@@ -44,11 +45,14 @@ SPEEDS = {"slowly": 0.75, "quickly": 1.5}
 RADIUS = 9.0
 """Of a shape: its area is that of a circle of this radius."""
 WALLS = (RADIUS + 2.0, SIZE - RADIUS - 2.0)
-TURN_RADIUS, TURN_PULL, TURN_START = 18.0, 8.0, 0.3
-"""Of the circle round the middle; how far from it a shape heads halfway towards it; and how far from its top it may begin.
+TURN_RADIUS, TURN_PULL = 18.0, 8.0
+"""Of the circle round the middle; and how far from it a shape heads halfway towards it."""
+NEAR, TURN_START = 8.0, 0.3
+"""Where videos begin: pixels from the middle, or, for what turns, radians from the top of the circle.
 
-Rotary positions are relative, so where the middle is only the canvas's edges say: were a start anywhere on the circle, the
-first chunk's heading would hang on that, which a small model takes long to learn."""
+A first chunk has no history. Were its place and heading left open, noise would have to say both, and a small model's mean of
+what may be is no picture; were a start anywhere on the circle, its heading would hang on the place, which rotary positions,
+relative as they are, say only by the canvas's edges."""
 DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -94,16 +98,12 @@ class Mover:
 
     @classmethod
     def start(cls, rng: random.Random, caption: Caption) -> "Mover":
-        """Anywhere where a shape may be that moves so, heading anywhere; what turns begins near the top of its circle."""
-        angle, heading = rng.uniform(-TURN_START, TURN_START), rng.uniform(0, 2 * math.pi)
-        x, y = rng.uniform(0, SIZE), rng.uniform(0, SIZE)
-        if caption.motion == "bounces sideways":
-            x = rng.uniform(*WALLS)
-        elif caption.motion == "bounces up and down":
-            y = rng.uniform(*WALLS)
-        elif caption.motion.startswith("turns"):
+        """Near the middle; what turns near the top of its circle. What bounces goes right first, or up."""
+        angle = rng.uniform(-TURN_START, TURN_START)
+        x, y = (SIZE / 2 + rng.uniform(-NEAR, NEAR) for _ in range(2))
+        if caption.motion.startswith("turns"):
             x, y = SIZE / 2 + TURN_RADIUS * math.sin(angle), SIZE / 2 - TURN_RADIUS * math.cos(angle)
-        return cls(x, y, math.cos(heading), math.sin(heading))
+        return cls(x, y, 1.0, -1.0)
 
     def step(self, caption: Caption) -> None:
         """One frame on, as the caption says."""
