@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _train(parser.parse_args(arguments))
     except CausalRTError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False)
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         return 1
 
 
