@@ -99,12 +99,10 @@ class Starts:
         """A new one, that makes the first chunk of this number."""
         return replace(self._movers[_kind(caption)][number])
 
-    def choose(self, caption: Caption, wish: torch.Tensor | None, rng: random.Random) -> int:
-        """A number: any, or of the first chunk that is nearest to `wish`."""
-        if wish is None:
-            return rng.randrange(STARTS)
-        firsts = (self.firsts(caption) - self.mean) / self.std
-        return int((firsts - wish).square().sum((1, 2, 3, 4)).argmin())
+    def nearest(self, firsts: torch.Tensor, wish: torch.Tensor) -> int:
+        """The number of that of `firsts` that is nearest to `wish`, which is normalised."""
+        apart = (firsts - self.mean) / self.std - wish
+        return int(apart.square().sum((1, 2, 3, 4)).argmin())
 
 
 def _kind(caption: Caption) -> tuple[str, str, str]:
@@ -128,7 +126,9 @@ def draw_firsts(
     for wish in wishes:
         caption = _draw_caption(every, rng)
         captions.append((caption, caption))
-        tokens.append(tokens_from_latents(starts.firsts(caption)[starts.choose(caption, wish, rng)], config))
+        firsts = starts.firsts(caption)
+        number = rng.randrange(STARTS) if wish is None else starts.nearest(firsts, wish)
+        tokens.append(tokens_from_latents(firsts[number], config))
     once = torch.zeros(len(tokens), 1, dtype=torch.int64)
     return Clips(
         tokens=torch.stack(tokens)[:, None], captions=captions, switched=once.bool(), starts=once, counts=~once.bool()
@@ -148,7 +148,7 @@ def _clip(
         mover = Mover.start(rng, caption)
         mover.step(caption)  # heads where the caption says
     else:
-        mover = starts.mover(caption, starts.choose(caption, wish, rng))
+        mover = starts.mover(caption, starts.nearest(starts.firsts(caption), wish))
     parts = []
     for chunk in range(CHUNKS):
         said = caption if chunk < switch else other

@@ -12,8 +12,8 @@ Only the noise levels of the recipe's schedule are trained, for no others are ev
 a function of the seed and the step, so a run that is taken up again goes on as if it had not stopped.
 """
 
+import io
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +28,7 @@ from causalrt.config import Config
 from causalrt.errors import ConfigError
 from causalrt.model.schedule import schedule_from_config
 from causalrt.model.wan import Wan
+from causalrt.runtime.files import write_whole
 from causalrt.runtime.requests import latents_from_tokens, tokens_from_latents
 from causalrt.tools.demo_train.clips import CHUNKS, Clips, Starts, draw_clips, draw_firsts
 from causalrt.tools.demo_train.forward import Inputs, TrainingForward, initialise
@@ -134,12 +135,12 @@ class Trainer:
         return loss.item()
 
     def save(self, path: Path) -> None:
-        """Everything that `resume` needs, by way of a temporary file beside it."""
-        partial = path.with_name(f".{path.name}.partial")
+        """Everything that `resume` needs, whole or not at all."""
         state = {"model": self.wan.state_dict(), "average": self.average, "step": self.step}
         state |= {"settings": asdict(self.settings)}
-        torch.save({**state, "optimisers": [each.state_dict() for each in self.optimisers]}, partial)
-        os.replace(partial, path)
+        buffer = io.BytesIO()
+        torch.save({**state, "optimisers": [each.state_dict() for each in self.optimisers]}, buffer)
+        write_whole(path, buffer.getvalue())
 
     def resume(self, path: Path) -> None:
         """Go to where `save` was called.
