@@ -122,6 +122,18 @@ def test_keyboard_alone(new_page, server, expect):
     assert focused() == "stop"  # out of use now, yet the place on the page is kept
 
 
+def test_first_chunk_does_not_talk_over_a_switch(new_page, server, expect):
+    page = new_page()
+    start(page, server)
+    status = page.get_by_role("status")
+    expect(status).to_have_text("Generating the first chunk.")
+    page.get_by_role("button", name="Switch prompt").click()
+    expect(status).to_have_text("New prompt from chunk 0 on.")
+    server.release(1)
+    expect(page.locator("#chunk-count")).to_have_text("1")
+    expect(status).to_have_text("New prompt from chunk 0 on.")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_screen(new_page, server, expect, screenshots, scheme):
     page = new_page(viewport={"width": 360, "height": 740}, color_scheme=scheme, device_scale_factor=2, has_touch=True)

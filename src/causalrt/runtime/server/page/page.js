@@ -7,6 +7,7 @@ import { Player, whyUnplayable } from "./player.js";
 const $ = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
 const HOLD_S = 6; // so much unplayed video: generation is held, or a switch would show late and memory fill
 const GO_ON_S = 3;
+const FIRST_CHUNK = "Generating the first chunk.";
 const SMALL = 200; // pixels of a picture that is shown with its pixels, and not blurred
 const RATE_OVER_CHUNKS = 6;
 const BUSY_STATES = ["asking", "queued", "running", "stopping"];
@@ -147,7 +148,7 @@ function started({ chunks }) {
     $["first-frame"].textContent = ms(performance.now() - state.askedAt);
     $.empty.hidden = true;
   });
-  say("Generating the first chunk.");
+  say(FIRST_CHUNK);
 }
 
 function chunk(message) {
@@ -157,7 +158,7 @@ function chunk(message) {
   const tookMs = latency.add(message);
   const playsMs = (1000 * message.frames) / state.server.fps;
   if (message.index === 0) {
-    say("Generating.");
+    if ($.status.textContent === FIRST_CHUNK) say("Generating."); // and not over a pause or a switch that came before it
     const cold = message.cold_ms ? `, ${ms(message.cold_ms)} with its start` : "";
     $["first-frame-note"].textContent = `server ${ms(message.first_frame_ms)}${cold}`;
   }
