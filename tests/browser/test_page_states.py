@@ -79,7 +79,9 @@ def test_generation_waits_for_playback(new_page, server, expect):
     expect(page.locator("#ahead-note")).to_have_text("generation waits")
     assert [message["type"] for message in server.received] == ["start", "pause"]
     page.get_by_role("button", name="Pause").click()
+    expect(page.locator("#status")).to_have_text("Paused.")
     page.get_by_role("button", name="Resume").click()
+    expect(page.locator("#status")).to_have_text("Generating.")
     assert [message["type"] for message in server.received] == ["start", "pause"]
     expect(page.locator("#ahead-note")).to_have_text("not yet played")
     expect(page.locator("#status")).to_have_text("Generating.")

@@ -18,7 +18,6 @@ from small_encoders import write_vae
 from causalrt import Engine, Session, build, override, recipe
 from causalrt.cli import _parser, main
 from causalrt.engines.bundle import MANIFEST, file_digest
-from causalrt.runtime import files
 from causalrt.tools.bench.rollouts import Rollouts
 
 FILES = ["bench.json", "bench.png"]
@@ -262,11 +261,11 @@ def test_a_report_is_written_whole_or_not_at_all(
 ) -> None:
     (tmp_path / "bench.json").write_text("the last one")
 
-    def full_disk(partial: Path, out: Path) -> None:
+    def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("causalrt.tools.bench.command.measure", lambda *_, **__: {"rows": []})
-    monkeypatch.setattr(files, "publish_file", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     assert bench(bundles[0], *short("--out", tmp_path)) == 2
     assert "No space left" in capsys.readouterr().err
     assert [path.read_text() for path in tmp_path.iterdir()] == ["the last one"]

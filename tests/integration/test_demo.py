@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused_before_anything_is_built(changes, error, word
 def test_a_folder_that_cannot_be_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "build", lambda *given, **named: pytest.fail("it was built"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(RequestError, match="choose a folder"):
+    with pytest.raises(RequestError, match="choose another folder"):
         quiet(DemoRequest(out=tmp_path / "file"))
     (tmp_path / "demo.mp4").mkdir()
     with pytest.raises(RequestError, match="cannot write"):

@@ -14,13 +14,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from causalrt.atomic_files import whole_folder
 from causalrt.config import Config, config_from_dict
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.step_record import FlavourEngines, StepPart, files_of, parse_engines, parse_parts
@@ -119,37 +119,12 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
                 f"no disk space: the bundle needs {needed_bytes:,} bytes and {target.parent} has {free:,} free; "
                 "free some or choose another folder"
             )
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        with whole_folder(target, replaces=MANIFEST if overwrite else None) as work:
+            yield work
     except OSError as error:
-        raise BuildError(f"cannot write a bundle to {target}: {error.strerror or error}") from error
-    try:
-        yield work
-        work.chmod(0o755)
-        if overwrite and (target / MANIFEST).is_file():
-            replace_folder(target, work)
-        else:
-            os.rename(work, target)
-    except OSError as error:
-        raise BuildError(f"writing the bundle failed, nothing was left at {target}: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def replace_folder(target: Path, work: Path) -> None:
-    """Put `work` where `target` is; what was there is put back if that fails."""
-    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    try:
-        os.rename(target, retired / "bundle")
-        try:
-            os.rename(work, target)
-        except BaseException:
-            if not target.exists():
-                os.rename(retired / "bundle", target)
-            raise
-        shutil.rmtree(retired / "bundle", ignore_errors=True)
-    finally:
-        with contextlib.suppress(OSError):  # not empty: what was there could not be put back, so it stays here
-            retired.rmdir()
+        raise BuildError(
+            f"cannot write a bundle to {target}, what was there is as it was: {error}; make room, or choose another folder"
+        ) from error
 
 
 def _layout_record(config: Config) -> dict[str, Any]:
@@ -245,14 +220,6 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         hashes={name: entry["sha256"] for name, entry in manifest["files"].items()},
         toolchain=manifest["toolchain"],
     )
-
-
-def publish_file(partial: Path, out: Path) -> None:
-    """Rename a finished file to where it belongs, readable by whom the umask lets; safetensors writes 0600."""
-    mask = os.umask(0)
-    os.umask(mask)
-    partial.chmod(0o666 & ~mask)
-    partial.replace(out)
 
 
 def write_manifest(

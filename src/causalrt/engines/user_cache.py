@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from causalrt.engines.bundle import publish_file
+from causalrt.atomic_files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +31,8 @@ def keep_in_cache(path: Path, data: bytes | memoryview) -> bool:
     """Keep it for the next time; nothing fails for want of a cache."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            publish_file(Path(name), path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with whole_file(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         logger.warning("%s could not be written: %s", path, error)
         return False

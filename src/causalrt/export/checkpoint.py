@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,8 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from causalrt.atomic_files import whole_file
 from causalrt.config import ModelConfig
-from causalrt.engines.bundle import publish_file
 from causalrt.errors import BuildError, CheckpointError
 from causalrt.export.checkpoint_source import StoredTensor, stored_tensors
 
@@ -268,15 +267,12 @@ def write_weights(
     if bad:
         raise CheckpointError(f"{checkpoint.path} cannot be written as {dtype}:\n" + "\n".join(bad))
 
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        save_file(converted, partial, metadata={DIGESTS: json.dumps(digests)})
-        publish_file(partial, out)
+        with whole_file(out) as partial:
+            save_file(converted, partial, metadata={DIGESTS: json.dumps(digests)})
     except (SafetensorError, OSError) as error:
         size_mib = sum(tensor.nbytes for tensor in converted.values()) / 2**20
         raise BuildError(f"cannot write the weights ({size_mib:.0f} MiB) to {out}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:

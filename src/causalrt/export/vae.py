@@ -11,7 +11,6 @@ head has 384 channels, and TensorRT has fused kernels up to 256.
 
 import json
 import math
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.export import ExportedProgram
 
+from causalrt.atomic_files import whole_file
 from causalrt.config import Config
-from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS, publish_file
+from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS
 from causalrt.engines.tensorrt_flavour import Flavour
 from causalrt.engines.vae import FRAMES, LATENT, MADE
 from causalrt.errors import BuildError, ConfigError
@@ -99,15 +99,12 @@ def write_vae_weights(vae: Any, path: Path) -> None:
     """
     state = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
     config = json.dumps(vae_config_from_mapping(vae.config).to_mapping())
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(state, partial, {CONFIG_KEY: config})
-        publish_file(partial, path)
+        with whole_file(path) as partial:
+            save_file(state, partial, {CONFIG_KEY: config})
     except (SafetensorError, OSError) as error:
         size_mib = sum(tensor.nbytes for tensor in state.values()) / 2**20
         raise BuildError(f"cannot write the VAE's weights ({size_mib:.0f} MiB) to {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

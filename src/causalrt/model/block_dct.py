@@ -10,10 +10,8 @@ differ most.
 A block has no past: the only state of a decoder is whether the first latent, which is one frame, was there.
 """
 
-import contextlib
 import functools
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json import dumps
@@ -24,6 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from causalrt.atomic_files import whole_file
 from causalrt.errors import CheckpointError
 from causalrt.model.decode_state import DecodeState
 from causalrt.model.stored_tensors import check_tensors
@@ -242,7 +241,7 @@ def block_dct_from_tensors(
 
 
 def write_block_dct(path: Path, *, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Write the file that `load_vae` reads, by way of a temporary one.
+    """Write the file that `load_vae` reads, whole or not at all.
 
     Args:
         path: of the file, which should end in `.safetensors`.
@@ -253,12 +252,8 @@ def write_block_dct(path: Path, *, mean: Sequence[float], std: Sequence[float]) 
         CheckpointError: not 16 finite values, or a spread that is not positive; or the file cannot be written.
     """
     config = BlockDctConfig(latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std)))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(save({"basis": block_basis()}, {CONFIG_KEY: dumps(config.to_mapping())}))
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_bytes(save({"basis": block_basis()}, {CONFIG_KEY: dumps(config.to_mapping())}))
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}; choose a writable folder") from error

@@ -8,7 +8,6 @@ language: the order of the words plays no part.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from causalrt.atomic_files import whole_file
 from causalrt.errors import CheckpointError, PromptError
 
 WORDS_FILE = "words.safetensors"
@@ -79,13 +79,17 @@ class WordEncoder:
         return cls(table.float(), rows, max_tokens=max_tokens)
 
     def save(self, folder: Path) -> None:
-        """Write what `from_folder` reads, by way of a temporary file beside it."""
-        partial = folder / f".{WORDS_FILE}.{os.getpid()}.partial"
+        """Write what `from_folder` reads.
+
+        Raises:
+            CheckpointError: the file cannot be written; what was there is as it was.
+        """
+        path = folder / WORDS_FILE
         try:
-            partial.write_bytes(save({_TABLE: self._table}, {_WORDS: json.dumps(self.words)}))
-            os.replace(partial, folder / WORDS_FILE)
-        finally:
-            partial.unlink(missing_ok=True)
+            with whole_file(path) as partial:
+                partial.write_bytes(save({_TABLE: self._table}, {_WORDS: json.dumps(self.words)}))
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error}; choose a writable folder") from error
 
     def encode(self, prompt: str) -> torch.Tensor:
         """Embeddings `[rows, text_dim]` of a prompt, float32 on the CPU.

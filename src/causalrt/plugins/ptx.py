@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from causalrt.atomic_files import whole_file
 from causalrt.errors import KernelError
 from causalrt.plugins.kernel_launch import KernelLaunch, is_interpreted, require_triton
 
@@ -158,11 +159,9 @@ def _read(path: Path) -> CompiledKernel | None:
 
 
 def _write(path: Path, compiled: CompiledKernel) -> None:
-    """Readers, in other processes too, see the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(compiled)))
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(asdict(compiled)))
 
 
 def _ptx_from_launch(launch: KernelLaunch, target: int) -> tuple[str, str, int]:

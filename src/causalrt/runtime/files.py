@@ -1,6 +1,8 @@
 """Prompt embeddings in, latents out."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from causalrt.engines.bundle import publish_file
+from causalrt.atomic_files import whole_file
 from causalrt.errors import PromptError, RequestError
 
 PROMPT_KEY = "prompt_embeds"
@@ -72,17 +74,22 @@ def check_writable(path: Path) -> None:
         raise RequestError(f"cannot write {path}: choose a file in an existing, writable folder")
 
 
+def make_folder(folder: Path) -> None:
+    """The folder that results go to, if it is not there yet.
+
+    Raises:
+        RequestError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from error
+
+
 def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
     """Write latents `[frames, 16, H, W]` as safetensors, whole or not at all."""
-    path = path.absolute()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with _written(path) as partial:
         save_file({"latents": latents.contiguous()}, partial, metadata)
-        publish_file(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise RequestError(f"writing {path} failed, nothing was left there: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, contents: bytes) -> None:
@@ -91,12 +98,14 @@ def write_whole(path: Path, contents: bytes) -> None:
     Raises:
         RequestError: it cannot be written; what was there is as it was.
     """
-    path = path.absolute()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with _written(path) as partial:
         partial.write_bytes(contents)
-        publish_file(partial, path)
-    except OSError as error:
-        raise RequestError(f"writing {path} failed, nothing was left there: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    try:
+        with whole_file(path) as partial:
+            yield partial
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"writing {path} failed, what was there is as it was: {error}") from error

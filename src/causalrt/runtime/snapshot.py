@@ -10,9 +10,6 @@ layer and share, whatever order an executor keeps them in. Nothing but tensors a
 
 import contextlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from causalrt.engines.bundle import WEIGHTS, Bundle, replace_folder
+from causalrt.atomic_files import whole_folder
+from causalrt.engines.bundle import WEIGHTS, Bundle
 from causalrt.errors import RequestError
 
 SESSION_FILE, DECODER_FILE = "session.safetensors", "decoder.safetensors"
@@ -72,23 +70,12 @@ def new_snapshot(target: Path, *, overwrite: bool) -> Iterator[Path]:
         why = "choose another folder, or pass overwrite=True" if is_snapshot else "it is no snapshot; choose another"
         raise RequestError(f"{target} exists already: {why}")
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        with whole_folder(target, replaces=SESSION_FILE if overwrite else None, private=True) as work:
+            yield work
     except OSError as error:
         raise RequestError(
-            f"cannot write a snapshot to {target}: {error.strerror}; choose a writable folder"
+            f"cannot write a snapshot to {target}, what was there is as it was: {error}; make room, or choose another folder"
         ) from error
-    try:
-        yield work
-        if target.exists():
-            replace_folder(target, work)
-        else:
-            os.rename(work, target)
-    except OSError as error:
-        raise RequestError(
-            f"writing the snapshot {target} failed: {error}; make room, or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_session(

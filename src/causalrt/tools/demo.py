@@ -24,7 +24,7 @@ from causalrt.errors import RequestError
 from causalrt.export.build import build
 from causalrt.export.options import Progress
 from causalrt.model.words import WordEncoder
-from causalrt.runtime.files import check_writable, write_whole
+from causalrt.runtime.files import check_writable, make_folder, write_whole
 from causalrt.runtime.load import load
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.session import Chunk
@@ -140,10 +140,7 @@ def _checked(request: DemoRequest, config: Config, model: DemoFiles) -> Mapping[
     check_picture(
         height=scale * config.video.pixel_height, width=scale * config.video.pixel_width, fps=config.video.fps
     )
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"cannot write to {request.out}: {error.strerror}; choose a folder with --out") from None
+    make_folder(request.out)
     for name in (VIDEO_FILE, SHEET_FILE):
         check_writable(request.out / name)
     return switches

@@ -314,7 +314,7 @@ def test_what_is_written_is_a_checkpoint_in_the_released_layout(tmp_path):
         (["--device", "nonsense"], "--device nonsense cannot be used"),
         (["--from", "nowhere.pt"], "--from nowhere.pt cannot be read"),
         (["--from", __file__], "no state of a training"),
-        (["--out", __file__], "choose a folder with --out"),
+        (["--out", __file__], "choose another folder with --out"),
     ],
 )
 def test_training_that_cannot_be_is_refused(changes, words, tmp_path, capsys):

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from causalrt.atomic_files import whole_file
 from causalrt.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -113,13 +114,8 @@ class Spool:
             OSError: a full disk, say.
         """
         path = self.folder / f"{job.id}.json"
-        partial = path.with_name(f".{path.name}.partial")
-        try:
+        with whole_file(path, private=True) as partial:
             partial.write_text(json.dumps(asdict(job)))
-            partial.chmod(0o600)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def remove(self, job_id: str) -> None:
         """Remove a job's record and video."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from causalrt.config import Config
 from causalrt.engines.bundle import MANIFEST, file_digest
-from causalrt.errors import ConfigError, RequestError
+from causalrt.errors import ConfigError
 from causalrt.export.options import Progress
-from causalrt.runtime.files import check_writable, write_whole
+from causalrt.runtime.files import check_writable, make_folder, write_whole
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.tools.bench.ceilings import Ceilings
@@ -156,9 +156,6 @@ def _check_out(folder: Path, *, picture: bool) -> None:
     """Find out before the work, not after it, that the result cannot be written."""
     if picture:
         figure_class()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from error
+    make_folder(folder)
     for name in (JSON_FILE, PICTURE_FILE) if picture else (JSON_FILE,):
         check_writable(folder / name)

@@ -3,14 +3,11 @@
 import contextlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from causalrt.engines.bundle import replace_folder
+from causalrt.atomic_files import whole_folder
 from causalrt.errors import RequestError
 from causalrt.tools.certificate.errors import Comparison, TensorError
 from causalrt.tools.certificate.picture import draw
@@ -33,22 +30,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise RequestError(f"{target} exists and is no certificate; it is not overwritten, choose another folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        with whole_folder(target, replaces=JSON_FILE) as work:
+            yield work
     except OSError as error:
         raise RequestError(
-            f"cannot write a certificate to {target}: {error.strerror}; choose a writable folder"
+            f"cannot write a certificate to {target}, what was there is as it was: {error}; choose a writable folder"
         ) from error
-    try:
-        yield work
-        work.chmod(0o755)
-        if target.exists():
-            replace_folder(target, work)
-        else:
-            os.rename(work, target)
-    except OSError as error:
-        raise RequestError(f"writing the certificate failed, nothing was left at {target}: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_report(certificate: Certificate, folder: Path) -> None:

@@ -18,7 +18,7 @@ from causalrt.config import Config, recipe
 from causalrt.demo_model import CHECKPOINT, CODEC
 from causalrt.errors import CausalRTError, ConfigError
 from causalrt.model.block_dct import write_block_dct
-from causalrt.runtime.files import write_whole
+from causalrt.runtime.files import make_folder, write_whole
 from causalrt.runtime.requests import latents_from_tokens
 from causalrt.tools.demo_train.clips import draw_clips
 from causalrt.tools.demo_train.train import Settings, Trainer
@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     if not arguments.minutes > 0:
         raise ConfigError(f"--minutes must be more than 0, got {arguments.minutes}")
-    config, device, out = recipe("demo"), _device(arguments.device), _folder(arguments.out)
+    config, device, out = recipe("demo"), _device(arguments.device), arguments.out
+    make_folder(out)
     own_from = arguments.steps * 11 // 14 if arguments.own_from is None else arguments.own_from
     settings = Settings(
         steps=arguments.steps,
@@ -161,14 +162,6 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def _folder(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error.strerror}; choose a folder with --out") from None
-    return out
 
 
 def _digest(path: Path) -> str:

@@ -50,8 +50,8 @@ class Settings:
         start: digest of the weights that it began with; empty where these were drawn.
     """
 
-    steps: int = 4200
-    own_from: int = 3300
+    steps: int = 5000
+    own_from: int = 3900
     batch: int = 16
     firsts: int = 64
     rate: float = 2e-3

@@ -275,10 +275,10 @@ $.pause.addEventListener("click", () => {
   if (!isUsable($.pause)) return;
   state.paused = !state.paused;
   // While the page holds generation the server is paused already, and stays so until playback has caught up.
-  if (!state.held) connection.send({ type: state.paused ? "pause" : "resume" });
+  if (state.held) say(state.paused ? "Paused." : "Generating.");
+  else if (connection.send({ type: state.paused ? "pause" : "resume" })) say(state.paused ? "Pausing." : "Resuming.");
   if (state.paused) player.pause();
   else player.play();
-  say(state.paused ? "Pausing." : "Resuming.");
   render();
 });
 

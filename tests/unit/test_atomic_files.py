@@ -1,0 +1,115 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from causalrt.atomic_files import whole_file, whole_folder
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def write_and_raise(path: Path, error: BaseException) -> None:
+    path.write_text("half")
+    raise error
+
+
+@pytest.fixture(autouse=True)
+def umask():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def test_a_file_takes_the_place_of_another_at_the_end(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with whole_file(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+        assert mode(partial) == 0o600, "nobody else reads half a file"
+        assert partial.parent == tmp_path, "renamed within one file system"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+    assert mode(path) == 0o640
+
+
+def test_a_private_file_is_its_owners(tmp_path):
+    with whole_file(tmp_path / "file", private=True) as partial:
+        partial.write_text("")
+    assert mode(tmp_path / "file") == 0o600
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_that_was_not_finished_leaves_nothing(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(type(error)), whole_file(path) as partial:
+        write_and_raise(partial, error)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_whose_place_is_taken_by_a_folder_leaves_nothing(tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError, match="directory"), whole_file(tmp_path / "file") as partial:
+        partial.write_text("new")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_two_writers_of_one_file_do_not_share_what_they_write_to(tmp_path):
+    with whole_file(tmp_path / "file") as first, whole_file(tmp_path / "file") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "file").read_text() == "first", "the outer block ends last"
+
+
+def test_a_folder_comes_as_one(tmp_path):
+    with whole_folder(tmp_path / "folder") as work:
+        (work / "file").write_text("new")
+        assert not (tmp_path / "folder").exists()
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+    assert mode(tmp_path / "folder") == 0o750
+    with whole_folder(tmp_path / "private", private=True):
+        pass
+    assert mode(tmp_path / "private") == 0o700
+
+
+def test_a_folder_gives_way_only_if_it_holds_the_file_named(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "mark").write_text("old")
+    for replaces in (None, "another"):
+        with pytest.raises(OSError, match="not empty"), whole_folder(target, replaces=replaces) as work:
+            (work / "mark").write_text("new")
+        assert (target / "mark").read_text() == "old"
+    with whole_folder(target, replaces="mark") as work:
+        (work / "mark").write_text("new")
+    assert (target / "mark").read_text() == "new"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_folder_that_was_not_finished_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "folder") as work:
+        write_and_raise(work / "file", KeyboardInterrupt())
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_swap_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "mark").write_text("old")
+    rename = os.rename
+
+    def fail_on_arrival(source, destination):
+        if str(source).endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", fail_on_arrival)
+    with pytest.raises(OSError, match="Input/output"), whole_folder(target, replaces="mark") as work:
+        (work / "mark").write_text("new")
+    assert os.listdir(tmp_path) == ["folder"]
+    assert (target / "mark").read_text() == "old"
