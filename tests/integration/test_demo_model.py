@@ -35,23 +35,17 @@ def share_right(engine, captions: list[Caption]) -> tuple[float, list[Shown]]:
     return right / len(captions), shown
 
 
-def smooth(shown: Shown) -> bool:
-    """No jump at a chunk's border that is a pixel longer than steps within chunks; the codec alone is 0.6 of a pixel rough."""
-    at_borders, within = shown.jumps()
-    return at_borders <= within + 1
-
-
 def test_colour_and_motion_are_right_in_captions_that_were_held_back(engine):
     right, shown = share_right(engine, HELD_BACK[:DEFAULT])
     assert right >= 0.8
-    assert sum(map(smooth, shown)) >= 0.9 * len(shown)
+    assert sum(each.smooth for each in shown) >= 0.9 * len(shown)
 
 
 @pytest.mark.slow
 def test_all_hundred_captions_that_were_held_back(engine):
     right, shown = share_right(engine, HELD_BACK)
     assert right >= 0.8
-    assert sum(map(smooth, shown)) >= 0.9 * len(shown)
+    assert sum(each.smooth for each in shown) >= 0.9 * len(shown)
 
 
 def told_apart(before: Caption, after: Caption) -> bool:
@@ -78,7 +72,7 @@ def test_a_rolling_window_with_a_sink_holds_over_40_chunks(engine):
         shown = show(engine, caption, seed=seed, num_chunks=40)
         for first in range(0, 40, 8):
             assert shown.seen(first, first + 8).agrees(caption), (str(caption), first, shown.seen(first, first + 8))
-        assert smooth(shown)
+        assert shown.smooth
 
 
 def frames_of(executor: str, ranks: int, folder) -> torch.Tensor:

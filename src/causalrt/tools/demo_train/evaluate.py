@@ -22,7 +22,7 @@ from causalrt.errors import CausalRTError, ConfigError
 from causalrt.export.build import build
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
-from causalrt.tools.demo_train.judge import Seen, border_jump, look
+from causalrt.tools.demo_train.judge import JUMP, Seen, border_jump, look
 from causalrt.tools.demo_train.world import Caption, split_captions
 
 
@@ -46,6 +46,12 @@ class Shown:
     def jumps(self) -> tuple[float, float]:
         """(longest step of the shape's centre from a chunk to the next, what few elsewhere exceed), in pixels."""
         return border_jump(self.frames, self.borders)
+
+    @property
+    def smooth(self) -> bool:
+        """Whether no chunk begins with a jump."""
+        at_borders, within = self.jumps()
+        return at_borders <= within + JUMP
 
 
 def show(
@@ -79,12 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(given: argparse.Namespace) -> int:
-    config, console = override(recipe("demo"), {"build.world_size": "1"}), Console(width=160)
+    config, console = override(recipe("demo"), {"build.world_size": "1"}), Console()
     _, held_back = split_captions()
     for name, least, most in (("count", 1, len(held_back)), ("chunks", 2, config.video.horizon_chunks)):
         if not least <= getattr(given, name) <= most:
             raise ConfigError(f"--{name} must be from {least} to {most}, got {getattr(given, name)}")
-    right, strips = 0, list[torch.Tensor]()
+    right, smooth, strips = 0, 0, list[torch.Tensor]()
     with tempfile.TemporaryDirectory(prefix="causalrt-demo-") as folder:
         source = given.folder
         bundle = build(config, checkpoint=source / CHECKPOINT, vae=source / CODEC, out=Path(folder) / "bundle")
@@ -93,17 +99,19 @@ def _evaluate(given: argparse.Namespace) -> int:
                 shown = show(engine, caption, seed=seed, num_chunks=given.chunks)
                 seen, (at_borders, within) = shown.seen(), shown.jumps()
                 right += seen.agrees(caption)
+                smooth += shown.smooth
                 if len(strips) < 8:
                     strips.append(torch.cat(list(shown.frames[::6]), dim=1))
-                if not seen.agrees(caption) or at_borders > within:
+                if not (seen.agrees(caption) and shown.smooth):
                     distance = seen.distances[caption.motion, caption.speed]
                     console.print(
                         f"{caption}: {seen.colour}, {seen.motion}, {seen.speed}; {distance:.2f} from what was said; area "
                         f"{seen.area[0]:.2f} to {seen.area[1]:.2f}; longest step {at_borders:.1f} pixels at borders, "
                         f"{within:.1f} elsewhere",
                         highlight=False,
+                        soft_wrap=True,
                     )
-    console.print(f"{right} of {given.count} right")
+    console.print(f"{right} of {given.count} right; {smooth} without a jump at a chunk's border", highlight=False)
     if given.sheet is not None:
         from PIL import Image
 

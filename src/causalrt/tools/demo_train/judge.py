@@ -38,6 +38,8 @@ LEAST_AREA, MOST_AREA = 0.5, 1.6
 """Of the shape's own: less is no whole shape, more is no single one."""
 USUAL = 0.95
 """Share of the steps within chunks that a step from one to the next is held against: a single jump excuses no others."""
+JUMP = 1.0
+"""Pixels by which a step has to be longer than those to be a jump; the codec alone is 0.6 of a pixel rough."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

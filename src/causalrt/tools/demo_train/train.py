@@ -51,7 +51,7 @@ class Settings:
     """
 
     steps: int = 5000
-    own_from: int = 3900
+    own_from: int = 3928
     batch: int = 16
     firsts: int = 64
     rate: float = 2e-3
