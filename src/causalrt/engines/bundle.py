@@ -123,7 +123,7 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
             yield work
     except OSError as error:
         raise BuildError(
-            f"cannot write a bundle to {target}, what was there is as it was: {error}; make room, or choose another folder"
+            f"cannot write a bundle to {target}, what was there is as it was: {error}; make room, or choose a writable folder"
         ) from error
 
 

@@ -74,7 +74,7 @@ def new_snapshot(target: Path, *, overwrite: bool) -> Iterator[Path]:
             yield work
     except OSError as error:
         raise RequestError(
-            f"cannot write a snapshot to {target}, what was there is as it was: {error}; make room, or choose another folder"
+            f"cannot write a snapshot to {target}, what was there is as it was: {error}; make room, or choose a writable folder"
         ) from error
 
 

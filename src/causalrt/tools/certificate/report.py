@@ -34,7 +34,8 @@ def new_folder(target: Path) -> Iterator[Path]:
             yield work
     except OSError as error:
         raise RequestError(
-            f"cannot write a certificate to {target}, what was there is as it was: {error}; choose a writable folder"
+            f"cannot write a certificate to {target}, what was there is as it was: {error}; "
+            "make room, or choose a writable folder"
         ) from error
 
 
