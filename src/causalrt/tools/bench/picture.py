@@ -113,6 +113,7 @@ def _bars(ax: Any, rows: list[dict[str, Any]], stages: list[dict[str, float]]) -
         if max(widths) > INVISIBLE * longest:
             ax.barh(range(len(rows)), widths, left=ends, color=colour, label=_label(stage))
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    ax.set_xlim(left=0)
     _names(ax, rows)
 
 
