@@ -9,6 +9,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "integration"))  # its small bundles and encoders
 
+PATIENCE_MS = 60_000  # where other work takes most of the cores, too
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # A page that was closed, or asked for, while its server was away: Chromium logs the failed connection whatever the page does.
 LOST_CONNECTION = re.compile(r"WebSocket connection to .* failed")
@@ -36,7 +37,7 @@ def new_page(browser) -> Iterator[Callable[..., object]]:
 
     def open_page(*, connection_may_fail: bool = False, scripts: tuple[str, ...] = (), **options):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         page.complaints = []
 
@@ -72,7 +73,7 @@ def screenshots(tmp_path) -> Path:
 @pytest.fixture
 def expect():
     expect = pytest.importorskip("playwright.sync_api").expect
-    expect.set_options(timeout=20_000)
+    expect.set_options(timeout=PATIENCE_MS)
     return expect
 
 

@@ -10,7 +10,7 @@ PLAYED = "document.querySelector('video').currentTime"
 
 def wait_for(page, condition: str) -> None:
     """Until `condition` (JavaScript) holds. Playwright's own waiting evaluates text in the page, which its policy forbids."""
-    for _ in range(400):
+    for _ in range(1200):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(50)

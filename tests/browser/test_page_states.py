@@ -73,6 +73,7 @@ def test_lost_connection_comes_back(new_page, expect, screenshots):
 
 
 def test_generation_waits_for_playback(new_page, server, expect):
+    server.width, server.height = 96, 64  # made much faster than it is played, on busy cores too
     page = new_page()
     start(page, server)
     server.release(12)  # nine seconds of video at once
