@@ -25,7 +25,8 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     try:
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         yield partial
-        partial.chmod(0o600 if private else 0o666 & ~_umask())  # safetensors leaves its files 0600
+        if not private:
+            partial.chmod(0o666 & ~_umask())
         os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):

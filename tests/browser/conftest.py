@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from page_steps import PATIENCE_MS
 
 sys.path.append(str(Path(__file__).parents[1] / "integration"))  # its small bundles and encoders
 
-PATIENCE_MS = 60_000  # where other work takes most of the cores, too
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # A page that was closed, or asked for, while its server was away: Chromium logs the failed connection whatever the page does.
 LOST_CONNECTION = re.compile(r"WebSocket connection to .* failed")

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE_MS, LOOK_MS = 60_000, 50  # patient, for other work may take most of the cores
 PLAYED = "document.querySelector('video').currentTime"
 
 
 def wait_for(page, condition: str) -> None:
     """Until `condition` (JavaScript) holds. Playwright's own waiting evaluates text in the page, which its policy forbids."""
-    for _ in range(1200):
+    for _ in range(PATIENCE_MS // LOOK_MS):
         if page.evaluate(condition):
             return
-        page.wait_for_timeout(50)
+        page.wait_for_timeout(LOOK_MS)
     pytest.fail(f"never came true: {condition}; the page says: {page.get_by_role('status').inner_text()}")
 
 

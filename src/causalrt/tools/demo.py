@@ -24,13 +24,13 @@ from causalrt.errors import RequestError
 from causalrt.export.build import build
 from causalrt.export.options import Progress
 from causalrt.model.words import WordEncoder
-from causalrt.runtime.files import check_writable, make_folder, write_whole
 from causalrt.runtime.load import load
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.session import Chunk
 from causalrt.runtime.video_file import Mp4Writer, check_picture, pyav
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet, enlarged
 from causalrt.tools.demo_request import ABOUT, EXAMPLES, DemoRequest
+from causalrt.tools.files import check_writable, make_folder, write_whole
 from causalrt.tools.generate import check_switches, parsed_switches
 
 SHOWN = ("onnxruntime", 2)

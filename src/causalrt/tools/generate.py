@@ -15,7 +15,6 @@ from causalrt.engines.vae import check_has_vae
 from causalrt.errors import RequestError
 from causalrt.export.options import Progress
 from causalrt.runtime.engine import Engine
-from causalrt.runtime.files import check_writable, read_latents, read_prompt_embeds, write_latents
 from causalrt.runtime.load import DEFAULT_TIMEOUT_S, load
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks, checked_given
@@ -23,6 +22,7 @@ from causalrt.runtime.rollout import SwitchPolicy
 from causalrt.runtime.session import Chunk, Session
 from causalrt.runtime.stopwatch import process_age_s
 from causalrt.runtime.video_file import Mp4Writer, check_picture, pyav, read_frames
+from causalrt.tools.files import check_writable, read_latents, read_prompt_embeds, write_latents
 
 LATENTS, VIDEO = ".safetensors", ".mp4"
 

@@ -463,7 +463,9 @@ def test_full_disk_in_the_child(small, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(BuildError, match=r"cannot write a bundle to .*File too large"):
+        with pytest.raises(
+            BuildError, match=r"cannot write a bundle to .*, what was there is as it was: .*File too large"
+        ):
             small.again(place / "bundle")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

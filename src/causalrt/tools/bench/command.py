@@ -14,7 +14,6 @@ from causalrt.config import Config
 from causalrt.engines.bundle import MANIFEST, file_digest
 from causalrt.errors import ConfigError
 from causalrt.export.options import Progress
-from causalrt.runtime.files import check_writable, make_folder, write_whole
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.tools.bench.ceilings import Ceilings
@@ -26,6 +25,7 @@ from causalrt.tools.bench.show import show
 from causalrt.tools.bench.sides import Side, check_all_fit, choose_sides
 from causalrt.tools.bench.sources import Wishes, build_random, bundles_of, sources_of
 from causalrt.tools.doctor import examine
+from causalrt.tools.files import check_writable, make_folder, write_whole
 
 SCHEMA = 1
 JSON_FILE, PICTURE_FILE = "bench.json", "bench.png"

@@ -18,12 +18,12 @@ from causalrt.config import Config, recipe
 from causalrt.demo_model import CHECKPOINT, CODEC
 from causalrt.errors import CausalRTError, ConfigError
 from causalrt.model.block_dct import write_block_dct
-from causalrt.runtime.files import make_folder, write_whole
 from causalrt.runtime.requests import latents_from_tokens
 from causalrt.tools.demo_train.clips import draw_clips
 from causalrt.tools.demo_train.train import Settings, Trainer
 from causalrt.tools.demo_train.vocabulary import word_encoder
 from causalrt.tools.demo_train.world import split_captions
+from causalrt.tools.files import make_folder, write_whole
 
 STATE, LOSSES = "state.pt", "losses.json"
 MEASURED_CLIPS = 200

@@ -97,13 +97,14 @@ def _evaluate(given: argparse.Namespace) -> int:
         with load(bundle, device="cpu", text_encoder=source) as engine:
             for seed, caption in enumerate(held_back[: given.count]):
                 shown = show(engine, caption, seed=seed, num_chunks=given.chunks)
-                seen, (at_borders, within) = shown.seen(), shown.jumps()
-                right += seen.agrees(caption)
-                smooth += shown.smooth
+                seen = shown.seen()
+                agrees, is_smooth = seen.agrees(caption), shown.smooth
+                right += agrees
+                smooth += is_smooth
                 if len(strips) < 8:
                     strips.append(torch.cat(list(shown.frames[::6]), dim=1))
-                if not (seen.agrees(caption) and shown.smooth):
-                    distance = seen.distances[caption.motion, caption.speed]
+                if not (agrees and is_smooth):
+                    distance, (at_borders, within) = seen.distances[caption.motion, caption.speed], shown.jumps()
                     console.print(
                         f"{caption}: {seen.colour}, {seen.motion}, {seen.speed}; {distance:.2f} from what was said; area "
                         f"{seen.area[0]:.2f} to {seen.area[1]:.2f}; longest step {at_borders:.1f} pixels at borders, "

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from causalrt.errors import ConfigError
-from causalrt.runtime.files import write_whole
+from causalrt.tools.files import write_whole
 from causalrt.tools.plan.roofline import StepTime
 from causalrt.tools.plan.spans import Case
 from causalrt.tools.plan.work import Attention, Exchange, Gemm, StepWork

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from causalrt.config import Config
 from causalrt.errors import ConfigError
-from causalrt.runtime.files import check_writable
+from causalrt.tools.files import check_writable
 from causalrt.tools.plan.arguments import WORLD_SIZES
 from causalrt.tools.plan.calibration import CalibratedMachine, Runtime, read_calibration
 from causalrt.tools.plan.hardware import VaePlace, gpu_by_name

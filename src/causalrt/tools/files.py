@@ -1,4 +1,4 @@
-"""Prompt embeddings in, latents out."""
+"""What commands read and write: prompt embeddings in; latents, reports and the folders of results out."""
 
 import contextlib
 import os
