@@ -191,6 +191,14 @@ class Engine:
         """Process numbers of the ranks."""
         return self._pool.pids
 
+    def dead_processes(self) -> list[str]:
+        """Names of the engine's processes that are known to have ended, such as `rank 3` or `the decoder`.
+
+        Empty while all of them live, however slow they are or however long they hang. It opens no file, raises nothing, and
+        may be called from any thread, also after `close`.
+        """
+        return self._pool.dead_processes() + (self.decoder.dead_processes() if self.decoder is not None else [])
+
     def encode_prompt(self, prompt: str | Embeddings) -> tuple[torch.Tensor, float]:
         """What the ranks take for a prompt, `[text_len, text_dim]`, and the milliseconds that its encoding took.
 

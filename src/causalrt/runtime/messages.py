@@ -1,5 +1,6 @@
 """What the caller tells the ranks and what they answer. Every rank gets every command, in the same order."""
 
+import os
 import pickle
 import time
 from dataclasses import dataclass, field, replace
@@ -207,6 +208,7 @@ class Done:
     """The command has ended on this rank.
 
     Attributes:
+        pid: number of the process that answers.
         times: of a chunk.
         records: what the chunk's forwards computed, where that was asked for.
         kv_rows_moved: rows of one head that the session has moved to history.
@@ -215,6 +217,7 @@ class Done:
         exchanges: what the canary found on this rank.
     """
 
+    pid: int = field(default_factory=os.getpid)
     times: ChunkTimes | None = None
     records: tuple[StepRecord, ...] = ()
     kv_rows_moved: int = 0

@@ -9,17 +9,17 @@ The caller's only child is the keeper (`worker.py`), which forks the ranks and r
 
 import logging
 import os
-import shutil
+import select
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import IO, Any, Literal, NoReturn
 
 from causalrt import errors
 from causalrt.errors import CausalRTError, EngineClosedError, RankError
@@ -27,6 +27,7 @@ from causalrt.runtime.messages import Command, Done, Failed, Reply, VaeCommand, 
 
 logger = logging.getLogger(__name__)
 LOG_TAIL_LINES = 40
+LOG_TAIL_BYTES = 2**16
 START_S = 120.0
 """How long the ranks may take to import, load weights and prepare graphs, however short `timeout_s` is."""
 WARM_START_S = 1800.0
@@ -45,36 +46,41 @@ class RankPool:
         self.world_size = world_size
         self.timeout_s = timeout_s
         self._owner = os.getpid()
-        self._folder = Path(tempfile.mkdtemp(prefix="causalrt-"))
         self._closed = False
+        self._pids: dict[int, int] = {}
+        self._channels_lock = threading.Lock()
+        # Nothing outside may depend on names in the temporary folder, which is cleaned by age: the logs have none.
+        self._logs: list[IO[bytes]] = []
         limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
         pairs: list[tuple[socket.socket, socket.socket]] = []
         try:
             pairs.extend(socket.socketpair() for _ in range(world_size))
+            self._logs.extend(tempfile.TemporaryFile() for _ in range(1 + world_size))  # noqa: SIM115
+            start_log, *rank_logs = self._logs
+            channels, logs = [theirs.fileno() for _, theirs in pairs], [log.fileno() for log in rank_logs]
             # Modules are found where the caller finds them, and not in its working directory (-P). The step's own threads
             # are set by the load command; the environment keeps gloo on this host.
-            with (self._folder / "start.log").open("wb") as log:
-                self._process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-P", "-m", "causalrt.runtime.worker"),
-                        *("--role", role, "--channels", ",".join(str(theirs.fileno()) for _, theirs in pairs)),
-                        *("--folder", str(self._folder), "--parent", str(self._owner)),
-                    ],
-                    pass_fds=[theirs.fileno() for _, theirs in pairs],
-                    env={
-                        **os.environ,
-                        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                        "GLOO_SOCKET_IFNAME": "lo",
-                        "OMP_WAIT_POLICY": "passive",
-                    },
-                    stdin=subprocess.DEVNULL,
-                    stderr=log,
-                    start_new_session=True,
-                )
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "causalrt.runtime.worker", "--role", role),
+                    *("--channels", ",".join(map(str, channels)), "--logs", ",".join(map(str, logs))),
+                    *("--parent", str(self._owner)),
+                ],
+                pass_fds=[*channels, *logs],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                    "GLOO_SOCKET_IFNAME": "lo",
+                    "OMP_WAIT_POLICY": "passive",
+                },
+                stdin=subprocess.DEVNULL,
+                stderr=start_log,
+                start_new_session=True,
+            )
         except OSError as error:
             for ours, _ in pairs:
                 ours.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._close_logs()
             raise RankError(f"cannot start {world_size} {role} process(es): {error}") from error
         finally:
             for _, theirs in pairs:
@@ -89,7 +95,26 @@ class RankPool:
     def pids(self) -> list[int]:
         """Process numbers of the ranks; known once they have answered a command."""
         self.check_open()
-        return [int((self._folder / f"rank{rank}.pid").read_text()) for rank in range(self.world_size)]
+        return [self._pids[rank] for rank in range(self.world_size)]
+
+    def dead_processes(self) -> list[str]:
+        """Names of the processes that are known to have ended; none while all of them live, however slow they are.
+
+        The evidence is the kernel's: a process that ends closes its end of its channel, and the keeper is our own child. This
+        opens no file, raises nothing, and may be called from any thread, also after `close`.
+        """
+        keeper_ended = self._process.poll() is not None
+        poller = select.poll()
+        with self._channels_lock:  # or else `close` could free a descriptor here, and another file get its number
+            for channel in self._channels:
+                poller.register(channel, 0)  # a hang-up is always reported
+            hung_up = {descriptor for descriptor, _ in poller.poll(0)}
+            dead = [self._name(rank) for rank, channel in enumerate(self._channels) if channel.fileno() in hung_up]
+            if keeper_ended and not self._channels:
+                dead = [self._name(rank) for rank in range(self.world_size)]
+        if keeper_ended:
+            dead.append(f"the process that started the {self._role if self._role == 'decoder' else 'ranks'}")
+        return dead
 
     def check_open(self) -> None:
         """Raise EngineClosedError if the ranks have ended."""
@@ -141,6 +166,7 @@ class RankPool:
                 if isinstance(reply, Failed):
                     self._fail(rank, reply)
                 if isinstance(reply, Done):
+                    self._pids[rank] = reply.pid
                     del waiting[channel]
                 yield rank, reply
 
@@ -193,19 +219,23 @@ class RankPool:
 
     def _log_tail(self, ranks: Sequence[int]) -> str:
         lines: list[str] = []
-        for name in ("start.log", *(f"rank{rank}.log" for rank in ranks)):
-            try:
-                lines += (self._folder / name).read_text(errors="replace").splitlines()
-            except OSError:
-                continue
+        start_log, *rank_logs = self._logs
+        for log in (start_log, *(rank_logs[rank] for rank in ranks)):
+            start = max(0, os.fstat(log.fileno()).st_size - LOG_TAIL_BYTES)
+            lines += os.pread(log.fileno(), LOG_TAIL_BYTES, start).decode(errors="replace").splitlines()
         return "\n".join(lines[-LOG_TAIL_LINES:])
+
+    def _close_logs(self) -> None:
+        for log in self._logs:
+            log.close()
 
     def close(self, *, kill: bool = False) -> None:
         """End the ranks: hang up and wait, or kill at once. Harmless when called again."""
         if not self._channels or self._owner != os.getpid():  # a fork of the caller has no say over them
             return
         self._closed = True
-        channels, self._channels = self._channels, []
+        with self._channels_lock:
+            channels, self._channels = self._channels, []
         for channel in channels:
             channel.close()
         try:
@@ -215,7 +245,7 @@ class RankPool:
             logger.warning("rank processes did not end when asked to; killing them")
         finally:
             self.kill()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._close_logs()
 
     def kill(self) -> None:
         """End the ranks at once, from any thread; one that waits for an answer gets an EngineClosedError."""

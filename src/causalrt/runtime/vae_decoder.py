@@ -75,6 +75,10 @@ class VaeDecoder:
         """Process number."""
         return self._pool.pids[0]
 
+    def dead_processes(self) -> list[str]:
+        """See `RankPool.dead_processes`."""
+        return self._pool.dead_processes()
+
     def decode(self, session: int, latents: torch.Tensor) -> Decoded:
         """The next frames of a session's video, whose first latents begin it.
 
@@ -138,7 +142,7 @@ class VaeDecoder:
             self._pool.close()
 
     def end(self) -> None:
-        """End the process at once and remove its folder; nobody may be talking to it."""
+        """End the process at once and free its channel; nobody may be talking to it."""
         self._pool.close(kill=True)
 
     def kill(self) -> None:

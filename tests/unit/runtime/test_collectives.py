@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from causalrt.errors import ExecutorError
-from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, TorchCollectives, capsule
+from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, TorchCollectives, capsule, join_ranks
 
 
 def pointer_in(made, name):
@@ -37,7 +37,7 @@ def test_one_rank():
 
 @pytest.fixture
 def group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    join_ranks(tmp_path / "rendezvous", 0, 1, device=torch.device("cpu"))
     yield
     dist.destroy_process_group()
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from causalrt.errors import ExecutorError
+from causalrt.runtime.collectives import join_ranks
 from causalrt.tools.plan.calibration import Calibration, Entry, Runtime, Sample, exchange_features, fit_costs
 from causalrt.tools.plan.micro_ops import gemm_op, micro_ops, random_tensors, runner
 from causalrt.tools.plan.work import Exchange, Gemm
@@ -213,12 +214,7 @@ def _rank_main(arguments: argparse.Namespace) -> None:
     ort.set_global_thread_pool_sizes(arguments.threads, 1)
     device = torch.device("cuda", arguments.rank) if arguments.device == "cuda" else torch.device("cpu")
     if arguments.ranks > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{arguments.folder}/store",
-            rank=arguments.rank,
-            world_size=arguments.ranks,
-        )
+        join_ranks(arguments.folder / "store", arguments.rank, arguments.ranks, device=device)
 
     def now() -> float:
         return time.process_time() if arguments.clock == "cpu" else time.perf_counter()
