@@ -59,6 +59,8 @@ class Bundle:
         engines: TensorRT's engines by flavour.
         digest: sha256 of the manifest, which lists every file with its sha256; two bundles are the same if it is.
         hashes: sha256 of every file.
+        sizes: bytes of every file.
+        modified_ns: when each file was last written, as found when the bundle was opened; None for one that is missing.
         toolchain: package versions at build time.
     """
 
@@ -76,6 +78,8 @@ class Bundle:
     engines: Mapping[str, FlavourEngines]
     digest: str
     hashes: Mapping[str, str]
+    sizes: Mapping[str, int]
+    modified_ns: Mapping[str, int | None]
     toolchain: Mapping[str, str]
 
 
@@ -221,6 +225,8 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         engines=engines,
         digest=manifest["digest"],
         hashes={name: entry["sha256"] for name, entry in manifest["files"].items()},
+        sizes={name: entry["bytes"] for name, entry in manifest["files"].items()},
+        modified_ns={name: _modified_ns(path / name) for name in manifest["files"]},
         toolchain=manifest["toolchain"],
     )
 
@@ -268,9 +274,59 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         verify: hash every file; a rank skips this, since its parent has done it.
 
     Raises:
-        BundleError: not a bundle, of another schema, incomplete, truncated, or changed since it was built.
+        BundleError: not a bundle, of another schema, incomplete, truncated, changed since it was built, or replaced while it
+            was read.
     """
-    path = Path(path).absolute()
+    bundle = _read_manifest(Path(path).absolute())
+    with unchanged(bundle):
+        _check_files(bundle, verify=verify)
+    return bundle
+
+
+def reopen_bundle(path: Path, digest: str) -> Bundle:
+    """Open a bundle that another process has verified and seen to have the manifest with this digest.
+
+    Raises:
+        BundleError: there is another bundle by now, or none.
+    """
+    bundle = open_bundle(path, verify=False)
+    if bundle.digest != digest:
+        raise BundleError(_replaced(path))
+    return bundle
+
+
+@contextlib.contextmanager
+def unchanged(bundle: Bundle) -> Iterator[None]:
+    """Make sure that whatever the block and its child processes opened belongs to `bundle`.
+
+    Raises:
+        BundleError: the bundle was replaced, or one of its files written, since it was opened. Raised at the end of the block,
+            also in place of an error that the block ended with, since a replacement makes errors of any kind.
+    """
+    try:
+        yield
+    finally:
+        try:
+            now = _read_manifest(bundle.path)
+        except BundleError as error:
+            raise BundleError(_replaced(bundle.path)) from error
+        if (now.digest, now.modified_ns) != (bundle.digest, bundle.modified_ns):
+            raise BundleError(_replaced(bundle.path))
+
+
+def _replaced(path: Path) -> str:
+    return f"{path} was replaced or changed while it was being loaded; load it again when it is complete"
+
+
+def _modified_ns(file: Path) -> int | None:
+    try:
+        return file.stat().st_mtime_ns
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return None
+
+
+def _read_manifest(path: Path) -> Bundle:
+    """What the manifest says, the files being left unread."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
@@ -283,22 +339,20 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
     if manifest.get("digest") != _manifest_digest(manifest):
         raise BundleError(f"{path / MANIFEST} was changed after the build; {REBUILD}")
     try:
-        bundle = _bundle_from_manifest(path, manifest)
+        return _bundle_from_manifest(path, manifest)
     except (CheckpointError, ConfigError, KeyError, TypeError) as error:
         raise BundleError(f"{path / MANIFEST} is not valid: {error}; {REBUILD}") from error
-    _check_files(path, manifest["files"], verify=verify)
-    return bundle
 
 
-def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
+def _check_files(bundle: Bundle, *, verify: bool) -> None:
     problems = []
-    for name, expected in files.items():
-        file = path / name
+    for name, size in bundle.sizes.items():
+        file = bundle.path / name
         if len(name) > MAX_NAME or Path(name).name != name or file.is_symlink() or not file.is_file():
             problems.append(f"{name}: missing, or not a plain file of the bundle")
-        elif file.stat().st_size != expected["bytes"]:
-            problems.append(f"{name}: {file.stat().st_size:,} bytes, expected {expected['bytes']:,}")
-        elif verify and file_digest(file) != expected["sha256"]:
+        elif file.stat().st_size != size:
+            problems.append(f"{name}: {file.stat().st_size:,} bytes, expected {size:,}")
+        elif verify and file_digest(file) != bundle.hashes[name]:
             problems.append(f"{name}: contents changed since the build (sha256 differs)")
     if problems:
-        raise BundleError(f"{path} is damaged; {REBUILD}, or copy it again:\n  " + "\n  ".join(problems))
+        raise BundleError(f"{bundle.path} is damaged; {REBUILD}, or copy it again:\n  " + "\n  ".join(problems))

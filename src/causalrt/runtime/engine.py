@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
+from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, unchanged
 from causalrt.engines.kinds import executor_kind
 from causalrt.errors import CapacityError, PromptError, RequestError
 from causalrt.model.words import WORDS_FILE, WordEncoder
@@ -140,13 +140,14 @@ class Engine:
         self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
         own_gpu = device == "cuda" and torch.cuda.device_count() > world_size
         self.makes_ahead = decoder_executor is not None and own_gpu
-        with self._turn():
+        with self._turn(), unchanged(bundle):
             if decoder_executor:
                 self.decoder = VaeDecoder(timeout_s=timeout_s)
                 weakref.finalize(self, self.decoder.end)
                 self.decoder.start(
                     LoadVaeCommand(
                         bundle=bundle.path,
+                        digest=bundle.digest,
                         executor=decoder_executor,
                         device=f"cuda:{world_size if own_gpu else 0}" if device == "cuda" else "cpu",
                         num_threads=num_threads or cores,
@@ -155,6 +156,7 @@ class Engine:
             self._pool.send(
                 LoadCommand(
                     bundle=bundle.path,
+                    digest=bundle.digest,
                     executor=executor,
                     device=device,
                     plugins=plugins,

@@ -81,8 +81,7 @@ class DecoderMemory:
 def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
     """Bytes that the decoder of a bundle with a VAE will hold, with one session open."""
     assert bundle.vae is not None
-    stored = (bundle.path / VAE_WEIGHTS).stat().st_size
-    weights = 2 * stored  # those of graphs, or of the encoder
+    weights = 2 * bundle.sizes[VAE_WEIGHTS]  # those of graphs, or of the encoder
     return predict_decoder_memory(bundle.vae, bundle.config, executor, weights_bytes=weights)
 
 

@@ -23,6 +23,7 @@ class LoadCommand:
 
     Attributes:
         bundle: its folder, verified by the caller.
+        digest: of the manifest that the caller verified.
         executor: its name.
         device: `cpu` or `cuda`; rank r takes GPU r.
         plugins: run the fused ops.
@@ -32,6 +33,7 @@ class LoadCommand:
     """
 
     bundle: Path
+    digest: str
     executor: str
     device: str
     plugins: bool
@@ -126,12 +128,14 @@ class LoadVaeCommand:
 
     Attributes:
         bundle: its folder, verified by the caller.
+        digest: of the manifest that the caller verified.
         executor: whose way of running graphs is taken.
         device: `cpu` or `cuda:N`.
         num_threads: CPU threads.
     """
 
     bundle: Path
+    digest: str
     executor: str
     device: str
     num_threads: int

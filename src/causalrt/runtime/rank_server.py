@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from causalrt.engines.base import TORCH_DTYPES, Executor, make_executor
-from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.engines.bundle import Bundle, reopen_bundle
 from causalrt.engines.kinds import executor_kind
 from causalrt.errors import RequestError
 from causalrt.runtime.canary import check_exchanges
@@ -114,7 +114,7 @@ class RankServer:
             torch.cuda.set_device(device)
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             torch.cuda.set_stream(stream)  # on the default one, TensorRT would wait for the device
-        self._bundle = open_bundle(command.bundle, verify=False)
+        self._bundle = reopen_bundle(command.bundle, command.digest)
         if device.type == "cuda":
             check_device_memory(predict_memory(self._bundle.config, command.executor, device="cuda"), device)
         if self._world_size > 1:

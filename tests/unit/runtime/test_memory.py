@@ -1,12 +1,12 @@
 import dataclasses
 import math
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from causalrt.config import RECIPES, override, recipe
+from causalrt.engines.bundle import VAE_WEIGHTS
 from causalrt.errors import OutOfMemoryError
 from causalrt.export.checkpoint import model_shapes
 from causalrt.layout import layout_from_config
@@ -203,14 +203,7 @@ def test_sessions_on_gpus():
 def test_caches_of_the_released_vae():
     config = override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
 
-    class Weights:
-        def __truediv__(self, name):
-            return self
-
-        def stat(self):
-            return os.stat_result((0,) * 6 + (254 * 10**6,) + (0,) * 3)
-
-    bundle = SimpleNamespace(vae=VaeConfig(), config=config, path=Weights())
+    bundle = SimpleNamespace(vae=VaeConfig(), config=config, sizes={VAE_WEIGHTS: 254 * 10**6})
     eager, graphs = (decoder_memory(bundle, name) for name in ("eager", "onnxruntime"))
     assert eager.cache_bytes == 2 * 944_286_720  # as measured with diffusers
     assert graphs.cache_bytes == 2 * eager.cache_bytes

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.engines.bundle import Bundle, open_bundle, unchanged
 from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ExecutorError
@@ -79,6 +79,7 @@ def certify(
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(out)) if out is not None else None
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="causalrt-certificate-")))
+        stack.enter_context(unchanged(bundle))
         on_progress("files", 0, 1)
         _check_files(certificate, bundle, checkpoint)
         on_progress("files", 1, 1)
