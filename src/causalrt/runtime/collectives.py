@@ -84,7 +84,7 @@ def join_ranks(
         device: the rank's own.
         timeout: of finding each other, and of every collective after that.
     """
-    store = dist.FileStore(os.fspath(rendezvous), world_size)
+    store = dist.FileStore(os.fspath(rendezvous), world_size)  # type: ignore[attr-defined]
     store.set_timeout(timeout)
     on_gpu = device.type == "cuda"
     dist.init_process_group(

@@ -17,6 +17,8 @@ from causalrt.engines.bundle import (
     VAE_WEIGHTS,
     new_bundle,
     open_bundle,
+    reopen_bundle,
+    unchanged,
     write_manifest,
 )
 from causalrt.errors import BuildError, BundleError
@@ -290,6 +292,35 @@ def test_all_damage_is_listed_at_once(made):
     (made / "step-000.onnx").unlink()
     with pytest.raises(BundleError, match=r"(?s)step-000\.onnx: missing.*weights\.safetensors: 10,239"):
         open_bundle(made)
+
+
+REPLACED = "b was replaced or changed while it was being loaded; load it again when it is complete"
+
+
+def test_a_verified_bundle_is_opened_again_and_no_other(made):
+    digest = open_bundle(made).digest
+    assert reopen_bundle(made, digest) == open_bundle(made)
+    make_bundle(made, overwrite=True, contents=CONTENTS | {"time.onnx": b"other"})
+    with pytest.raises(BundleError, match=REPLACED):
+        reopen_bundle(made, digest)
+
+
+@pytest.mark.parametrize("change", [tamper, truncate, remove, lambda path: (path / MANIFEST).unlink(), shutil.rmtree])
+@pytest.mark.parametrize("error", [None, FileNotFoundError("weights.safetensors"), BundleError("is damaged")])
+def test_a_change_while_a_bundle_is_read_is_told_whatever_came_of_it(made, change, error):
+    os.utime(
+        made / "weights.safetensors", ns=(0, 0)
+    )  # a change in the same tick of the file system's clock would be missed
+    bundle = open_bundle(made)
+    with pytest.raises(BundleError, match=REPLACED), unchanged(bundle):
+        change(made)
+        if error is not None:
+            raise error
+
+
+def test_an_error_of_another_kind_stays(made):
+    with pytest.raises(FileNotFoundError), unchanged(open_bundle(made)):
+        raise FileNotFoundError
 
 
 def test_a_rank_skips_the_hashes_but_not_the_sizes(made):
