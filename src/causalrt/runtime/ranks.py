@@ -49,7 +49,7 @@ class RankPool:
         self._closed = False
         self._pids: dict[int, int] = {}
         self._channels_lock = threading.Lock()
-        # Nothing outside may depend on names in the temporary folder, which is cleaned by age: the logs have none.
+        # Files without a name: a cleaner of the temporary folder cannot remove them, and nothing is left behind.
         self._logs: list[IO[bytes]] = []
         limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
         pairs: list[tuple[socket.socket, socket.socket]] = []
