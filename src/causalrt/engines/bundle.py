@@ -57,6 +57,7 @@ class Bundle:
         engine_parts: the parts of the step that TensorRT's engines were built from; none if no ONNX file was.
         lone_engine_parts: those of a lone first frame's step.
         engines: TensorRT's engines by flavour.
+        digest: sha256 of the manifest, which lists every file with its sha256; two bundles are the same if it is.
         hashes: sha256 of every file.
         toolchain: package versions at build time.
     """
@@ -73,6 +74,7 @@ class Bundle:
     engine_parts: tuple[StepPart, ...]
     lone_engine_parts: tuple[StepPart, ...]
     engines: Mapping[str, FlavourEngines]
+    digest: str
     hashes: Mapping[str, str]
     toolchain: Mapping[str, str]
 
@@ -217,6 +219,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         engine_parts=engine_parts,
         lone_engine_parts=lone_engine_parts,
         engines=engines,
+        digest=manifest["digest"],
         hashes={name: entry["sha256"] for name, entry in manifest["files"].items()},
         toolchain=manifest["toolchain"],
     )

@@ -106,6 +106,13 @@ def test_manifest_records_bytes_and_sha256_of_every_other_file(made):
     assert manifest["layout"]["scatter_rows"] == layout_from_config(CONFIG).scatter_rows
 
 
+def test_the_digest_tells_one_bundle_from_another(tmp_path):
+    same = [open_bundle(make_bundle(tmp_path / name)).digest for name in ("one", "copy")]
+    other = open_bundle(make_bundle(tmp_path / "other", contents=CONTENTS | {"time.onnx": b"grape"})).digest
+    assert same[0] == same[1] == json.loads((tmp_path / "one" / MANIFEST).read_text())["digest"]
+    assert other != same[0]
+
+
 def test_the_target_appears_whole(tmp_path):
     target = tmp_path / "deep" / "b"
     with new_bundle(target, overwrite=False, needed_bytes=0) as folder:
