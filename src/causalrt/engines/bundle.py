@@ -6,7 +6,8 @@
     *.onnx                graphs; their weights are references into weights.safetensors
     *.engine              TensorRT engines by flavour and target, the same for every rank; *-networks.json says what is in them
 
-Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none.
+Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none. Its files may be
+links to regular files anywhere, as in the cache of the Hugging Face hub: what they point to is hashed.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
 from causalrt.model.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
+from causalrt.regular_files import regular_file
 
 SCHEMA = 4
 MAX_NAME = 200
@@ -271,11 +273,29 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         BundleError: not a bundle, of another schema, incomplete, truncated, or changed since it was built.
     """
     path = Path(path).absolute()
+    while True:
+        text = _manifest_text(path)
+        try:
+            return _opened(path, text, verify=verify)
+        except BundleError:
+            if _manifest_text(path) == text:
+                raise
+            # A build has replaced it while it was read: read the new one.
+
+
+def _manifest_text(path: Path) -> bytes:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        return regular_file(path / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise BundleError(f"{path} is no bundle: it has no {MANIFEST}; make one with `causalrt build`") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"{path / MANIFEST} cannot be read: {error}; {REBUILD}") from error
+
+
+def _opened(path: Path, text: bytes, *, verify: bool) -> Bundle:
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path / MANIFEST} cannot be read ({error}); {REBUILD}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -293,12 +313,19 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
 def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
     problems = []
     for name, expected in files.items():
-        file = path / name
-        if len(name) > MAX_NAME or Path(name).name != name or file.is_symlink() or not file.is_file():
-            problems.append(f"{name}: missing, or not a plain file of the bundle")
-        elif file.stat().st_size != expected["bytes"]:
-            problems.append(f"{name}: {file.stat().st_size:,} bytes, expected {expected['bytes']:,}")
-        elif verify and file_digest(file) != expected["sha256"]:
-            problems.append(f"{name}: contents changed since the build (sha256 differs)")
+        if name in ("", "..") or len(name) > MAX_NAME or Path(name).name != name:
+            problems.append(f"{name}: not a plain file name")
+            continue
+        try:
+            file = regular_file(path / name)
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                problems.append(f"{name}: {size:,} bytes, expected {expected['bytes']:,}")
+            elif verify and file_digest(file) != expected["sha256"]:
+                problems.append(f"{name}: contents changed since the build (sha256 differs)")
+        except FileNotFoundError:
+            problems.append(f"{name}: missing, or a link to nothing")
+        except OSError as error:
+            problems.append(f"{name}: cannot be read: {error}")
     if problems:
         raise BundleError(f"{path} is damaged; {REBUILD}, or copy it again:\n  " + "\n  ".join(problems))
