@@ -90,8 +90,6 @@ def begin_to_remove(target, new):
     (target / MANIFEST).unlink()
 
 
-WAYS = [exchange, copy_over, rewrite_the_weights, begin_to_remove]
-
 
 def children():
     """Children of this process and their own children, by command line."""
@@ -117,19 +115,38 @@ def refused(path):
 # In the caller's own process
 
 
-@pytest.mark.parametrize("replace", WAYS)
-def test_while_the_caller_hashes(bundles, served, monkeypatch, replace):
-    """The weights are the last file to be hashed; what is there by then fits its name, or its sum, or neither."""
-    digest = bundle_module.file_digest
+@pytest.fixture
+def replaced_while_hashed(bundles, served, monkeypatch):
+    """Take a way to replace `served`, and take it once, when the caller has hashed the last file."""
 
-    def replacing(path):
-        found = digest(path)
-        if path.name == WEIGHTS:
-            replace(served, bundles.new)
-        return found
+    def prepare(replace):
+        digest, ways = bundle_module.file_digest, [replace]
 
-    monkeypatch.setattr(bundle_module, "file_digest", replacing)
-    refused(served)
+        def replacing(path):
+            found = digest(path)
+            if path.name == WEIGHTS and ways:
+                ways.pop()(served, bundles.new)
+            return found
+
+        monkeypatch.setattr(bundle_module, "file_digest", replacing)
+
+    return prepare
+
+
+@pytest.mark.parametrize("replace", [exchange, copy_over])
+def test_a_whole_bundle_that_comes_while_the_caller_hashes_is_loaded(bundles, served, replaced_while_hashed, replace):
+    replaced_while_hashed(replace)
+    assert torch.equal(video(served), bundles.videos[bundles.new])
+
+
+@pytest.mark.parametrize(
+    ("replace", "said"), [(rewrite_the_weights, "weights.*contents changed"), (begin_to_remove, "is no bundle")]
+)
+def test_half_a_bundle_that_comes_while_the_caller_hashes_is_refused(served, replaced_while_hashed, replace, said):
+    replaced_while_hashed(replace)
+    with pytest.raises(BundleError, match=f"(?s){said}"):
+        causalrt.load(served, device="cpu")
+    assert children() == {}
 
 
 @pytest.mark.parametrize("replace", [copy_over, rewrite_the_weights])

@@ -6,7 +6,8 @@
     *.onnx                graphs; their weights are references into weights.safetensors
     *.engine              TensorRT engines by flavour and target, the same for every rank; *-networks.json says what is in them
 
-Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none.
+Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none. Its files may be
+links to regular files anywhere, as in the cache of the Hugging Face hub: what they point to is hashed.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
 from causalrt.model.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
+from causalrt.regular_files import regular_file
 
 SCHEMA = 4
 MAX_NAME = 200
@@ -79,7 +81,7 @@ class Bundle:
     digest: str
     hashes: Mapping[str, str]
     sizes: Mapping[str, int]
-    modified_ns: Mapping[str, int | None]
+    modified_ns: Mapping[str, int | None] = field(compare=False)
     toolchain: Mapping[str, str]
 
 
@@ -267,20 +269,25 @@ def write_manifest(
 
 
 def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
-    """Read and check a bundle.
+    """Read and check a bundle; one that is replaced meanwhile is read again.
 
     Args:
         path: the bundle's folder.
         verify: hash every file; a rank skips this, since its parent has done it.
 
     Raises:
-        BundleError: not a bundle, of another schema, incomplete, truncated, changed since it was built, or replaced while it
-            was read.
+        BundleError: not a bundle, of another schema, incomplete, truncated, or changed since it was built.
     """
-    bundle = _read_manifest(Path(path).absolute())
-    with unchanged(bundle):
-        _check_files(bundle, verify=verify)
-    return bundle
+    path = Path(path).absolute()
+    while True:
+        bundle = _read_manifest(path)
+        problems = _file_problems(bundle, verify=verify)
+        now = _read_manifest(path)
+        if (now.digest, now.modified_ns) != (bundle.digest, bundle.modified_ns):
+            continue  # a build or a copy has replaced it while it was read: read what is there now
+        if problems:
+            raise BundleError(f"{path} is damaged; {REBUILD}, or copy it again:\n  " + "\n  ".join(problems))
+        return bundle
 
 
 def reopen_bundle(path: Path, digest: str) -> Bundle:
@@ -328,10 +335,14 @@ def _modified_ns(file: Path) -> int | None:
 def _read_manifest(path: Path) -> Bundle:
     """What the manifest says, the files being left unread."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        text = regular_file(path / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise BundleError(f"{path} is no bundle: it has no {MANIFEST}; make one with `causalrt build`") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"{path / MANIFEST} cannot be read: {error}; {REBUILD}") from error
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path / MANIFEST} cannot be read ({error}); {REBUILD}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -344,15 +355,21 @@ def _read_manifest(path: Path) -> Bundle:
         raise BundleError(f"{path / MANIFEST} is not valid: {error}; {REBUILD}") from error
 
 
-def _check_files(bundle: Bundle, *, verify: bool) -> None:
+def _file_problems(bundle: Bundle, *, verify: bool) -> list[str]:
     problems = []
     for name, size in bundle.sizes.items():
-        file = bundle.path / name
-        if len(name) > MAX_NAME or Path(name).name != name or file.is_symlink() or not file.is_file():
-            problems.append(f"{name}: missing, or not a plain file of the bundle")
-        elif file.stat().st_size != size:
-            problems.append(f"{name}: {file.stat().st_size:,} bytes, expected {size:,}")
-        elif verify and file_digest(file) != bundle.hashes[name]:
-            problems.append(f"{name}: contents changed since the build (sha256 differs)")
-    if problems:
-        raise BundleError(f"{bundle.path} is damaged; {REBUILD}, or copy it again:\n  " + "\n  ".join(problems))
+        if name in ("", "..") or len(name) > MAX_NAME or Path(name).name != name:
+            problems.append(f"{name}: not a plain file name")
+            continue
+        try:
+            file = regular_file(bundle.path / name)
+            found = file.stat().st_size
+            if found != size:
+                problems.append(f"{name}: {found:,} bytes, expected {size:,}")
+            elif verify and file_digest(file) != bundle.hashes[name]:
+                problems.append(f"{name}: contents changed since the build (sha256 differs)")
+        except FileNotFoundError:
+            problems.append(f"{name}: missing, or a link to nothing")
+        except OSError as error:
+            problems.append(f"{name}: cannot be read: {error}")
+    return problems

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from causalrt.atomic_files import whole_file
+from causalrt.regular_files import regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ def cache_file(kind: str, name: str) -> Path:
 def read_cache(path: Path) -> bytes:
     """What is kept there; nothing if there is nothing, or it cannot be read."""
     try:
-        return path.read_bytes()
+        return regular_file(path).read_bytes()
     except OSError:
         return b""
 

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from causalrt.atomic_files import whole_file
 from causalrt.errors import CheckpointError, PromptError
+from causalrt.regular_files import regular_file
 
 WORDS_FILE = "words.safetensors"
 _TABLE, _WORDS = "embedding.weight", "words"
@@ -56,7 +57,7 @@ class WordEncoder:
         """
         path = folder / WORDS_FILE
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(regular_file(path), framework="pt") as file:
                 table = file.get_tensor(_TABLE)
                 words = json.loads((file.metadata() or {})[_WORDS])
             rows = {str(word): _whole_numbers(each) for word, each in words.items()}

@@ -3,7 +3,6 @@
 Either through a bundle and its rank processes, or, emulated, through the graphs that TensorRT parses.
 """
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.build import build, fused_ops_wanted
 from causalrt.export.options import CollectivesMode, PluginsMode
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.load import load
 from causalrt.tools.emulate import write_graphs
 from causalrt.tools.recording import open_recording
@@ -72,10 +72,10 @@ def compare_recorded(
         )
     recording = open_recording(path, world_size=world_size, head_plan=head_plan)
     config = replace(recording.config, video=replace(recording.config.video, time_index=time_index))
-    with tempfile.TemporaryDirectory(prefix="causalrt-compare-") as folder:
-        checkpoint = recording.write_checkpoint(Path(folder) / "checkpoint.safetensors")
+    with TemporaryFolder("compare") as folder:
+        checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
         mode: PluginsMode = "on" if plugins else "auto"
-        bundle = build(config, checkpoint=checkpoint, out=Path(folder) / "bundle", executors=[executor], plugins=mode)
+        bundle = build(config, checkpoint=checkpoint, out=folder / "bundle", executors=[executor], plugins=mode)
         with load(bundle, executor=executor, num_threads=num_threads) as engine:
             errors = largest_errors(replay(recording, engine), recorded_outputs(recording))
     return {
@@ -131,8 +131,7 @@ def compare_emulated(
         "collectives": collectives,
         "precision": precision,
     }
-    with tempfile.TemporaryDirectory(prefix="causalrt-emulate-") as name:
-        folder = Path(name)
+    with TemporaryFolder("emulate") as folder:
         checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
         graphs = write_graphs(config, checkpoint=checkpoint, folder=folder, collectives=collectives, fused=fused)
         outputs = replay_here(recording, emulated_player(graphs))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from causalrt.atomic_files import whole_file
-from causalrt.errors import PromptError, RequestError
+from causalrt.errors import CheckpointError, PromptError, RequestError
+from causalrt.model.torch_archive import TorchArchive
+from causalrt.regular_files import regular_file
 
 PROMPT_KEY = "prompt_embeds"
 
@@ -27,6 +30,7 @@ def read_prompt_embeds(path: Path) -> torch.Tensor:
         PromptError: the file cannot be read, or does not hold one tensor.
     """
     try:
+        regular_file(path)
         if path.suffix == ".safetensors":
             tensors = load_file(path)
             if PROMPT_KEY not in tensors and len(tensors) != 1:
@@ -36,10 +40,14 @@ def read_prompt_embeds(path: Path) -> torch.Tensor:
             embeds = torch.from_numpy(np.load(path, allow_pickle=False))
         elif path.suffix == ".pt":
             embeds = torch.load(path, weights_only=True, map_location="cpu")
+            if zipfile.is_zipfile(path):
+                TorchArchive(path).check_all()
         else:
             raise PromptError(f"{path}: prompt embeddings come as .safetensors, .npy or .pt")
     except PromptError:
         raise
+    except CheckpointError as error:
+        raise PromptError(str(error)) from error
     except (OSError, SafetensorError) as error:
         raise PromptError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # numpy and torch raise whatever their parsers do
@@ -56,7 +64,7 @@ def read_latents(path: Path) -> torch.Tensor:
         RequestError: the file cannot be read, or holds none.
     """
     try:
-        return load_file(path)["latents"]
+        return load_file(regular_file(path))["latents"]
     except (OSError, SafetensorError) as error:
         raise RequestError(f"{path} cannot be read: {error}; give a safetensors file") from error
     except KeyError:

@@ -10,8 +10,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Literal
 
 from causalrt.atomic_files import whole_file
 from causalrt.errors import RequestError
+from causalrt.owned_paths import TemporaryFolder
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +63,11 @@ class Spool:
         Raises:
             RequestError: it cannot be used, or another server uses it.
         """
-        self._temporary = folder is None
+        self._temporary: TemporaryFolder | None = None
         try:
             if folder is None:
-                folder = Path(tempfile.mkdtemp(prefix="causalrt-spool-"))
+                self._temporary = TemporaryFolder("spool")
+                folder = self._temporary.path
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
             self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -126,5 +126,5 @@ class Spool:
     def close(self) -> None:
         """Let another server have the folder; one that was made for this server goes."""
         os.close(self._lock)
-        if self._temporary:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.remove()

@@ -8,7 +8,6 @@ went wrong.
 import argparse
 import itertools
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from causalrt.config import override, recipe
 from causalrt.demo_model import CHECKPOINT, CODEC, demo_files
 from causalrt.errors import CausalRTError, ConfigError
 from causalrt.export.build import build
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
 from causalrt.tools.demo_train.judge import JUMP, Seen, border_jump, look
@@ -91,9 +91,9 @@ def _evaluate(given: argparse.Namespace) -> int:
         if not least <= getattr(given, name) <= most:
             raise ConfigError(f"--{name} must be from {least} to {most}, got {getattr(given, name)}")
     right, smooth, strips = 0, 0, list[torch.Tensor]()
-    with tempfile.TemporaryDirectory(prefix="causalrt-demo-") as folder:
+    with TemporaryFolder("demo") as folder:
         source = given.folder
-        bundle = build(config, checkpoint=source / CHECKPOINT, vae=source / CODEC, out=Path(folder) / "bundle")
+        bundle = build(config, checkpoint=source / CHECKPOINT, vae=source / CODEC, out=folder / "bundle")
         with load(bundle, device="cpu", text_encoder=source) as engine:
             for seed, caption in enumerate(held_back[: given.count]):
                 shown = show(engine, caption, seed=seed, num_chunks=given.chunks)

@@ -15,7 +15,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from causalrt.errors import ExecutorError
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.collectives import join_ranks
 from causalrt.tools.plan.calibration import Calibration, Entry, Runtime, Sample, exchange_features, fit_costs
 from causalrt.tools.plan.micro_ops import gemm_op, micro_ops, random_tensors, runner
@@ -102,10 +102,10 @@ def _measure(runtime: Runtime, ranks: int, threads: int, device: str, clock: Clo
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_WAIT_POLICY": "passive",
     }
-    with tempfile.TemporaryDirectory(prefix="causalrt-plan-") as folder:
+    with TemporaryFolder("plan") as folder:
         command = [sys.executable, "-m", "causalrt.tools.plan.calibrate", "--runtime", runtime, "--device", device]
-        command += ["--ranks", str(ranks), "--threads", str(threads), "--folder", folder, "--clock", clock]
-        logs = [Path(folder) / f"log{rank}" for rank in range(ranks)]
+        command += ["--ranks", str(ranks), "--threads", str(threads), "--folder", str(folder), "--clock", clock]
+        logs = [folder / f"log{rank}" for rank in range(ranks)]
         processes = []
         for rank, path in enumerate(logs):
             with path.open("w") as log:
@@ -120,7 +120,7 @@ def _measure(runtime: Runtime, ranks: int, threads: int, device: str, clock: Clo
             for process in processes:
                 process.kill()
                 process.wait()
-        samples = [Sample(**sample) for sample in json.loads((Path(folder) / "samples.json").read_text())]
+        samples = [Sample(**sample) for sample in json.loads((folder / "samples.json").read_text())]
     costs, relative_error = fit_costs(samples)
     logger.info("%s, %d rank(s): fitted with a relative error of %.1f %%", runtime, ranks, 100 * relative_error)
     return Entry(
