@@ -90,7 +90,6 @@ def begin_to_remove(target, new):
     (target / MANIFEST).unlink()
 
 
-
 def children():
     """Children of this process and their own children, by command line."""
     found, parents = {}, {os.getpid()}
