@@ -63,7 +63,7 @@ def sleeping_child() -> Iterator[Callable[[], int]]:
         os.waitpid(pid, 0)
 
 
-@pytest.fixture(scope="module", params=["latents", "frames"])
+@pytest.fixture(scope="module", params=["latents", pytest.param("frames", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[causalrt.Engine]:
     """Chunks of it last some tenths of a second."""
     folder, vae = tmp_path_factory.mktemp("fork"), None
@@ -72,7 +72,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         from small_encoders import write_vae
 
         vae = write_vae(folder / "vae")
-    with causalrt.load(bundle_factory(folder, vae=vae)(2, num_steps(80)), device="cpu") as engine:
+    with causalrt.load(bundle_factory(folder, vae=vae)(2, num_steps(50)), device="cpu") as engine:
         yield engine
 
 
