@@ -81,3 +81,7 @@ class MeasurementError(CausalRTError, RuntimeError):
 
 class EngineClosedError(CausalRTError, RuntimeError):
     """A call on an engine or session that was closed, or whose ranks have failed."""
+
+
+class ForkError(CausalRTError, RuntimeError):
+    """A call on an engine or session in a process that was forked from the one that loaded the engine."""

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from typing import IO, Any, Literal, NoReturn
 
 from causalrt import errors
-from causalrt.errors import CausalRTError, EngineClosedError, RankError
+from causalrt.errors import CausalRTError, EngineClosedError, ForkError, RankError
 from causalrt.runtime.messages import Command, Done, Failed, Reply, VaeCommand, receive, send
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,20 @@ HANG_UP_S = 5.0
 """How long the ranks may take to end by themselves, and the keeper to end them."""
 CAUSE_S = 0.2
 """How long to look, once a rank has failed, for one that failed before it and took it along."""
+_FAR_ENDS_OPEN = threading.Lock()
+"""Held while this process has the ranks' ends of new channels open, and by forks, whose child would keep them open: the end
+of a rank would then go unnoticed."""
+os.register_at_fork(
+    before=_FAR_ENDS_OPEN.acquire, after_in_parent=_FAR_ENDS_OPEN.release, after_in_child=_FAR_ENDS_OPEN.release
+)
+
+
+def _hang_up(channel: "Connection[Any, Any]") -> None:
+    """Close a channel; the rank sees that even if a forked process holds a copy of our end."""
+    ours = socket.socket(fileno=channel.fileno())
+    ours.shutdown(socket.SHUT_RDWR)
+    ours.detach()
+    channel.close()
 
 
 class RankPool:
@@ -53,6 +67,7 @@ class RankPool:
         self._logs: list[IO[bytes]] = []
         limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
         pairs: list[tuple[socket.socket, socket.socket]] = []
+        _FAR_ENDS_OPEN.acquire()
         try:
             pairs.extend(socket.socketpair() for _ in range(world_size))
             self._logs.extend(tempfile.TemporaryFile() for _ in range(1 + world_size))  # noqa: SIM115
@@ -85,6 +100,7 @@ class RankPool:
         finally:
             for _, theirs in pairs:
                 theirs.close()
+            _FAR_ENDS_OPEN.release()
         # A rank that hangs before it has read a command, or in the middle of an answer, must not hang the caller.
         for ours, _ in pairs:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -116,8 +132,22 @@ class RankPool:
             dead.append(f"the process that started the {self._role if self._role == 'decoder' else 'ranks'}")
         return dead
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process started the ranks: a process that was forked from it has no say over them."""
+        return self._owner == os.getpid()
+
+    def check_owner(self) -> None:
+        """Raise ForkError in a process that was forked from the one that started the ranks."""
+        if not self.is_ours:
+            raise ForkError(
+                f"the engine belongs to process {self._owner}, and this is process {os.getpid()}, which was forked from it; "
+                "load an engine in this process, or start it with multiprocessing's `spawn` method and load one there"
+            )
+
     def check_open(self) -> None:
-        """Raise EngineClosedError if the ranks have ended."""
+        """Raise EngineClosedError if the ranks have ended, and ForkError if they are another process's."""
+        self.check_owner()
         if self._closed:
             raise EngineClosedError(f"the {self._role} processes have ended; load the bundle again")
 
@@ -231,13 +261,13 @@ class RankPool:
 
     def close(self, *, kill: bool = False) -> None:
         """End the ranks: hang up and wait, or kill at once. Harmless when called again."""
-        if not self._channels or self._owner != os.getpid():  # a fork of the caller has no say over them
+        if not self._channels or not self.is_ours:
             return
         self._closed = True
         with self._channels_lock:
             channels, self._channels = self._channels, []
         for channel in channels:
-            channel.close()
+            _hang_up(channel)
         try:
             if not kill:
                 self._process.wait(timeout=HANG_UP_S)
@@ -249,6 +279,8 @@ class RankPool:
 
     def kill(self) -> None:
         """End the ranks at once, from any thread; one that waits for an answer gets an EngineClosedError."""
+        if not self.is_ours:
+            return
         self._closed = True
         self._process.terminate()
         try:

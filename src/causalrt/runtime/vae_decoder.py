@@ -1,11 +1,14 @@
 """The decoder from its caller's side: a process beside the ranks that turns latents into frames, for any number of sessions."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from causalrt.runtime import interrupts
 from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.messages import (
     CloseCommand,
@@ -92,7 +95,7 @@ class VaeDecoder:
             EngineClosedError: it has ended.
         """
         asked = time.perf_counter()
-        with self._lock:
+        with self._turn():
             started = time.perf_counter()
             frames, _ = self._run(DecodeCommand(session=session, latents=latents))
         assert isinstance(frames, Frames)
@@ -106,7 +109,7 @@ class VaeDecoder:
             RankError: the process died, hung or raised.
             EngineClosedError: it has ended.
         """
-        with self._lock:
+        with self._turn():
             encoded, _ = self._run(EncodeCommand(frames=frames))
         assert isinstance(encoded, Encoded)
         return encoded.latents
@@ -118,7 +121,7 @@ class VaeDecoder:
             RequestError: it cannot be written.
             RankError: the process died, hung or raised.
         """
-        with self._lock:
+        with self._turn():
             self._run(SaveCommand(session=session, folder=folder))
 
     def resume(self, session: int, folder: Path, *, frame: int) -> None:
@@ -128,18 +131,19 @@ class VaeDecoder:
             RequestError: the snapshot is damaged, or of another VAE.
             RankError: the process died, hung or raised.
         """
-        with self._lock:
+        with self._turn():
             self._run(ResumeCommand(session=session, folder=folder, frame=frame))
 
     def close_session(self, session: int) -> None:
         """Free its caches."""
-        with self._lock:
+        with self._turn():
             self._run(CloseCommand(session=session))
 
     def close(self) -> None:
         """End the process; one that is at work is killed, and whoever waits for it gets an EngineClosedError."""
-        with self._lock.after_ending(self._pool.kill):
-            self._pool.close()
+        if self._pool.is_ours:
+            with self._lock.after_ending(self._pool.kill):
+                self._pool.close()
 
     def end(self) -> None:
         """End the process at once and free its channel; nobody may be talking to it."""
@@ -148,6 +152,12 @@ class VaeDecoder:
     def kill(self) -> None:
         """End the process at once, from any thread."""
         self._pool.kill()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        self._pool.check_owner()  # before the lock, which a thread of the owner may have held at the fork
+        with interrupts.deferred(), self._lock:
+            yield
 
     def _run(self, command: VaeCommand) -> list[Reply]:
         """What it answers. A conversation that breaks off ends the process: its answers would be left in the channel."""
