@@ -97,6 +97,7 @@ def calls(engine: causalrt.Engine, session: causalrt.Session, folder: Path) -> d
         "engine.usage": engine.usage,
         "engine.check_exchanges": engine.check_exchanges,
         "engine.rank_pids": lambda: engine.rank_pids,
+        "engine.dead_processes": engine.dead_processes,
         "next": lambda: next(session),
         "list": lambda: list(session),
         "session.switch_prompt": lambda: session.switch_prompt(prompt(1)),
