@@ -191,6 +191,10 @@ class Engine:
         """Process numbers of the ranks."""
         return self._pool.pids
 
+    def dead_processes(self) -> list[str]:
+        """Names of the rank processes, keeper and decoder that have ended; empty while all live."""
+        return self._pool.dead_processes() + (self.decoder._pool.dead_processes() if self.decoder is not None else [])
+
     def silent_s(self) -> float:
         """Seconds for which a rank or the decoder has owed an answer and nothing was heard; 0.0 while none owes one.
 

@@ -151,6 +151,19 @@ class RankPool:
                     del waiting[channel]
                 yield rank, reply
 
+    def dead_processes(self) -> list[str]:
+        """Names of the processes that have ended: a rank's socket is hung up by its end alone."""
+        hung_up = select.poll()
+        ranks = dict(enumerate(self._channels))
+        try:
+            for channel in ranks.values():
+                hung_up.register(channel, 0)
+            descriptors = {descriptor for descriptor, _ in hung_up.poll(0)}
+            dead = [self._name(rank) for rank, channel in ranks.items() if channel.fileno() in descriptors]
+        except (OSError, ValueError):  # the ranks are being ended
+            dead = []
+        return dead + ([f"the keeper of {self._role} processes"] if self._process.poll() is not None else [])
+
     def silent_s(self) -> float:
         """Seconds since the ranks were last heard of, while one of them owes an answer; 0.0 if none does.
 
