@@ -58,6 +58,18 @@ def test_idle_connections_give_way_to_those_that_come_later():
         assert received(idle[0]) == b""  # the oldest went first
 
 
+def test_requests_whose_bodies_do_not_come_give_way_to_those_that_come_later():
+    head = (
+        b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    )
+    with Running(max_tcp_connections=16, body_s=600.0) as server, clients(server, 8) as slow:
+        for client in slow:
+            client.sendall(head)
+        until(lambda: len(server.server.server_state.tasks) == 8, "the requests")
+        assert answered(server)
+        assert num_open(server) <= 8
+
+
 def test_one_address_leaves_room_for_others():
     """Its connections are in use, so none of them is closed; it gets no further one."""
     with Running(max_tcp_connections=8) as server, contextlib.ExitStack() as stack:

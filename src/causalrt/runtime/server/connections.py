@@ -76,9 +76,13 @@ class HttpProtocol(H11Protocol):
 
     @property
     def idle_since(self) -> float | None:
-        """Since when the head of a request has been waited for, by the event loop's clock; None while one is answered."""
-        answering = self.cycle is not None and not self.cycle.response_complete
+        """When its client began to be waited for, by the event loop's clock; None while a whole request is being answered."""
+        answering = self._has_request and not (self.cycle.more_body and not self.cycle.response_started)
         return None if answering or self.transport.is_closing() else self._idle_since
+
+    @property
+    def _has_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def end_if_late(self, *, head_s: float, stall_s: float) -> None:
         """Close if no whole head has come for `head_s`, or if the client has read nothing for `stall_s`."""
@@ -87,8 +91,7 @@ class HttpProtocol(H11Protocol):
             self._unsent_bytes, self._unsent_since = unsent, now
         elif now - self._unsent_since > stall_s:
             self.transport.abort()
-        since = self.idle_since
-        if since is not None and now - since > head_s:
+        if not self._has_request and not self.transport.is_closing() and now - self._idle_since > head_s:
             if self.conn.trailing_data[0]:
                 self.transport.write(HEAD_TIMED_OUT)
             self.transport.close()
