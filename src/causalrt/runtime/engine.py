@@ -219,6 +219,13 @@ class Engine:
         self.check_owner()
         return self._pool.dead_processes() + (self.decoder.dead_processes() if self.decoder is not None else [])
 
+    def silent_s(self) -> float:
+        """Seconds for which a rank or the decoder has owed an answer and nothing was heard; 0.0 while none owes one.
+
+        Never waits, and may be called from any thread.
+        """
+        return max(self._pool.silent_s(), self.decoder.silent_s() if self.decoder is not None else 0.0)
+
     def encode_prompt(self, prompt: str | Embeddings) -> tuple[torch.Tensor, float]:
         """What the ranks take for a prompt, `[text_len, text_dim]`, and the milliseconds that its encoding took.
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any, Literal, NoReturn
@@ -106,6 +107,8 @@ class RankPool:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._channels: list[Connection[Any, Any]] = [Connection(ours.detach()) for ours, _ in pairs]
+        self._waiting: dict[Connection[Any, Any], int] = {}  # ranks that have not sent `Done` yet, by channel
+        self._heard = 0.0  # when the command was sent, or the last reply came
 
     @property
     def pids(self) -> list[int]:
@@ -159,6 +162,8 @@ class RankPool:
             EngineClosedError: the ranks were closed before.
         """
         self.check_open()
+        self._waiting = {channel: rank for rank, channel in enumerate(self._channels)}
+        self._heard = time.monotonic()
         for rank, channel in enumerate(self._channels):
             try:
                 send(channel, command)
@@ -177,7 +182,7 @@ class RankPool:
             RankError: a rank died, or nothing came for `timeout_s`.
             CausalRTError: the type that a rank raised, if it was one of ours.
         """
-        waiting = {channel: rank for rank, channel in enumerate(self._channels)}
+        waiting = self._waiting
         timeout_s = max(self.timeout_s, at_least_s)
         while waiting:
             self.check_open()
@@ -193,12 +198,26 @@ class RankPool:
                     self._fail_silent([rank], timeout_s)
                 except (EOFError, OSError):
                     self._fail(rank, None)
+                self._heard = time.monotonic()
                 if isinstance(reply, Failed):
                     self._fail(rank, reply)
                 if isinstance(reply, Done):
                     self._pids[rank] = reply.pid
                     del waiting[channel]
                 yield rank, reply
+
+    def silent_s(self) -> float:
+        """Seconds since the ranks were last heard of, while one of them owes an answer; 0.0 if none does.
+
+        Never waits, and may be called from any thread. A rank whose answer lies unread in its channel owes none.
+        """
+        answered = select.poll()
+        with self._channels_lock:
+            heard, waiting = self._heard, [channel for channel in self._channels if channel in self._waiting]
+            for channel in waiting:
+                answered.register(channel, select.POLLIN)
+            owing = len(waiting) - len(answered.poll(0))
+        return time.monotonic() - heard if owing else 0.0
 
     def _name(self, *ranks: int) -> str:
         if self._role == "decoder":

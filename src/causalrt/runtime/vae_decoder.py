@@ -82,6 +82,10 @@ class VaeDecoder:
         """See `RankPool.dead_processes`."""
         return self._pool.dead_processes()
 
+    def silent_s(self) -> float:
+        """Seconds for which it has owed an answer (`RankPool.silent_s`)."""
+        return self._pool.silent_s()
+
     def decode(self, session: int, latents: torch.Tensor) -> Decoded:
         """The next frames of a session's video, whose first latents begin it.
 

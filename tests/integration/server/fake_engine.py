@@ -22,15 +22,17 @@ class FakeEngine:
         made: chunks that were made, by session.
         closed_sessions: numbers of the sessions that were closed.
         most_open: the most sessions that were open at once.
+        dead: names of processes that have ended.
+        silent: seconds for which an answer has been owed.
     """
 
     def __init__(self, *, max_sessions=4, chunk_s=0.0, changes=None):
         self.config = fake_config(changes)
         self.has_vae = True
-        self.decoder = None
         self.max_sessions = max_sessions
         self.memory = SimpleNamespace(kv_bytes=1000)
-        self.rank_pids = []
+        self.dead = []
+        self.silent = 0.0
         self.chunk_s = chunk_s
         self.made = {}
         self.switches = []
@@ -45,6 +47,12 @@ class FakeEngine:
     @property
     def open_sessions(self):
         return len(self.sessions) - len(self.closed_sessions)
+
+    def dead_processes(self):
+        return self.dead
+
+    def silent_s(self):
+        return self.silent
 
     def hold(self):
         """From now on each chunk waits for `let`."""

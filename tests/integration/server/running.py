@@ -46,6 +46,10 @@ class Running:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     @property
+    def loop(self):
+        return self._loop
+
+    @property
     def services(self):
         return self.server.services
 

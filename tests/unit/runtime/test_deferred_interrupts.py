@@ -1,5 +1,7 @@
 """Interrupts that wait for the end of a block; `signal.raise_signal` is a SIGINT at a known place."""
 
+# ruff: noqa: PT012 - where inside a block an interrupt is raised is what these tests are about
+
 import os
 import signal
 import threading
@@ -87,14 +89,14 @@ def test_a_handler_that_raises_nothing_runs_at_once(handler_of):
 
 
 def test_what_the_handler_raises_is_what_comes_out(handler_of):
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(number, frame):
-        raise Stop
+        raise StoppedError
 
     handler_of(stop)
-    with pytest.raises(Stop), deferred():
+    with pytest.raises(StoppedError), deferred():
         interrupt()
 
 

@@ -228,7 +228,7 @@ class Generator:
             try:
                 control.attach(session)
                 output.started(text_ms=text_ms)
-                chunks = self._drive(kind, session, control, output, text_ms)
+                chunks = self._drive(kind, engine, session, control, output, text_ms)
                 complete = output.finish()
             finally:
                 control.attach(None)
@@ -242,8 +242,9 @@ class Generator:
             if isinstance(error, RankError | EngineClosedError):
                 if control.reason:  # the engine was closed because the server ends
                     return control.reason, 0
-                if engine is not None:
-                    self._host.report(engine, error)
+                if engine is None:
+                    raise not_ready(str(error)) from error
+                self._host.report(engine, error)
             raise _problem(error) from error
 
     def _begin(self, engine: EngineLike, wish: Wish) -> tuple[Any, float]:
@@ -266,7 +267,9 @@ class Generator:
         except Exception:
             log.exception("a session could not be closed")
 
-    def _drive(self, kind: Kind, session: Any, control: Control, output: Output, text_ms: float) -> int:
+    def _drive(
+        self, kind: Kind, engine: EngineLike, session: Any, control: Control, output: Output, text_ms: float
+    ) -> int:
         done = 0
         while (step := control.next(output.paused)) != "stop":
             if isinstance(step, Switch):
@@ -275,6 +278,9 @@ class Generator:
             chunk = next(session, None)
             if chunk is None:
                 break
+            self._host.chunk_took(
+                engine, 1e-3 * (sum(chunk.times.denoise_ms) + chunk.times.gather_ms + chunk.decode_ms)
+            )
             encode_ms = output.write(chunk.frames)
             stages: dict[str, float | None] = {
                 "queue": chunk.queue_ms,

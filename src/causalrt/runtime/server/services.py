@@ -73,18 +73,18 @@ class Services:
         """
         if self.draining.is_set():
             raise not_ready(DRAINING)
-        if not self.host.ranks_alive():
-            state = "are being started again" if self.host.state == "reloading" else "could not be started again"
-            raise not_ready(f"the generating processes have died and {state}")
+        detail = self.host.look().detail
+        if detail is not None:
+            raise not_ready(detail)
 
     async def watch(self) -> None:
-        """See dead ranks before a request does, and remove what has expired. Runs until it is cancelled."""
+        """See processes that are dead or hang before a request does; remove what has expired. Runs until it is cancelled."""
         ticks = 0
         while True:
             await asyncio.sleep(WATCH_S)
             ticks += 1
             try:
-                self.host.ranks_alive()
+                self.host.look()
                 if ticks % EXPIRE_EVERY == 0:
                     while self.jobs.expire():
                         await asyncio.sleep(0)
@@ -165,8 +165,8 @@ def make_services(
     host = EngineHost(
         engine,
         load,
-        attempts=settings.reload_attempts,
         first_wait_s=settings.reload_after_s,
+        max_wait_s=settings.reload_max_wait_s,
         on_reload=reloaded,
     )
     generator = Generator(host, encode, metrics, threads=slots)
@@ -203,4 +203,4 @@ def _kv_bytes(engine: EngineLike) -> int:
 
 
 def _ready(services: Services) -> int:
-    return int(services.host.state == "ready" and not services.draining.is_set())
+    return int(services.host.status.detail is None and not services.draining.is_set())
