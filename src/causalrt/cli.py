@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,6 +22,7 @@ from causalrt import __version__
 from causalrt.config import RECIPES, Config, TimeIndex, override, recipe
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.errors import CausalRTError, ConfigError
+from causalrt.runtime.control_groups import available_cpus
 
 if TYPE_CHECKING:
     from causalrt.export.options import Progress as OnProgress
@@ -672,6 +674,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a comparison failed, 2 an error, 130 interrupted, 141 the reader of the output has left.
     """
     arguments = _parser().parse_args(argv)
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     before = None
     with contextlib.suppress(ValueError):  # not the main thread
         before = signal.signal(signal.SIGTERM, _interrupt)

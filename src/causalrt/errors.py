@@ -9,6 +9,33 @@ class CausalRTError(Exception):
     """Base of every error that CausalRT raises on purpose."""
 
 
+class Faults:
+    """Finds all that is wrong with a request before it is refused, so that one message names everything.
+
+    Each check runs in a `with` block of its own, which keeps the error that the check raises; `report` raises them.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[CausalRTError] = []
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, CausalRTError):
+            return False
+        self._found.append(error)
+        return True
+
+    def report(self) -> None:
+        """Raise what was found: a single error as it is, several as a ConfigError with a line for each."""
+        if len(self._found) == 1:
+            raise self._found[0]
+        if self._found:
+            lines = "\n".join(f"- {error}" for error in self._found)
+            raise ConfigError(f"{len(self._found)} things are wrong:\n{lines}") from self._found[0]
+
+
 class ConfigError(CausalRTError, ValueError):
     """A configuration field, or a combination of fields, cannot work."""
 

@@ -21,6 +21,7 @@ import causalrt
 from causalrt.cli import main
 from causalrt.config import recipe
 from causalrt.export.random_weights import random_weights
+from causalrt.runtime import control_groups
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
@@ -198,6 +199,41 @@ def test_compare_refuses_what_is_no_recording(tmp_path, capsys):
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["can"]["build and run onnxruntime"]["ok"]
+
+
+@pytest.fixture
+def quota_of_five(tmp_path, monkeypatch):
+    """A machine with 64 processors and 64 GiB, of which control groups grant five and a half and 2 GiB."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    (tmp_path / "proc/self/mountinfo").write_text("30 23 0:26 / /cgroup rw - cgroup2 cgroup2 rw\n")
+    (tmp_path / "cgroup/job").mkdir(parents=True)
+    (tmp_path / "cgroup/cpu.max").write_text("550000 100000\n")
+    for name, text in (("max", 2 * 2**30), ("current", 2**29), ("stat", "inactive_file 0")):
+        (tmp_path / f"cgroup/job/memory.{name}").write_text(f"{text}\n")
+    monkeypatch.setattr(control_groups, "ROOT", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+
+
+def test_doctor_shows_the_limits_of_control_groups(quota_of_five, capsys):
+    assert main(["doctor", "--json"]) == 0
+    machine = json.loads(capsys.readouterr().out)["machine"]
+    assert (machine["cores"], machine["cpu_quota"], machine["threads"]) == (64, 5.5, 5)
+    assert (machine["memory_limit_gib"], machine["memory_available_gib"]) == (2.0, 1.5)
+
+
+def test_ranks_share_the_threads_that_a_quota_allows(bundle, quota_of_five):
+    with causalrt.load(bundle) as engine:
+        assert engine.num_threads == 2
+
+
+@pytest.mark.parametrize(("axis", "pixels", "latents"), [("height", 480, 60), ("width", 832, 104)])
+def test_pixels_given_for_latents_are_asked_about(checkpoint, tmp_path, capsys, axis, pixels, latents):
+    flags = ["--recipe", "tiny", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "b")]
+    assert main(["build", *flags, "--set", f"video.latent_{axis}={pixels}"]) == 2
+    said = capsys.readouterr().err
+    assert f"latents of 8 pixels, so {pixels} of them are {8 * pixels} pixels" in said
+    assert f"--set video.latent_{axis}={latents}" in said
 
 
 @pytest.mark.parametrize("flags", [["--threads", "0"], ["--timeout", "1e10"], ["--timeout", "0"]])
