@@ -14,10 +14,10 @@ if "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from causalrt.config import RECIPES, Config, override, recipe  # noqa: E402
-from causalrt.runtime.engine import Engine  # noqa: E402
-from causalrt.runtime.load import load  # noqa: E402
-from causalrt.runtime.session import Chunk, Session  # noqa: E402
+from causalrt.config import RECIPES, Config, override, recipe
+from causalrt.runtime.engine import Engine
+from causalrt.runtime.load import load
+from causalrt.runtime.session import Chunk, Session
 
 if TYPE_CHECKING:
     from causalrt.export.build import build

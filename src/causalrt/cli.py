@@ -21,7 +21,8 @@ from rich.table import Table
 from causalrt import __version__
 from causalrt.config import RECIPES, Config, TimeIndex, override, recipe
 from causalrt.engines.kinds import EXECUTORS
-from causalrt.errors import CausalRTError, ConfigError
+from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.errors import CausalRTError, ConfigError, Faults
 from causalrt.runtime.control_groups import available_cpus
 
 if TYPE_CHECKING:
@@ -59,23 +60,51 @@ def shown_progress() -> "Iterator[OnProgress]":
             progress.stop()
 
 
+def _choose_dtype(arguments: argparse.Namespace, executors: Sequence[str]) -> None:
+    """TensorRT has no fused attention in float32, the type of every recipe: bfloat16 for it, unless a type is named."""
+    named = arguments.dtype or any(text.startswith("build.precision=") for text in arguments.set)
+    if not named and any(name in FLAVOURS for name in executors):
+        arguments.dtype = "bfloat16"
+
+
 def _config(arguments: argparse.Namespace) -> Config:
-    changes = {}
+    changes, faults = {}, Faults()
     for text in arguments.set:
         name, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"--set wants FIELD=VALUE, for example --set video.window_frames=9, got {text!r}")
-        changes[name] = value
+        with faults:
+            if not separator:
+                raise ConfigError(f"--set wants FIELD=VALUE, for example --set video.window_frames=9, got {text!r}")
+            changes[name] = value
     for flag, field in (("world_size", "world_size"), ("head_plan", "head_plan"), ("dtype", "precision")):
         if getattr(arguments, flag) is not None:
             changes[f"build.{field}"] = str(getattr(arguments, flag))
-    return override(recipe(arguments.recipe), changes)
+    with faults:
+        config = override(recipe(arguments.recipe), changes)
+    faults.report()
+    return config
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from causalrt.export.build import build
+    from causalrt.export.build import build, check_options
+    from causalrt.export.checkpoint import open_checkpoint
 
-    config = _config(arguments)
+    config, faults, executors = None, Faults(), arguments.executor or []
+    _choose_dtype(arguments, executors)
+    with faults:
+        config = _config(arguments)
+    with faults:
+        check_options(
+            arguments.dtype if config is None else config.build.precision,
+            executors=executors,
+            targets=arguments.target,
+            collectives=arguments.collectives,
+            frontend=arguments.frontend,
+            timing_cache=arguments.timing_cache,
+        )
+    with faults:
+        open_checkpoint(arguments.checkpoint)
+    faults.report()
+    assert config is not None
     default = ["onnxruntime"] if config.build.precision == "float32" else ["eager"]
     start = time.perf_counter()
     with shown_progress() as progress:
@@ -83,7 +112,7 @@ def _build(arguments: argparse.Namespace) -> int:
             config,
             checkpoint=arguments.checkpoint,
             out=arguments.out,
-            executors=arguments.executor or default,
+            executors=executors or default,
             targets=arguments.target,
             collectives=arguments.collectives,
             frontend=arguments.frontend,
@@ -97,7 +126,7 @@ def _build(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"bundle": str(path), "seconds": seconds, "config": config.as_dict()}))
     else:
-        print(f"{path}: built in {seconds:.1f} s for {config.build.world_size} rank(s)")
+        print(f"{path}: built in {seconds:.1f} s for {config.build.world_size} rank(s), in {config.build.precision}")
     return 0
 
 
@@ -296,7 +325,6 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
-    from causalrt.engines.tensorrt_flavour import FLAVOURS
     from causalrt.tools.compare import compare_emulated
 
     if arguments.executor not in FLAVOURS:
@@ -367,6 +395,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if not arguments.bundles:
         arguments.recipe = arguments.recipe or "bench_cpu"
         arguments.world_size = arguments.head_plan = None
+        _choose_dtype(arguments, arguments.executors or ())
         config = _config(arguments)
     with shown_progress() as progress:
         run(arguments, config, write=print, on_progress=progress)
@@ -464,7 +493,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, type=Path, help="folder of the bundle")
     made.add_argument("--world-size", type=int, help="ranks")
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks")
-    made.add_argument("--dtype", **dtype, help="of weights and activations; fp32, bf16 and fp16 are understood")
+    made.add_argument(
+        "--dtype", **dtype, help="of weights and activations, as fp32, bf16 or fp16 (fp32; bf16 for TensorRT)"
+    )
     made.add_argument("--executor", action="append", choices=EXECUTORS, help="may be given again; eager always works")
     made.add_argument(
         "--target",
@@ -642,7 +673,7 @@ def _parser() -> argparse.ArgumentParser:
         "  causalrt bench --recipe wan_1_3b_480p --dtype bf16 --device cuda --executors eager,inductor",
     )
     add_bench_arguments(made)
-    made.add_argument("--dtype", **dtype, help="with --recipe: of weights and activations (float32)")
+    made.add_argument("--dtype", **dtype, help="with --recipe: of weights and activations (fp32; bf16 with TensorRT)")
     made.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="with --recipe: override any field of it"
     )

@@ -23,7 +23,8 @@ def answer_lookups(listening: socket.socket) -> None:
         while length := query[end]:
             labels.append(query[end + 1 : end + 1 + length].decode())
             end += 1 + length
-        print(".".join(labels), flush=True)
+        sys.stdout.write(".".join(labels) + "\n")
+        sys.stdout.flush()
         question = query[12 : end + 5]
         listening.sendto(query[:2] + NAME_ERROR + query[4:6] + bytes(6) + question, sender)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import causalrt
 from causalrt.cli import main
 from causalrt.config import recipe
+from causalrt.errors import ConfigError
 from causalrt.export.random_weights import random_weights
 from causalrt.runtime import control_groups
 
@@ -66,6 +67,45 @@ def test_build_errors_say_what_to_do(checkpoint, tmp_path, capsys, flags, messag
     assert main([*base, *flags]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_build_names_all_that_is_wrong_at_once(tmp_path, capsys):
+    flags = ["--recipe", "tiny", "--checkpoint", str(tmp_path / "nowhere.pt"), "--out", str(tmp_path / "b")]
+    wrong = [
+        "--executor",
+        "tensorrt_rtx",
+        "--target",
+        "h100",
+        "--dtype",
+        "fp32",
+        "--set",
+        "video.foo=1",
+        "--set",
+        "bar",
+    ]
+    assert main(["build", *flags, *wrong, "--set", "video.window_frames=1"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "error: 6 things are wrong:"
+    named = ("FIELD=VALUE", "video.foo", "the sink", "--dtype bf16", "h100", "nowhere.pt")
+    assert [part in line for part, line in zip(named, said[1:], strict=True)] == [True] * 6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_override_names_all_that_is_wrong_at_once():
+    with pytest.raises(ConfigError, match=r"(?s)2 things .*no field 'video.foo'.*sampler.steps must be"):
+        causalrt.override(recipe("tiny"), {"video.foo": "1", "sampler.steps": "many"})
+
+
+def test_build_for_tensorrt_is_bfloat16_unless_a_type_is_named(checkpoint, tmp_path, capsys):
+    pytest.importorskip(
+        "tensorrt_rtx", reason="engines are built with tensorrt_rtx: pip install 'causalrt[tensorrt-rtx]'"
+    )
+    flags = ["--recipe", "tiny", "--checkpoint", str(checkpoint), "--executor", "tensorrt_rtx", "--target", "sm80"]
+    assert main(["build", *flags, "--out", str(tmp_path / "b")]) == 0
+    assert "in bfloat16" in capsys.readouterr().out
+    assert causalrt.engines.bundle.open_bundle(tmp_path / "b").config.build.precision == "bfloat16"
+    assert main(["build", *flags, "--out", str(tmp_path / "c"), "--set", "build.precision=float32"]) == 2
+    assert "--dtype bf16" in capsys.readouterr().err
 
 
 def test_inspect(bundle, capsys):
