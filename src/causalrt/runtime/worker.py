@@ -82,10 +82,11 @@ def _run_rank(role: str, rank: int, descriptors: list[int], folder: Path, keeper
 
 def _keep(ranks: set[int], *, parent: int, folder: Path) -> None:
     """Reap the ranks until all have ended. Their folder is the caller's to remove, unless nobody will ask for a log."""
-    all_hung_up = True
+    all_hung_up, ended = True, False
     while ranks:
         told = signal.sigtimedwait(KEEPER_SIGNALS, ORPHAN_CHECK_S)
         if os.getppid() != parent or (told is not None and told.si_signo == signal.SIGTERM):
+            ended = True
             for pid in ranks:  # not reaped yet, so the numbers are still theirs
                 os.kill(pid, signal.SIGKILL)
         while ranks:
@@ -96,6 +97,8 @@ def _keep(ranks: set[int], *, parent: int, folder: Path) -> None:
             all_hung_up &= status == 0
     if all_hung_up or os.getppid() != parent:
         shutil.rmtree(folder, ignore_errors=True)
+    if ended:  # what the ranks had started, a compiler for example, and this process with it
+        os.killpg(0, signal.SIGKILL)
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from causalrt.engines.inductor import cpp_compiler
+from causalrt.engines.inductor import check_can_compile
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour, device_target
 from causalrt.errors import ExecutorError
 from causalrt.runtime.control_groups import available_cpus, cpu_quota, memory_limits
@@ -71,10 +71,12 @@ def _answer(ok: bool, detail: str) -> dict[str, Any]:
 
 
 def _inductor(gpu: bool) -> dict[str, Any]:
-    compiler = cpp_compiler()
     if gpu and not importlib.util.find_spec("triton"):
         return _answer(False, "triton is not installed; `pip install triton`")
-    return _answer(gpu or compiler is not None, compiler or "no C++ compiler here; install g++ or set CXX")
+    try:
+        return _answer(True, check_can_compile())
+    except ExecutorError as error:
+        return _answer(gpu, f"on GPUs alone: {error}" if gpu else str(error))
 
 
 def _onnxruntime() -> dict[str, Any]:

@@ -61,6 +61,10 @@ class Side:
 def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device) -> Side:
     """A side that runs `executor`, by fused ops where the bundle was built so."""
     cores = available_cpus()
+    if executor == "inductor" and device.type == "cpu":
+        from causalrt.engines.inductor import check_can_compile
+
+        check_can_compile()
 
     def make(collectives: WatchedCollectives) -> Executor:
         if executor == "onnxruntime":
