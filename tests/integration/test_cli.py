@@ -1,8 +1,10 @@
 """The commands as a user runs them, in one process; exit codes, JSON, messages, files."""
 
+import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -106,6 +108,52 @@ def test_build_for_tensorrt_is_bfloat16_unless_a_type_is_named(checkpoint, tmp_p
     assert causalrt.engines.bundle.open_bundle(tmp_path / "b").config.build.precision == "bfloat16"
     assert main(["build", *flags, "--out", str(tmp_path / "c"), "--set", "build.precision=float32"]) == 2
     assert "--dtype bf16" in capsys.readouterr().err
+
+
+STEERING = "\x1b]0;owned\x07\u202e"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["build", "--recipe", STEERING, "--checkpoint", "c", "--out", "b"],
+        ["build", "--recipe", "tiny", "--checkpoint", f"/nowhere/{STEERING}", "--out", "b"],
+        ["inspect", f"/nowhere/{STEERING}"],
+        ["inspect", "bundle", f"--{STEERING}"],
+    ],
+    ids=["value", "checkpoint", "bundle", "flag"],
+)
+def test_messages_do_not_steer_the_terminal(capsys, command):
+    with contextlib.suppress(SystemExit):
+        assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "owned" in said
+    assert not set("\x1b\x07\u202e") & set(said)
+
+
+def test_tensor_names_do_not_steer_the_terminal(tmp_path, capsys):
+    tensors = {f"model.{name}": tensor for name, tensor in random_weights(recipe("tiny").model, seed=0)}
+    save_file({**tensors, f"model.{STEERING}": torch.zeros(1)}, tmp_path / "model.safetensors")
+    flags = ["--recipe", "tiny", "--checkpoint", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "b")]
+    assert main(["build", *flags]) == 2
+    said = capsys.readouterr().err
+    assert r"\x1b]0;owned\x07\u202e" in said
+    assert "\x1b" not in said
+
+
+def test_names_in_tables_do_not_steer_the_terminal(bundle, tmp_path, capsys):
+    named = tmp_path / f"bundle{STEERING}"
+    shutil.copytree(bundle, named)
+    assert main(["inspect", str(named)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_build_without_a_terminal_says_when_a_stage_has_ended(checkpoint, tmp_path, capsys):
+    flags = ["--recipe", "tiny", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "b")]
+    assert main(["build", *flags]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in (lines[0], lines[-1])] == ["weights", "hashes"]
+    assert all(re.fullmatch(r".+: done, \d+\.\d s", line) for line in lines), lines
 
 
 def test_inspect(bundle, capsys):
