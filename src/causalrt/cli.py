@@ -21,6 +21,7 @@ from causalrt.config import RECIPES, Config, TimeIndex, override, recipe
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import CausalRTError, ConfigError, Faults
+from causalrt.export.options import Progress
 from causalrt.runtime.control_groups import available_cpus
 from causalrt.terminal import PrintableConsole, PrintableFormatter, printable
 from causalrt.tools.progress import shown_progress
@@ -276,7 +277,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     arguments.world_size = 1 if arguments.world_size is None else arguments.world_size
     arguments.time_index = arguments.time_index or "global"
     if arguments.emulate:
-        result = _compare_emulated(arguments)
+        with shown_progress() as progress:
+            result = _compare_emulated(arguments, progress)
     elif arguments.dtype or arguments.collectives:
         raise ConfigError(
             "--dtype and --collectives are for --emulate: recordings are float32, and so are their replays"
@@ -284,14 +286,16 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         from causalrt.tools.compare import compare_recorded
 
-        result = compare_recorded(
-            arguments.recorded,
-            executor=arguments.executor,
-            world_size=arguments.world_size,
-            head_plan=arguments.head_plan or "shares",
-            plugins=arguments.plugins == "on",
-            time_index=arguments.time_index,
-        )
+        with shown_progress() as progress:
+            result = compare_recorded(
+                arguments.recorded,
+                executor=arguments.executor,
+                world_size=arguments.world_size,
+                head_plan=arguments.head_plan or "shares",
+                plugins=arguments.plugins == "on",
+                time_index=arguments.time_index,
+                on_progress=progress,
+            )
     if arguments.json:
         _say(json.dumps(result))
     else:
@@ -311,7 +315,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0 if result["passed"] else EXIT_FAILED
 
 
-def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
+def _compare_emulated(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
     from causalrt.tools.compare import compare_emulated
 
     if arguments.executor not in FLAVOURS:
@@ -327,6 +331,7 @@ def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
         precision=arguments.dtype or "float32",
         plugins=arguments.plugins == "on",
         time_index=arguments.time_index,
+        on_progress=on_progress,
     )
 
 
@@ -470,7 +475,7 @@ def _parser() -> argparse.ArgumentParser:
         "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --vae Wan2.1_VAE.pth \\\n"
         "      --world-size 8 --out bundle\n"
         "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --world-size 8 \\\n"
-        "      --executor tensorrt_rtx --target sm80 --dtype bf16 --out bundle\n"
+        "      --executor tensorrt_rtx --target sm80 --out bundle\n"
         "  causalrt build --recipe wan_1_3b_480p --checkpoint wan/ --set video.window_frames=12 \\\n"
         "      --set video.sink_frames=3 --set sampler.steps=1000,500 --out bundle",
     )
