@@ -31,7 +31,7 @@ class PrintableConsole(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False)
 
-    def render_str(self, text: str, **settings: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **settings: Any) -> Text:
         """See `Console.render_str`."""
         return super().render_str(printable(text), **settings)
 
