@@ -211,9 +211,9 @@ def check_options(
     for name, flavour in flavours.items():
         with faults:
             flavour.load()
-        for target in wanted:
-            with faults:
-                checked[name].append(flavour.check_target(target))
+            for target in wanted:
+                with faults:
+                    checked[name].append(flavour.check_target(target))
     faults.report()
     return checked
 
