@@ -153,7 +153,7 @@ def test_build_without_a_terminal_says_when_a_stage_has_ended(checkpoint, tmp_pa
     assert main(["build", *flags]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in (lines[0], lines[-1])] == ["weights", "hashes"]
-    assert all(re.fullmatch(r".+: done, \d+\.\d s", line) for line in lines), lines
+    assert all(re.fullmatch(r".+: (\d+)/\1, done in \d+\.\d s", line) for line in lines), lines
 
 
 def test_inspect(bundle, capsys):

@@ -51,11 +51,11 @@ def _lines(console: PrintableConsole) -> OnProgress:
         now = time.monotonic()
         start = began.setdefault(stage, now)
         if done >= total:
-            console.print(f"{stage}: done, {now - start:.1f} s", soft_wrap=True)
+            console.print(f"{stage}: {done}/{total}, done in {now - start:.1f} s", soft_wrap=True)
             del began[stage]
             said.pop(stage, None)
         elif now - said.setdefault(stage, start) >= LINE_EVERY_S:
             said[stage] = now
-            console.print(f"{stage}: {done} of {total}, {now - start:.0f} s", soft_wrap=True)
+            console.print(f"{stage}: {done}/{total} after {now - start:.0f} s", soft_wrap=True)
 
     return update

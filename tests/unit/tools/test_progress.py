@@ -15,9 +15,9 @@ def test_a_line_for_each_stage_as_it_ends(capsys):
         update("hashes", 1, 1)
     lines = capsys.readouterr().err.splitlines()
     assert [re.sub(r"\d+\.\d s", "T", line) for line in lines] == [
-        "weights: done, T",
-        "weights: done, T",
-        "hashes: done, T",
+        "weights: 3/3, done in T",
+        "weights: 3/3, done in T",
+        "hashes: 1/1, done in T",
     ]
 
 
@@ -27,7 +27,7 @@ def test_a_long_stage_says_how_far_it_is(capsys, monkeypatch):
     with shown_progress() as update:
         for done in range(5):
             update("rollouts", done, 9)
-    assert capsys.readouterr().err.splitlines() == ["rollouts: 2 of 9, 25 s", "rollouts: 4 of 9, 46 s"]
+    assert capsys.readouterr().err.splitlines() == ["rollouts: 2/9 after 25 s", "rollouts: 4/9 after 46 s"]
 
 
 def test_nothing_is_said_of_no_work(capsys):
