@@ -15,7 +15,6 @@ raised at once, and ends the engine.
 import contextlib
 import itertools
 import logging
-import os
 import time
 import weakref
 from collections import deque
@@ -33,6 +32,7 @@ from causalrt.errors import CapacityError, PromptError, RequestError
 from causalrt.model.words import WORDS_FILE, WordEncoder
 from causalrt.runtime import interrupts
 from causalrt.runtime.canary import ExchangeCheck
+from causalrt.runtime.control_groups import available_cpus
 from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.memory import (
     UNLIMITED,
@@ -124,7 +124,7 @@ class Engine:
         self.executor = executor
         self.device = device
         world_size = bundle.config.build.world_size
-        cores = len(os.sched_getaffinity(0))
+        cores = available_cpus()
         self.num_threads = num_threads or max(1, cores // world_size)
         self.memory = predict_memory(bundle.config, executor, device=device)
         self.decoder_memory = decoder_memory(bundle, decoder_executor) if decoder_executor else None

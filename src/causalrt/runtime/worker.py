@@ -78,9 +78,11 @@ def _run_rank(role: str, rank: int, descriptors: list[int], log: int, rendezvous
 
 def _keep(ranks: set[int], *, parent: int) -> None:
     """Reap the ranks until all have ended."""
+    ended = False
     while ranks:
         told = signal.sigtimedwait(KEEPER_SIGNALS, ORPHAN_CHECK_S)
         if os.getppid() != parent or (told is not None and told.si_signo == signal.SIGTERM):
+            ended = True
             for pid in ranks:  # not reaped yet, so the numbers are still theirs
                 os.kill(pid, signal.SIGKILL)
         while ranks:
@@ -88,6 +90,8 @@ def _keep(ranks: set[int], *, parent: int) -> None:
             if pid == 0:
                 break
             ranks.remove(pid)
+    if ended:  # what the ranks had started, a compiler for example, and this process with it
+        os.killpg(0, signal.SIGKILL)
 
 
 def main() -> int:

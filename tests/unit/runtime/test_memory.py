@@ -148,14 +148,11 @@ def test_a_host_that_does_not_say(monkeypatch):
     assert memory.available_bytes() is None
 
 
-def test_control_group_limits_what_is_available(tmp_path, monkeypatch):
-    monkeypatch.setattr("causalrt.runtime.memory.CONTROL_GROUP", tmp_path)
-    (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
-    assert available_bytes() > 2**20
-    (tmp_path / "memory.max").write_text("5000\n")
+def test_control_groups_limit_what_is_available(monkeypatch):
+    monkeypatch.setattr(memory, "memory_limits", lambda: [(2**62, 2**61), (5000, 4300)])
     assert available_bytes() == 4300
+    monkeypatch.setattr(memory, "memory_limits", list)
+    assert available_bytes() > 2**20
 
 
 def test_shared_weights_count_once(monkeypatch):

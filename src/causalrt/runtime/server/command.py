@@ -10,6 +10,7 @@ from typing import Any
 
 from causalrt.errors import ExecutorError
 from causalrt.runtime.server.settings import ServerSettings
+from causalrt.terminal import printable_handler
 
 LIBRARIES = ("fastapi", "uvicorn", "websockets", "prometheus_client", "python_multipart", "av")
 _DEFAULTS = {field.name: field.default for field in ServerSettings.__dataclass_fields__.values()}
@@ -84,7 +85,8 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     from causalrt.runtime.server.auth import Tokens
     from causalrt.runtime.server.engine_host import BundleReplacedError
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = printable_handler(sys.stderr, "%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     tokens = Tokens() if settings.tokens is None else Tokens.from_file(settings.tokens)
     bundle = open_bundle(arguments.bundle, verify=False)

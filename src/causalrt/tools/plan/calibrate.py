@@ -26,6 +26,7 @@ import torch.distributed as dist
 from causalrt.errors import ExecutorError
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.collectives import join_ranks
+from causalrt.runtime.control_groups import available_cpus
 from causalrt.tools.plan.calibration import Calibration, Entry, Runtime, Sample, exchange_features, fit_costs
 from causalrt.tools.plan.micro_ops import gemm_op, micro_ops, random_tensors, runner
 from causalrt.tools.plan.work import Exchange, Gemm
@@ -79,12 +80,12 @@ def calibrate(
     entries = []
     for done, (runtime, ranks) in enumerate(ways):
         on_progress("measuring", done, len(ways))
-        threads = max(1, len(os.sched_getaffinity(0)) // ranks) if (device, clock) == ("cpu", "wall") else 1
+        threads = max(1, available_cpus() // ranks) if (device, clock) == ("cpu", "wall") else 1
         entries.append(_measure(runtime, ranks, threads, device, clock))
     on_progress("measuring", len(ways), len(ways))
     gpu = device == "cuda"
     return Calibration(
-        machine=torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores",
+        machine=torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {available_cpus()} cores",
         device="cuda" if gpu else "cpu",
         precision=measured_precision(device),
         entries=tuple(entries),
