@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from page_steps import PATIENCE_MS
 
-sys.path.append(str(Path(__file__).parents[1] / "integration"))  # its small bundles and encoders
+# Its small bundles and encoders, and its server with an engine that stands in.
+sys.path += [str(Path(__file__).parents[1] / "integration"), str(Path(__file__).parents[1] / "integration" / "server")]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# A page that was closed, or asked for, while its server was away: Chromium logs the failed connection whatever the page does.
-LOST_CONNECTION = re.compile(r"WebSocket connection to .* failed")
+# A page that was closed, or asked for, while its server was away or refused it: Chromium logs that whatever the page does.
+LOST_CONNECTION = re.compile(
+    r"WebSocket connection to .* failed|Failed to load resource: .*(ERR_|status of (403|405|502))"
+)
 
 
 @pytest.fixture(scope="module")  # not for the session: while it is open, its event loop runs in this thread

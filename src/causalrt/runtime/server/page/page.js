@@ -1,6 +1,6 @@
 // The page: one prompt box, one video, one connection. The state below says all; `render` makes the page show it.
 
-import { Connection } from "./connection.js";
+import { Connection, whyNotAccepted } from "./connection.js";
 import { LatencyView, ms } from "./latency.js";
 import { Player, whyUnplayable } from "./player.js";
 
@@ -16,6 +16,13 @@ const ENDINGS = {
   stopped: "Stopped.",
   draining: "The server is shutting down and ended the video here.",
   stalled: "The server ended the video here: it was paused for too long, or not received fast enough.",
+};
+const CLOSED = {
+  1001: "The server is shutting down or restarting",
+  1009: "The message was too big for the server",
+  1011: "The server failed",
+  1012: "The server is shutting down or restarting",
+  4429: "The server has no place free now",
 };
 const HISTORY = { keep: "history kept", recache: "history recomputed", flush: "history dropped" };
 const ADVICE = { // what to do about an error that the server reports, after its own words
@@ -33,7 +40,7 @@ const state = {
   chunks: 0,
   wanted: null,
   playable: true,
-  cause: "", // why there is no connection, in words
+  cause: "", // why the last connection that had been ready ended, in words
   arrivals: [], // [time, frames] of recent chunks
   askedAt: 0,
 };
@@ -200,7 +207,7 @@ function trying() {
   connectionState("connecting", "Connecting");
 }
 
-function lost({ code, reason, retryInMs }) {
+async function lost({ code, reason, opened, retryInMs }) {
   const wasBusy = BUSY_STATES.includes(state.phase);
   const wasReady = state.server !== null;
   state.server = null;
@@ -212,17 +219,13 @@ function lost({ code, reason, retryInMs }) {
     finish("The server asks for an access token.");
     return;
   }
-  if (wasReady || !state.cause) {
-    state.cause = code === 4429 ? "The server has no place free now" : code === 1001 ? "The server is shutting down or restarting"
-      : code === 1009 ? "The message was too big for the server" : code === 1011 ? "The server failed"
-      : wasReady ? "The connection was lost" : "The server cannot be reached";
-    state.cause += `${reason ? ` (${reason})` : ""}.`;
-    if (wasBusy) state.cause += " The video ends here; what arrived can be played and downloaded.";
-  }
-  // Said once; how long each try is waited for stands where nobody is interrupted by it.
-  complain(`${state.cause} The page keeps trying to connect.`, { retry: true });
+  // Announced once; how long each try is waited for stands where it interrupts nobody.
   connectionState("lost", `Not connected, next try in ${Math.max(1, Math.round(retryInMs / 1000))} s`);
   finish("Not connected.");
+  const closed = `${CLOSED[code] ?? "The connection was lost"}${reason ? ` (${reason})` : ""}.`;
+  if (wasReady) state.cause = wasBusy ? `${closed} The video ends here; what arrived can be played and downloaded.` : closed;
+  const words = state.cause || (opened ? closed : await whyNotAccepted());
+  if (!state.server) complain(`${words} The page keeps trying to connect.`, { retry: true });
 }
 
 function silent() {
