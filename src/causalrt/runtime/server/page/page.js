@@ -15,7 +15,7 @@ const ENDINGS = {
   done: "Finished.",
   stopped: "Stopped.",
   draining: "The server is shutting down and ended the video here.",
-  stalled: "The server ended the video here: it was paused for too long, or not received fast enough.",
+  stalled: "The server ended the video here: it was paused or its tab was hidden for too long, or it was not received fast enough.",
 };
 const CLOSED = {
   1001: "The server is shutting down or restarting",
