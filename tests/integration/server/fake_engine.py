@@ -19,6 +19,7 @@ class FakeEngine:
 
     Attributes:
         chunk_s: how long a chunk takes.
+        begun: chunks that were begun.
         made: chunks that were made, by session.
         closed_sessions: numbers of the sessions that were closed.
         most_open: the most sessions that were open at once.
@@ -32,6 +33,7 @@ class FakeEngine:
         self.memory = SimpleNamespace(kv_bytes=1000)
         self.rank_pids = []
         self.chunk_s = chunk_s
+        self.begun = 0
         self.made = {}
         self.switches = []
         self.sessions = []
@@ -77,6 +79,7 @@ class FakeEngine:
             self._gate.release(1000)
 
     def wait(self):
+        self.begun += 1
         if self._gate:
             self._gate.acquire()
         time.sleep(self.chunk_s)

@@ -39,6 +39,7 @@ const state = {
   server: null, // its "ready"
   chunks: 0,
   wanted: null,
+  next: null, // the start that waits until the video that was stopped has ended
   playable: true,
   cause: "", // why the last connection that had been ready ended, in words
   arrivals: [], // [time, frames] of recent chunks
@@ -66,13 +67,13 @@ const usable = (button, yes) => button.setAttribute("aria-disabled", String(!yes
 const isUsable = (button) => button.getAttribute("aria-disabled") === "false";
 
 function render() {
-  const busy = BUSY_STATES.includes(state.phase);
+  const busy = ["asking", "queued", "running"].includes(state.phase);
   const running = state.phase === "running";
   $.go.textContent = busy ? "Switch prompt" : "Start";
-  usable($.go, running || (state.phase === "idle" && state.playable));
+  usable($.go, running || (["idle", "stopping"].includes(state.phase) && state.playable));
   $.pause.textContent = state.paused ? "Resume" : "Pause";
   usable($.pause, running);
-  usable($.stop, ["asking", "queued", "running"].includes(state.phase));
+  usable($.stop, busy || state.next !== null);
   usable($.download, player.hasFile);
   $.policies.hidden = !busy;
   $.options.hidden = $["chunks-hint"].hidden = busy;
@@ -91,7 +92,15 @@ function finish(words) {
   player.end();
   Object.assign(state, { phase: state.server ? "idle" : "connecting", paused: false, held: false });
   say(words);
+  if (state.next && state.phase === "idle") begin(state.next);
+  state.next = null;
   render();
+}
+
+function begin(wish) {
+  if (!connection.send({ type: "start", ...wish })) return;
+  state.phase = "asking";
+  say("Asking for a video.");
 }
 
 // ---- what the server says ----
@@ -256,12 +265,13 @@ $["prompt-form"].addEventListener("submit", (event) => {
   if (state.phase === "running") {
     const policy = new FormData($["prompt-form"]).get("policy");
     if (connection.send({ type: "switch", prompt, policy })) say("Switching the prompt.");
-  } else if (state.phase === "idle") {
-    const chunks = $.chunks.value ? Number($.chunks.value) : null;
+  } else {
+    const wish = { prompt, seed: Number($.seed.value), chunks: $.chunks.value ? Number($.chunks.value) : null };
     state.askedAt = performance.now();
-    if (connection.send({ type: "start", prompt, seed: Number($.seed.value), chunks })) {
-      state.phase = "asking";
-      say("Asking for a video.");
+    if (state.phase === "idle") begin(wish);
+    else {
+      state.next = wish;
+      say("The new video begins after this chunk.");
     }
   }
   render();
@@ -287,8 +297,9 @@ $.pause.addEventListener("click", () => {
 
 $.stop.addEventListener("click", () => {
   if (!isUsable($.stop)) return;
-  connection.send({ type: "stop" });
+  if (state.phase !== "stopping") connection.send({ type: "stop" });
   state.phase = "stopping";
+  state.next = null;
   say("Stopping after this chunk.");
   if (state.paused) player.play();
   render();
