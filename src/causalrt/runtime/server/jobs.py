@@ -50,8 +50,7 @@ class _JobOutput:
         self._left = job.num_frames
 
     def started(self, *, text_ms: float) -> None:
-        offer = self._offer
-        self._writer = Mp4Writer(self._path, height=offer.height, width=offer.width, fps=offer.fps, private=True)
+        self._writer = Mp4Writer(self._path, height=self._offer.height, width=self._offer.width, fps=self._offer.fps)
 
     def write(self, frames: torch.Tensor) -> float:
         assert self._writer is not None

@@ -5,7 +5,7 @@ import { LatencyView, ms } from "./latency.js";
 import { Player, whyUnplayable } from "./player.js";
 
 const $ = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
-const HOLD_S = 6; // so much unplayed video: generation is held, or a switch would show late and memory fill
+const HOLD_S = 6; // of video that is not played yet: generation is held, or a switch would show late and memory fill
 const GO_ON_S = 3;
 const FIRST_CHUNK = "Generating the first chunk.";
 const SMALL = 200; // pixels of a picture that is shown with its pixels, and not blurred
@@ -38,6 +38,7 @@ const state = {
   held: false, // by the page: enough video waits to be played
   server: null, // its "ready"
   chunks: 0,
+  frames: 0, // received
   wanted: null,
   next: null, // the start that waits until the video that was stopped has ended
   playable: true,
@@ -157,7 +158,7 @@ function offerExamples(prompts) {
 }
 
 function started({ chunks }) {
-  Object.assign(state, { phase: "running", chunks: 0, wanted: chunks, arrivals: [], paused: false, held: false });
+  Object.assign(state, { phase: "running", chunks: 0, frames: 0, wanted: chunks, arrivals: [], paused: false, held: false });
   for (const tile of $.tiles.querySelectorAll("b, small")) tile.textContent = tile.tagName === "B" ? "–" : "";
   latency.clear(state.server.fps);
   player.open(state.server.mime, () => {
@@ -170,6 +171,7 @@ function started({ chunks }) {
 function chunk(message) {
   const now = performance.now();
   state.chunks = message.index + 1;
+  state.frames += message.frames;
   state.arrivals = [...state.arrivals, [now, message.frames]].slice(-RATE_OVER_CHUNKS);
   const tookMs = latency.add(message);
   const playsMs = (1000 * message.frames) / state.server.fps;
@@ -187,6 +189,7 @@ function chunk(message) {
     $.rate.textContent = perSecond.toFixed(1);
     $["rate-note"].textContent = `${(perSecond / state.server.fps).toFixed(2)} × real time`;
   }
+  holdOrGoOn();
 }
 
 function switched({ ms: took, from_chunk, policy }) {
@@ -332,15 +335,22 @@ function framesPerSecond() {
   return (1000 * frames) / Math.max(1, last - first);
 }
 
+/** Seconds of video that were received and not yet played; a hidden page may play nothing, nor put anything into its buffer. */
+const aheadS = () => Math.max(0, state.frames / state.server.fps - player.playedS);
+
+// Called with every chunk, too: a browser calls timers of hidden pages rarely.
+function holdOrGoOn() {
+  if (state.paused || state.phase !== "running") return;
+  if (!state.held && aheadS() > HOLD_S) state.held = connection.send({ type: "pause" });
+  else if (state.held && aheadS() < GO_ON_S) state.held = !connection.send({ type: "resume" });
+}
+
 setInterval(() => {
   if (!["running", "stopping"].includes(state.phase)) return;
-  const ahead = player.aheadS;
   player.follow((framesPerSecond() ?? state.server.fps) / state.server.fps);
-  $.ahead.textContent = `${ahead.toFixed(1)} s`;
+  holdOrGoOn();
+  $.ahead.textContent = `${aheadS().toFixed(1)} s`;
   $["ahead-note"].textContent = state.held ? "generation waits" : "not yet played";
-  if (state.paused || state.phase !== "running") return;
-  if (!state.held && ahead > HOLD_S) state.held = connection.send({ type: "pause" });
-  else if (state.held && ahead < GO_ON_S) state.held = !connection.send({ type: "resume" });
 }, 200);
 
 // A browser may stop the video of a page that nobody sees; generation then waits, and goes on with it.

@@ -86,10 +86,8 @@ export class Player {
     this.#video.pause();
   }
 
-  /** Seconds received and not yet played. */
-  get aheadS() {
-    const { buffered, currentTime } = this.#video;
-    return buffered.length ? Math.max(0, buffered.end(buffered.length - 1) - currentTime) : 0;
+  get playedS() {
+    return this.#video.currentTime;
   }
 
   /** Whether there is something to download. */
@@ -114,7 +112,8 @@ export class Player {
       }
       if (currentTime <= buffered.end(i)) break;
     }
-    this.#video.playbackRate = this.aheadS < LOW_S ? Math.min(1, Math.max(SLOWEST, speed)) : 1;
+    const bufferedS = buffered.end(buffered.length - 1) - currentTime;
+    this.#video.playbackRate = bufferedS < LOW_S ? Math.min(1, Math.max(SLOWEST, speed)) : 1;
   }
 
   #pump() {
