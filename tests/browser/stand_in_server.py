@@ -189,7 +189,7 @@ class _Connection:
             await self.say("error", **self.server.refuse_switch)
             return
         self.prompt = message["prompt"]
-        await self.say("switched", ms=6.5, from_chunk=self.next_chunk, policy=message["policy"])
+        await self.say("switched", ms=6.5, from_chunk=self.next_chunk, policy=message["policy"], warnings=[])
 
     async def on_pause(self, message: dict[str, Any]) -> None:
         self.go_on.clear()
@@ -215,7 +215,7 @@ class _Connection:
         server = self.server
         received = time.perf_counter()
         writer = FragmentWriter(height=server.height, width=server.width, fps=server.fps)
-        await self.say("started", id="stand-in", seed=start["seed"], chunks=start["chunks"], text_ms=3.0)
+        await self.say("started", id="stand-in", seed=start["seed"], chunks=start["chunks"], text_ms=3.0, warnings=[])
         await self.socket.send_bytes(writer.header)
         done = frames = 0
         first: dict[str, float] = {}

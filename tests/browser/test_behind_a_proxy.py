@@ -48,7 +48,7 @@ def test_page_works_under_a_path(new_page, expect, proxy):
         )  # its style sheet came
 
 
-@pytest.mark.parametrize("path", ["/", "/causalrt/"])
+@pytest.mark.parametrize("path", ["/", pytest.param("/causalrt/", marks=pytest.mark.slow)])
 def test_page_names_the_option_that_lets_its_origin_in(new_page, expect, screenshots, proxy, path):
     proxy.path, proxy.host = path.encode(), b"localhost"
     page = new_page(connection_may_fail=True)
@@ -60,6 +60,7 @@ def test_page_names_the_option_that_lets_its_origin_in(new_page, expect, screens
         watch_a_video(page, expect)  # the page connects again by itself
 
 
+@pytest.mark.slow
 def test_page_tells_blocked_websockets_from_a_server_that_is_away(new_page, expect, proxy):
     proxy.websockets = False
     page = new_page(connection_may_fail=True)

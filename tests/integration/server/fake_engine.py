@@ -8,6 +8,7 @@ import torch
 
 from causalrt.config import override, recipe
 from causalrt.errors import CapacityError, EngineClosedError, PromptError, RankError
+from causalrt.model.text import PromptTokens, clean_prompt
 
 
 def fake_config(changes=None):
@@ -131,6 +132,15 @@ class FakeSession:
     def close(self):
         if self.number not in self._engine.closed_sessions:
             self._engine.closed_sessions.append(self.number)
+
+
+MAX_TOKENS = 64
+
+
+def fake_tokenize(prompt):
+    """A token for each word."""
+    words = clean_prompt(prompt).split()
+    return PromptTokens(ids=tuple(range(len(words[:MAX_TOKENS]))), truncated=len(words) > MAX_TOKENS)
 
 
 def fake_encode(prompt):

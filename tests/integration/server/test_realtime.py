@@ -337,6 +337,35 @@ def test_a_second_start_is_refused_and_the_first_goes_on(held):
         assert client.next("ended")["reason"] == "done"
 
 
+def test_a_prompt_that_is_cut_is_told_in_each_answer(server):
+    cut = [
+        {
+            "code": "prompt_cut",
+            "message": "the prompt was cut: the model reads its first 64 tokens, what comes after them has no effect",
+            "param": "prompt",
+        }
+    ]
+    with server.realtime() as client:
+        for prompt, warnings in (("word " * 65, cut), ("word " * 65, cut), ("word " * 64, [])):
+            client.start(prompt=prompt, chunks=7)
+            assert client.next("started")["warnings"] == warnings
+            client.send("stop")
+            client.next("ended")
+
+
+def test_a_prompt_that_is_cut_is_told_when_it_is_switched_to(held):
+    with held.realtime() as client:
+        client.start()
+        assert client.next("started")["warnings"] == []
+        client.send("switch", prompt="word " * 65)
+        held.engine.let(2)
+        assert "64 tokens" in client.next("switched")["warnings"][0]["message"]
+        client.send("switch", prompt="a bear")
+        held.engine.let(10)
+        assert client.next("switched")["warnings"] == []
+        client.next("ended")
+
+
 def test_too_many_switches_are_refused(held):
     with held.realtime() as client:
         client.start()

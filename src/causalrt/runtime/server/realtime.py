@@ -242,9 +242,9 @@ class Connection:
         elif running is None:
             raise bad_request(f"there is no generation to {message.type}; send start first")
         elif isinstance(message, SwitchPrompt):
-            prompt = services.offer.checked_prompt(message.prompt)
+            cut_to = services.offer.check_prompt(message.prompt)
             services.rate.take(self._rate_key())
-            running.control.switch(Switch(prompt=prompt, policy=message.policy))
+            running.control.switch(Switch(prompt=message.prompt, prompt_cut_to=cut_to, policy=message.policy))
         elif message.type == "stop":
             self._stop("stopped")
         else:
@@ -254,12 +254,12 @@ class Connection:
         services = self._services
         asked = time.perf_counter()
         services.check_ready()
-        prompt = services.offer.checked_prompt(message.prompt)
+        cut_to = services.offer.check_prompt(message.prompt)
         chunks = services.offer.checked_chunks(message.chunks)
         services.rate.take(self._rate_key())
         ticket = services.admission.enter()
         control = services.control(credit=self._settings.max_queued_chunks)
-        wish = Wish(prompt=prompt, seed=message.seed, num_chunks=chunks)
+        wish = Wish(prompt=message.prompt, prompt_cut_to=cut_to, seed=message.seed, num_chunks=chunks)
         known = services.offer.max_chunks if message.chunks is None else message.chunks
         self._generation = generation = _Generation(control=control, ticket=ticket, asked=asked)
         generation.task = asyncio.create_task(self._generate(generation, wish, known))

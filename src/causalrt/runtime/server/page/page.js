@@ -157,7 +157,13 @@ function offerExamples(prompts) {
   }));
 }
 
-function started({ chunks }) {
+function warn(warnings) {
+  $["prompt-warning"].textContent = warnings.map(({ message }) => sentence(message)).join(" ");
+  $["prompt-warning"].hidden = !warnings.length;
+}
+
+function started({ chunks, warnings }) {
+  warn(warnings);
   Object.assign(state, { phase: "running", chunks: 0, frames: 0, wanted: chunks, arrivals: [], paused: false, held: false });
   for (const tile of $.tiles.querySelectorAll("b, small")) tile.textContent = tile.tagName === "B" ? "–" : "";
   latency.clear(state.server.fps);
@@ -192,7 +198,8 @@ function chunk(message) {
   holdOrGoOn();
 }
 
-function switched({ ms: took, from_chunk, policy }) {
+function switched({ ms: took, from_chunk, policy, warnings }) {
+  warn(warnings);
   latency.markSwitch(from_chunk, policy);
   $["switch-time"].textContent = ms(took);
   $["switch-note"].textContent = `${HISTORY[policy]}, from chunk ${from_chunk}`;
