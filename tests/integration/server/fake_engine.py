@@ -8,6 +8,7 @@ import torch
 
 from causalrt.config import override, recipe
 from causalrt.errors import CapacityError, EngineClosedError, PromptError, RankError
+from causalrt.model.text import PromptTokens, clean_prompt
 
 
 def fake_config(changes=None):
@@ -19,6 +20,7 @@ class FakeEngine:
 
     Attributes:
         chunk_s: how long a chunk takes.
+        begun: chunks that were begun.
         made: chunks that were made, by session.
         closed_sessions: numbers of the sessions that were closed.
         most_open: the most sessions that were open at once.
@@ -34,6 +36,7 @@ class FakeEngine:
         self.dead = []
         self.silent = 0.0
         self.chunk_s = chunk_s
+        self.begun = 0
         self.made = {}
         self.switches = []
         self.sessions = []
@@ -85,6 +88,7 @@ class FakeEngine:
             self._gate.release(1000)
 
     def wait(self):
+        self.begun += 1
         if self._gate:
             self._gate.acquire()
         time.sleep(self.chunk_s)
@@ -136,6 +140,15 @@ class FakeSession:
     def close(self):
         if self.number not in self._engine.closed_sessions:
             self._engine.closed_sessions.append(self.number)
+
+
+MAX_TOKENS = 64
+
+
+def fake_tokenize(prompt):
+    """A token for each word."""
+    words = clean_prompt(prompt).split()
+    return PromptTokens(ids=tuple(range(len(words[:MAX_TOKENS]))), truncated=len(words) > MAX_TOKENS)
 
 
 def fake_encode(prompt):

@@ -8,7 +8,7 @@ import threading
 import time
 
 import httpx
-from fake_engine import FakeEngine, fake_encode
+from fake_engine import FakeEngine, fake_encode, fake_tokenize
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -65,6 +65,7 @@ class Running:
                 self._reload,
                 fake_encode,
                 self.settings,
+                tokenize=fake_tokenize,
                 tokens=self._tokens,
                 listening=self._listening,
                 version="0",

@@ -10,9 +10,12 @@ from running import Running, until
 
 from causalrt.errors import RankError, RequestError
 from causalrt.runtime.server import services
+from causalrt.runtime.server.auth import Tokens
 from causalrt.runtime.server.engine_host import BundleReplacedError
 from causalrt.runtime.server.run import listen
 from causalrt.runtime.video_file import Mp4Writer
+
+TOKEN = "a-token-0123456789"
 
 
 def test_ranks_that_die_fail_what_runs_and_come_back():
@@ -219,6 +222,29 @@ def test_draining_finishes_what_runs_and_takes_nothing_new():
         server.ended()
         assert engine.closed
         assert not engine.open_sessions
+
+
+def test_draining_tells_a_client_that_waits_for_its_token(tmp_path):
+    """A token would not help it any more, so it must not be asked for one."""
+    tokens = tmp_path / "tokens"
+    tokens.touch(mode=0o600)
+    tokens.write_text(TOKEN)
+    engine = FakeEngine()
+    engine.hold()
+    with (
+        Running(engine, tokens=Tokens.from_file(tokens)) as server,
+        server.realtime(ready=False) as waiting,
+        server.realtime(ready=False) as client,
+    ):
+        client.send("auth", token=TOKEN)
+        client.start(chunks=1)
+        client.next("started")  # so that the server has something to wait for
+        server.end()
+        assert waiting.closed() == 1001
+        with server.realtime(ready=False) as late:
+            assert late.closed() == 1001
+        engine.let(1)
+        assert client.next("ended")["reason"] == "done"
 
 
 def test_draining_waits_for_a_reader_that_is_behind():

@@ -142,6 +142,21 @@ def test_a_switch_and_a_stop_reach_the_ranks(server):
         assert client.next("ended")["reason"] == "stopped"
 
 
+def test_each_answer_says_that_the_prompt_was_cut(server):
+    prompt = "a fox runs " * 20  # of which this model reads 8 tokens
+    for _ in range(2):
+        job = server.http.post("/v1/videos", json={"prompt": prompt, "seconds": 0.1}).json()
+        assert [warning["code"] for warning in job["warnings"]] == ["prompt_cut"]
+        assert "first 8 tokens" in job["warnings"][0]["message"]
+        assert server.finished(job["id"])["warnings"] == job["warnings"]
+    with server.realtime() as socket:
+        client = Client(socket)
+        client.next("ready")
+        client.start(prompt=prompt, chunks=1)
+        assert client.next("started")["warnings"] == job["warnings"]
+        client.next("ended")
+
+
 def test_the_page_and_its_files_are_served(server):
     page = server.http.get("/")
     assert page.headers["content-type"].startswith("text/html")

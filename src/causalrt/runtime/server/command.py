@@ -77,8 +77,6 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     import asyncio
 
     from causalrt.engines.bundle import Bundle, open_bundle
-    from causalrt.model.text import clean_prompt
-    from causalrt.model.words import WordEncoder
     from causalrt.runtime.engine import Engine, open_text_encoder
     from causalrt.runtime.load import load
     from causalrt.runtime.server import run as running
@@ -128,7 +126,7 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
                 tokens=tokens,
                 listening=listening,
                 version=version,
-                check_prompt=encoder.encode if isinstance(encoder, WordEncoder) else clean_prompt,
+                tokenize=encoder.tokenize,
                 on_start=lambda server: on_start(running.address(listening)),
             )
         )

@@ -39,18 +39,27 @@ MOST_SWITCHES = 4  # asked for and not yet made
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wish:
-    """What is to be generated; `num_chunks` None goes on as long as the bundle can."""
+    """What is to be generated.
+
+    Attributes:
+        prompt: as it was given.
+        prompt_cut_to: as of `Offer.check_prompt`.
+        seed: of the noise.
+        num_chunks: None goes on as long as the bundle can.
+    """
 
     prompt: str
+    prompt_cut_to: int | None
     seed: int
     num_chunks: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Switch:
-    """Another prompt from the next chunk on."""
+    """Another prompt from the next chunk on; `prompt_cut_to` is as of `Offer.check_prompt`."""
 
     prompt: str
+    prompt_cut_to: int | None
     policy: str
 
 
@@ -69,7 +78,7 @@ class Output(Protocol):
     def paused(self, yes: bool) -> None:
         """The generator stands still because it was told to, or goes on."""
 
-    def switched(self, *, ms: float, from_chunk: int, policy: str) -> None:
+    def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
         """The prompt has changed."""
 
     def refused(self, problem: Problem) -> None:
@@ -308,7 +317,7 @@ class Generator:
             return
         seconds = time.perf_counter() - begun
         self._metrics.switch.labels(switch.policy).observe(seconds)
-        output.switched(ms=1e3 * seconds, from_chunk=from_chunk, policy=switch.policy)
+        output.switched(switch, ms=1e3 * seconds, from_chunk=from_chunk)
 
     def _count(self, kind: Kind, frames: int, latency_ms: float, stages: dict[str, float | None]) -> None:
         self._metrics.frames.labels(kind).inc(frames)

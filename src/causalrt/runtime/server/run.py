@@ -14,7 +14,7 @@ import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from causalrt.errors import RequestError
-from causalrt.model.text import clean_prompt
+from causalrt.model.text import PromptTokens
 from causalrt.runtime.server.app import make_app
 from causalrt.runtime.server.auth import Tokens
 from causalrt.runtime.server.connections import Acceptor, HttpProtocol, connection_limit
@@ -177,10 +177,10 @@ async def serve(
     encode: Callable[[str], torch.Tensor],
     settings: ServerSettings,
     *,
+    tokenize: Callable[[str], PromptTokens],
     tokens: Tokens,
     listening: socket.socket,
     version: str,
-    check_prompt: Callable[[str], object] = clean_prompt,
     on_start: Callable[[Server], None] = lambda server: None,
 ) -> None:
     """Serve until a signal; returns when everything has ended and the engine is closed.
@@ -190,17 +190,17 @@ async def serve(
         load: makes another one, if its ranks die.
         encode: prompt -> embeddings `[rows, text_dim]`.
         settings: limits and places.
+        tokenize: prompt -> what `encode` reads of it; refuses, quickly, what `encode` would refuse.
         tokens: who may use it.
         listening: from `listen`.
         version: of the OpenAPI document.
-        check_prompt: refuses, quickly, a text that `encode` would refuse.
         on_start: told the server before it starts.
 
     Raises:
         RequestError: the engine makes no frames, or the spool cannot be used.
         ConfigError: the process may not open enough files and sockets.
     """
-    services = make_services(engine, load, encode, settings, tokens, check_prompt=check_prompt)
+    services = make_services(engine, load, encode, settings, tokens, tokenize=tokenize)
     try:
         app = make_app(services, version=version)
         config = uvicorn.Config(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from causalrt.errors import RequestError
-from causalrt.model.text import clean_prompt
+from causalrt.model.text import PromptTokens
 from causalrt.runtime.server.admission import Admission, RateLimit
 from causalrt.runtime.server.auth import Tokens
 from causalrt.runtime.server.engine_host import EngineHost, EngineLike
@@ -133,7 +133,7 @@ def make_services(
     settings: ServerSettings,
     tokens: Tokens,
     *,
-    check_prompt: Callable[[str], object] = clean_prompt,
+    tokenize: Callable[[str], PromptTokens],
 ) -> Services:
     """Put a server together on the running event loop.
 
@@ -143,7 +143,7 @@ def make_services(
         encode: prompt -> embeddings `[rows, text_dim]`; called from several threads.
         settings: limits and places.
         tokens: who may use it.
-        check_prompt: refuses, quickly, a text that `encode` would refuse (`Offer`).
+        tokenize: prompt -> what `encode` reads of it (`Offer`).
 
     Raises:
         RequestError: the engine makes no frames, or the spool cannot be used.
@@ -154,7 +154,7 @@ def make_services(
         )
     slots = _slots(engine, settings)
     metrics = Metrics()
-    offer = Offer.from_config(engine.config, settings, check_prompt=check_prompt)
+    offer = Offer.from_config(engine.config, settings, tokenize=tokenize)
     admission = Admission(slots=slots, max_queue=settings.max_queue)
     loop = asyncio.get_running_loop()
 

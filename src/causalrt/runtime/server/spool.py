@@ -47,6 +47,7 @@ class Job:
     error_code: str | None = None
     error_message: str | None = None
     num_bytes: int = 0
+    prompt_cut_to: int | None = None
 
     @property
     def ended(self) -> bool:
