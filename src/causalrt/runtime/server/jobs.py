@@ -50,7 +50,8 @@ class _JobOutput:
         self._left = job.num_frames
 
     def started(self, *, text_ms: float) -> None:
-        self._writer = Mp4Writer(self._path, height=self._offer.height, width=self._offer.width, fps=self._offer.fps)
+        offer = self._offer
+        self._writer = Mp4Writer(self._path, height=offer.height, width=offer.width, fps=offer.fps, private=True)
 
     def write(self, frames: torch.Tensor) -> float:
         assert self._writer is not None
