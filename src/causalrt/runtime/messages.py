@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -92,12 +93,13 @@ class SaveCommand:
 class ResumeCommand:
     """Take a session up from a snapshot's folder, as `SaveCommand` left it; a rank's is open already, and new.
 
-    `frame` is where in the video it is; files that say something else are refused.
+    `frame` is where in the video it is, `files` the sha256 of each file; files that are something else are refused.
     """
 
     session: int
     folder: Path
     frame: int
+    files: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
