@@ -92,7 +92,7 @@ def write_session(
         **identity(bundle),
         "session": asdict(record),
         "tensors": {name: tensor_digest(tensor) for name, tensor in tensors.items()},
-        "files": {path.name: file_digest(path) for path in folder.iterdir()},
+        "files": {path.name: file_digest(path) for path in sorted(folder.iterdir())},
     }
     header = json.dumps({**plain, "digest": record_digest(plain)})
     save_tensors(tensors, folder / SESSION_FILE, {HEADER: header})
