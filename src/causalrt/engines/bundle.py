@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from causalrt.atomic_files import whole_folder
 from causalrt.config import Config, config_from_dict
 from causalrt.engines.kinds import EXECUTORS
@@ -102,8 +104,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    plain = {key: value for key, value in manifest.items() if key != "digest"}
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """sha256 of the bytes of a tensor on the CPU, in hex."""
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """sha256, in hex, of a record that will be JSON, apart from what it has under `digest`."""
+    plain = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -261,7 +269,7 @@ def write_manifest(
         "toolchain": toolchain_versions(),
         "files": files,
     }
-    manifest["digest"] = _manifest_digest(manifest)
+    manifest["digest"] = record_digest(manifest)
     with (folder / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
@@ -347,7 +355,7 @@ def _read_manifest(path: Path) -> Bundle:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         raise BundleError(f"{path} has manifest schema {schema!r}, this version reads {SCHEMA}; {REBUILD}")
-    if manifest.get("digest") != _manifest_digest(manifest):
+    if manifest.get("digest") != record_digest(manifest):
         raise BundleError(f"{path / MANIFEST} was changed after the build; {REBUILD}")
     try:
         return _bundle_from_manifest(path, manifest)

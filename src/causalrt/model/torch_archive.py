@@ -65,8 +65,10 @@ class TorchArchive:
     def _data_offset(self, info: zipfile.ZipInfo) -> int:
         assert self._archive.fp is not None
         self._archive.fp.seek(info.header_offset)
-        lengths = _LOCAL_HEADER.unpack(self._archive.fp.read(_LOCAL_HEADER.size))
-        return info.header_offset + _LOCAL_HEADER.size + sum(lengths)
+        name_bytes: int
+        extra_bytes: int
+        name_bytes, extra_bytes = _LOCAL_HEADER.unpack(self._archive.fp.read(_LOCAL_HEADER.size))
+        return info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
 
     def _check(self, offset: int, info: zipfile.ZipInfo) -> None:
         if offset in self._checked or not self._has_checksums:

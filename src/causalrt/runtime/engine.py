@@ -345,7 +345,7 @@ class Engine:
         """
         self.check_owner()
         folder = Path(folder).absolute()
-        record, text, rows = read_session(folder, self.bundle)
+        record, text, rows, files = read_session(folder, self.bundle)
         if self.decoder is not None and record.vae != self.bundle.hashes[VAE_WEIGHTS]:
             why = "without frames" if record.vae is None else "with another VAE"
             raise RequestError(f"{folder} was made {why}; load the engine with vae=False to resume it")
@@ -364,9 +364,9 @@ class Engine:
             opened.append(session)
             session.begin_at(record.next_chunk, rows)
             try:
-                self._run(ResumeCommand(session=session.number, folder=folder, frame=frame))
+                self._run(ResumeCommand(session=session.number, folder=folder, frame=frame, files=files))
                 if self.decoder is not None:
-                    self.decoder.resume(session.number, folder, frame=decoder_frame)
+                    self.decoder.resume(session.number, folder, frame=decoder_frame, files=files)
             except RequestError:
                 self._close_session(session.number)
                 session.forget()

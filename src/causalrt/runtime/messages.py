@@ -3,6 +3,7 @@
 import os
 import pickle
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -95,12 +96,13 @@ class SaveCommand:
 class ResumeCommand:
     """Take a session up from a snapshot's folder, as `SaveCommand` left it; a rank's is open already, and new.
 
-    `frame` is where in the video it is; files that say something else are refused.
+    `frame` is where in the video it is, `files` the sha256 of each file; files that are something else are refused.
     """
 
     session: int
     folder: Path
     frame: int
+    files: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -90,7 +90,7 @@ class RankServer:
                     if isinstance(command, SaveCommand):
                         rollout.save(path)
                     else:
-                        rollout.load(path, frame=command.frame)
+                        rollout.load(path, frame=command.frame, sha256=command.files[path.name])
                 except RequestError as error:
                     send(self._channel, Refused(kind=type(error).__name__, message=str(error)))
             case UsageCommand():

@@ -281,13 +281,13 @@ class Session:
             num_chunks=self.num_chunks,
             vae=engine.bundle.hashes[VAE_WEIGHTS] if engine.has_vae else None,
         )
-        with engine._turn():
-            engine._settle()
-            with new_snapshot(folder, overwrite=overwrite) as work:
-                write_session(work, engine.bundle, record, self._text, ahead)
+        with new_snapshot(folder, overwrite=overwrite) as work:
+            with engine._turn():
+                engine._settle()
                 engine._run(SaveCommand(session=self.number, folder=work))
                 if engine.decoder is not None:
                     engine.decoder.save(self.number, work)
+            write_session(work, engine.bundle, record, self._text, ahead)
 
     def _check_open(self) -> None:
         if self._closed:

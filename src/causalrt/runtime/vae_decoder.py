@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,15 +128,15 @@ class VaeDecoder:
         with self._turn():
             self._run(SaveCommand(session=session, folder=folder))
 
-    def resume(self, session: int, folder: Path, *, frame: int) -> None:
-        """Open a session where `save` has left it, after `frame` latents.
+    def resume(self, session: int, folder: Path, *, frame: int, files: Mapping[str, str]) -> None:
+        """Open a session where `save` has left it, after `frame` latents; `files` are the sha256 of the folder's files.
 
         Raises:
             RequestError: the snapshot is damaged, or of another VAE.
             RankError: the process died, hung or raised.
         """
         with self._turn():
-            self._run(ResumeCommand(session=session, folder=folder, frame=frame))
+            self._run(ResumeCommand(session=session, folder=folder, frame=frame, files=files))
 
     def close_session(self, session: int) -> None:
         """Free its caches."""

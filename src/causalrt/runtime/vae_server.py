@@ -80,11 +80,15 @@ class VaeServer:
                 case SaveCommand():
                     save_tensors(self._state(command.session).snapshot(), command.folder / DECODER_FILE, {})
                 case ResumeCommand():
-                    state = self._vae.open()
-                    state.restore(load_tensors(command.folder / DECODER_FILE))
+                    state, path = self._vae.open(), command.folder / DECODER_FILE
+                    snapshot = load_tensors(path, command.files[DECODER_FILE])
+                    try:
+                        state.restore(snapshot)
+                    except RequestError as error:
+                        raise RequestError(f"{path} is damaged: {error}; take another snapshot") from error
                     if state.latent_frames != command.frame:
                         raise RequestError(
-                            f"{command.folder / DECODER_FILE} is damaged, or of another snapshot: it is after "
+                            f"{path} is damaged, or of another snapshot: it is after "
                             f"{state.latent_frames} latents, the session after {command.frame}; take another snapshot"
                         )
                     self._states[command.session] = state

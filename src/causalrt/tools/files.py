@@ -1,15 +1,14 @@
 """What commands read and write: prompt embeddings in; latents, reports and the folders of results out."""
 
-import contextlib
+import json
 import os
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from causalrt.atomic_files import whole_file
 from causalrt.errors import CheckpointError, PromptError, RequestError
@@ -95,9 +94,19 @@ def make_folder(folder: Path) -> None:
 
 
 def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
-    """Write latents `[frames, 16, H, W]` as safetensors, whole or not at all."""
-    with _written(path) as partial:
-        save_file({"latents": latents.contiguous()}, partial, metadata)
+    """Write latents `[frames, 16, H, W]` as safetensors, whole or not at all; the same ones give the same bytes."""
+    data = save({"latents": latents.contiguous()}, metadata)
+    write_whole(path, _with_sorted_header(data))
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """A safetensors file whose metadata are in order: the library writes them in another one each time."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the data begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def write_whole(path: Path, contents: bytes) -> None:
@@ -106,14 +115,8 @@ def write_whole(path: Path, contents: bytes) -> None:
     Raises:
         RequestError: it cannot be written; what was there is as it was.
     """
-    with _written(path) as partial:
-        partial.write_bytes(contents)
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[Path]:
     try:
         with whole_file(path) as partial:
-            yield partial
-    except (OSError, SafetensorError) as error:
+            partial.write_bytes(contents)
+    except OSError as error:
         raise RequestError(f"writing {path} failed, what was there is as it was: {error}") from error
