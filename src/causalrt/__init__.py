@@ -1,5 +1,6 @@
 """CausalRT: causal video diffusion transformers, compiled ahead of time and run in real time on 1 to N ranks."""
 
+import importlib
 import logging
 import os
 import sys
@@ -21,14 +22,31 @@ from causalrt.runtime.session import Chunk, Session
 
 if TYPE_CHECKING:
     from causalrt.export.build import build
+    from causalrt.runtime.pictures.read import read_frames
+    from causalrt.runtime.video_file import write_video
 
-__all__ = ["RECIPES", "Chunk", "Config", "Engine", "Session", "build", "load", "override", "recipe"]
+__all__ = [
+    "RECIPES",
+    "Chunk",
+    "Config",
+    "Engine",
+    "Session",
+    "build",
+    "load",
+    "override",
+    "read_frames",
+    "recipe",
+    "write_video",
+]
+_LAZY = {  # a production host needs no exporter, and not every one pictures: imported when they are asked for
+    "build": "causalrt.export.build",
+    "read_frames": "causalrt.runtime.pictures.read",
+    "write_video": "causalrt.runtime.video_file",
+}
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    if name == "build":  # a production host needs no exporter: import it when it is asked for
-        from causalrt.export.build import build
-
-        return build
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

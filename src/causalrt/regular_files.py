@@ -1,7 +1,9 @@
 """Files that can be read to an end: no pipe, which would be waited for, and no device, which may have none."""
 
+import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 _OTHERS = {
     stat.S_IFIFO: "a named pipe",
@@ -18,7 +20,26 @@ def regular_file(path: Path) -> Path:
     Raises:
         OSError: it is something else, or there is nothing.
     """
-    kind = stat.S_IFMT(path.stat().st_mode)
+    _check_mode(path.stat().st_mode)
+    return path
+
+
+def open_regular_file(path: Path) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading. The file object's `name` is a descriptor, not a path.
+
+    Raises:
+        OSError: it is something else, or cannot be opened.
+    """
+    descriptor = os.open(regular_file(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_mode(os.fstat(descriptor).st_mode)  # another file may have taken its place
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_mode(mode: int) -> None:
+    kind = stat.S_IFMT(mode)
     if kind != stat.S_IFREG:
         raise OSError(f"it is {_OTHERS.get(kind, 'something else')}, not a regular file")
-    return path

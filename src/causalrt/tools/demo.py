@@ -31,8 +31,9 @@ from causalrt.model.words import WordEncoder
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.load import load
 from causalrt.runtime.noise import SeededNoise
+from causalrt.runtime.pyav import pyav
 from causalrt.runtime.session import Chunk
-from causalrt.runtime.video_file import Mp4Writer, check_picture, pyav
+from causalrt.runtime.video_file import Mp4Writer, check_picture
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet, enlarged
 from causalrt.tools.demo_request import ABOUT, EXAMPLES, DemoRequest
 from causalrt.tools.files import check_writable, make_folder, write_whole
@@ -250,8 +251,8 @@ def _write(
     """Each file whole or not at all, in the place of an earlier demo's."""
     video, scale = config.video, _scale(config)
     shown = SHOWN if SHOWN in made else request.rows[-1]
-    size = {"height": scale * video.pixel_height, "width": scale * video.pixel_width}
-    with Mp4Writer(request.out / VIDEO_FILE, **size, fps=video.fps) as writer:
+    height, width = scale * video.pixel_height, scale * video.pixel_width
+    with Mp4Writer(request.out / VIDEO_FILE, height=height, width=width, fps=video.fps) as writer:
         for frames in made[shown].frames:
             writer.write(enlarged(frames.numpy(), scale))
     said = [request.prompt, *switches.values()]

@@ -1,0 +1,250 @@
+"""Clips, decoded by PyAV: the moving stream's pictures, upright, deinterlaced, composited over one colour, in sRGB."""
+
+import contextlib
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from causalrt.errors import RequestError
+from causalrt.runtime.pictures.colour import image_from_frame
+from causalrt.runtime.pictures.picture import MAX_PIXELS, Colour, Damage, Picture, check_size, over
+from causalrt.runtime.pyav import pyav
+
+FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,mxf,nut,dv,rm,wtv,h264,hevc,obu,m4v,mjpeg,yuv4mpegpipe"
+)
+"""FFmpeg's names. Playlists and patterns are none of them: their demuxers open other files, and addresses in the network."""
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+MAX_LOOKAHEAD = 10_000  # packets, in which a second picture of each video stream is looked for
+UPRIGHT = (1, 0, 0, 1)
+
+
+def clip_pictures(file: BinaryIO, background: Colour, *, max_hdr_side: int) -> Iterator[Picture]:
+    """The pictures of a clip, one after the other.
+
+    Raises:
+        RequestError: it is no clip, or of a kind that is not read.
+        Damage: the clip is damaged or cut off.
+    """
+    av = pyav()
+    file.seek(0)
+    is_heif = file.read(12)[4:] in [b"ftyp" + brand for brand in HEIF_BRANDS]
+    number = _moving_stream(file, is_heif=is_heif)
+    with _opened(file) as container:
+        stream = container.streams[number]
+        frames = _deinterlaced(_decoded(container, stream))
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        start = gap = Fraction(0)
+        shown: Any = None
+        time = None
+        declared = _declared_seconds(container, stream)
+        try:
+            for frame in frames:
+                before, time = time, _time(frame, time, gap)
+                if before is not None:
+                    gap = time - before
+                    yield _picture(shown, start, gap, aspect, background, max_hdr_side)
+                    start += gap
+                shown = frame
+        except (Damage, av.FFmpegError) as damage:
+            if shown is not None:
+                yield _picture(shown, start, _duration(shown, gap, stream), aspect, background, max_hdr_side)
+            raise Damage(getattr(damage, "strerror", None) or str(damage)) from damage
+        if shown is None:
+            raise Damage("no picture of it can be decoded")
+        last = _duration(shown, gap, stream)
+        yield _picture(shown, start, last, aspect, background, max_hdr_side)
+        if declared - (start + last) > max(Fraction(1, 2), 3 * last):
+            raise Damage(f"it ends after {float(start + last):.2f} of {float(declared):.2f} s")
+
+
+def _picture(
+    frame: Any, start: Fraction, duration: Fraction, aspect: Fraction, background: Colour, max_hdr_side: int
+) -> Picture:
+    a, b, c, d = _orientation(frame)
+    turns = a == d == 0
+
+    def image() -> Image.Image:
+        found = over(background, image_from_frame(frame, max_hdr_side=max_hdr_side))
+        if turns:
+            found = found.transpose(Image.Transpose.TRANSPOSE)
+        if (c if turns else a) < 0:
+            found = found.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if (b if turns else d) < 0:
+            found = found.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        return found
+
+    return Picture(start=start, duration=duration, image=image, pixel_aspect=1 / aspect if turns else aspect)
+
+
+def _orientation(frame: Any) -> tuple[int, int, int, int]:
+    """The display matrix (ISO 14496-12, 8.3.2) without its shift: (x, y) is shown at (a x + c y, b x + d y)."""
+    try:
+        matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    except ValueError:  # side data of a type that PyAV does not know: it cannot list any, but still tells quarter turns
+        return {0: UPRIGHT, 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), -180: (-1, 0, 0, -1), -90: (0, 1, -1, 0)}[
+            frame.rotation
+        ]
+    if matrix is None:
+        return UPRIGHT
+    values = struct.unpack("=9i", bytes(matrix))
+    found: tuple[int, int, int, int] = (values[0], values[1], values[3], values[4])
+    if found == (0, 0, 0, 0):
+        return UPRIGHT
+    if not (found[0] == found[3] == 0 or found[1] == found[2] == 0):
+        raise RequestError(
+            "it is to be shown turned by an angle that is no quarter turn; turn its pictures upright first"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _opened(file: BinaryIO) -> Iterator[Any]:
+    """The container, from the bytes of `file` alone."""
+    av = pyav()
+    file.seek(0)
+    # Opened by a descriptor's number, `file` has no name that FFmpeg could take for an address or a pattern.
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "", "max_pixels": str(MAX_PIXELS)}
+    try:
+        container = av.open(file, options=options, metadata_errors="replace")
+    except (av.FFmpegError, ValueError) as error:
+        raise RequestError(
+            "it is none of the pictures and clips that are read (JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, TGA, JPEG 2000; MP4, "
+            f"MOV, MKV, WebM, AVI, MPEG and others, but no playlists), or is damaged: {getattr(error, 'strerror', error)}"
+        ) from error
+    with container:
+        yield container
+
+
+def _moving_stream(file: BinaryIO, *, is_heif: bool) -> int:
+    """Index of the stream that a player shows: no cover picture, moving rather than not, the default one, the first."""
+    with _opened(file) as container:
+        streams = container.streams.video
+        if is_heif and (len(streams) > 1 or any("dependent" in str(stream.disposition) for stream in streams)):
+            raise RequestError(
+                "it is a HEIC or HEIF picture made of tiles, of which each is a picture by itself; convert it to JPEG or PNG"
+            )
+        shown = [
+            stream
+            for stream in streams
+            if not stream.disposition
+            & (type(stream.disposition).attached_pic | type(stream.disposition).timed_thumbnails)
+        ]
+        if not shown:
+            raise RequestError("it holds no moving picture" + (", only the cover of a sound" if streams else ""))
+        counted: Counter[int] = Counter()
+        if len(shown) > 1:
+            with contextlib.suppress(pyav().FFmpegError):
+                for number, packet in enumerate(container.demux(shown)):
+                    counted[packet.stream.index] += packet.size > 0
+                    if number == MAX_LOOKAHEAD or all(counted[stream.index] > 1 for stream in shown):
+                        break
+        stream = max(
+            shown,
+            key=lambda stream: (counted[stream.index] > 1, bool(stream.disposition & type(stream.disposition).default)),
+        )
+        if stream.codec_context is None:
+            raise RequestError("its video is of a kind that the installed PyAV cannot decode; convert it to H.264")
+        check_size(stream.width, stream.height)
+        return int(stream.index)
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Frames up to the first damaged one.
+
+    Raises:
+        Damage: there is one.
+    """
+    av = pyav()
+    decoder = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
+        # FFmpeg's own decoders leave out the transparency of WebM.
+        decoder = av.CodecContext.create("libvpx" if decoder.name == "vp8" else "libvpx-vp9", "r")
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}
+    decoder.thread_type = "AUTO"
+    damage: av.FFmpegError | None = None
+
+    def found() -> Iterator[Any]:
+        nonlocal damage
+        try:
+            for packet in container.demux(stream):
+                yield from decoder.decode(packet if packet.size else None)
+        except EOFError:  # the decoder was flushed already
+            pass
+        except av.FFmpegError as error:
+            damage = error
+        if damage:
+            with contextlib.suppress(av.FFmpegError):
+                yield from decoder.decode(None)  # good pictures that it holds back to bring them in order
+
+    for frame in found():
+        if frame.is_corrupt:
+            raise Damage("a picture is damaged")
+        frame.time_base = frame.time_base or stream.time_base
+        yield frame
+    if damage:
+        raise Damage(damage.strerror) from damage
+
+
+def _deinterlaced(frames: Iterator[Any]) -> Iterator[Any]:
+    """Whole pictures; progressive ones stay as they are."""
+    av = pyav()
+    graph = None
+    try:
+        for frame in frames:
+            if graph is None and frame.interlaced_frame:
+                graph = av.filter.Graph()
+                source = graph.add_buffer(
+                    width=frame.width,
+                    height=frame.height,
+                    format=frame.format,
+                    time_base=frame.time_base,
+                )
+                graph.link_nodes(
+                    source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+                )
+                graph.configure()
+            if graph is None:
+                yield frame
+            else:
+                graph.push(frame)
+                yield from _pulled(graph)
+    finally:
+        if graph is not None:
+            graph.push(None)
+    if graph is not None:
+        yield from _pulled(graph)
+
+
+def _pulled(graph: Any) -> Iterator[Any]:
+    av = pyav()
+    with contextlib.suppress(av.BlockingIOError, av.EOFError):
+        while True:
+            yield graph.pull()
+
+
+def _time(frame: Any, before: Fraction | None, gap: Fraction) -> Fraction:
+    """When a frame is shown; after the one before, whatever its stamp says."""
+    found = None if frame.pts is None else frame.pts * frame.time_base
+    if before is None:
+        return found or Fraction(0)
+    return found if found is not None and found > before else before + (gap or Fraction(1, 25))
+
+
+def _duration(frame: Any, gap: Fraction, stream: Any) -> Fraction:
+    """Of the last frame."""
+    if frame.duration and frame.time_base:
+        return Fraction(frame.duration * frame.time_base)
+    return gap or (1 / stream.average_rate if stream.average_rate else Fraction(1, 25))
+
+
+def _declared_seconds(container: Any, stream: Any) -> Fraction:
+    """How long the video should be, by the head of the file; 0 where that is not said of the video by itself."""
+    if stream.duration:
+        return Fraction(stream.duration * stream.time_base)
+    alone = len(container.streams) == 1 and container.duration and container.format.name.startswith("matroska")
+    return Fraction(container.duration, 1_000_000) if alone else Fraction(0)

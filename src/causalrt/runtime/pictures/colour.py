@@ -1,0 +1,145 @@
+"""Colour as files have it, to the sRGB of our frames.
+
+    YUV frame (PyAV) -> matrix by tag or size -> RGB
+        BT.601/709 primaries       -> taken as it is, as players do
+        BT.2020 or P3 primaries    -> swscale, to BT.709 primaries
+        PQ or HLG (HDR)            -> light, 1.0 = 203 cd/m2 (BT.2408) -> BT.709 primaries -> highlights compressed -> sRGB
+
+What is not listed here is refused by its name rather than shown in wrong colours. Numbers are those of ITU-T H.273.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from causalrt.errors import RequestError
+from causalrt.runtime.pyav import pyav
+
+RGB, BT709, UNSPECIFIED, BT2020, DISPLAY_P3, SRGB, PQ, HLG = 0, 1, 2, 9, 12, 13, 16, 18
+
+# By number; None is taken as it is. The others of H.273 are refused.
+PRIMARIES = {BT709: None, UNSPECIFIED: None, 4: None, 5: None, 6: None, 7: None, 22: None}
+PRIMARIES |= {BT2020: "BT.2020", 11: "DCI-P3", DISPLAY_P3: "Display P3"}
+TRANSFERS = dict.fromkeys((BT709, UNSPECIFIED, 4, 5, 6, 7, 11, 12, SRGB, 14, 15)) | {PQ: "PQ", HLG: "HLG"}
+MATRICES = dict.fromkeys((RGB, BT709, UNSPECIFIED, 4, 5, 6, 7, BT2020))
+REFUSED = {
+    "primaries": {8: "generic film", 10: "CIE XYZ"},
+    "transfer": {8: "linear light", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE 428"},
+    "matrix": {
+        8: "YCgCo",
+        10: "BT.2020 constant luminance",
+        11: "SMPTE 2085",
+        14: "ICtCp",
+        15: "IPT-C2 (Dolby Vision)",
+    },
+}
+
+REFERENCE_WHITE = 203.0  # cd/m2 of white in HDR (ITU-R BT.2408): becomes 1.0
+HLG_PEAK = 1000.0  # cd/m2 of the display that HLG's system gamma of 1.2 is for (ITU-R BT.2100)
+KNEE = 0.5  # light up to here stays as it is; what is brighter approaches 1.0
+
+# Of linear light, to BT.709 primaries.
+TO_BT709 = {
+    BT2020: [[1.660491, -0.587641, -0.072850], [-0.124550, 1.132900, -0.008349], [-0.018151, -0.100579, 1.118730]],
+    DISPLAY_P3: [[1.224940, -0.224940, 0.0], [-0.042057, 1.042057, 0.0], [-0.019638, -0.078636, 1.098274]],
+}
+Pixels = npt.NDArray[np.uint8]
+Wide = npt.NDArray[np.uint16]
+
+
+def check_colour(*, primaries: int, transfer: int, matrix: int = UNSPECIFIED) -> None:
+    """Refuse colours that cannot be converted to sRGB here, by the numbers of H.273.
+
+    Raises:
+        RequestError: names them.
+    """
+    tags = {"primaries": (primaries, PRIMARIES), "transfer": (transfer, TRANSFERS), "matrix": (matrix, MATRICES)}
+    refused = [
+        f"{REFUSED[kind].get(number, f'number {number}')} {kind}"
+        for kind, (number, known) in tags.items()
+        if number not in known
+    ]
+    if transfer in (PQ, HLG) and PRIMARIES.get(primaries) and primaries not in TO_BT709:
+        refused.append(f"{PRIMARIES[primaries]} primaries in {TRANSFERS[transfer]}")
+    if refused:
+        raise RequestError(f"colours with {', '.join(refused)} are not converted; convert it to BT.709 or sRGB first")
+
+
+def image_from_frame(frame: Any, *, max_hdr_side: int) -> Image.Image:
+    """An RGB or RGBA image in sRGB.
+
+    Args:
+        frame: PyAV's; what it says of its colours is believed, and BT.601 or BT.709 goes by its size where it says nothing.
+        max_hdr_side: pixels; an HDR picture whose shorter side is longer is scaled down before it is converted.
+
+    Raises:
+        RequestError: its colours cannot be converted.
+    """
+    reformatter = pyav().video.reformatter
+    spaces, flags = reformatter.Colorspace, reformatter.Interpolation
+    primaries, transfer, matrix = frame.color_primaries, frame.color_trc, frame.colorspace
+    check_colour(primaries=primaries, transfer=transfer, matrix=matrix)
+    # Chroma that is interpolated without rounding loses a level in each round of writing and reading.
+    exact = flags.BICUBIC | flags.ACCURATE_RND | flags.FULL_CHR_H_INT
+    options = {"interpolation": exact, "dst_color_range": reformatter.ColorRange.JPEG}
+    if matrix == UNSPECIFIED and not frame.format.is_rgb:
+        # As mpv does.
+        options["src_colorspace"] = spaces.ITU709 if frame.width >= 1280 or frame.height > 576 else spaces.ITU601
+    if transfer in (PQ, HLG):
+        scale = min(1.0, max_hdr_side / min(frame.width, frame.height))
+        size = {"width": max(1, round(frame.width * scale)), "height": max(1, round(frame.height * scale))}
+        wide = frame.reformat(format="rgb48le", **size, **options).to_ndarray()
+        return Image.fromarray(srgb_from_hdr(wide, primaries=primaries, transfer=transfer))
+    if PRIMARIES[primaries]:
+        options |= {"dst_color_primaries": BT709, "dst_color_trc": transfer if transfer != UNSPECIFIED else BT709}
+        if transfer == UNSPECIFIED:
+            frame.color_trc = BT709
+    has_alpha = any(part.is_alpha for part in frame.format.components) or frame.format.has_palette
+    return Image.fromarray(frame.reformat(format="rgba" if has_alpha else "rgb24", **options).to_ndarray())
+
+
+def image_to_srgb(image: Image.Image, *, primaries: int, transfer: int) -> Image.Image:
+    """A still RGB or RGBA image whose file names other primaries or an HDR transfer, in sRGB."""
+    check_colour(primaries=primaries, transfer=transfer)
+    if transfer not in (PQ, HLG) and not PRIMARIES[primaries]:
+        return image
+    frame = pyav().VideoFrame.from_ndarray(np.asarray(image.convert("RGB")), format="rgb24")
+    frame.color_primaries, frame.color_trc, frame.colorspace = primaries, transfer, RGB
+    converted = image_from_frame(frame, max_hdr_side=max(image.size))
+    if image.mode == "RGBA":
+        converted.putalpha(image.getchannel("A"))
+    return converted
+
+
+def srgb_from_hdr(coded: Wide, *, primaries: int, transfer: int) -> Pixels:
+    """PQ or HLG, uint16 `[h, w, 3]`, to sRGB, uint8: reference white becomes 233, and highlights lie above it."""
+    levels = np.linspace(0, 1, 65536)
+    if transfer == PQ:
+        light = np.take(_light_from_pq(levels).astype(np.float32), coded)
+    else:
+        scene = np.take(_scene_from_hlg(levels).astype(np.float32), coded)
+        luminance = scene @ np.array([0.2627, 0.6780, 0.0593], np.float32)
+        light = HLG_PEAK / REFERENCE_WHITE * scene * (luminance**0.2)[..., None]
+    if primaries in TO_BT709:
+        light = light @ np.array(TO_BT709[primaries], np.float32).T
+    brightest = np.maximum(light.max(axis=-1, keepdims=True), 1e-6)
+    compressed = KNEE + (1 - KNEE) * (1 - np.exp(-(brightest - KNEE) / (1 - KNEE)))
+    light = np.clip(light * np.where(brightest > KNEE, compressed / brightest, 1), 0, 1)
+    return np.rint(255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)).astype(
+        np.uint8
+    )
+
+
+def _light_from_pq(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    power = levels ** (1 / 78.84375)
+    return (
+        10000
+        / REFERENCE_WHITE
+        * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (1 / 0.1593017578125)
+    )
+
+
+def _scene_from_hlg(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.where(levels <= 0.5, levels**2 / 3, (np.exp((levels - 0.55991073) / 0.17883277) + 0.28466892) / 12)

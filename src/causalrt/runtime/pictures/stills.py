@@ -1,0 +1,116 @@
+"""Still and animated pictures, decoded by Pillow: upright, composited over one colour, in sRGB."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from io import BytesIO
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from causalrt.errors import RequestError
+from causalrt.runtime.pictures.colour import UNSPECIFIED, image_to_srgb
+from causalrt.runtime.pictures.picture import MAX_PIXELS, Colour, Damage, Picture, check_size, over
+from causalrt.runtime.pyav import pyav
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM")
+ANIMATED = ("PNG", "GIF", "WEBP", "AVIF")  # further pages of a TIFF, or pictures of an MPO, are no later moments
+SHORTEST_MS, UNSET_MS = 10, 100  # browsers show a GIF's picture of at most 10 ms for 100 ms
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
+
+
+def opened_image(file: BinaryIO, *, is_tga: bool) -> Image.Image | None:
+    """The image that Pillow finds by the file's contents, not decoded yet; None if it is no picture that Pillow knows.
+
+    Args:
+        file: seekable, and read as long as the image is used.
+        is_tga: whether it may be TGA, a format without a signature.
+
+    Raises:
+        RequestError: it has too many pixels.
+    """
+    file.seek(0)
+    Image.init()
+    try:
+        image = Image.open(file, formats=(*FORMATS, "TGA") if is_tga else FORMATS)
+    except UnidentifiedImageError:
+        return None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RequestError(f"it has more than {MAX_PIXELS:,} pixels; scale it down first") from None
+    check_size(*image.size)
+    return image
+
+
+def still_pictures(image: Image.Image, file: BinaryIO, background: Colour) -> Iterator[Picture]:
+    """Each picture of an image, one after the other; a still one lasts no time.
+
+    Raises:
+        RequestError: its pixels or colours are of a kind that is not converted.
+        Damage: a picture is damaged or cut off.
+    """
+    count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+    first = int(count > 1 and bool(getattr(image, "default_image", False)))  # shown where there is no animation
+    start = Fraction(0)
+    tags = _colour_tags(image, file)
+    for number in range(first, count):
+        try:
+            image.seek(number)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+        except DECODING_ERRORS as error:
+            raise Damage(str(error)) from error
+        duration = Fraction(0)
+        if count > 1:
+            shown_ms = Fraction(image.info.get("duration") or 0)
+            duration = (shown_ms if shown_ms > SHORTEST_MS else Fraction(UNSET_MS)) / 1000
+        shown = over(background, _in_srgb(upright, tags))
+        yield Picture(start=start, duration=duration, image=lambda shown=shown: shown)
+        start += duration
+
+
+def _in_srgb(image: Image.Image, tags: tuple[int, int]) -> Image.Image:
+    """RGB or RGBA, whatever the pixels were."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise RequestError(
+            f"its pixels ({image.mode}: 32 bits each) have no agreed black and white; convert it to 8 or 16 bits"
+        )
+    profile = image.info.get("icc_profile")
+    if profile:
+        return _through_profile(image, profile)
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image_to_srgb(image.convert(mode), primaries=tags[0], transfer=tags[1])
+
+
+def _through_profile(image: Image.Image, icc: bytes) -> Image.Image:
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(icc))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]
+        converted = ImageCms.profileToProfile(
+            image.convert(mode), profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, OSError, KeyError) as error:
+        raise RequestError(f"its ICC colour profile cannot be used ({error}); convert it to sRGB first") from error
+    assert converted is not None  # it is only None in place
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
+
+
+def _colour_tags(image: Image.Image, file: BinaryIO) -> tuple[int, int]:
+    """Primaries and transfer that a PNG or AVIF names without a profile, which Pillow does not tell."""
+    if image.format not in ("PNG", "AVIF") or image.info.get("icc_profile"):
+        return UNSPECIFIED, UNSPECIFIED
+    av = pyav()
+    position = file.tell()
+    try:
+        file.seek(0)
+        with av.open(file, options={"max_pixels": str(MAX_PIXELS)}) as container:
+            context = container.streams.video[0].codec_context
+            return context.color_primaries, context.color_trc
+    except (av.FFmpegError, IndexError):
+        return UNSPECIFIED, UNSPECIFIED
+    finally:
+        file.seek(position)
