@@ -28,6 +28,8 @@ def read_prompt_embeds(path: Path) -> torch.Tensor:
     Raises:
         PromptError: the file cannot be read, or does not hold one tensor.
     """
+    if path.suffix not in (".safetensors", ".npy", ".pt"):
+        raise PromptError(f"{path}: prompt embeddings come as .safetensors, .npy or .pt")
     try:
         regular_file(path)
         if path.suffix == ".safetensors":
@@ -37,12 +39,10 @@ def read_prompt_embeds(path: Path) -> torch.Tensor:
             embeds = tensors.get(PROMPT_KEY, next(iter(tensors.values())))
         elif path.suffix == ".npy":
             embeds = torch.from_numpy(np.load(path, allow_pickle=False))
-        elif path.suffix == ".pt":
+        else:
             embeds = torch.load(path, weights_only=True, map_location="cpu")
             if zipfile.is_zipfile(path):
                 TorchArchive(path).check_all()
-        else:
-            raise PromptError(f"{path}: prompt embeddings come as .safetensors, .npy or .pt")
     except PromptError:
         raise
     except CheckpointError as error:
