@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 # Before torch is imported, and for the processes that tests start: small ops on several threads wait for each other, at
 # great length where other tests run beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests that import onnxruntime before causalrt must not report to its maker either.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # A shell has what it starts in the background ignore Ctrl-C, and tests that press it would wait in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -39,6 +42,16 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what this machine could not test, and for want of what."""
+    skipped = terminalreporter.getreports("skipped")
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped if report.longrepr)
+    if reasons:
+        terminalreporter.section("not tested on this machine")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,29 +1,45 @@
-"""Opening what a caller names as a file: a regular file and nothing else, so that no FIFO or device can hang or answer."""
+"""Files that can be read to an end: no pipe, which would be waited for, and no device, which may have none."""
 
-import errno
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
+_OTHERS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading; symbolic links are followed.
+
+def regular_file(path: Path) -> Path:
+    """`path` as it is given, checked to be a regular file, or a link to one, as the cache of the Hugging Face hub has them.
 
     Raises:
-        OSError: it cannot be opened, or is a folder, a FIFO, a socket or a device.
+        OSError: it is something else, or there is nothing.
     """
-    _check_regular(path, os.stat(path))  # before it is opened: opening a device can act on it
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    _check_mode(path.stat().st_mode)
+    return path
+
+
+def open_regular_file(path: Path) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading. The file object's `name` is a descriptor, not a path.
+
+    Raises:
+        OSError: it is something else, or cannot be opened.
+    """
+    descriptor = os.open(regular_file(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _check_regular(path, os.fstat(descriptor))
+        _check_mode(os.fstat(descriptor).st_mode)  # another file may have taken its place
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def _check_regular(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a FIFO, socket or device"
-        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+def _check_mode(mode: int) -> None:
+    kind = stat.S_IFMT(mode)
+    if kind != stat.S_IFREG:
+        raise OSError(f"it is {_OTHERS.get(kind, 'something else')}, not a regular file")

@@ -40,8 +40,15 @@ class Mp4Writer:
     discarded by an exception.
     """
 
-    def __init__(self, path: Path, *, height: int, width: int, fps: int | Fraction) -> None:
+    def __init__(self, path: Path, *, height: int, width: int, fps: int | Fraction, private: bool = False) -> None:
         """Begin beside `path`.
+
+        Args:
+            path: the file.
+            height: of the frames, in pixels.
+            width: of the frames, in pixels.
+            fps: frames a second.
+            private: readable by its owner alone, rather than by whom the umask lets.
 
         Raises:
             RequestError: odd or impossible sizes or rate, or `path` cannot be written.
@@ -52,7 +59,8 @@ class Mp4Writer:
         pyav()
         try:
             self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.partial")
-            os.close(os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # and what the umask lets
+            mode = 0o600 if private else 0o666
+            os.close(os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
         except OSError as error:
             raise RequestError(f"cannot write {path}: {error}; choose a file in an existing, writable folder") from None
         with self._or_nothing():

@@ -48,6 +48,7 @@ def test_a_job_from_request_to_file(server):
         "progress": 0,
         "error": None,
         "remixed_from_video_id": None,
+        "warnings": [],
         "id": job["id"],
         "created_at": job["created_at"],
         "completed_at": None,
@@ -202,10 +203,24 @@ def test_a_deleted_video_is_gone_with_its_file(server):
     assert not [path for path in server.services.spool.folder.iterdir() if job["id"] in path.name]
 
 
-def test_the_spool_is_private(server):
-    server.finished(server.post(seconds=1).json()["id"])
-    folder = server.services.spool.folder
-    assert folder.stat().st_mode & 0o777 == 0o700
+def test_the_spool_is_private(tmp_path):
+    with Running(spool=tmp_path / "new" / "spool") as server:
+        folder = server.services.spool.folder
+        assert folder.stat().st_mode & 0o777 == 0o700
+        folder.chmod(0o755)
+        job = server.finished(server.post(seconds=1).json()["id"])
+        names = {".lock", f"{job['id']}.json", f"{job['id']}.mp4"}
+        assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(names, 0o600)
+
+
+def test_a_server_refuses_the_folder_of_somebody_else(tmp_path):
+    (tmp_path / "holiday.mp4").write_bytes(b"precious")
+    with (
+        pytest.raises(RequestError, match=r"holds 'holiday\.mp4'; give a new or an empty folder"),
+        Running(spool=tmp_path),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.mp4"]
 
 
 def test_a_prompt_that_cannot_be_encoded_fails_its_job_alone(server):
@@ -218,6 +233,15 @@ def test_a_prompt_that_cannot_be_encoded_fails_its_job_alone(server):
 
 
 # ---- jobs under way
+
+
+def test_a_prompt_that_is_cut_is_told_in_each_answer(server):
+    for words, cut in ((65, True), (65, True), (64, False)):
+        job = server.post(prompt="word " * words, seconds=0.1).json()
+        assert [(warning["code"], warning["param"]) for warning in job["warnings"]] == [("prompt_cut", "prompt")] * cut
+        assert all("first 64 tokens" in warning["message"] for warning in job["warnings"])
+        assert server.finished(job["id"])["warnings"] == job["warnings"]
+        assert server.http.get("/v1/videos", params={"limit": 1}).json()["data"][0]["warnings"] == job["warnings"]
 
 
 def test_progress_and_deletion_of_a_job_that_runs():
@@ -256,9 +280,8 @@ def test_finished_jobs_outlive_a_server_and_halves_do_not(tmp_path):
         engine.let(1)
         server.ended()
         assert not list((tmp_path / "spool").glob("*.partial"))
-    (tmp_path / "spool" / ".left.mp4.x.partial").touch()
+    (tmp_path / "spool" / f".video_{'0' * 32}.mp4.0123456789ab.partial").touch()
     (tmp_path / "spool" / f"video_{'0' * 32}.mp4").touch()
-    (tmp_path / "spool" / f"video_{'1' * 32}.json").write_text("{")
     with Running(spool=tmp_path / "spool") as server:
         assert server.video(kept["id"]) == kept
         assert frames_of(server.http.get(f"/v1/videos/{kept['id']}/content").content)

@@ -20,7 +20,7 @@ from PIL import Image, ImageColor
 
 from causalrt.config import FRAMES_PER_SECOND
 from causalrt.errors import RequestError
-from causalrt.regular_files import open_regular
+from causalrt.regular_files import open_regular_file
 from causalrt.runtime.pictures.clips import clip_pictures
 from causalrt.runtime.pictures.colour import Pixels
 from causalrt.runtime.pictures.picture import Colour, Damage, Picture
@@ -102,7 +102,7 @@ def read_frames(
 
 
 def _pictures(path: Path, background: Colour, *, max_hdr_side: int) -> Iterator[Picture]:
-    with open_regular(path) as file:
+    with open_regular_file(path) as file:
         image = opened_image(file, is_tga=path.suffix.lower() in TGA_SUFFIXES)
         if image is not None:
             yield from still_pictures(image, file, background)

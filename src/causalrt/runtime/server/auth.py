@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from causalrt.errors import ConfigError
+from causalrt.regular_files import regular_file
 from causalrt.runtime.server.problems import unauthorized
 
 LEAST_CHARS = 16
@@ -34,11 +35,12 @@ class Tokens:
             ConfigError: missing, readable by others, empty, or with a line that is no token; the line is not shown.
         """
         try:
-            mode = path.stat().st_mode
+            mode = regular_file(path).stat().st_mode
             lines = path.read_text(encoding="ascii").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the tokens in {path} cannot be read: {type(error).__name__}") from None
-        if not stat.S_ISREG(mode) or mode & (stat.S_IRWXG | stat.S_IRWXO):
+            why = "it is not ASCII text" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise ConfigError(f"the tokens in {path} cannot be read: {why}") from None
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise ConfigError(f"{path} holds tokens, and others may read it: chmod 600 {path}")
         owners: dict[bytes, str] = {}
         for number, line in enumerate(lines, 1):

@@ -1,7 +1,8 @@
-"""The files of jobs: a record `ID.json` and a video `ID.mp4` each, in a folder that only the server's user reads.
+"""The files of jobs: a record `ID.json` and a video `ID.mp4` each, in a folder that is marked as a spool.
 
-A record and a video appear whole or not at all. What a stopped server left is taken up again: finished jobs as they are,
-unfinished ones as failed, halves removed.
+A record and a video appear whole or not at all, readable by the server's user alone. After a restart finished jobs are as they
+were, unfinished ones have failed, and halves are removed. Only files with the names that a spool gives are ever removed, and
+none of a record that this version cannot read.
 """
 
 import contextlib
@@ -10,49 +11,64 @@ import json
 import logging
 import os
 import re
-import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from causalrt.atomic_files import whole_file
 from causalrt.errors import RequestError
+from causalrt.owned_paths import TemporaryFolder
 
 log = logging.getLogger(__name__)
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 STATUSES: tuple[Status, ...] = ("queued", "in_progress", "completed", "failed")
 JOB_ID = re.compile(r"video_[0-9a-f]{32}")
+SCHEMA = 1
+"""Version of the records; files of another version are left alone."""
+LOCK = ".lock"
+MARK = b"causalrt spool\n"
+"""What the lock file of a spool holds."""
+FILE = re.compile(rf"({JOB_ID.pattern})\.(json|mp4)|\.{JOB_ID.pattern}\.(json|mp4)\..+\.partial")
+Natural = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 @dataclass(kw_only=True, slots=True)
 class Job:
     """A video that was asked for. Times are Unix times in seconds; `seconds` is as it was given."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
     id: str
     owner: str
     model: str
     prompt: str
-    seed: int
+    seed: Natural
     size: str
     seconds: str
-    num_frames: int
-    num_chunks: int
-    created_at: int
+    num_frames: Natural
+    num_chunks: Natural
+    created_at: Natural
     status: Status = "queued"
-    progress: int = 0
-    completed_at: int | None = None
-    expires_at: int | None = None
+    progress: Natural = 0
+    completed_at: Natural | None = None
+    expires_at: Natural | None = None
     error_code: str | None = None
     error_message: str | None = None
-    num_bytes: int = 0
+    num_bytes: Natural = 0
+    prompt_cut_to: Natural | None = None
 
     @property
     def ended(self) -> bool:
         """Whether nothing will become of it any more."""
         return self.status in ("completed", "failed")
+
+
+_job = TypeAdapter(Job)
 
 
 class Spool:
@@ -61,46 +77,54 @@ class Spool:
     def __init__(self, folder: Path | None) -> None:
         """Use `folder`, made if it is missing; None makes one that goes with `close`.
 
+        A folder that was there keeps its permissions.
+
         Raises:
-            RequestError: it cannot be used, or another server uses it.
+            RequestError: it cannot be used, holds something else than a spool, or another server uses it.
         """
-        self._temporary = folder is None
+        self._temporary: TemporaryFolder | None = None
         try:
             if folder is None:
-                folder = Path(tempfile.mkdtemp(prefix="causalrt-spool-"))
+                self._temporary = TemporaryFolder("spool")
+                folder = self._temporary.path
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
-            self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = _claim(folder)
+        except BlockingIOError:
+            raise RequestError(f"another server uses the spool {folder}; give another with --spool") from None
         except OSError as error:
             raise RequestError(f"the spool {folder} cannot be used: {error}; give another with --spool") from None
         self.folder = folder.absolute()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise RequestError(f"another server uses the spool {folder}; give another with --spool") from None
+        if self.folder.stat().st_mode & stat.S_IWOTH:
+            log.warning("every user of this machine may write to the spool %s and replace its videos", folder)
 
     def load(self) -> Iterator[Job]:
-        """The jobs that are there, oldest first; everything that belongs to none is removed."""
+        """The jobs that are there, oldest first.
+
+        Files of no job are removed if a spool has named them. Records that cannot be read, and their videos, are left alone and
+        named in the log.
+        """
         jobs = []
-        for path in self.folder.glob("video_*.json"):
+        with_video = set()
+        for path in self._files(".json"):
             try:
-                job = Job(**json.loads(path.read_text()))
-                if JOB_ID.fullmatch(job.id) is None or path.stem != job.id or job.status not in STATUSES:
-                    raise ValueError(f"its id is {job.id!r} and its status {job.status!r}")
-            except (OSError, ValueError, TypeError) as error:
-                log.warning("the job record %s is unusable and removed: %s", path, error)
-                path.unlink(missing_ok=True)
-                continue
-            if job.status == "completed" and not self.video(job.id).is_file():
+                job = _read(path)
+                if job.status == "completed":
+                    _check_regular(self.video(job.id))
+                    with_video.add(job.id)
+                jobs.append(job)
+            except FileNotFoundError:
+                log.warning("the video of job %s is gone, so its record is removed", path.stem)
+                self.remove(path.stem)
+            except (OSError, ValueError, RecursionError) as error:
+                log.warning("the job record %s is left alone, with its video: %.300s", path, error)
+                with_video.add(path.stem)
+        for path in [*self._files(".partial"), *(path for path in self._files(".mp4") if path.stem not in with_video)]:
+            with contextlib.suppress(OSError):
                 path.unlink()
-                continue
-            jobs.append(job)
-        known = {job.id for job in jobs if job.status == "completed"}
-        for path in self.folder.iterdir():
-            if path.suffix == ".partial" or (path.suffix == ".mp4" and path.stem not in known):
-                path.unlink(missing_ok=True)
         yield from sorted(jobs, key=lambda job: (job.created_at, job.id))
+
+    def _files(self, suffix: str) -> list[Path]:
+        return [path for path in self.folder.iterdir() if FILE.fullmatch(path.name) and path.suffix == suffix]
 
     def video(self, job_id: str) -> Path:
         """Where the video of a job is, or will be."""
@@ -115,7 +139,7 @@ class Spool:
         """
         path = self.folder / f"{job.id}.json"
         with whole_file(path, private=True) as partial:
-            partial.write_text(json.dumps(asdict(job)))
+            partial.write_text(json.dumps({"schema": SCHEMA, **asdict(job)}))
 
     def remove(self, job_id: str) -> None:
         """Remove a job's record and video."""
@@ -126,5 +150,69 @@ class Spool:
     def close(self) -> None:
         """Let another server have the folder; one that was made for this server goes."""
         os.close(self._lock)
-        if self._temporary:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.remove()
+
+
+def _claim(folder: Path) -> int:
+    """Lock a folder that is a spool, or empty, for this server; the descriptor that holds the lock.
+
+    Raises:
+        RequestError: it holds something else.
+        BlockingIOError: another server has locked it.
+        OSError: it cannot be read or written.
+    """
+    strange = [name for name in os.listdir(folder) if name != LOCK and not FILE.fullmatch(name)]
+    refusal = RequestError(
+        f"{folder} is not a spool and not empty: it holds {min(strange, default=LOCK)!r}; give a new or an empty folder with "
+        "--spool"
+    )
+    if strange and not (folder / LOCK).exists():
+        raise refusal
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mark = os.pread(lock, len(MARK) + 1, 0)
+        if mark != MARK and (mark or strange):
+            raise refusal
+        os.pwrite(lock, MARK, 0)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _read(path: Path) -> Job:
+    """The job of a record.
+
+    Raises:
+        OSError: the record cannot be read.
+        ValueError: it is not a record, or one of another version.
+        RecursionError: it is nested without end.
+    """
+    _check_regular(path)
+    record = json.loads(path.read_bytes())
+    if not isinstance(record, dict):
+        raise ValueError("it is not a JSON object")
+    schema = record.pop("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise ValueError(f"its schema is {schema!r}, and this version reads {SCHEMA}")
+    try:
+        job = _job.validate_json(json.dumps(record))  # strict checks take dataclasses from JSON alone
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise ValueError(": ".join([*map(str, first["loc"]), first["msg"]])) from None
+    if job.id != path.stem:
+        raise ValueError(f"its id is {job.id!r}")
+    return job
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse links, which may lead to what is nobody's business, and pipes, which would be waited for.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it is not a regular file.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"{path.name} is not a regular file")

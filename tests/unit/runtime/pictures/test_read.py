@@ -644,7 +644,7 @@ def test_what_is_no_regular_file_is_refused_at_once(kind, tmp_path):
         path.mkdir()
     elif kind == "device":
         path.symlink_to("/dev/zero")
-    wanted = {"folder": "a folder", "missing": "No such file"}.get(kind, "a FIFO, socket or device")
+    wanted = {"fifo": "a named pipe", "folder": "a folder", "device": "a device", "missing": "No such file"}[kind]
     with pytest.raises(RequestError, match=wanted):
         read(path)
 
