@@ -278,16 +278,11 @@ class _Muxer:
             frame.pts, frame.time_base = self.num_frames, self._stream.codec_context.time_base
             self.num_frames += 1
             self._converter.push(frame)
-            yield from self._encoded(self._converter.pull())
+            yield from self._stream.encode(self._converter.pull())
 
     def last_packets(self) -> Iterator[Any]:
         """What the encoder still holds."""
-        yield from self._encoded(None)
-
-    def _encoded(self, frame: Any) -> Iterator[Any]:
-        for packet in self._stream.encode(frame):
-            packet.duration = 1  # or the last one would last no time
-            yield packet
+        yield from self._stream.encode(None)
 
     def write(self, frames: npt.NDArray[np.uint8]) -> None:
         """Encode and mux."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 MAX_LOOKAHEAD = 10_000  # packets, in which a second picture of each video stream is looked for
 TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # degrees counter-clockwise
 OBLIQUE = (1, 1, 1, 1)
+TOLERATED_S = Fraction(1, 2)  # between what a file says of its beginning and end and what there is
+_log = logging.getLogger(__name__)
 
 
 def clip_pictures(file: BinaryIO, background: Colour, *, max_hdr_side: int) -> Iterator[Picture]:
@@ -58,6 +61,11 @@ def clip_pictures(file: BinaryIO, background: Colour, *, max_hdr_side: int) -> I
         try:
             for frame in frames:
                 before, time = time, _time(frame, time, gap)
+                if before is None and stream.start_time is not None:
+                    lead = time - stream.start_time * stream.time_base
+                    if lead > TOLERATED_S:
+                        _log.warning("the first %.2f s of the clip cannot be decoded and are left out", lead)
+                    declared -= lead
                 if before is not None:
                     gap = time - before
                     yield picture(gap)
@@ -71,7 +79,7 @@ def clip_pictures(file: BinaryIO, background: Colour, *, max_hdr_side: int) -> I
             raise Damage("no picture of it can be decoded")
         last = _duration(shown, gap, stream)
         yield picture(last)
-        if declared - (start + last) > max(Fraction(1, 2), 3 * last):
+        if declared - (start + last) > max(TOLERATED_S, 3 * last):
             raise Damage(f"it ends after {float(start + last):.2f} of {float(declared):.2f} s")
 
 
@@ -154,7 +162,7 @@ def _moving_stream(file: BinaryIO, *, is_heif: bool) -> int:
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames up to the first damaged one.
+    """Frames from the first one that stands by itself, up to the first damaged one.
 
     Raises:
         Damage: there is one.
@@ -167,23 +175,34 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     decoder.options = {"max_pixels": str(MAX_PIXELS)}
     decoder.thread_type = "AUTO"
     damage: Any = None
+    has_begun = is_late = False
 
     def found() -> Iterator[Any]:
-        nonlocal damage
+        nonlocal damage, is_late
         try:
             for packet in container.demux(stream):
-                yield from decoder.decode(packet if packet.size else None)
-        except EOFError:  # the decoder was flushed already
-            pass
+                try:
+                    frames = decoder.decode(packet if packet.size else None)
+                except EOFError:  # the decoder was flushed already
+                    return
+                except av.FFmpegError:
+                    if has_begun:
+                        raise
+                    is_late = True
+                    continue
+                yield from frames
         except av.FFmpegError as error:
             damage = error
-        if damage:
             with contextlib.suppress(av.FFmpegError):
                 yield from decoder.decode(None)  # good pictures that it holds back to bring them in order
 
     for frame in found():
+        if not has_begun and (frame.is_corrupt or (is_late and not frame.key_frame)):
+            is_late = True
+            continue
         if frame.is_corrupt:
             raise Damage("a picture is damaged")
+        has_begun = True
         frame.time_base = frame.time_base or stream.time_base
         yield frame
     if damage:

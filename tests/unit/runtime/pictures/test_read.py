@@ -684,6 +684,18 @@ def test_the_good_part_of_a_clip_that_is_cut_off_is_used_and_told(suffix, tmp_pa
     assert "is damaged or cut off after" in caplog.text
 
 
+@needs_ffmpeg
+def test_a_recording_that_begins_between_key_pictures_is_read_from_the_next_one_on(tmp_path, caplog):
+    path = encode(tmp_path / "clip.ts", moving(64), "-c:v", "libx264", "-g", 16, "-bf", 0, "-pix_fmt", "yuv420p")
+    whole = read(path, max_frames=64)
+    path.write_bytes(path.read_bytes()[188 * (path.stat().st_size // 188 // 3) :])
+    frames = read(path, max_frames=64)
+    assert torch.equal(frames, whole[-len(frames) :])
+    assert len(frames) == 32
+    assert "s of the clip cannot be decoded and are left out" in caplog.text
+    assert "damaged" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PNG"])
 def test_the_good_pictures_of_an_animation_that_is_cut_off_are_used_and_told(kind, tmp_path, caplog):
     noise = np.random.default_rng(0).integers(0, 256, (8, HEIGHT, WIDTH, 3), dtype=np.uint8)
