@@ -78,7 +78,6 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     from causalrt.runtime.server.auth import Tokens
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     tokens = Tokens() if settings.tokens is None else Tokens.from_file(settings.tokens)
     config = open_bundle(arguments.bundle, verify=False).config
     listening = running.listen(settings.host, settings.port, send_buffer_bytes=settings.send_buffer_bytes)
