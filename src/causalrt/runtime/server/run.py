@@ -29,10 +29,9 @@ log = logging.getLogger(__name__)
 LINGER_S = 5.0  # that a reader has to take the last word
 MOST_PONG_BYTES = 16_384  # written to a reader who reads nothing else
 PIECE_BYTES = 4096  # parsed at a time: up to 682 frames
+# uvicorn logs each handshake with its query; websockets logs the outcome, which is enough.
 HANDSHAKES = logging.getLogger("uvicorn.error.handshakes")
-HANDSHAKES.setLevel(
-    logging.WARNING
-)  # uvicorn logs each one with its query; websockets logs its outcome, which is enough
+HANDSHAKES.setLevel(logging.WARNING)
 
 
 class RealtimeProtocol(WebSocketsSansIOProtocol):
