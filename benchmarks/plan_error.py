@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from causalrt import Config, Engine, build, load, override, recipe
 from causalrt.export.random_weights import random_weights
+from causalrt.runtime.control_groups import available_cpus
 from causalrt.tools.plan.calibrate import calibrate
 from causalrt.tools.plan.calibration import CalibratedMachine, Calibration, Runtime, read_calibration
 from causalrt.tools.plan.predict import forecast
@@ -63,7 +64,7 @@ def open_engines(config: Config, folder: Path, *, clock: str) -> dict[Key, Engin
         bundle = build(
             override(config, {"build.world_size": str(ranks)}), checkpoint=checkpoint, out=folder / f"ranks{ranks}"
         )
-        threads = max(1, len(os.sched_getaffinity(0)) // ranks) if clock == "wall" else 1
+        threads = max(1, available_cpus() // ranks) if clock == "wall" else 1
         for runtime in RUNTIMES:
             engines[runtime, ranks] = load(bundle, executor=runtime, device="cpu", num_threads=threads)
     return engines
@@ -92,7 +93,7 @@ def measure(engines: dict[Key, Engine], config: Config, *, repeats: int, clock: 
         for key, session in sessions.items():
             session.close()
             if repeat:  # the first warms up
-                wall = [sum(times[0].denoise_ms) + times[0].refresh_ms for times in session.times]
+                wall = [sum(times[0].denoise_ms) + times[0].refresh_ms for times in session.times.values()]
                 seen[key].append(used[key] if clock == "cpu" else wall)
         print(f"repeat {repeat} of {repeats}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     return {key: [statistics.median(column) for column in zip(*rows, strict=True)] for key, rows in seen.items()}

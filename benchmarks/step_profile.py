@@ -13,7 +13,6 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-import onnxruntime as ort
 import torch
 from onnx import TensorProto
 from rich.console import Console
@@ -31,6 +30,8 @@ SHOWN = 0.002
 
 def profile(bundle: Bundle, filled_rows: int, *, steps: int, folder: Path) -> dict[str, float]:
     """Median milliseconds of a step by kind of op; `step` is the whole of it, the runtime's own time between ops included."""
+    import onnxruntime as ort  # after causalrt, which turns its telemetry off
+
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.enable_profiling = True
@@ -68,6 +69,8 @@ def profile(bundle: Bundle, filled_rows: int, *, steps: int, folder: Path) -> di
 
 def main() -> None:
     """Profile the step over each KV length of the bundle."""
+    import onnxruntime as ort
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--threads", type=int, default=2)

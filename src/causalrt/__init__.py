@@ -1,6 +1,18 @@
 """CausalRT: causal video diffusion transformers, compiled ahead of time and run in real time on 1 to N ranks."""
 
+import logging
+import os
+import sys
 from typing import TYPE_CHECKING
+
+# ONNX Runtime reads this once, when it is imported; the processes that we start inherit it.
+if "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ:
+    logging.getLogger(__name__).warning(
+        "onnxruntime was imported before causalrt, so its telemetry is on in this process; import causalrt first, or set "
+        "ORT_DISABLE_TELEMETRY=1 in the environment"
+    )
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from causalrt.config import RECIPES, Config, override, recipe
 from causalrt.runtime.engine import Engine

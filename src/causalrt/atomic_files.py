@@ -1,12 +1,27 @@
-"""Files and folders that appear whole or not at all: written beside their place under hidden names, and renamed at the end."""
+"""Files and folders that appear whole or not at all: written beside their place under hidden names, and renamed at the end.
+
+What a killed writer leaves beside the place (`owned_paths.py`) is removed by the next one that writes there.
+"""
 
 import contextlib
+import ctypes
+import errno
+import logging
 import os
-import secrets
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from causalrt.owned_paths import own, sweep
+
+logger = logging.getLogger(__name__)
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+"""How a file system, a kernel, or what filters its calls says that it cannot exchange two names."""
+_CHANGED = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+"""What a renaming fails with if another writer was there first."""
 
 
 @contextlib.contextmanager
@@ -21,59 +36,103 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
         OSError: it cannot be made or renamed; its folder is not there, say.
     """
     path = path.absolute()
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
-    try:
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        yield partial
-        if not private:
-            partial.chmod(0o666 & ~_umask())
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    prefix = f".{path.name}."
+    sweep(path.parent, prefix=re.escape(prefix), suffix=r"\.partial")
+    with own(path.parent, prefix=prefix, suffix=".partial", folder=False) as partial:
+        try:
+            yield partial
+            if not private:
+                partial.chmod(0o666 & ~_umask())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def whole_folder(target: Path, *, replaces: str | None = None, private: bool = False) -> Iterator[Path]:
     """A new folder to fill: renamed to `target` if the block ends well, and removed if not.
 
+    A folder that it replaces is exchanged for it in one step and then removed, so that whoever opens `target` finds one or the
+    other. Files of the old one that are open or mapped can be read on.
+
     Args:
-        target: where it goes; the folder above must be there.
+        target: where it goes; the folder above must be there. Of a link, what it points to.
         replaces: a folder that is at `target` by then gives way if it holds a file of this name; no other does.
         private: open to its owner alone, rather than to whom the umask lets.
 
     Raises:
         OSError: it cannot be made or renamed, something else being at `target`, say; what is there stays.
     """
-    target = target.absolute()
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield work
-        if not private:
-            work.chmod(0o777 & ~_umask())
-        if replaces is not None and (target / replaces).is_file():
-            _replace_folder(target, work)
-        else:
-            os.rename(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    target = Path(os.path.realpath(target))
+    _sweep_beside(target, replaces)
+    with own(target.parent, prefix=f".{target.name}.", suffix=".partial", folder=True) as work:
+        try:
+            yield work
+            if not private:
+                work.chmod(0o777 & ~_umask())
+            _place_folder(work, target, replaces)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    _sweep_beside(target, replaces)
 
 
-def _replace_folder(target: Path, work: Path) -> None:
-    """Put `work` where `target` is; what was there is put back if that fails."""
-    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    try:
-        os.rename(target, retired / "old")
+def _sweep_beside(target: Path, replaces: str | None) -> None:
+    """Remove the halves of killed writers, and the folders that they had replaced and not yet removed."""
+    prefix = re.escape(f".{target.name}.")
+    sweep(target.parent, prefix=prefix, suffix=r"\.partial")
+    if replaces is not None and (target / replaces).is_file():
+        sweep(target.parent, prefix=prefix, suffix=r"\.old", keep=lambda old: not (old / replaces).is_file())
+
+
+def _place_folder(work: Path, target: Path, replaces: str | None) -> None:
+    """Rename `work` to `target`; what that replaces is at `work` afterwards."""
+    old = work.with_suffix(".old")  # what a sweep removes only if `replaces` is in it
+    while True:
         try:
             os.rename(work, target)
-        except BaseException:
-            if not target.exists():
-                os.rename(retired / "old", target)
-            raise
-        shutil.rmtree(retired / "old", ignore_errors=True)
-    finally:
-        with contextlib.suppress(OSError):  # not empty: what was there could not be put back, so it stays here
-            retired.rmdir()
+            return
+        except OSError as error:
+            taken = error.errno in (errno.EEXIST, errno.ENOTEMPTY)
+            if not taken or replaces is None or not (target / replaces).is_file():
+                raise
+        os.rename(work, old)
+        try:
+            _exchange(old, target)
+            if (old / replaces).is_file():
+                return
+            _exchange(old, target)  # somebody else has put something there since it was looked at
+        except OSError as error:
+            if error.errno not in _CHANGED:
+                raise
+        finally:
+            with contextlib.suppress(OSError):
+                os.rename(old, work)
+
+
+def _exchange(old: Path, target: Path) -> None:
+    """Exchange what two names stand for, in one step where that is possible (renameat2 of Linux, which Python lacks)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        code = errno.ENOSYS
+    else:
+        names = _AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(target)
+        code = ctypes.get_errno() if renameat2(*names, _RENAME_EXCHANGE) else 0
+    if not code:
+        return
+    if code not in _NO_EXCHANGE:
+        raise OSError(code, os.strerror(code), str(target))
+    logger.warning("nothing is at %s for a moment: folders cannot be exchanged there (%s)", target, os.strerror(code))
+    work = old.with_suffix(".partial")
+    os.rename(old, work)
+    os.rename(target, old)
+    try:
+        os.rename(work, target)
+    except BaseException:
+        if not target.exists():
+            os.rename(old, target)
+        raise
 
 
 def _umask() -> int:

@@ -3,27 +3,28 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, NoReturn, TextIO, get_args
 
+import torch
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from causalrt import __version__
 from causalrt.config import RECIPES, Config, TimeIndex, override, recipe
 from causalrt.engines.kinds import EXECUTORS
-from causalrt.errors import CausalRTError, ConfigError
-
-if TYPE_CHECKING:
-    from causalrt.export.options import Progress as OnProgress
+from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.errors import CausalRTError, ConfigError, Faults
+from causalrt.export.options import Progress
+from causalrt.runtime.control_groups import available_cpus
+from causalrt.terminal import PrintableConsole, PrintableFormatter, printable
+from causalrt.tools.progress import shown_progress
 
 DTYPES = {
     "float32": "float32",
@@ -34,46 +35,64 @@ DTYPES = {
     "fp16": "float16",
 }
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
-errors_console = Console(stderr=True)
 
 
-@contextmanager
-def shown_progress() -> "Iterator[OnProgress]":
-    """A bar for each stage, on stderr; nothing where there is no stage."""
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=errors_console)
-    bars: dict[str, Any] = {}
+def _say(text: str, *, file: TextIO | None = None, flush: bool = False) -> None:
+    print(printable(text), file=file, flush=flush)
 
-    def update(stage: str, done: int, total: int) -> None:
-        progress.start()
-        if stage not in bars or progress.tasks[bars[stage]].finished:
-            bars[stage] = progress.add_task(stage, total=total)
-        progress.update(bars[stage], completed=done, total=total)
 
-    try:
-        yield update
-    finally:
-        if bars:
-            progress.stop()
+class _Parser(argparse.ArgumentParser):
+    """Its commands are parsers of this kind, too."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+def _choose_dtype(arguments: argparse.Namespace, executors: Sequence[str]) -> None:
+    """TensorRT has no fused attention in float32, the type of every recipe: bfloat16 for it, unless a type is named."""
+    named = arguments.dtype or any(text.startswith("build.precision=") for text in arguments.set)
+    if not named and any(name in FLAVOURS for name in executors):
+        arguments.dtype = "bfloat16"
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    changes = {}
+    changes, faults = {}, Faults()
     for text in arguments.set:
         name, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"--set wants FIELD=VALUE, for example --set video.window_frames=9, got {text!r}")
-        changes[name] = value
+        with faults:
+            if not separator:
+                raise ConfigError(f"--set wants FIELD=VALUE, for example --set video.window_frames=9, got {text!r}")
+            changes[name] = value
     for flag, field in (("world_size", "world_size"), ("head_plan", "head_plan"), ("dtype", "precision")):
         if getattr(arguments, flag) is not None:
             changes[f"build.{field}"] = str(getattr(arguments, flag))
-    return override(recipe(arguments.recipe), changes)
+    with faults:
+        config = override(recipe(arguments.recipe), changes)
+    faults.report()
+    return config
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from causalrt.export.build import build
+    from causalrt.export.build import build, check_options
+    from causalrt.export.checkpoint import open_checkpoint
 
-    config = _config(arguments)
+    config, faults, executors = None, Faults(), arguments.executor or []
+    _choose_dtype(arguments, executors)
+    with faults:
+        config = _config(arguments)
+    with faults:
+        check_options(
+            arguments.dtype if config is None else config.build.precision,
+            executors=executors,
+            targets=arguments.target,
+            collectives=arguments.collectives,
+            frontend=arguments.frontend,
+            timing_cache=arguments.timing_cache,
+        )
+    with faults:
+        open_checkpoint(arguments.checkpoint)
+    faults.report()
+    assert config is not None
     default = ["onnxruntime"] if config.build.precision == "float32" else ["eager"]
     start = time.perf_counter()
     with shown_progress() as progress:
@@ -81,7 +100,7 @@ def _build(arguments: argparse.Namespace) -> int:
             config,
             checkpoint=arguments.checkpoint,
             out=arguments.out,
-            executors=arguments.executor or default,
+            executors=executors or default,
             targets=arguments.target,
             collectives=arguments.collectives,
             frontend=arguments.frontend,
@@ -93,9 +112,9 @@ def _build(arguments: argparse.Namespace) -> int:
         )
     seconds = time.perf_counter() - start
     if arguments.json:
-        print(json.dumps({"bundle": str(path), "seconds": seconds, "config": config.as_dict()}))
+        _say(json.dumps({"bundle": str(path), "seconds": seconds, "config": config.as_dict()}))
     else:
-        print(f"{path}: built in {seconds:.1f} s for {config.build.world_size} rank(s)")
+        _say(f"{path}: built in {seconds:.1f} s for {config.build.world_size} rank(s), in {config.build.precision}")
     return 0
 
 
@@ -112,7 +131,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     tables = [table for step in steps for table in step["constants"].values()]
     code = 0 if all(table["equal_constants"] for table in tables) else EXIT_FAILED
     if arguments.json:
-        print(json.dumps(found))
+        _say(json.dumps(found))
         return code
     config, layout = found["config"], found["layout"]
     table = Table(title=found["path"], show_header=False, title_justify="left")
@@ -141,7 +160,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         table.add_row(*_kernel_row(kernel))
     table.add_row("toolchain", ", ".join(f"{key} {value}" for key, value in found["toolchain"].items()))
     table.add_row("files", f"{len(found['files'])}, {sum(found['files'].values()) / 2**20:,.1f} MiB")
-    Console(markup=False).print(table)
+    PrintableConsole().print(table)
     return code
 
 
@@ -232,15 +251,15 @@ def _generate(arguments: argparse.Namespace) -> int:
     with shown_progress() as progress:
         report = generate(arguments.bundle, request, on_progress=progress)
     if arguments.json:
-        print(json.dumps(report))
+        _say(json.dumps(report))
         return 0
     what = "frames" if "first_frame" in report else "latents"
-    print(f"{report['out']}: {what} {report['shape']}")
+    _say(f"{report['out']}: {what} {report['shape']}")
     for name, first in report["first_frame" if what == "frames" else "first_latents"].items():
         stages = ", ".join(f"{stage.replace('_', ' ')} {ms:.0f}" for stage, ms in first["stages_ms"].items())
-        print(f"first {what}, {name}: {first['total_ms']:.0f} ms ({stages})")
+        _say(f"first {what}, {name}: {first['total_ms']:.0f} ms ({stages})")
     last = report["chunks"][-1]
-    print(f"last chunk: {last['latency_ms']:.0f} ms, {last['queue_ms']:.0f} of them waiting for the refresh before it")
+    _say(f"last chunk: {last['latency_ms']:.0f} ms, {last['queue_ms']:.0f} of them waiting for the refresh before it")
     return 0
 
 
@@ -252,13 +271,14 @@ def _compare(arguments: argparse.Namespace) -> int:
 
         with shown_progress() as progress:
             code, text = run(arguments, on_progress=progress)
-        print(text)
+        _say(text)
         return code
     arguments.executor = arguments.executor or "onnxruntime"
     arguments.world_size = 1 if arguments.world_size is None else arguments.world_size
     arguments.time_index = arguments.time_index or "global"
     if arguments.emulate:
-        result = _compare_emulated(arguments)
+        with shown_progress() as progress:
+            result = _compare_emulated(arguments, progress)
     elif arguments.dtype or arguments.collectives:
         raise ConfigError(
             "--dtype and --collectives are for --emulate: recordings are float32, and so are their replays"
@@ -266,35 +286,36 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         from causalrt.tools.compare import compare_recorded
 
-        result = compare_recorded(
-            arguments.recorded,
-            executor=arguments.executor,
-            world_size=arguments.world_size,
-            head_plan=arguments.head_plan or "shares",
-            plugins=arguments.plugins == "on",
-            time_index=arguments.time_index,
-        )
+        with shown_progress() as progress:
+            result = compare_recorded(
+                arguments.recorded,
+                executor=arguments.executor,
+                world_size=arguments.world_size,
+                head_plan=arguments.head_plan or "shares",
+                plugins=arguments.plugins == "on",
+                time_index=arguments.time_index,
+                on_progress=progress,
+            )
     if arguments.json:
-        print(json.dumps(result))
+        _say(json.dumps(result))
     else:
         if "emulated" in result:
-            print(f"{result['emulated']}; {result['collectives']} collectives, {result['precision']}")
+            _say(f"{result['emulated']}; {result['collectives']} collectives, {result['precision']}")
         for name, error in result["max_abs_error"].items():
-            print(f"{name:8} {error:.2e}  at {result['worst'][name]}")
+            _say(f"{name:8} {error:.2e}  at {result['worst'][name]}")
         for name, error in result.get("rms_error", {}).items():
-            print(f"{name:8} {error:.2e}  relative rms; eager's {result['eager_rms_error'][name]:.2e}")
+            _say(f"{name:8} {error:.2e}  relative rms; eager's {result['eager_rms_error'][name]:.2e}")
         bound = (
             f"tolerance {result['tolerance']:.0e}"
             if "tolerance" in result
             else f"at most {result['eager_ratio']} x eager's rms"
         )
         verdict = "passed" if result["passed"] else "FAILED"
-        print(f"{verdict}: {result['executor']}, {result['world_size']} rank(s), {bound}")
+        _say(f"{verdict}: {result['executor']}, {result['world_size']} rank(s), {bound}")
     return 0 if result["passed"] else EXIT_FAILED
 
 
-def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
-    from causalrt.engines.tensorrt_flavour import FLAVOURS
+def _compare_emulated(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
     from causalrt.tools.compare import compare_emulated
 
     if arguments.executor not in FLAVOURS:
@@ -310,6 +331,7 @@ def _compare_emulated(arguments: argparse.Namespace) -> dict[str, Any]:
         precision=arguments.dtype or "float32",
         plugins=arguments.plugins == "on",
         time_index=arguments.time_index,
+        on_progress=on_progress,
     )
 
 
@@ -317,7 +339,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from causalrt.runtime.server.command import checked_settings, run
 
     def started(url: str) -> None:
-        print(json.dumps({"url": url}) if arguments.json else f"serving at {url}", flush=True)
+        _say(json.dumps({"url": url}) if arguments.json else f"serving at {url}", flush=True)
 
     if arguments.bundle is not None:
         if arguments.text_encoder is None:
@@ -352,7 +374,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     arguments.head_plan = head_plan
     with shown_progress() as progress:
-        run(arguments, config, write=print, on_progress=progress)
+        run(arguments, config, write=_say, on_progress=progress)
     return 0
 
 
@@ -365,9 +387,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     if not arguments.bundles:
         arguments.recipe = arguments.recipe or "bench_cpu"
         arguments.world_size = arguments.head_plan = None
+        _choose_dtype(arguments, arguments.executors or ())
         config = _config(arguments)
     with shown_progress() as progress:
-        run(arguments, config, write=print, on_progress=progress)
+        run(arguments, config, write=_say, on_progress=progress)
     return 0
 
 
@@ -377,10 +400,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     request = request_from_arguments(arguments)
     with shown_progress() as progress:
-        result = run_demo(request, on_progress=progress, on_stage=lambda text: errors_console.print(text, markup=False))
+        result = run_demo(
+            request, on_progress=progress, on_stage=lambda text: PrintableConsole(stderr=True).print(text)
+        )
     code = 0 if result["passed"] else EXIT_FAILED
     if arguments.json:
-        print(json.dumps(result))
+        _say(json.dumps(result))
         return code
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("", "start s", "first ms", "chunk ms", "fps", "latents", "grey"):
@@ -395,16 +420,16 @@ def _demo(arguments: argparse.Namespace) -> int:
             f"{row['latent_error']:.1e}",
             str(row["grey_levels"]),
         )
-    Console(markup=False).print(table)
+    PrintableConsole().print(table)
     first = result["rows"][0]
-    print(
+    _say(
         f"start: of the ranks; first: from the prompt to the first frames; chunk: the median.\nlatents, grey (levels, of 255): "
         f"the largest difference from {row_name(first['executor'], first['world_size'])}.\n"
         f"{'All rows agree' if result['passed'] else 'ROWS DISAGREE'}: at most {result['most_grey_levels']} grey level is "
         f"allowed. {result['total_s']:.0f} s in all, {result['build_s']:.0f} s of them building."
     )
     for path in result["files"]:
-        print(path)
+        _say(str(path))
     return code
 
 
@@ -413,19 +438,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     found = examine()
     if arguments.json:
-        print(json.dumps(found))
+        _say(json.dumps(found))
         return 0
     table = Table(title=f"CausalRT {__version__} on this machine", title_justify="left", show_header=False)
     for name, value in found["machine"].items():
         table.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
     for name, result in found["can"].items():
         table.add_row(name, ("yes: " if result["ok"] else "no: ") + result["detail"])
-    Console(markup=False).print(table)
+    PrintableConsole().print(table)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="causalrt", description="Causal video diffusion, compiled and in real time.")
+    parser = _Parser(prog="causalrt", description="Causal video diffusion, compiled and in real time.")
     parser.add_argument("--version", action="version", version=f"causalrt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -450,7 +475,7 @@ def _parser() -> argparse.ArgumentParser:
         "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --vae Wan2.1_VAE.pth \\\n"
         "      --world-size 8 --out bundle\n"
         "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --world-size 8 \\\n"
-        "      --executor tensorrt_rtx --target sm80 --dtype bf16 --out bundle\n"
+        "      --executor tensorrt_rtx --target sm80 --out bundle\n"
         "  causalrt build --recipe wan_1_3b_480p --checkpoint wan/ --set video.window_frames=12 \\\n"
         "      --set video.sink_frames=3 --set sampler.steps=1000,500 --out bundle",
     )
@@ -462,7 +487,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, type=Path, help="folder of the bundle")
     made.add_argument("--world-size", type=int, help="ranks")
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks")
-    made.add_argument("--dtype", **dtype, help="of weights and activations; fp32, bf16 and fp16 are understood")
+    made.add_argument(
+        "--dtype", **dtype, help="of weights and activations, as fp32, bf16 or fp16 (fp32; bf16 for TensorRT)"
+    )
     made.add_argument("--executor", action="append", choices=EXECUTORS, help="may be given again; eager always works")
     made.add_argument(
         "--target",
@@ -640,7 +667,7 @@ def _parser() -> argparse.ArgumentParser:
         "  causalrt bench --recipe wan_1_3b_480p --dtype bf16 --device cuda --executors eager,inductor",
     )
     add_bench_arguments(made)
-    made.add_argument("--dtype", **dtype, help="with --recipe: of weights and activations (float32)")
+    made.add_argument("--dtype", **dtype, help="with --recipe: of weights and activations (fp32; bf16 with TensorRT)")
     made.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="with --recipe: override any field of it"
     )
@@ -672,6 +699,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a comparison failed, 2 an error, 130 interrupted, 141 the reader of the output has left.
     """
     arguments = _parser().parse_args(argv)
+    if logging.lastResort is not None:  # what shows warnings where a command sets up no log
+        logging.lastResort.setFormatter(PrintableFormatter())
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     before = None
     with contextlib.suppress(ValueError):  # not the main thread
         before = signal.signal(signal.SIGTERM, _interrupt)
@@ -682,10 +712,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except CausalRTError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     finally:
         if before is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from causalrt.errors import ConfigError
+from causalrt.errors import ConfigError, Faults
 
 Precision = Literal["float32", "bfloat16", "float16"]
 HeadPlanName = Literal["shares", "pad", "mesh"]
@@ -19,6 +19,8 @@ TimeIndex = Literal["global", "relative"]
 
 MAX_LATENT_FRAMES = 1024
 PIXELS_PER_LATENT = 8
+LARGEST_LATENTS = {"latent_height": 270, "latent_width": 480}
+"""Those of 4K; numbers beyond them were most likely meant as pixels."""
 FRAMES_PER_SECOND = 16
 """Positions that the rotary table of the reference has (model_spec section 4)."""
 
@@ -336,16 +338,29 @@ def override(config: Config, changes: Mapping[str, str]) -> Config:
             `none` stands for None.
 
     Raises:
-        ConfigError: unknown name (the known ones are listed), text that is not of the field's type, or a bad combination.
+        ConfigError: unknown name (the known ones are listed), text that is not of the field's type, a size in latents that was
+            most likely meant in pixels, or a bad combination. All of them are named at once.
     """
     sections: dict[str, dict[str, Any]] = {}
+    faults = Faults()
     hints = {f"{s}.{f}": hint for s, cls in get_type_hints(Config).items() for f, hint in get_type_hints(cls).items()}
     for name, text in changes.items():
-        if name not in hints:
-            raise ConfigError(f"no field {name!r}; the fields are: {', '.join(sorted(hints))}")
-        section, key = name.split(".")
-        sections.setdefault(section, {})[key] = _parse(name, hints[name], text)
-    replaced = {s: dataclasses.replace(getattr(config, s), **values) for s, values in sections.items()}
+        with faults:
+            if name not in hints:
+                raise ConfigError(f"no field {name!r}; the fields are: {', '.join(sorted(hints))}")
+            section, key = name.split(".")
+            sections.setdefault(section, {})[key] = value = _parse(name, hints[name], text)
+            if key in LARGEST_LATENTS and value > LARGEST_LATENTS[key]:
+                raise ConfigError(
+                    f"{name} counts latents of {PIXELS_PER_LATENT} pixels, so {value} of them are "
+                    f"{PIXELS_PER_LATENT * value} pixels, which is beyond 4K; for {value} pixels give "
+                    f"`--set {name}={round(value / PIXELS_PER_LATENT)}`"
+                )
+    replaced = {}
+    for section, values in sections.items():
+        with faults:
+            replaced[section] = dataclasses.replace(getattr(config, section), **values)
+    faults.report()
     return dataclasses.replace(config, **replaced)
 
 

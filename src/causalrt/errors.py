@@ -4,6 +4,8 @@
 names the thing, the value got, the value wanted, and what to do about it.
 """
 
+from collections.abc import Sequence
+
 
 class CausalRTError(Exception):
     """Base of every error that CausalRT raises on purpose."""
@@ -11,6 +13,18 @@ class CausalRTError(Exception):
 
 class ConfigError(CausalRTError, ValueError):
     """A configuration field, or a combination of fields, cannot work."""
+
+
+class CombinedConfigError(ConfigError):
+    """Several things are wrong with a request; the message has a line for each.
+
+    Attributes:
+        found: the errors, in the order in which they were found.
+    """
+
+    def __init__(self, found: Sequence[CausalRTError]) -> None:
+        super().__init__(f"{len(found)} things are wrong:\n" + "\n".join(f"- {error}" for error in found))
+        self.found = found
 
 
 class CheckpointError(CausalRTError, ValueError):
@@ -81,3 +95,33 @@ class MeasurementError(CausalRTError, RuntimeError):
 
 class EngineClosedError(CausalRTError, RuntimeError):
     """A call on an engine or session that was closed, or whose ranks have failed."""
+
+
+class ForkError(CausalRTError, RuntimeError):
+    """A call on an engine or session in a process that was forked from the one that loaded the engine."""
+
+
+class Faults:
+    """Finds all that is wrong with a request before it is refused, so that one message names everything.
+
+    Each check runs in a `with` block of its own, which keeps the error that the check raises; `report` raises them.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[CausalRTError] = []
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, CausalRTError):
+            return False
+        self._found += error.found if isinstance(error, CombinedConfigError) else [error]
+        return True
+
+    def report(self) -> None:
+        """Raise what was found: a single error as it is, several as one `CombinedConfigError`."""
+        if len(self._found) == 1:
+            raise self._found[0]
+        if self._found:
+            raise CombinedConfigError(self._found)

@@ -1,30 +1,65 @@
 import os
 import re
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from page_steps import PATIENCE_MS
 
-sys.path.append(str(Path(__file__).parents[1] / "integration"))  # its small bundles and encoders
+# Its small bundles and encoders, and its server with an engine that stands in.
+sys.path += [str(Path(__file__).parents[1] / "integration"), str(Path(__file__).parents[1] / "integration" / "server")]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# A page that was closed, or asked for, while its server was away: Chromium logs the failed connection whatever the page does.
-LOST_CONNECTION = re.compile(r"WebSocket connection to .* failed")
+# A page that was closed, or asked for, while its server was away or refused it: Chromium logs that whatever the page does.
+LOST_CONNECTION = re.compile(
+    r"WebSocket connection to .* failed|Failed to load resource: .*(ERR_|status of (403|405|502))"
+)
 
 
 @pytest.fixture(scope="module")  # not for the session: while it is open, its event loop runs in this thread
-def browser() -> Iterator[object]:
+def playwright() -> Iterator[object]:
     api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'causalrt[test]'")
+    with api.sync_playwright() as playwright:
+        yield playwright
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         pytest.skip(f"needs a browser, one of {', '.join(BROWSERS)} (Debian: apt install chromium)")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
+    return executable
+
+
+@pytest.fixture(scope="module")
+def browser(playwright, chromium) -> Iterator[object]:
+    browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def window(playwright, chromium, tmp_path) -> Iterator[object]:
+    """A window (Playwright's context) whose tabs hide each other; Playwright's own pages all believe that they are seen."""
+    command = [chromium, "--headless", "--no-sandbox", "--no-first-run", "--remote-debugging-port=0"]
+    ready = tmp_path / "profile" / "DevToolsActivePort"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, f"--user-data-dir={ready.parent}"], stderr=log)
+    try:
+        while not (ready.exists() and ready.read_text().count("\n")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        port = ready.read_text().splitlines()[0]
+        browser = playwright.chromium.connect_over_cdp(f"http://127.0.0.1:{port}", no_defaults=True)
+        yield browser.contexts[0]
         browser.close()
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 @pytest.fixture

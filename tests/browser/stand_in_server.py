@@ -77,6 +77,7 @@ class StandInServer:
     refuse_switch: the error that answers every "switch".
     about, examples: what the page is told of the model.
     chunk_s: seconds a chunk takes, or None: a chunk is made for each `release`.
+    first_frames: frames of the first chunk; each later one has 12.
     """
 
     width: int = 416
@@ -88,6 +89,7 @@ class StandInServer:
     about: str = ""
     examples: list[str] = field(default_factory=list)
     chunk_s: float | None = None
+    first_frames: int = 9
     port: int = 0
     refuse: list[dict[str, Any]] = field(default_factory=list)
     refuse_switch: dict[str, Any] | None = None
@@ -187,7 +189,7 @@ class _Connection:
             await self.say("error", **self.server.refuse_switch)
             return
         self.prompt = message["prompt"]
-        await self.say("switched", ms=6.5, from_chunk=self.next_chunk, policy=message["policy"])
+        await self.say("switched", ms=6.5, from_chunk=self.next_chunk, policy=message["policy"], warnings=[])
 
     async def on_pause(self, message: dict[str, Any]) -> None:
         self.go_on.clear()
@@ -213,7 +215,7 @@ class _Connection:
         server = self.server
         received = time.perf_counter()
         writer = FragmentWriter(height=server.height, width=server.width, fps=server.fps)
-        await self.say("started", id="stand-in", seed=start["seed"], chunks=start["chunks"], text_ms=3.0)
+        await self.say("started", id="stand-in", seed=start["seed"], chunks=start["chunks"], text_ms=3.0, warnings=[])
         await self.socket.send_bytes(writer.header)
         done = frames = 0
         first: dict[str, float] = {}
@@ -223,7 +225,7 @@ class _Connection:
             await self.go_on.wait()
             if self.stopped:
                 break
-            begun, count = time.perf_counter(), 12 if done else 9
+            begun, count = time.perf_counter(), 12 if done else server.first_frames
             images = await asyncio.to_thread(
                 pictures, frames, count, height=server.height, width=server.width, prompt=self.prompt
             )

@@ -2,9 +2,12 @@
 
 import io
 import re
+from fractions import Fraction
 
 import pytest
 from page_steps import PLAYED, accessibility_violations, overflow, start, wait_for
+
+from causalrt.runtime.mp4_boxes import boxes
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -216,18 +219,62 @@ def test_table_says_what_the_chart_draws(new_page, server, expect):
     assert heights == [9, 8, 8]  # the text encoder is in the first alone
 
 
-def test_download_is_a_video(new_page, server, expect):
+def downloaded(page) -> bytes:
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    return download.value.path().read_bytes()
+
+
+def frame_times(data: bytes) -> list[tuple[Fraction, Fraction]]:
+    """When each frame of a plain MP4 begins and how long it lasts, in seconds; its index must say how long it is itself."""
     import av
 
+    assert [name for name, _ in boxes(data)] == ["ftyp", "moov", "mdat"]
+    assert "mvex" not in dict(boxes(dict(boxes(data))["moov"]))
+    with av.open(io.BytesIO(data)) as video:
+        stream = video.streams.video[0]
+        packets = [packet for packet in video.demux(stream) if packet.size]  # the demuxer's end mark has none
+        times = [(packet.pts * stream.time_base, packet.duration * stream.time_base) for packet in packets]
+        assert stream.duration * stream.time_base == sum(duration for _, duration in times)
+        assert video.duration == pytest.approx(1e6 * float(sum(duration for _, duration in times)), abs=1000)
+    return times
+
+
+@pytest.mark.parametrize("frames", [1, 9, 21])
+def test_download_is_a_plain_mp4(new_page, server, expect, frames):
+    import av
+
+    server.first_frames, chunks = (9, 2) if frames == 21 else (frames, 1)
     page = new_page()
-    start(page, server, "A fox / in <snow>!", chunks=2)
-    server.release(2)
-    expect(page.get_by_role("status")).to_have_text("Finished. 2 chunks.")
+    start(page, server, "A fox / in <snow>!", chunks=chunks)
+    server.release(chunks)
+    expect(page.get_by_role("status")).to_have_text(re.compile(r"Finished\. \d chunks?\."))
     with page.expect_download() as download:
         page.get_by_role("button", name="Download").click()
     assert download.value.suggested_filename == "a-fox-in-snow.mp4"
-    with av.open(io.BytesIO(download.value.path().read_bytes())) as video:
-        assert sum(1 for _ in video.decode(video=0)) == 21
+    data = download.value.path().read_bytes()
+    assert frame_times(data) == [(Fraction(number, 16), Fraction(1, 16)) for number in range(frames)]
+    with av.open(io.BytesIO(data)) as video:
+        assert sum(1 for _ in video.decode(video=0)) == frames
+
+
+def test_download_of_a_long_video_can_be_seeked(new_page, server, expect):
+    """The index of the file lists its key frames, also while the video still runs."""
+    import av
+
+    server.width, server.height = 96, 64
+    page = new_page()
+    start(page, server)
+    server.release(7)
+    expect(page.locator("#chunk-count")).to_have_text("7")
+    expect(page.get_by_role("button", name="Stop")).to_be_enabled()
+    data = downloaded(page)
+    assert len(frame_times(data)) == 81
+    with av.open(io.BytesIO(data)) as video:
+        keys = [packet.pts * packet.time_base for packet in video.demux(video=0) if packet.size and packet.is_keyframe]
+        assert keys == [0, 2, 4]
+        video.seek(3_000_000)
+        assert next(frame.time for frame in video.decode(video=0)) == 2.0
 
 
 def test_second_video_replaces_the_first(new_page, server, expect):

@@ -1,8 +1,10 @@
 """The commands as a user runs them, in one process; exit codes, JSON, messages, files."""
 
+import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,7 +22,9 @@ from safetensors.torch import load_file, save_file
 import causalrt
 from causalrt.cli import main
 from causalrt.config import recipe
+from causalrt.errors import ConfigError
 from causalrt.export.random_weights import random_weights
+from causalrt.runtime import control_groups
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
@@ -65,6 +69,91 @@ def test_build_errors_say_what_to_do(checkpoint, tmp_path, capsys, flags, messag
     assert main([*base, *flags]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_build_names_all_that_is_wrong_at_once(tmp_path, capsys):
+    flags = ["--recipe", "tiny", "--checkpoint", str(tmp_path / "nowhere.pt"), "--out", str(tmp_path / "b")]
+    wrong = [
+        "--executor",
+        "tensorrt_rtx",
+        "--target",
+        "h100",
+        "--dtype",
+        "fp32",
+        "--set",
+        "video.foo=1",
+        "--set",
+        "bar",
+    ]
+    assert main(["build", *flags, *wrong, "--set", "video.window_frames=1"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "error: 6 things are wrong:"
+    named = ("FIELD=VALUE", "video.foo", "the sink", "--dtype bf16", "h100", "nowhere.pt")
+    assert [part in line for part, line in zip(named, said[1:], strict=True)] == [True] * 6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_override_names_all_that_is_wrong_at_once():
+    with pytest.raises(ConfigError, match=r"(?s)2 things .*no field 'video.foo'.*sampler.steps must be"):
+        causalrt.override(recipe("tiny"), {"video.foo": "1", "sampler.steps": "many"})
+
+
+def test_build_for_tensorrt_is_bfloat16_unless_a_type_is_named(checkpoint, tmp_path, capsys):
+    pytest.importorskip(
+        "tensorrt_rtx", reason="engines are built with tensorrt_rtx: pip install 'causalrt[tensorrt-rtx]'"
+    )
+    flags = ["--recipe", "tiny", "--checkpoint", str(checkpoint), "--executor", "tensorrt_rtx", "--target", "sm80"]
+    assert main(["build", *flags, "--out", str(tmp_path / "b")]) == 0
+    assert "in bfloat16" in capsys.readouterr().out
+    assert causalrt.engines.bundle.open_bundle(tmp_path / "b").config.build.precision == "bfloat16"
+    assert main(["build", *flags, "--out", str(tmp_path / "c"), "--set", "build.precision=float32"]) == 2
+    assert "--dtype bf16" in capsys.readouterr().err
+
+
+STEERING = "\x1b]0;owned\x07\u202e"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["build", "--recipe", STEERING, "--checkpoint", "c", "--out", "b"],
+        ["build", "--recipe", "tiny", "--checkpoint", f"/nowhere/{STEERING}", "--out", "b"],
+        ["inspect", f"/nowhere/{STEERING}"],
+        ["inspect", "bundle", f"--{STEERING}"],
+    ],
+    ids=["value", "checkpoint", "bundle", "flag"],
+)
+def test_messages_do_not_steer_the_terminal(capsys, command):
+    with contextlib.suppress(SystemExit):
+        assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "owned" in said
+    assert not set("\x1b\x07\u202e") & set(said)
+
+
+def test_tensor_names_do_not_steer_the_terminal(tmp_path, capsys):
+    tensors = {f"model.{name}": tensor for name, tensor in random_weights(recipe("tiny").model, seed=0)}
+    save_file({**tensors, f"model.{STEERING}": torch.zeros(1)}, tmp_path / "model.safetensors")
+    flags = ["--recipe", "tiny", "--checkpoint", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "b")]
+    assert main(["build", *flags]) == 2
+    said = capsys.readouterr().err
+    assert r"\x1b]0;owned\x07\u202e" in said
+    assert "\x1b" not in said
+
+
+def test_names_in_tables_do_not_steer_the_terminal(bundle, tmp_path, capsys):
+    named = tmp_path / f"bundle{STEERING}"
+    shutil.copytree(bundle, named)
+    assert main(["inspect", str(named)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_build_without_a_terminal_says_when_a_stage_has_ended(checkpoint, tmp_path, capsys):
+    flags = ["--recipe", "tiny", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "b")]
+    assert main(["build", *flags]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in (lines[0], lines[-1])] == ["weights", "hashes"]
+    assert all(re.fullmatch(r".+: (\d+)/\1, done in \d+\.\d s", line) for line in lines), lines
 
 
 def test_inspect(bundle, capsys):
@@ -198,6 +287,41 @@ def test_compare_refuses_what_is_no_recording(tmp_path, capsys):
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["can"]["build and run onnxruntime"]["ok"]
+
+
+@pytest.fixture
+def quota_of_five(tmp_path, monkeypatch):
+    """A machine with 64 processors and 64 GiB, of which control groups grant five and a half and 2 GiB."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    (tmp_path / "proc/self/mountinfo").write_text("30 23 0:26 / /cgroup rw - cgroup2 cgroup2 rw\n")
+    (tmp_path / "cgroup/job").mkdir(parents=True)
+    (tmp_path / "cgroup/cpu.max").write_text("550000 100000\n")
+    for name, text in (("max", 2 * 2**30), ("current", 2**29), ("stat", "inactive_file 0")):
+        (tmp_path / f"cgroup/job/memory.{name}").write_text(f"{text}\n")
+    monkeypatch.setattr(control_groups, "ROOT", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+
+
+def test_doctor_shows_the_limits_of_control_groups(quota_of_five, capsys):
+    assert main(["doctor", "--json"]) == 0
+    machine = json.loads(capsys.readouterr().out)["machine"]
+    assert (machine["cores"], machine["cpu_quota"], machine["threads"]) == (64, 5.5, 5)
+    assert (machine["memory_limit_gib"], machine["memory_available_gib"]) == (2.0, 1.5)
+
+
+def test_ranks_share_the_threads_that_a_quota_allows(bundle, quota_of_five):
+    with causalrt.load(bundle) as engine:
+        assert engine.num_threads == 2
+
+
+@pytest.mark.parametrize(("axis", "pixels", "latents"), [("height", 480, 60), ("width", 832, 104)])
+def test_pixels_given_for_latents_are_asked_about(checkpoint, tmp_path, capsys, axis, pixels, latents):
+    flags = ["--recipe", "tiny", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "b")]
+    assert main(["build", *flags, "--set", f"video.latent_{axis}={pixels}"]) == 2
+    said = capsys.readouterr().err
+    assert f"latents of 8 pixels, so {pixels} of them are {8 * pixels} pixels" in said
+    assert f"--set video.latent_{axis}={latents}" in said
 
 
 @pytest.mark.parametrize("flags", [["--threads", "0"], ["--timeout", "1e10"], ["--timeout", "0"]])

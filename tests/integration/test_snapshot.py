@@ -1,7 +1,9 @@
 """Snapshots: a session that is taken up again goes on as if it had never stopped."""
 
+import contextlib
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from small_bundles import bundle_factory, prompt, tiny_config, write_checkpoint
 from small_encoders import write_vae
 
 import causalrt
+from causalrt.engines.bundle import file_digest, record_digest, tensor_digest
 from causalrt.errors import RequestError
-from causalrt.runtime.snapshot import DECODER_FILE, SESSION_FILE, rank_file
+from causalrt.runtime.snapshot import DECODER_FILE, SESSION_FILE, rank_file, save_tensors
 
 pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
 
@@ -101,13 +104,15 @@ def test_a_rank_that_cannot_write_ends_nothing(engine, tmp_path, monkeypatch):
     first = next(session)
     from causalrt.runtime import session as module
 
-    real = module.write_session
+    real = module.new_snapshot
 
-    def write_and_block(folder, *arguments):
-        real(folder, *arguments)
-        (folder / rank_file(1)).mkdir()  # what the second rank wants to write is in its way
+    @contextlib.contextmanager
+    def blocked(*arguments, **options):
+        with real(*arguments, **options) as folder:
+            (folder / rank_file(1)).mkdir()  # what the second rank wants to write is in its way
+            yield folder
 
-    monkeypatch.setattr(module, "write_session", write_and_block)
+    monkeypatch.setattr(module, "new_snapshot", blocked)
     with pytest.raises(RequestError, match=r"cannot write rank1.safetensors of the snapshot"):
         session.snapshot(tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
@@ -123,10 +128,36 @@ def written(engine, tmp_path):
     return tmp_path / "s"
 
 
-def damage(path, change):
+def read_header(folder):
+    with safe_open(folder / SESSION_FILE, framework="pt") as file:
+        return json.loads(file.metadata()["causalrt.session"])
+
+
+def write_header(folder, plain):
+    """As whoever knows the format would: with digests that are right."""
+    tensors = load_file(folder / SESSION_FILE)
+    if "files" in plain:
+        plain["files"] = {name: file_digest(folder / name) for name in plain["files"] if (folder / name).is_file()}
+    save_file(
+        tensors, folder / SESSION_FILE, {"causalrt.session": json.dumps(plain | {"digest": record_digest(plain)})}
+    )
+
+
+def damage(path, change, *, sign=False):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+    if sign:
+        write_header(path.parent, read_header(path.parent))
+
+
+def refused(engine, folder, match):
+    """One error that says so; the engine goes on. What it said."""
+    with pytest.raises(RequestError, match=match) as caught:
+        engine.resume(folder)
+    assert engine.open_sessions == 0
+    assert next(engine.session(prompt())).index == 0
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -141,15 +172,93 @@ def damage(path, change):
         (DECODER_FILE, lambda found: found.update({"latent_frames": torch.tensor([4])})),
         (rank_file(0), lambda found: found.update({"more": torch.zeros(1)})),
         (DECODER_FILE, lambda found: found.pop("cache.03")),
-        (SESSION_FILE, lambda found: None),  # its header is gone
     ],
 )
-def test_a_damaged_snapshot_is_refused(engine, written, file, change):
-    damage(written / file, change)
-    with pytest.raises(RequestError, match=r"damaged|not of this VAE"):
-        engine.resume(written)
-    assert engine.open_sessions == 0
-    assert next(engine.session(prompt())).index == 0  # the engine goes on
+@pytest.mark.parametrize("sign", [False, True], ids=["unsigned", "signed"])
+def test_a_damaged_file_is_refused_by_name(engine, written, file, change, sign):
+    damage(written / file, change, sign=sign)
+    refused(engine, written, f"{written / file} is damaged")
+
+
+@pytest.mark.parametrize("file", [rank_file(0), rank_file(1), DECODER_FILE, SESSION_FILE])
+def test_a_flipped_bit_is_noticed_in_any_file(engine, written, file):
+    data = bytearray((written / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (written / file).write_bytes(data)
+    refused(engine, written, str(written / file))
+
+
+def swap(folder, other):
+    one, two, aside = folder / rank_file(0), folder / rank_file(1), folder / "aside"
+    one.rename(aside)
+    two.rename(one)
+    aside.rename(two)
+
+
+def truncate(folder, other):
+    data = (folder / rank_file(0)).read_bytes()
+    (folder / rank_file(0)).write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "file"),
+    [
+        (swap, r"rank[01]\.safetensors"),
+        (truncate, rank_file(0)),
+        (lambda folder, other: shutil.copy(folder / rank_file(0), folder / rank_file(1)), rank_file(1)),
+        (lambda folder, other: shutil.copy(other / rank_file(1), folder / rank_file(1)), rank_file(1)),
+        (lambda folder, other: shutil.copy(other / DECODER_FILE, folder / DECODER_FILE), DECODER_FILE),
+        (lambda folder, other: shutil.copy(other / SESSION_FILE, folder / SESSION_FILE), r"rank[01]\.safetensors"),
+        (lambda folder, other: damage(folder / SESSION_FILE, lambda found: None), SESSION_FILE),  # its header is gone
+    ],
+    ids=["swapped", "truncated", "twice", "foreign-rank", "foreign-decoder", "foreign-session", "headless"],
+)
+def test_files_that_are_not_those_of_this_rank_and_session_are_refused_by_name(engine, written, tmp_path, change, file):
+    with engine.session(prompt(1), seed=2) as session:
+        run(session, 3)
+        session.snapshot(tmp_path / "other")
+    change(written, tmp_path / "other")
+    refused(engine, written, rf"{written}/{file} (is damaged|cannot be read)")
+
+
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        (rank_file(0), float("nan")),
+        (rank_file(1), float("-inf")),
+        (DECODER_FILE, float("inf")),
+        (SESSION_FILE, float("nan")),
+    ],
+)
+def test_values_that_are_not_finite_are_refused(engine, written, file, value):
+    """By whoever knows the format, too."""
+    path = written / file
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name].view(-1)[-1] = value
+    header = read_header(written)
+    save_file(tensors, path, {"causalrt.session": "{}"})
+    header["tensors"] = {name: tensor_digest(tensor) for name, tensor in load_file(written / SESSION_FILE).items()}
+    write_header(written, header)
+    refused(engine, written, f"{path}: {name} holds NaN or infinity")
+
+
+def test_a_session_that_holds_values_that_are_not_finite_is_not_saved(tmp_path):
+    with pytest.raises(RequestError, match=r"k\.0\.0 holds NaN or infinity"):
+        save_tensors({"k.0.0": torch.tensor([1.0, float("nan")])}, tmp_path / "rank0.safetensors", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_snapshot_of_an_older_version_is_refused_in_words(engine, written):
+    plain = read_header(written)
+    for name in ("digest", "files", "tensors"):
+        del plain[name]
+    save_file(
+        load_file(written / SESSION_FILE),
+        written / SESSION_FILE,
+        {"causalrt.session": json.dumps(plain | {"version": 1})},
+    )
+    refused(engine, written, "is a snapshot of version 1, and this version of CausalRT reads 2")
 
 
 @pytest.mark.parametrize(
@@ -162,19 +271,25 @@ def test_a_damaged_snapshot_is_refused(engine, written, file, change):
         lambda plain: plain["session"].update(more=1),
         lambda plain: plain["session"].update(vae="0" * 64),
         lambda plain: plain.pop("session"),
+        lambda plain: plain.pop("files"),
+        lambda plain: plain["files"].pop(rank_file(1)),
+        lambda plain: plain["tensors"].update(text=""),
     ],
-    ids=["num_chunks", "next_chunk", "num_given", "seed", "more", "vae", "none"],
+    ids=["num_chunks", "next_chunk", "num_given", "seed", "more", "vae", "none", "no files", "a file", "tensors"],
 )
 def test_a_header_that_cannot_be(engine, written, change):
-    path = written / SESSION_FILE
-    with safe_open(path, framework="pt") as file:
-        tensors, plain = {"text": file.get_tensor("text")}, json.loads(file.metadata()["causalrt.session"])
+    plain = read_header(written)
     change(plain)
-    save_file(tensors, path, {"causalrt.session": json.dumps(plain)})
-    with pytest.raises(RequestError):
-        engine.resume(written)
-    assert engine.open_sessions == 0
-    assert next(engine.session(prompt())).index == 0
+    header = {"causalrt.session": json.dumps(plain | {"digest": record_digest(plain)})}
+    save_file(load_file(written / SESSION_FILE), written / SESSION_FILE, header)
+    refused(engine, written, r"\S")
+
+
+def test_a_header_that_was_edited(engine, written):
+    plain = read_header(written)
+    plain["session"]["seed"] += 1
+    save_file(load_file(written / SESSION_FILE), written / SESSION_FILE, {"causalrt.session": json.dumps(plain)})
+    refused(engine, written, rf"{written / SESSION_FILE} is damaged .*its header was changed")
 
 
 def test_a_session_that_began_with_given_frames(engine, tmp_path):
@@ -194,7 +309,7 @@ def test_other_bundles_and_files_are_refused(engine, written, tmp_path):
         engine.resume(written)
     (written / rank_file(1)).unlink()
     os.mkfifo(written / rank_file(1))
-    with pytest.raises(RequestError, match=r"rank1.safetensors is missing, or no plain file"):
+    with pytest.raises(RequestError, match=r"rank1.safetensors cannot be read: it is a named pipe"):
         engine.resume(written)
     with pytest.raises(RequestError, match="is no snapshot"):
         engine.resume(tmp_path)

@@ -56,7 +56,9 @@ def generate(
     with load(bundles(ranks, changes), world_size=ranks) as engine:
         session = engine.session(prompt(), seed=3, num_chunks=CHUNKS)
         latents = torch.cat([chunk.latents for chunk in session])
-    counted = [{rank: (t.all_to_all_calls, t.rows_sent) for rank, t in times.items()} for times in session.times]
+    counted = [
+        {rank: (t.all_to_all_calls, t.rows_sent) for rank, t in times.items()} for times in session.times.values()
+    ]
     return latents, counted
 
 

@@ -235,7 +235,7 @@ def test_a_lone_first_frame_is_of_the_same_noise_on_all_ranks(engines):
         with engine.session(prompt(FIRST), seed=5) as session:
             assert session.num_chunks == 7, "as many as the horizon of 1 + 6 x 3 frames holds"
             videos.append([chunk.latents for chunk in session])
-            assert [times[0].kv_frames for times in session.times] == [1, 4, 7, 9, 9, 9, 9]
+            assert [times[0].kv_frames for times in session.times.values()] == [1, 4, 7, 9, 9, 9, 9]
     assert apart(*videos) < SAME
 
 

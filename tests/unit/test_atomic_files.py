@@ -1,3 +1,5 @@
+import ctypes
+import errno
 import os
 import stat
 from pathlib import Path
@@ -97,18 +99,88 @@ def test_a_folder_that_was_not_finished_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_swap_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+def test_a_link_to_a_folder_stays_and_what_it_points_to_is_replaced(tmp_path):
+    real, link = tmp_path / "store" / "real", tmp_path / "link"
+    real.mkdir(parents=True)
+    (real / "mark").write_text("old")
+    link.symlink_to(real)
+    with whole_folder(link, replaces="mark") as work:
+        (work / "mark").write_text("new")
+    assert link.is_symlink()
+    assert (real / "mark").read_text() == "new"
+    assert os.listdir(tmp_path / "store") == ["real"]
+
+
+def test_what_is_open_in_a_replaced_folder_can_be_read_on(tmp_path):
+    with whole_folder(tmp_path / "folder") as work:
+        (work / "mark").write_text("old")
+    with (tmp_path / "folder" / "mark").open() as file:
+        with whole_folder(tmp_path / "folder", replaces="mark") as work:
+            (work / "mark").write_text("new")
+        assert file.read() == "old"
+
+
+def test_what_killed_writers_have_left_is_removed(tmp_path):
+    (tmp_path / ".file.0123456789ab.partial").write_text("half")
+    with whole_file(tmp_path / "file") as partial:
+        partial.write_text("new")
+    assert os.listdir(tmp_path) == ["file"]
+    for name, mark in (("0123456789ab.partial", "another"), ("0123456789ab.old", "mark"), ("ba9876543210.old", "mine")):
+        (tmp_path / f".folder.{name}").mkdir()
+        (tmp_path / f".folder.{name}" / mark).write_text("")
+    with whole_folder(tmp_path / "folder", replaces="mark") as work:
+        (work / "mark").write_text("new")
+    assert sorted(os.listdir(tmp_path)) == [".folder.ba9876543210.old", "file", "folder"], "a stranger's folder stays"
+
+
+def test_a_writer_that_was_first_is_replaced_if_it_may_be(tmp_path):
+    with whole_folder(tmp_path / "folder", replaces="mark") as slow:
+        (slow / "mark").write_text("slow")
+        with whole_folder(tmp_path / "folder", replaces="mark") as fast:
+            (fast / "mark").write_text("fast")
+    assert (tmp_path / "folder" / "mark").read_text() == "slow"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+class Library:
+    """A C library whose kernel or file system refuses to exchange names."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def renameat2(self, *_: object) -> int:
+        ctypes.set_errno(self.code)
+        return -1
+
+
+@pytest.mark.parametrize("library", [Library(errno.EINVAL), object()], ids=["refuses", "lacks"])
+def test_without_an_exchange_a_folder_is_replaced_in_two_steps_and_that_is_logged(
+    tmp_path, monkeypatch, caplog, library
+):
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+    with whole_folder(tmp_path / "folder") as work:
+        (work / "mark").write_text("old")
+    with whole_folder(tmp_path / "folder", replaces="mark") as work:
+        (work / "mark").write_text("new")
+    assert (tmp_path / "folder" / "mark").read_text() == "new"
+    assert os.listdir(tmp_path) == ["folder"]
+    assert "for a moment" in caplog.text
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL], ids=["exchange", "two-steps"])
+def test_a_swap_that_fails_leaves_the_old_folder(tmp_path, monkeypatch, code):
     target = tmp_path / "folder"
     target.mkdir()
     (target / "mark").write_text("old")
     rename = os.rename
 
     def fail_on_arrival(source, destination):
-        if str(source).endswith(".partial"):
-            raise OSError(5, "Input/output error")
+        if destination == target and not target.exists() and source.suffix == ".partial":
+            raise OSError(errno.EIO, "Input/output error")
         rename(source, destination)
 
     monkeypatch.setattr(os, "rename", fail_on_arrival)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Library(code))
     with pytest.raises(OSError, match="Input/output"), whole_folder(target, replaces="mark") as work:
         (work / "mark").write_text("new")
     assert os.listdir(tmp_path) == ["folder"]

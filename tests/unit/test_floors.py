@@ -10,7 +10,7 @@ PACKAGE = ROOT / "src" / "causalrt"
 LINKS = ("export", "plugins", "engines", "runtime", "tools")
 
 FLOORS = (
-    ("config", "layout", "errors", "atomic_files", "demo_model"),
+    ("config", "layout", "errors", "atomic_files", "owned_paths", "regular_files", "terminal", "demo_model"),
     ("plugins",),
     ("model",),
     ("engines",),

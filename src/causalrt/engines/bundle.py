@@ -6,7 +6,8 @@
     *.onnx                graphs; their weights are references into weights.safetensors
     *.engine              TensorRT engines by flavour and target, the same for every rank; *-networks.json says what is in them
 
-Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none.
+Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none. Its files may be
+links to regular files anywhere, as in the cache of the Hugging Face hub: what they point to is hashed.
 """
 
 import contextlib
@@ -15,10 +16,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from causalrt.atomic_files import whole_folder
 from causalrt.config import Config, config_from_dict
@@ -28,6 +31,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
 from causalrt.model.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
+from causalrt.regular_files import regular_file
 
 SCHEMA = 4
 MAX_NAME = 200
@@ -57,7 +61,10 @@ class Bundle:
         engine_parts: the parts of the step that TensorRT's engines were built from; none if no ONNX file was.
         lone_engine_parts: those of a lone first frame's step.
         engines: TensorRT's engines by flavour.
+        digest: sha256 of the manifest, which lists every file with its sha256; two bundles are the same if it is.
         hashes: sha256 of every file.
+        sizes: bytes of every file.
+        modified_ns: when each file was last written, as found when the bundle was opened; None for one that is missing.
         toolchain: package versions at build time.
     """
 
@@ -73,7 +80,10 @@ class Bundle:
     engine_parts: tuple[StepPart, ...]
     lone_engine_parts: tuple[StepPart, ...]
     engines: Mapping[str, FlavourEngines]
+    digest: str
     hashes: Mapping[str, str]
+    sizes: Mapping[str, int]
+    modified_ns: Mapping[str, int | None] = field(compare=False)
     toolchain: Mapping[str, str]
 
 
@@ -94,8 +104,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    plain = {key: value for key, value in manifest.items() if key != "digest"}
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """sha256 of the bytes of a tensor on the CPU, in hex."""
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """sha256, in hex, of a record that will be JSON, apart from what it has under `digest`."""
+    plain = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -217,7 +233,10 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         engine_parts=engine_parts,
         lone_engine_parts=lone_engine_parts,
         engines=engines,
+        digest=manifest["digest"],
         hashes={name: entry["sha256"] for name, entry in manifest["files"].items()},
+        sizes={name: entry["bytes"] for name, entry in manifest["files"].items()},
+        modified_ns={name: _modified_ns(path / name) for name in manifest["files"]},
         toolchain=manifest["toolchain"],
     )
 
@@ -250,7 +269,7 @@ def write_manifest(
         "toolchain": toolchain_versions(),
         "files": files,
     }
-    manifest["digest"] = _manifest_digest(manifest)
+    manifest["digest"] = record_digest(manifest)
     with (folder / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
@@ -258,7 +277,7 @@ def write_manifest(
 
 
 def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
-    """Read and check a bundle.
+    """Read and check a bundle; one that is replaced meanwhile is read again.
 
     Args:
         path: the bundle's folder.
@@ -268,34 +287,97 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         BundleError: not a bundle, of another schema, incomplete, truncated, or changed since it was built.
     """
     path = Path(path).absolute()
+    while True:
+        bundle = _read_manifest(path)
+        problems = _file_problems(bundle, verify=verify)
+        now = _read_manifest(path)
+        if (now.digest, now.modified_ns) != (bundle.digest, bundle.modified_ns):
+            continue  # a build or a copy has replaced it while it was read: read what is there now
+        if problems:
+            raise BundleError(f"{path} is damaged; {REBUILD}, or copy it again:\n  " + "\n  ".join(problems))
+        return bundle
+
+
+def reopen_bundle(path: Path, digest: str) -> Bundle:
+    """Open a bundle that another process has verified and seen to have the manifest with this digest.
+
+    Raises:
+        BundleError: there is another bundle by now, or none.
+    """
+    bundle = open_bundle(path, verify=False)
+    if bundle.digest != digest:
+        raise BundleError(_replaced(path))
+    return bundle
+
+
+@contextlib.contextmanager
+def unchanged(bundle: Bundle) -> Iterator[None]:
+    """Make sure that whatever the block and its child processes opened belongs to `bundle`.
+
+    Raises:
+        BundleError: the bundle was replaced, or one of its files written, since it was opened. Raised at the end of the block,
+            also in place of an error that the block ended with, since a replacement makes errors of any kind.
+    """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        yield
+    finally:
+        try:
+            now = _read_manifest(bundle.path)
+        except BundleError as error:
+            raise BundleError(_replaced(bundle.path)) from error
+        if (now.digest, now.modified_ns) != (bundle.digest, bundle.modified_ns):
+            raise BundleError(_replaced(bundle.path))
+
+
+def _replaced(path: Path) -> str:
+    return f"{path} was replaced or changed while it was being loaded; load it again when it is complete"
+
+
+def _modified_ns(file: Path) -> int | None:
+    try:
+        return file.stat().st_mtime_ns
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return None
+
+
+def _read_manifest(path: Path) -> Bundle:
+    """What the manifest says, the files being left unread."""
+    try:
+        text = regular_file(path / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise BundleError(f"{path} is no bundle: it has no {MANIFEST}; make one with `causalrt build`") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"{path / MANIFEST} cannot be read: {error}; {REBUILD}") from error
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path / MANIFEST} cannot be read ({error}); {REBUILD}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         raise BundleError(f"{path} has manifest schema {schema!r}, this version reads {SCHEMA}; {REBUILD}")
-    if manifest.get("digest") != _manifest_digest(manifest):
+    if manifest.get("digest") != record_digest(manifest):
         raise BundleError(f"{path / MANIFEST} was changed after the build; {REBUILD}")
     try:
-        bundle = _bundle_from_manifest(path, manifest)
+        return _bundle_from_manifest(path, manifest)
     except (CheckpointError, ConfigError, KeyError, TypeError) as error:
         raise BundleError(f"{path / MANIFEST} is not valid: {error}; {REBUILD}") from error
-    _check_files(path, manifest["files"], verify=verify)
-    return bundle
 
 
-def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
+def _file_problems(bundle: Bundle, *, verify: bool) -> list[str]:
     problems = []
-    for name, expected in files.items():
-        file = path / name
-        if len(name) > MAX_NAME or Path(name).name != name or file.is_symlink() or not file.is_file():
-            problems.append(f"{name}: missing, or not a plain file of the bundle")
-        elif file.stat().st_size != expected["bytes"]:
-            problems.append(f"{name}: {file.stat().st_size:,} bytes, expected {expected['bytes']:,}")
-        elif verify and file_digest(file) != expected["sha256"]:
-            problems.append(f"{name}: contents changed since the build (sha256 differs)")
-    if problems:
-        raise BundleError(f"{path} is damaged; {REBUILD}, or copy it again:\n  " + "\n  ".join(problems))
+    for name, size in bundle.sizes.items():
+        if name in ("", "..") or len(name) > MAX_NAME or Path(name).name != name:
+            problems.append(f"{name}: not a plain file name")
+            continue
+        try:
+            file = regular_file(bundle.path / name)
+            found = file.stat().st_size
+            if found != size:
+                problems.append(f"{name}: {found:,} bytes, expected {size:,}")
+            elif verify and file_digest(file) != bundle.hashes[name]:
+                problems.append(f"{name}: contents changed since the build (sha256 differs)")
+        except FileNotFoundError:
+            problems.append(f"{name}: missing, or a link to nothing")
+        except OSError as error:
+            problems.append(f"{name}: cannot be read: {error}")
+    return problems

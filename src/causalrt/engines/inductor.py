@@ -5,8 +5,14 @@ compiler keeps in order. On a GPU the compiled step is captured in CUDA graphs, 
 """
 
 import os
+import shlex
 import shutil
+import signal
+import subprocess
+import sysconfig
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,6 +36,9 @@ def functional_all_to_all(sent: torch.Tensor) -> torch.Tensor:
     return received
 
 
+COMPILER_S = 30.0
+"""How long a compiler may take for a library of two lines."""
+
 COMPILED_OPS = StepOps(
     all_to_all=functional_all_to_all,
     rotate=rotate_pairs_real,
@@ -40,8 +49,75 @@ COMPILED_OPS = StepOps(
 
 def cpp_compiler() -> str | None:
     """The C++ compiler that torch.compile would use on a CPU; None if there is none."""
-    candidates = (os.environ.get("CXX"), "g++", "clang++")
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+    return shutil.which(os.environ.get("CXX") or "g++")
+
+
+def check_can_compile() -> str:
+    """Find out whether torch.compile will work on a CPU: compile and link a small library, and write to the cache folder.
+
+    Returns:
+        The compiler's path.
+
+    Raises:
+        ExecutorError: the compiler is missing, hangs or fails, or the cache folder cannot be written.
+    """
+    named = os.environ.get("CXX") or "g++"
+    if len(shlex.split(named)) > 1:
+        raise ExecutorError(
+            f"CXX is {named!r}, and torch.compile takes a program without arguments; set CXX to the path of a compiler"
+        )
+    compiler = cpp_compiler()
+    if compiler is None:
+        raise ExecutorError(
+            f"inductor needs a C++ compiler on a CPU, and there is no {named}; install g++, set CXX, or take executor eager"
+        )
+    _check_cache_folder()
+    with tempfile.TemporaryDirectory(prefix="causalrt-compiler-") as folder:
+        source = Path(folder) / "trial.cpp"
+        source.write_text('#include <Python.h>\nextern "C" int trial() { return 0; }\n')
+        headers = f"-I{sysconfig.get_path('include')}"
+        command = [compiler, str(source), headers, "-fPIC", "-fopenmp", "-shared", "-o", str(source.with_suffix(".so"))]
+        said = _run_compiler(command)
+    if said is not None:
+        raise ExecutorError(
+            f"the C++ compiler {compiler} cannot build a library of two lines ({said}); set CXX to one that can, or take "
+            "executor eager"
+        )
+    return compiler
+
+
+def _run_compiler(command: Sequence[str]) -> str | None:
+    """What went wrong, in one line; whatever the compiler has started has ended then."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=COMPILER_S)
+        except subprocess.TimeoutExpired:
+            return f"it gave no answer within {COMPILER_S:g} s"
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode == 0:
+        return None
+    lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
+    fault = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+    return f"exit code {process.returncode}: {fault}"
+
+
+def _check_cache_folder() -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ExecutorError(
+            f"torch.compile keeps what it compiles in {folder}, which cannot be written ({error.strerror}); set "
+            "TORCHINDUCTOR_CACHE_DIR to a folder that can"
+        ) from error
 
 
 class InductorExecutor(EagerExecutor):

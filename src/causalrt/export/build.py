@@ -12,7 +12,7 @@ from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import WEIGHTS, new_bundle, write_manifest
 from causalrt.engines.kinds import EXECUTORS, executor_kind
 from causalrt.engines.tensorrt_flavour import FLAVOURS
-from causalrt.errors import ConfigError
+from causalrt.errors import ConfigError, Faults
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
 from causalrt.export.options import CollectivesMode, FrontEnd, PluginsMode, Progress
 from causalrt.model.vae_checkpoint import load_vae, vae_config_from_mapping
@@ -67,8 +67,19 @@ def build(
         ExecutorError: an executor is unknown, or what it needs to build is missing here.
         BuildError: the bundle cannot be written, or a compiler refuses the graph.
     """
-    flavours = _checked_options(config, executors, targets, collectives, frontend, timing_cache)
-    fused = fused_ops_wanted(plugins, config, tuple(flavours), frontend)
+    faults = Faults()
+    with faults:
+        flavours = check_options(
+            config.build.precision,
+            executors=executors,
+            targets=targets,
+            collectives=collectives,
+            frontend=frontend,
+            timing_cache=timing_cache,
+        )
+    with faults:
+        fused = fused_ops_wanted(plugins, config, [name for name in executors if name in FLAVOURS], frontend)
+    faults.report()
     progress = on_progress or (lambda stage, done, total: None)
     opened = open_checkpoint(Path(checkpoint))
     check_checkpoint(opened, config.model)
@@ -133,46 +144,78 @@ def _opened_vae(path: Path, config: Config) -> Any:
     return vae
 
 
-def _checked_options(
-    config: Config,
+def check_options(
+    precision: str | None,
+    *,
     executors: Sequence[str],
     targets: Sequence[str],
     collectives: str,
     frontend: str,
     timing_cache: str | Path | None,
 ) -> dict[str, list[str]]:
-    """TensorRT flavours and their targets, everything that can be refused before work begins having been refused."""
+    """Check the options of a build, and name all that is wrong with them at once.
+
+    Args:
+        precision: of weights and activations; None if it is not known yet.
+        executors: as for `build`, like what follows.
+        targets: GPU architectures.
+        collectives: who exchanges between ranks.
+        frontend: what makes TensorRT's network.
+        timing_cache: file of measured kernel times.
+
+    Returns:
+        The targets to build for, by TensorRT flavour.
+
+    Raises:
+        ConfigError: options do not go together, or several things are wrong.
+        ExecutorError: an executor or a target is unknown, or TensorRT is missing here.
+    """
+    faults = Faults()
     for name in executors:
-        executor_kind(name)
+        with faults:
+            executor_kind(name)
     flavours = {name: FLAVOURS[name] for name in executors if name in FLAVOURS}
     if not flavours:
+        faults.report()
         if targets or frontend != "onnx" or collectives != "engine" or timing_cache is not None:
             raise ConfigError(
                 "--target, --frontend, --collectives and --timing-cache are for TensorRT; add `--executor tensorrt_rtx` or "
                 "`--executor tensorrt`"
             )
         return {}
-    if timing_cache is not None and not any(flavour.timing_cache for flavour in flavours.values()):
-        raise ConfigError("--timing-cache is for `--executor tensorrt`: tensorrt_rtx measures nothing while it builds")
+    with faults:
+        if timing_cache is not None and not any(flavour.timing_cache for flavour in flavours.values()):
+            raise ConfigError(
+                "--timing-cache is for `--executor tensorrt`: tensorrt_rtx measures nothing while it builds"
+            )
     for option, value, choices in (
         ("collectives", collectives, ("engine", "runtime")),
         ("frontend", frontend, ("onnx", "torch-tensorrt")),
     ):
-        if value not in choices:
-            raise ConfigError(f"{option} must be {' or '.join(choices)}, got {value!r}")
-    if config.build.precision == "float32":
-        raise ConfigError(
-            "TensorRT has fused attention kernels in bfloat16 and float16 only, and build.precision is float32; "
-            "build with `--dtype bf16` or `--dtype fp16`"
-        )
+        with faults:
+            if value not in choices:
+                raise ConfigError(f"{option} must be {' or '.join(choices)}, got {value!r}")
+    with faults:
+        if precision == "float32":
+            raise ConfigError(
+                "TensorRT has fused attention kernels in bfloat16 and float16 only, and build.precision is float32; "
+                "build with `--dtype bf16` or `--dtype fp16`"
+            )
     if frontend == "torch-tensorrt":
         from causalrt.export.torch_tensorrt import check_torch_tensorrt
 
-        check_torch_tensorrt(tuple(flavours), collectives)
-    for flavour in flavours.values():
-        flavour.load()
+        with faults:
+            check_torch_tensorrt(tuple(flavours), collectives)
     wanted: list[str | None] = list(dict.fromkeys(target.lower() for target in targets)) or [None]
-    return {name: [flavour.check_target(target) for target in wanted] for name, flavour in flavours.items()}
+    checked: dict[str, list[str]] = {name: [] for name in flavours}
+    for name, flavour in flavours.items():
+        with faults:
+            flavour.load()
+            for target in wanted:
+                with faults:
+                    checked[name].append(flavour.check_target(target))
+    faults.report()
+    return checked
 
 
 def fused_ops_wanted(mode: str, config: Config, flavours: Sequence[str], frontend: str) -> bool:

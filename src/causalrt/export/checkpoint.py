@@ -9,7 +9,6 @@ executor loads the written file is none of export's.
 Reference names are those of the released Self-Forcing file without `model.` (model_spec section 8).
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 
 from causalrt.atomic_files import whole_file
 from causalrt.config import ModelConfig
+from causalrt.engines.bundle import tensor_digest
 from causalrt.errors import BuildError, CheckpointError
 from causalrt.export.checkpoint_source import StoredTensor, stored_tensors
 
@@ -273,11 +273,6 @@ def write_weights(
     except (SafetensorError, OSError) as error:
         size_mib = sum(tensor.nbytes for tensor in converted.values()) / 2**20
         raise BuildError(f"cannot write the weights ({size_mib:.0f} MiB) to {out}: {error}") from error
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes, in hex."""
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def converted_tensors(

@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from causalrt.errors import CheckpointError
+from causalrt.model.torch_archive import TorchArchive
+from causalrt.regular_files import regular_file
 
 _log = logging.getLogger(__name__)
 
@@ -83,30 +85,43 @@ def _open_torch(path: Path) -> tuple[dict[str, StoredTensor], bool]:
     wrong = sorted(repr(key) for key, value in state.items() if not (isinstance(key, str) and _is_dense(value)))
     if wrong:
         raise CheckpointError(f"{path} must hold {wanted}; these entries are no dense tensors: {', '.join(wrong)}")
+    archive = TorchArchive(path) if mapped else None
     ranges = list(_mapped_ranges(path)) if mapped else []
-    return {key: _stored_from_torch(value.detach(), ranges) for key, value in state.items()}, bool(generators)
+    stored = {key: _stored_from_torch(value.detach(), ranges, archive) for key, value in state.items()}
+    return stored, bool(generators)
 
 
 def _is_dense(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
-def _stored_from_torch(tensor: torch.Tensor, ranges: list[tuple[int, int]]) -> StoredTensor:
+def _stored_from_torch(
+    tensor: torch.Tensor, ranges: list[tuple[int, int, int]], archive: TorchArchive | None
+) -> StoredTensor:
     """An entry that releases only what lies in a mapping of the file: anonymous pages, once dropped, read as zeros."""
     start = tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = start + (last + 1) * tensor.element_size()
-    in_file = tensor.numel() > 0 and any(low <= start and end <= high for low, high in ranges)
+    offsets = [start - low + offset for low, high, offset in ranges if low <= start and end <= high]
+    in_file = tensor.numel() > 0 and bool(offsets)
+
+    def read() -> torch.Tensor:
+        if in_file and archive is not None:
+            archive.check_at(offsets[0])
+        elif archive is not None:
+            archive.check_all()
+        return tensor
+
     return StoredTensor(
         shape=tuple(tensor.shape),
         dtype=tensor.dtype,
-        read=lambda: tensor,
+        read=read,
         release=functools.partial(_drop_pages, start, end) if in_file else lambda: None,
     )
 
 
-def _mapped_ranges(path: Path) -> Iterator[tuple[int, int]]:
-    """Address ranges of this process that map the file; none where /proc is not Linux's."""
+def _mapped_ranges(path: Path) -> Iterator[tuple[int, int, int]]:
+    """(first address, end, offset in the file) where this process maps the file; none where /proc is not Linux's."""
     if sys.platform != "linux":
         return
     target = str(path.resolve())
@@ -114,7 +129,7 @@ def _mapped_ranges(path: Path) -> Iterator[tuple[int, int]]:
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5] == target:
             low, high = fields[0].split("-")
-            yield int(low, 16), int(high, 16)
+            yield int(low, 16), int(high, 16), int(fields[2], 16)
 
 
 def _drop_pages(start: int, end: int) -> None:
@@ -133,7 +148,7 @@ def _is_safetensors(path: Path) -> bool:
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular_file(path), framework="pt") as file:
             views = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is not iterable)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
@@ -178,7 +193,7 @@ def _open_folder(folder: Path) -> dict[str, StoredTensor]:
 def _shards_from_index(index: Path) -> dict[str, str]:
     """Tensor key -> shard file name, every one of them a plain name in the folder of the index."""
     try:
-        plain = json.loads(index.read_text(encoding="utf-8"))
+        plain = json.loads(regular_file(index).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{index} is not readable JSON: {error}") from None
     shards = plain.get("weight_map") if isinstance(plain, dict) else None

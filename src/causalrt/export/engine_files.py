@@ -16,7 +16,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +40,7 @@ from causalrt.export.scale_queries import scale_queries_pass
 from causalrt.export.split_lone_heads import split_lone_heads_pass
 from causalrt.layout import chunk_starts, slots_from_config
 from causalrt.model.wan import Wan
+from causalrt.owned_paths import TemporaryFolder
 
 logger = logging.getLogger(__name__)
 
@@ -181,8 +181,8 @@ def run_child(request: str, target: str, on_progress: Progress) -> dict[str, Any
         BuildError: TensorRT refused a graph, or the child died.
         ExecutorError: TensorRT is not installed.
     """
-    with tempfile.TemporaryDirectory(prefix="causalrt-engines-") as scratch:
-        file, log = Path(scratch) / "request.json", Path(scratch) / "stderr"
+    with TemporaryFolder("engines") as scratch:
+        file, log = scratch / "request.json", scratch / "stderr"
         file.write_text(request)
         # Modules are found where the caller finds them, and not in its working directory (-P).
         command = [sys.executable, "-P", "-m", "causalrt.export.engine_worker", str(file)]

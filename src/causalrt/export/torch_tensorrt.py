@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from causalrt.export.onnx import cross_kv_names, step_names
 from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
 from causalrt.export.options import Progress
 from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
+from causalrt.owned_paths import TemporaryFolder
 
 DEVICE = torch.device("cuda", 0)
 TRT_DTYPES = {torch.bfloat16: "BF16", torch.float16: "HALF", torch.float32: "FLOAT", torch.int64: "INT64"}
@@ -196,8 +196,8 @@ def registered_converters(trt: Any) -> Iterator[list[Any]]:
 @contextmanager
 def _scratch_cache(kept: Path | None) -> Iterator[Path]:
     """A copy of the kept timing cache for torch_tensorrt to write to as it goes; it replaces the kept one if all went well."""
-    with tempfile.TemporaryDirectory(prefix="causalrt-timing-") as scratch:
-        cache = Path(scratch) / "timing.cache"
+    with TemporaryFolder("timing") as scratch:
+        cache = scratch / "timing.cache"
         if kept is not None and kept.exists():
             shutil.copyfile(kept, cache)
         yield cache

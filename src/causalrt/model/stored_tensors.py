@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from causalrt.errors import CheckpointError
+from causalrt.model.torch_archive import TorchArchive
+from causalrt.regular_files import regular_file
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -30,19 +32,23 @@ class Stored(Protocol):
         """Its element type."""
 
 
-def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+def map_tensors(path: Path, *, verify: bool = True) -> dict[str, torch.Tensor]:
     """Views of a new mapping of a file, which lasts as long as the last of them.
 
+    Args:
+        path: a safetensors file, or a torch file.
+        verify: read all of a torch file to compare it with its checksums; safetensors files have none.
+
     Raises:
-        CheckpointError: damaged, holding code, or holding something else than tensors.
+        CheckpointError: no regular file, damaged, holding code, or holding something else than tensors.
     """
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return load_file(regular_file(path))
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
     try:
-        state: Any = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        state: Any = torch.load(regular_file(path), weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:  # whatever a hostile or damaged file makes the unpickler raise
         code = re.search(r"GLOBAL (\S+)|unrecognized function (.+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code is not None:
@@ -57,6 +63,8 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
         isinstance(key, str) and _is_dense(value) for key, value in state.items()
     ):
         raise CheckpointError(f"{path} must hold a plain dict of tensors by name, got {type(state).__name__}")
+    if verify:
+        TorchArchive(path).check_all()
     return {key: value.detach() for key, value in state.items()}
 
 

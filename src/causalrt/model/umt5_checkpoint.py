@@ -162,6 +162,6 @@ def _loaded(stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torc
         for name in copied[first : first + _TENSORS_PER_MAPPING]:
             entry = stored[name]
             if entry.file not in mappings:
-                mappings[entry.file] = map_tensors(entry.file)
+                mappings[entry.file] = map_tensors(entry.file, verify=False)  # `open_weights` did
             state[name] = mappings[entry.file][entry.key].to(device=device, dtype=dtype)
     return state

@@ -18,6 +18,7 @@ import torch
 
 from causalrt.errors import CheckpointError
 from causalrt.model.stored_tensors import map_tensors
+from causalrt.regular_files import regular_file
 
 EncoderLayout = Literal["wan", "diffusers", "transformers"]
 
@@ -102,7 +103,7 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
 def _shards_from_index(index: Path) -> list[Path]:
     """The files that an index names, each a plain name beside it."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(regular_file(index).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
         strange = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:

@@ -199,15 +199,39 @@ def load_vae(path: Path, *, dtype: torch.dtype = torch.float32, device: str | to
         config = _config_from_tensors(files.weights, stored)
     else:
         config = vae_config_from_mapping(_read_config(files))
+    return vae_from_tensors(files.weights, stored, config, dtype=dtype, device=device)
+
+
+def vae_from_tensors(
+    path: Path,
+    stored: Mapping[str, torch.Tensor],
+    config: AnyVaeConfig,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> Any:
+    """What `load_vae` returns, of tensors that are mapped already.
+
+    Args:
+        path: where they come from, for messages.
+        stored: by diffusers' names.
+        config: sizes of the VAE.
+        dtype: type of every parameter.
+        device: where they go.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, of a wrong shape or not finite.
+        ExecutorError: diffusers is not installed, and it is Wan's.
+    """
     if isinstance(config, BlockDctConfig):
-        return block_dct_from_tensors(files.weights, stored, config, dtype=dtype, device=device)
+        return block_dct_from_tensors(path, stored, config, dtype=dtype, device=device)
     vae = empty_vae(config)
     wanted = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
-    check_tensors(files.weights, stored, wanted, fault="is not the VAE that its sizes say")
+    check_tensors(path, stored, wanted, fault="is not the VAE that its sizes say")
     state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in stored.items()}
     wild = sorted(name for name, tensor in state.items() if not tensor.isfinite().all())
     if wild:
-        raise CheckpointError(f"{files.weights} has values that are not finite in {dtype}: {', '.join(wild)}")
+        raise CheckpointError(f"{path} has values that are not finite in {dtype}: {', '.join(wild)}")
     vae.load_state_dict(state, strict=True, assign=True)
     return vae.requires_grad_(False).eval()
 

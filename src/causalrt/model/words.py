@@ -19,6 +19,8 @@ from safetensors.torch import save
 
 from causalrt.atomic_files import whole_file
 from causalrt.errors import CheckpointError, PromptError
+from causalrt.model.text import PromptTokens
+from causalrt.regular_files import regular_file
 
 WORDS_FILE = "words.safetensors"
 _TABLE, _WORDS = "embedding.weight", "words"
@@ -56,7 +58,7 @@ class WordEncoder:
         """
         path = folder / WORDS_FILE
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(regular_file(path), framework="pt") as file:
                 table = file.get_tensor(_TABLE)
                 words = json.loads((file.metadata() or {})[_WORDS])
             rows = {str(word): _whole_numbers(each) for word, each in words.items()}
@@ -95,6 +97,14 @@ class WordEncoder:
         """Embeddings `[rows, text_dim]` of a prompt, float32 on the CPU.
 
         Raises:
+            PromptError: as `tokenize` does.
+        """
+        return self._table[list(self.tokenize(prompt).ids)].clone()
+
+    def tokenize(self, prompt: str) -> PromptTokens:
+        """The rows of the table that a prompt stands for, never truncated.
+
+        Raises:
             PromptError: no text, too long, words that are not known (those that are are listed), or none that says anything.
         """
         if not isinstance(prompt, str):
@@ -111,7 +121,7 @@ class WordEncoder:
         rows = list(dict.fromkeys(row for word in found for row in self.words[word]))
         if not 1 <= len(rows) <= self.max_tokens:
             raise PromptError(f"a prompt must have 1 to {self.max_tokens} words that say something: {self._known()}")
-        return self._table[rows].clone()
+        return PromptTokens(ids=tuple(rows), truncated=False)
 
     def forget_prompts(self) -> None:
         """Nothing is kept."""

@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,9 @@ from typing import Any
 
 from causalrt.atomic_files import whole_file
 from causalrt.errors import KernelError
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.plugins.kernel_launch import KernelLaunch, is_interpreted, require_triton
+from causalrt.regular_files import regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +151,10 @@ def _content_hash(launch: KernelLaunch, target: int, assembler: str) -> str:
 
 def _read(path: Path) -> CompiledKernel | None:
     try:
-        return CompiledKernel(**json.loads(path.read_text()))
+        return CompiledKernel(**json.loads(regular_file(path).read_text()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         logger.warning("%s is damaged (%s): compiling anew", path, error)
         return None
 
@@ -218,8 +219,8 @@ def _assembler_log(ptx: str, assembler: str) -> str:
     """What `ptxas -v` says of it."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
+    with TemporaryFolder("ptx") as folder:
+        source = folder / "kernel.ptx"
         source.write_text(ptx)
         command: Sequence[str | Path] = (
             assembler,

@@ -5,8 +5,10 @@ from the formula that it is checked against.
 """
 
 import ctypes
+import os
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -16,6 +18,7 @@ from causalrt.engines.base import Collectives
 from causalrt.errors import ExecutorError
 
 CAPSULE_NAME = b"ncclComm_t"
+JOIN_TIMEOUT = timedelta(minutes=30)
 
 
 def capsule(pointer: int, name: bytes) -> object:
@@ -61,6 +64,37 @@ class LocalCollectives:
     def take_traffic(self) -> Traffic:
         """Nothing."""
         return Traffic()
+
+
+def join_ranks(
+    rendezvous: str | os.PathLike[str],
+    rank: int,
+    world_size: int,
+    *,
+    device: torch.device,
+    timeout: timedelta = JOIN_TIMEOUT,
+) -> None:
+    """Make the processes of several ranks torch.distributed's default group: gloo on CPUs, NCCL on GPUs.
+
+    Args:
+        rendezvous: path of a file that is empty or missing, the same for every rank; any characters will do, which they would
+            not in the URL of an `init_method`.
+        rank: of this process.
+        world_size: number of ranks.
+        device: the rank's own.
+        timeout: of finding each other, and of every collective after that.
+    """
+    store = dist.FileStore(os.fspath(rendezvous), world_size)  # type: ignore[attr-defined]
+    store.set_timeout(timeout)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        device_id=device if on_gpu else None,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
 
 
 class TorchCollectives:

@@ -7,12 +7,14 @@
 
 Commands from several sessions (or threads) take turns by chunk, first come, first served. The refresh of a chunk runs on the
 ranks while it is decoded and used; whoever commands next waits for it.
+
+An interrupt (Ctrl-C) during a call is raised when the call has done its work, so the engine stays usable; a second one is
+raised at once, and ends the engine.
 """
 
 import contextlib
 import itertools
 import logging
-import os
 import time
 import weakref
 from collections import deque
@@ -24,11 +26,13 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
+from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, unchanged
 from causalrt.engines.kinds import executor_kind
 from causalrt.errors import CapacityError, PromptError, RequestError
 from causalrt.model.words import WORDS_FILE, WordEncoder
+from causalrt.runtime import interrupts
 from causalrt.runtime.canary import ExchangeCheck
+from causalrt.runtime.control_groups import available_cpus
 from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.memory import (
     UNLIMITED,
@@ -83,6 +87,10 @@ def open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder
 class Engine:
     """A loaded bundle; made by `load`, ended by `close` or a `with` block.
 
+    An engine belongs to the process that loaded it. In a process that is forked from that one, every method of the engine
+    and its sessions raises a ForkError, except those that end something (`close`, the end of a `with` block, `cancel`): they
+    do nothing, so that they do not hide another error.
+
     Attributes:
         bundle: what it runs.
         config: the bundle's.
@@ -116,7 +124,7 @@ class Engine:
         self.executor = executor
         self.device = device
         world_size = bundle.config.build.world_size
-        cores = len(os.sched_getaffinity(0))
+        cores = available_cpus()
         self.num_threads = num_threads or max(1, cores // world_size)
         self.memory = predict_memory(bundle.config, executor, device=device)
         self.decoder_memory = decoder_memory(bundle, decoder_executor) if decoder_executor else None
@@ -127,7 +135,7 @@ class Engine:
                 self.memory, ranks=world_size, shared_weights=shared_weights, decoder=self.decoder_memory
             )
         self._start_s = WARM_START_S if executor_kind(executor).warms_up else START_S
-        self._lock = FairLock()
+        self._lock = FairLock(interruptible=True)
         self._numbers = itertools.count()
         self._open: set[int] = set()
         self._dropped: deque[int] = deque()
@@ -135,43 +143,51 @@ class Engine:
         self._text_encoder: TextEncoder | WordEncoder | None = None
         if text_encoder is not None and text_device != "cpu":  # before the ranks look at what is free
             self._text_encoder = open_text_encoder(text_encoder, text_device, bundle.config)
-        self._pool = RankPool(world_size, timeout_s=timeout_s)
         self.decoder: VaeDecoder | None = None
-        self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
         own_gpu = device == "cuda" and torch.cuda.device_count() > world_size
         self.makes_ahead = decoder_executor is not None and own_gpu
-        with self._turn():
-            if decoder_executor:
-                self.decoder = VaeDecoder(timeout_s=timeout_s)
-                weakref.finalize(self, self.decoder.end)
-                self.decoder.start(
-                    LoadVaeCommand(
+        with contextlib.ExitStack() as if_loading_fails:
+            with interrupts.deferred():
+                self._pool = RankPool(world_size, timeout_s=timeout_s)
+                self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
+                if_loading_fails.callback(self._finalizer)
+                if decoder_executor:
+                    self.decoder = VaeDecoder(timeout_s=timeout_s)
+                    if_loading_fails.callback(weakref.finalize(self, self.decoder.end))
+            with unchanged(bundle):
+                if self.decoder is not None:
+                    assert decoder_executor is not None
+                    self.decoder.start(
+                        LoadVaeCommand(
+                            bundle=bundle.path,
+                            digest=bundle.digest,
+                            executor=decoder_executor,
+                            device=f"cuda:{world_size if own_gpu else 0}" if device == "cuda" else "cpu",
+                            num_threads=num_threads or cores,
+                        )
+                    )
+                self._pool.send(
+                    LoadCommand(
                         bundle=bundle.path,
-                        executor=decoder_executor,
-                        device=f"cuda:{world_size if own_gpu else 0}" if device == "cuda" else "cpu",
-                        num_threads=num_threads or cores,
+                        digest=bundle.digest,
+                        executor=executor,
+                        device=device,
+                        plugins=plugins,
+                        cuda_graphs=cuda_graphs,
+                        num_threads=self.num_threads,
+                        timeout_s=max(timeout_s, self._start_s),
                     )
                 )
-            self._pool.send(
-                LoadCommand(
-                    bundle=bundle.path,
-                    executor=executor,
-                    device=device,
-                    plugins=plugins,
-                    cuda_graphs=cuda_graphs,
-                    num_threads=self.num_threads,
-                    timeout_s=max(timeout_s, self._start_s),
-                )
-            )
-            if text_encoder is not None and self._text_encoder is None:  # while the ranks load
-                self._text_encoder = open_text_encoder(text_encoder, text_device, bundle.config)
-            answers = self._answers(at_least_s=self._start_s)
-            if self.decoder is not None:
-                self.decoder.wait_started(at_least_s=self._start_s)
-            if device == "cuda":
-                free = [answers[rank].free_bytes or 0 for rank in range(world_size)]
-                decoder_free = self.decoder.free_bytes if self.decoder is not None else None
-                fitting = device_sessions(self.memory, free, self.decoder_memory, decoder_free, shared=not own_gpu)
+                if text_encoder is not None and self._text_encoder is None:  # while the ranks load
+                    self._text_encoder = open_text_encoder(text_encoder, text_device, bundle.config)
+                answers = self._answers(at_least_s=self._start_s)
+                if self.decoder is not None:
+                    self.decoder.wait_started(at_least_s=self._start_s)
+                if device == "cuda":
+                    free = [answers[rank].free_bytes or 0 for rank in range(world_size)]
+                    decoder_free = self.decoder.free_bytes if self.decoder is not None else None
+                    fitting = device_sessions(self.memory, free, self.decoder_memory, decoder_free, shared=not own_gpu)
+            if_loading_fails.pop_all()
         self.max_sessions = min(fitting, max_sessions or fitting)
         if max_sessions is not None and fitting < max_sessions:
             logger.warning("%d sessions fit in memory, of %d that were asked for", fitting, max_sessions)
@@ -191,12 +207,32 @@ class Engine:
         """Process numbers of the ranks."""
         return self._pool.pids
 
+    def dead_processes(self) -> list[str]:
+        """Names of the engine's processes that are known to have ended, such as `rank 3` or `the decoder`.
+
+        Empty while all of them live, however slow they are or however long they hang. It opens no file, and may be called
+        from any thread, also after `close`.
+
+        Raises:
+            ForkError: the engine was loaded by another process, from which this one was forked.
+        """
+        self.check_owner()
+        return self._pool.dead_processes() + (self.decoder.dead_processes() if self.decoder is not None else [])
+
+    def silent_s(self) -> float:
+        """Seconds for which a rank or the decoder has owed an answer and nothing was heard; 0.0 while none owes one.
+
+        Never waits, and may be called from any thread.
+        """
+        return max(self._pool.silent_s(), self.decoder.silent_s() if self.decoder is not None else 0.0)
+
     def encode_prompt(self, prompt: str | Embeddings) -> tuple[torch.Tensor, float]:
         """What the ranks take for a prompt, `[text_len, text_dim]`, and the milliseconds that its encoding took.
 
         Raises:
             PromptError: text without a text encoder, or too long; embeddings of wrong shape, type or values.
         """
+        self.check_owner()
         if not isinstance(prompt, str):
             return checked_text(self.config, prompt), 0.0
         if self._text_encoder is None:
@@ -209,6 +245,7 @@ class Engine:
 
     def forget_prompts(self) -> None:
         """Have each text encoded again when it comes next; for measurements."""
+        self.check_owner()
         if self._text_encoder is not None:
             self._text_encoder.forget_prompts()
 
@@ -223,6 +260,7 @@ class Engine:
             RequestError: wrong shape, type, number of frames, or values; or the engine has no VAE.
             RankError: the decoder's process died, hung or raised.
         """
+        self.check_owner()
         if self.decoder is None:
             raise RequestError(
                 "frames are encoded by the VAE, and the engine has none; build the bundle with `--vae FILE`"
@@ -270,21 +308,26 @@ class Engine:
             CapacityError: no further session fits.
             PromptError: text that cannot be encoded, wrong shape or type, or values that are not finite.
             RequestError: more chunks than the bundle can make (`checked_chunks`), or given frames or noise of a wrong shape.
+            ForkError: the engine was loaded by another process, from which this one was forked.
         """
+        self.check_owner()
         given_rows = checked_given(self.config, given)
         chunks = checked_chunks(self.config, num_chunks, num_given=len(given_rows))
         source: Noise = SeededNoise(seed)
         if noise is not None:
             source = checked_noise(self.config, noise, num_chunks=chunks, num_given=len(given_rows))
         text, text_ms = self.encode_prompt(prompt)
-        with self._turn():
-            session = self._begin(chunks, record, text, source, text_ms, ahead, len(given_rows))
-            for rows in given_rows:
-                session.take_given(self._run(GivenCommand(session=session.number, rows=rows.clone(), record=record)))
-        if given is not None and self.decoder is not None:
-            session.given_frames = self.decode(
-                session.number, given.detach().to("cpu", torch.float32, copy=True)
-            ).frames
+        with self._opening() as opened:
+            with self._turn():
+                session = self._begin(chunks, record, text, source, text_ms, ahead, len(given_rows))
+                opened.append(session)
+                for rows in given_rows:
+                    given_command = GivenCommand(session=session.number, rows=rows.clone(), record=record)
+                    session.take_given(self._run(given_command))
+            if given is not None and self.decoder is not None:
+                session.given_frames = self.decode(
+                    session.number, given.detach().to("cpu", torch.float32, copy=True)
+                ).frames
         return session
 
     def resume(self, folder: str | Path, *, num_chunks: int | None = None, ahead: bool | None = None) -> Session:
@@ -300,8 +343,9 @@ class Engine:
             RequestError: no snapshot, damaged, of another checkpoint, VAE or config, without the frames that this engine makes,
                 or more chunks than the bundle can make.
         """
+        self.check_owner()
         folder = Path(folder).absolute()
-        record, text, rows = read_session(folder, self.bundle)
+        record, text, rows, files = read_session(folder, self.bundle)
         if self.decoder is not None and record.vae != self.bundle.hashes[VAE_WEIGHTS]:
             why = "without frames" if record.vae is None else "with another VAE"
             raise RequestError(f"{folder} was made {why}; load the engine with vae=False to resume it")
@@ -315,18 +359,31 @@ class Engine:
         decoded = record.num_given + record.next_chunk
         made = decoded + (rows is not None)  # the ranks are ahead of the decoder then
         decoder_frame, frame = (self.config.video.first_frame_of(chunk) for chunk in (decoded, made))
-        with self._turn():
+        with self._opening() as opened, self._turn():
             session = self._begin(wanted, False, text, SeededNoise(record.seed), 0.0, ahead, record.num_given)
+            opened.append(session)
             session.begin_at(record.next_chunk, rows)
             try:
-                self._run(ResumeCommand(session=session.number, folder=folder, frame=frame))
+                self._run(ResumeCommand(session=session.number, folder=folder, frame=frame, files=files))
                 if self.decoder is not None:
-                    self.decoder.resume(session.number, folder, frame=decoder_frame)
+                    self.decoder.resume(session.number, folder, frame=decoder_frame, files=files)
             except RequestError:
                 self._close_session(session.number)
                 session.forget()
                 raise
         return session
+
+    @contextlib.contextmanager
+    def _opening(self) -> Iterator[list[Session]]:
+        """Drop the session that the block puts in the list, if the caller will not get it."""
+        opened: list[Session] = []
+        try:
+            with self.deferred_interrupts():
+                yield opened
+        except BaseException:
+            for session in opened:
+                session.drop()
+            raise
 
     def _begin(
         self,
@@ -362,6 +419,7 @@ class Engine:
             RankError: the decoder's process died, hung or raised.
             EngineClosedError: the engine was closed.
         """
+        self.check_owner()
         assert self.decoder is not None
         with self._decoding():
             return self.decoder.decode(session, latents)
@@ -369,18 +427,40 @@ class Engine:
     @contextlib.contextmanager
     def _decoding(self) -> Iterator[None]:
         """A conversation with the decoder. One that breaks off ends all processes, one that is refused none."""
-        try:
-            yield
-        except RequestError:
-            raise
-        except BaseException:
-            self._end_at_once()
-            raise
+        with self.deferred_interrupts():
+            try:
+                yield
+            except RequestError:
+                raise
+            except BaseException:
+                self._end_at_once()
+                raise
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process loaded the engine; not so in a process that was forked from that one."""
+        return self._pool.is_ours
+
+    def check_owner(self) -> None:
+        """Raise ForkError in a process that was forked from the one that loaded the engine."""
+        self._pool.check_owner()
+
+    @contextlib.contextmanager
+    def deferred_interrupts(self) -> Iterator[None]:
+        """Raise an interrupt (Ctrl-C) at the end of the block; a second one ends the engine."""
+        with interrupts.deferred() as deferred:
+            try:
+                yield
+            except BaseException:
+                if deferred.broken_off:
+                    self._end_at_once()
+                raise
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """One conversation with the ranks. One that breaks off ends them: its answers would be left in the channels."""
-        with self._lock:
+        self.check_owner()  # before the lock, which a thread of the owner may have held at the fork
+        with self.deferred_interrupts(), self._lock:
             try:
                 yield
             except (CapacityError, RequestError):  # refused, with the conversation at its end
@@ -472,9 +552,12 @@ class Engine:
     def close(self) -> None:
         """End the ranks and free their memory; harmless when called again.
 
-        A chunk that another thread is waiting for ends with an `EngineClosedError` there.
+        A chunk that another thread is waiting for ends with an `EngineClosedError` there. In a process that was forked from
+        the engine's, nothing happens.
         """
-        with self._lock.after_ending(self._end_at_once):
+        if not self.is_ours:
+            return
+        with self.deferred_interrupts(), self._lock.after_ending(self._end_at_once):
             if self.decoder is not None:
                 self.decoder.close()
             self._pool.close()

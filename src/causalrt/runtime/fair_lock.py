@@ -6,14 +6,21 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
+from causalrt.runtime import interrupts
+
 CLOSE_S = 30.0
 """How long to wait for a thread whose processes were ended."""
 
 
 class FairLock:
-    """Like `threading.Lock`, but first come, first served."""
+    """Like `threading.Lock`, but first come, first served.
 
-    def __init__(self) -> None:
+    Args:
+        interruptible: inside `interrupts.deferred()`, an interrupt still ends the wait for the lock.
+    """
+
+    def __init__(self, *, interruptible: bool = False) -> None:
+        self._interruptible = interruptible
         self._mutex = threading.Lock()
         self._held = False
         self._waiting: deque[threading.Event] = deque()
@@ -29,7 +36,9 @@ class FairLock:
                 if timeout_s == 0:
                     return False
                 self._waiting.append(turn)
-            if turn.wait(timeout_s):
+            with interrupts.allowed() if self._interruptible else contextlib.nullcontext():
+                granted = turn.wait(timeout_s)
+            if granted:
                 return True
         except BaseException:
             self._give_up(turn)

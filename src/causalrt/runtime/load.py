@@ -98,6 +98,10 @@ def load(
             f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {vae_executor}` to decode so"
         )
     where = choose_device(chosen, asked=device, world_size=built_for)
+    if chosen == "inductor" and where == "cpu":
+        from causalrt.engines.inductor import check_can_compile
+
+        check_can_compile()
     if fused and where == "cuda" and not kind.compiled:
         require_triton()
     if where == "cpu" and chosen == "onnxruntime" and opened.config.build.precision != "float32":

@@ -18,10 +18,10 @@ from causalrt.layout import layout_from_config
 from causalrt.model.vae import TEMPORAL_SCALE, cache_bytes
 from causalrt.model.vae_checkpoint import AnyVaeConfig
 from causalrt.model.wan import num_parameters
+from causalrt.runtime.control_groups import memory_limits
 
 UNLIMITED = sys.maxsize
 """Sessions on a host that does not say what is free."""
-CONTROL_GROUP = Path("/sys/fs/cgroup")
 EAGER_ACTIVATIONS, DECODER_ACTIVATIONS = 16, {"onnxruntime": 45}
 """Activations of the decoder alive at once, in units of its widest one: 14 to 18 were seen in eager on a CPU, which others are
 taken to need, and 41 to 52 in ONNX Runtime there, which unfolds each input of a convolution in three dimensions."""
@@ -81,8 +81,7 @@ class DecoderMemory:
 def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
     """Bytes that the decoder of a bundle with a VAE will hold, with one session open."""
     assert bundle.vae is not None
-    stored = (bundle.path / VAE_WEIGHTS).stat().st_size
-    weights = 2 * stored  # those of graphs, or of the encoder
+    weights = 2 * bundle.sizes[VAE_WEIGHTS]  # those of graphs, or of the encoder
     return predict_decoder_memory(bundle.vae, bundle.config, executor, weights_bytes=weights)
 
 
@@ -125,15 +124,12 @@ def predict_memory(config: Config, executor: str, *, device: str = "cpu") -> Mem
 
 
 def available_bytes() -> int | None:
-    """Memory that this host, or the control group that holds this process to less, can still give; None if neither says."""
+    """Memory that this host, or a control group that holds this process to less, can still give; None if neither says."""
     limits = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-        most, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-        limits.append(most - used + int(counts["inactive_file"]))  # file cache counts as used, and gives way
+    limits += [free for _, free in memory_limits()]
     return min(limits, default=None)
 
 

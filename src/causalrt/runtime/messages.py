@@ -1,7 +1,9 @@
 """What the caller tells the ranks and what they answer. Every rank gets every command, in the same order."""
 
+import os
 import pickle
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +24,7 @@ class LoadCommand:
 
     Attributes:
         bundle: its folder, verified by the caller.
+        digest: of the manifest that the caller verified.
         executor: its name.
         device: `cpu` or `cuda`; rank r takes GPU r.
         plugins: run the fused ops.
@@ -31,6 +34,7 @@ class LoadCommand:
     """
 
     bundle: Path
+    digest: str
     executor: str
     device: str
     plugins: bool
@@ -92,12 +96,13 @@ class SaveCommand:
 class ResumeCommand:
     """Take a session up from a snapshot's folder, as `SaveCommand` left it; a rank's is open already, and new.
 
-    `frame` is where in the video it is; files that say something else are refused.
+    `frame` is where in the video it is, `files` the sha256 of each file; files that are something else are refused.
     """
 
     session: int
     folder: Path
     frame: int
+    files: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,12 +130,14 @@ class LoadVaeCommand:
 
     Attributes:
         bundle: its folder, verified by the caller.
+        digest: of the manifest that the caller verified.
         executor: whose way of running graphs is taken.
         device: `cpu` or `cuda:N`.
         num_threads: CPU threads.
     """
 
     bundle: Path
+    digest: str
     executor: str
     device: str
     num_threads: int
@@ -207,6 +214,7 @@ class Done:
     """The command has ended on this rank.
 
     Attributes:
+        pid: number of the process that answers.
         times: of a chunk.
         records: what the chunk's forwards computed, where that was asked for.
         kv_rows_moved: rows of one head that the session has moved to history.
@@ -215,6 +223,7 @@ class Done:
         exchanges: what the canary found on this rank.
     """
 
+    pid: int = field(default_factory=os.getpid)
     times: ChunkTimes | None = None
     records: tuple[StepRecord, ...] = ()
     kv_rows_moved: int = 0

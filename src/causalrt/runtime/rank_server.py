@@ -3,18 +3,16 @@
 import logging
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from causalrt.engines.base import TORCH_DTYPES, Executor, make_executor
-from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.engines.bundle import Bundle, reopen_bundle
 from causalrt.engines.kinds import executor_kind
 from causalrt.errors import RequestError
 from causalrt.runtime.canary import check_exchanges
-from causalrt.runtime.collectives import LocalCollectives, TorchCollectives
+from causalrt.runtime.collectives import LocalCollectives, TorchCollectives, join_ranks
 from causalrt.runtime.memory import check_device_memory, device_free_bytes, predict_memory
 from causalrt.runtime.messages import (
     CheckExchangesCommand,
@@ -45,9 +43,9 @@ logger = logging.getLogger("causalrt.worker")
 class RankServer:
     """Executes commands on one rank."""
 
-    def __init__(self, rank: int, world_size: int, folder: Path, channel: "Connection[Any, Any]") -> None:
+    def __init__(self, rank: int, world_size: int, rendezvous: str, channel: "Connection[Any, Any]") -> None:
         self._rank, self._world_size = rank, world_size
-        self._folder = folder
+        self._rendezvous = rendezvous
         self._channel = channel
         self._sessions: dict[int, Rollout] = {}
         self._bundle: Bundle
@@ -92,7 +90,7 @@ class RankServer:
                     if isinstance(command, SaveCommand):
                         rollout.save(path)
                     else:
-                        rollout.load(path, frame=command.frame)
+                        rollout.load(path, frame=command.frame, sha256=command.files[path.name])
                 except RequestError as error:
                     send(self._channel, Refused(kind=type(error).__name__, message=str(error)))
             case UsageCommand():
@@ -116,16 +114,15 @@ class RankServer:
             torch.cuda.set_device(device)
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             torch.cuda.set_stream(stream)  # on the default one, TensorRT would wait for the device
-        self._bundle = open_bundle(command.bundle, verify=False)
+        self._bundle = reopen_bundle(command.bundle, command.digest)
         if device.type == "cuda":
             check_device_memory(predict_memory(self._bundle.config, command.executor, device="cuda"), device)
         if self._world_size > 1:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                device_id=device if device.type == "cuda" else None,
-                init_method=f"file://{self._folder / 'rendezvous'}",
-                rank=self._rank,
-                world_size=self._world_size,
+            join_ranks(
+                self._rendezvous,
+                self._rank,
+                self._world_size,
+                device=device,
                 timeout=timedelta(seconds=command.timeout_s),
             )
             self._collectives = TorchCollectives()

@@ -9,24 +9,26 @@ The caller's only child is the keeper (`worker.py`), which forks the ranks and r
 
 import logging
 import os
-import shutil
+import select
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import IO, Any, Literal, NoReturn
 
 from causalrt import errors
-from causalrt.errors import CausalRTError, EngineClosedError, RankError
+from causalrt.errors import CausalRTError, EngineClosedError, ForkError, RankError
 from causalrt.runtime.messages import Command, Done, Failed, Reply, VaeCommand, receive, send
 
 logger = logging.getLogger(__name__)
 LOG_TAIL_LINES = 40
+LOG_TAIL_BYTES = 2**16
 START_S = 120.0
 """How long the ranks may take to import, load weights and prepare graphs, however short `timeout_s` is."""
 WARM_START_S = 1800.0
@@ -35,6 +37,20 @@ HANG_UP_S = 5.0
 """How long the ranks may take to end by themselves, and the keeper to end them."""
 CAUSE_S = 0.2
 """How long to look, once a rank has failed, for one that failed before it and took it along."""
+_FAR_ENDS_OPEN = threading.Lock()
+"""Held while this process has the ranks' ends of new channels open, and by forks, whose child would keep them open: the end
+of a rank would then go unnoticed."""
+os.register_at_fork(
+    before=_FAR_ENDS_OPEN.acquire, after_in_parent=_FAR_ENDS_OPEN.release, after_in_child=_FAR_ENDS_OPEN.release
+)
+
+
+def _hang_up(channel: "Connection[Any, Any]") -> None:
+    """Close a channel; the rank sees that even if a forked process holds a copy of our end."""
+    ours = socket.socket(fileno=channel.fileno())
+    ours.shutdown(socket.SHUT_RDWR)
+    ours.detach()
+    channel.close()
 
 
 class RankPool:
@@ -45,54 +61,96 @@ class RankPool:
         self.world_size = world_size
         self.timeout_s = timeout_s
         self._owner = os.getpid()
-        self._folder = Path(tempfile.mkdtemp(prefix="causalrt-"))
         self._closed = False
+        self._pids: dict[int, int] = {}
+        self._channels_lock = threading.Lock()
+        # Files without a name: a cleaner of the temporary folder cannot remove them, and nothing is left behind.
+        self._logs: list[IO[bytes]] = []
         limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
         pairs: list[tuple[socket.socket, socket.socket]] = []
+        _FAR_ENDS_OPEN.acquire()
         try:
             pairs.extend(socket.socketpair() for _ in range(world_size))
+            self._logs.extend(tempfile.TemporaryFile() for _ in range(1 + world_size))  # noqa: SIM115
+            start_log, *rank_logs = self._logs
+            channels, logs = [theirs.fileno() for _, theirs in pairs], [log.fileno() for log in rank_logs]
             # Modules are found where the caller finds them, and not in its working directory (-P). The step's own threads
             # are set by the load command; the environment keeps gloo on this host.
-            with (self._folder / "start.log").open("wb") as log:
-                self._process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-P", "-m", "causalrt.runtime.worker"),
-                        *("--role", role, "--channels", ",".join(str(theirs.fileno()) for _, theirs in pairs)),
-                        *("--folder", str(self._folder), "--parent", str(self._owner)),
-                    ],
-                    pass_fds=[theirs.fileno() for _, theirs in pairs],
-                    env={
-                        **os.environ,
-                        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                        "GLOO_SOCKET_IFNAME": "lo",
-                        "OMP_WAIT_POLICY": "passive",
-                    },
-                    stdin=subprocess.DEVNULL,
-                    stderr=log,
-                    start_new_session=True,
-                )
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "causalrt.runtime.worker", "--role", role),
+                    *("--channels", ",".join(map(str, channels)), "--logs", ",".join(map(str, logs))),
+                    *("--parent", str(self._owner)),
+                ],
+                pass_fds=[*channels, *logs],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                    "GLOO_SOCKET_IFNAME": "lo",
+                    "OMP_WAIT_POLICY": "passive",
+                },
+                stdin=subprocess.DEVNULL,
+                stderr=start_log,
+                start_new_session=True,
+            )
         except OSError as error:
             for ours, _ in pairs:
                 ours.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._close_logs()
             raise RankError(f"cannot start {world_size} {role} process(es): {error}") from error
         finally:
             for _, theirs in pairs:
                 theirs.close()
+            _FAR_ENDS_OPEN.release()
         # A rank that hangs before it has read a command, or in the middle of an answer, must not hang the caller.
         for ours, _ in pairs:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._channels: list[Connection[Any, Any]] = [Connection(ours.detach()) for ours, _ in pairs]
+        self._waiting: dict[Connection[Any, Any], int] = {}  # ranks that have not sent `Done` yet, by channel
+        self._heard = 0.0  # when the command was sent, or the last reply came
 
     @property
     def pids(self) -> list[int]:
         """Process numbers of the ranks; known once they have answered a command."""
         self.check_open()
-        return [int((self._folder / f"rank{rank}.pid").read_text()) for rank in range(self.world_size)]
+        return [self._pids[rank] for rank in range(self.world_size)]
+
+    def dead_processes(self) -> list[str]:
+        """Names of the processes that are known to have ended; none while all of them live, however slow they are.
+
+        The evidence is the kernel's: a process that ends closes its end of its channel, and the keeper is our own child. This
+        opens no file, raises nothing, and may be called from any thread, also after `close`.
+        """
+        keeper_ended = self._process.poll() is not None
+        poller = select.poll()
+        with self._channels_lock:  # or else `close` could free a descriptor here, and another file get its number
+            for channel in self._channels:
+                poller.register(channel, 0)  # a hang-up is always reported
+            hung_up = {descriptor for descriptor, _ in poller.poll(0)}
+            dead = [self._name(rank) for rank, channel in enumerate(self._channels) if channel.fileno() in hung_up]
+            if keeper_ended and not self._channels:
+                dead = [self._name(rank) for rank in range(self.world_size)]
+        if keeper_ended:
+            dead.append(f"the process that started the {self._role if self._role == 'decoder' else 'ranks'}")
+        return dead
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process started the ranks: a process that was forked from it has no say over them."""
+        return self._owner == os.getpid()
+
+    def check_owner(self) -> None:
+        """Raise ForkError in a process that was forked from the one that started the ranks."""
+        if not self.is_ours:
+            raise ForkError(
+                f"the engine belongs to process {self._owner}, and this is process {os.getpid()}, which was forked from it; "
+                "load an engine in this process, or start it with multiprocessing's `spawn` method and load one there"
+            )
 
     def check_open(self) -> None:
-        """Raise EngineClosedError if the ranks have ended."""
+        """Raise EngineClosedError if the ranks have ended, and ForkError if they are another process's."""
+        self.check_owner()
         if self._closed:
             raise EngineClosedError(f"the {self._role} processes have ended; load the bundle again")
 
@@ -104,6 +162,8 @@ class RankPool:
             EngineClosedError: the ranks were closed before.
         """
         self.check_open()
+        self._waiting = {channel: rank for rank, channel in enumerate(self._channels)}
+        self._heard = time.monotonic()
         for rank, channel in enumerate(self._channels):
             try:
                 send(channel, command)
@@ -122,7 +182,7 @@ class RankPool:
             RankError: a rank died, or nothing came for `timeout_s`.
             CausalRTError: the type that a rank raised, if it was one of ours.
         """
-        waiting = {channel: rank for rank, channel in enumerate(self._channels)}
+        waiting = self._waiting
         timeout_s = max(self.timeout_s, at_least_s)
         while waiting:
             self.check_open()
@@ -138,11 +198,26 @@ class RankPool:
                     self._fail_silent([rank], timeout_s)
                 except (EOFError, OSError):
                     self._fail(rank, None)
+                self._heard = time.monotonic()
                 if isinstance(reply, Failed):
                     self._fail(rank, reply)
                 if isinstance(reply, Done):
+                    self._pids[rank] = reply.pid
                     del waiting[channel]
                 yield rank, reply
+
+    def silent_s(self) -> float:
+        """Seconds since the ranks were last heard of, while one of them owes an answer; 0.0 if none does.
+
+        Never waits, and may be called from any thread. A rank whose answer lies unread in its channel owes none.
+        """
+        answered = select.poll()
+        with self._channels_lock:
+            heard, waiting = self._heard, [channel for channel in self._channels if channel in self._waiting]
+            for channel in waiting:
+                answered.register(channel, select.POLLIN)
+            owing = len(waiting) - len(answered.poll(0))
+        return time.monotonic() - heard if owing else 0.0
 
     def _name(self, *ranks: int) -> str:
         if self._role == "decoder":
@@ -193,21 +268,25 @@ class RankPool:
 
     def _log_tail(self, ranks: Sequence[int]) -> str:
         lines: list[str] = []
-        for name in ("start.log", *(f"rank{rank}.log" for rank in ranks)):
-            try:
-                lines += (self._folder / name).read_text(errors="replace").splitlines()
-            except OSError:
-                continue
+        start_log, *rank_logs = self._logs
+        for log in (start_log, *(rank_logs[rank] for rank in ranks)):
+            start = max(0, os.fstat(log.fileno()).st_size - LOG_TAIL_BYTES)
+            lines += os.pread(log.fileno(), LOG_TAIL_BYTES, start).decode(errors="replace").splitlines()
         return "\n".join(lines[-LOG_TAIL_LINES:])
+
+    def _close_logs(self) -> None:
+        for log in self._logs:
+            log.close()
 
     def close(self, *, kill: bool = False) -> None:
         """End the ranks: hang up and wait, or kill at once. Harmless when called again."""
-        if not self._channels or self._owner != os.getpid():  # a fork of the caller has no say over them
+        if not self._channels or not self.is_ours:
             return
         self._closed = True
-        channels, self._channels = self._channels, []
+        with self._channels_lock:
+            channels, self._channels = self._channels, []
         for channel in channels:
-            channel.close()
+            _hang_up(channel)
         try:
             if not kill:
                 self._process.wait(timeout=HANG_UP_S)
@@ -215,10 +294,12 @@ class RankPool:
             logger.warning("rank processes did not end when asked to; killing them")
         finally:
             self.kill()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._close_logs()
 
     def kill(self) -> None:
         """End the ranks at once, from any thread; one that waits for an answer gets an EngineClosedError."""
+        if not self.is_ours:
+            return
         self._closed = True
         self._process.terminate()
         try:

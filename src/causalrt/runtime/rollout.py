@@ -210,13 +210,18 @@ class Rollout:
         save_tensors(tensors, path, {})
 
     @torch.inference_mode()
-    def load(self, path: Path, *, frame: int) -> None:
+    def load(self, path: Path, *, frame: int, sha256: str) -> None:
         """Go to where `save` was called, which was at `frame`; the prompt is set already.
+
+        Args:
+            path: the file that `save` has written.
+            frame: where it must say that it is.
+            sha256: what the file's must be.
 
         Raises:
             RequestError: the file cannot be read, or is not of this rank of this bundle at this place.
         """
-        video, tensors = self._config.video, load_tensors(path)
+        video, tensors = self._config.video, load_tensors(path, sha256)
         place = tensors.pop("frames", torch.empty(0))
         at, history, *starts = place.tolist() if place.dim() == 1 and place.dtype == torch.int64 else (-1, -1)
         chunks = {video.first_frame_of(chunk) for chunk in range(video.chunks_in(frame) + 1)}

@@ -5,6 +5,7 @@ chunk = next(session)                                  # or: async for chunk in 
 session.switch_prompt("the fox runs", policy="keep")   # acts from the next chunk on
 
 A reader that takes its time holds its session back, and no other: at most one chunk is made that nobody has asked for yet.
+What a session keeps does not grow with the number of its chunks, unless it was begun with `record=True`.
 """
 
 import asyncio
@@ -31,6 +32,9 @@ from causalrt.runtime.snapshot import SessionRecord, new_snapshot, write_session
 
 if TYPE_CHECKING:
     from causalrt.runtime.engine import Engine
+
+MAX_TIMES = 1024
+"""Chunks whose times a session keeps, the newest ones."""
 
 Made = tuple[torch.Tensor, ChunkTimes, float]
 """A chunk's rows `[N, 64]`, rank 0's stages, and the milliseconds in the queue."""
@@ -70,8 +74,8 @@ class Session:
     """An iterator of chunks for one thread; made by `Engine.session`.
 
     Attributes:
-        times: for each finished chunk, `ChunkTimes` by rank. A chunk is finished when the next command (or `close`) has
-            taken in the end of its refresh.
+        times: `ChunkTimes` by rank, for each finished chunk by its index; of the newest `MAX_TIMES` chunks. A chunk is
+            finished when the next command (or `close`) has taken in the end of its refresh.
         records: with `record=True`, for each finished chunk what each forward computed.
         given_records: with `record=True`, for each given chunk what its forward computed.
         kv_rows_moved: rows of one head that the last finished chunk had moved to history, over the session.
@@ -98,13 +102,14 @@ class Session:
         self.num_chunks = num_chunks
         self.text_ms = text_ms
         self.given_frames: torch.Tensor | None = None
-        self.times: list[dict[int, ChunkTimes]] = []
+        self.times: dict[int, dict[int, ChunkTimes]] = {}
         self.records: list[tuple[StepRecord, ...]] = []
         self.given_records: list[tuple[StepRecord, ...]] = []
         self.kv_rows_moved = 0
         self._engine = engine
         self._record = record
         self._next = 0
+        self._interrupted: Chunk | None = None
         self._num_given = num_given
         # One caller at a time: a chunk that a cancelled task has left is made and dropped.
         self._lock = threading.RLock()
@@ -118,18 +123,26 @@ class Session:
     def __next__(self) -> Chunk:
         """Generate the next chunk; the session closes itself after the last, and when it was cancelled.
 
+        An interrupt (Ctrl-C) is raised as KeyboardInterrupt when the chunk under way is made; the next call returns that
+        chunk. A second interrupt is raised at once, and ends the engine.
+
         Raises:
             RankError: a rank or the decoder died, hung or raised.
             RequestError: the latents are not finite, and cannot be decoded.
             EngineClosedError: the session or the engine was closed.
+            ForkError: the engine was loaded by another process, from which this one was forked.
         """
         asked = time.perf_counter()
+        self._engine.check_owner()
         with self._lock:
-            if self._cancelled or self._next == self.num_chunks:
-                self.close()
-                raise StopIteration
-            self._check_open()
-            return self._next_chunk(asked)
+            with self._engine.deferred_interrupts():
+                if self._cancelled or (self._next == self.num_chunks and self._interrupted is None):
+                    self.close()
+                    raise StopIteration
+                self._check_open()
+                self._interrupted = self._interrupted or self._next_chunk(asked)
+            chunk, self._interrupted = self._interrupted, None
+            return chunk
 
     def _next_chunk(self, asked: float) -> Chunk:
         index = self._next
@@ -174,7 +187,8 @@ class Session:
             engine._pool.send(
                 ChunkCommand(session=self.number, index=index, frame=frame, refresh=refresh, record=self._record)
             )
-            self.times.append({})
+            self.times[index] = {}
+            self.times.pop(index - MAX_TIMES, None)
             replies = engine._pool.replies()
             engine._unfinished = self, replies
             for rank, reply in replies:
@@ -222,21 +236,24 @@ class Session:
         if policy not in get_args(SwitchPolicy):
             raise RequestError(f"policy must be {', '.join(get_args(SwitchPolicy))}, got {policy!r}")
         asked = time.perf_counter()
+        self._engine.check_owner()
         with self._lock:
             self._check_open()
             text, _ = engine.encode_prompt(prompt)
-            if self._made is not None:
-                self._made.result()  # its turn comes before ours
-            with engine._turn():
-                engine._settle()
-                engine._run(PromptCommand(session=self.number, text=text, policy=policy))
-            self._text = text
+            with engine.deferred_interrupts():
+                if self._made is not None:
+                    self._made.result()  # its turn comes before ours
+                with engine._turn():
+                    engine._settle()
+                    engine._run(PromptCommand(session=self.number, text=text, policy=policy))
+                self._text = text
         return 1e3 * (time.perf_counter() - asked)
 
     def snapshot(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the session to a folder, from which `Engine.resume` takes it up; it can go on here, too.
 
-        The folder holds the KV slots, the decoder's caches and the prompt: gigabytes for a long window.
+        The folder holds the KV slots, the decoder's caches and the prompt: gigabytes for a long window. It goes on after the
+        newest chunk that was made, so ask for a chunk that an interrupt has kept back before you take it.
 
         Raises:
             RequestError: after the last chunk, or with noise of the caller's; or the folder cannot be written: nothing is left.
@@ -247,7 +264,8 @@ class Session:
             raise RequestError(
                 "a snapshot holds a seed, and the session has noise that was given; begin it with a seed"
             )
-        with self._lock:
+        self._engine.check_owner()
+        with self._lock, self._engine.deferred_interrupts():
             self._check_open()
             self._write(Path(folder), self._noise.seed, overwrite=overwrite)
 
@@ -263,13 +281,13 @@ class Session:
             num_chunks=self.num_chunks,
             vae=engine.bundle.hashes[VAE_WEIGHTS] if engine.has_vae else None,
         )
-        with engine._turn():
-            engine._settle()
-            with new_snapshot(folder, overwrite=overwrite) as work:
-                write_session(work, engine.bundle, record, self._text, ahead)
+        with new_snapshot(folder, overwrite=overwrite) as work:
+            with engine._turn():
+                engine._settle()
                 engine._run(SaveCommand(session=self.number, folder=work))
                 if engine.decoder is not None:
                     engine.decoder.save(self.number, work)
+            write_session(work, engine.bundle, record, self._text, ahead)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -281,6 +299,11 @@ class Session:
         if rows is not None:
             self._made = Future()
             self._made.set_result((rows, ChunkTimes(), 0.0))
+
+    def drop(self) -> None:
+        """Nobody will use the session: the engine frees it before it opens another."""
+        self._closed = True
+        self._finalizer()
 
     def forget(self) -> None:
         """The session never came to be: there is nothing to free."""
@@ -296,15 +319,20 @@ class Session:
         """Keep what a rank says of the chunk that it has finished."""
         assert isinstance(reply, Done)
         assert reply.times is not None
-        self.times[-1][rank] = reply.times
+        self.times[max(self.times)][rank] = reply.times
         if rank == 0:
             self.kv_rows_moved = reply.kv_rows_moved
             if self._record:
                 self.records.append(reply.records)
 
     def close(self) -> None:
-        """Free the session on every rank, once the chunk under way is made. Harmless when called again."""
-        with self._lock:
+        """Free the session on every rank, once the chunk under way is made. Harmless when called again.
+
+        In a process that was forked from the engine's, nothing happens.
+        """
+        if not self._engine.is_ours:
+            return
+        with self._lock, self._engine.deferred_interrupts():
             self._closed = True
             if self._freed:
                 return

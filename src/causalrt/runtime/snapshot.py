@@ -1,15 +1,18 @@
 """A session on disk, to be taken up again: after a restart, by another executor of the same weights, or when memory is short.
 
-    session.safetensors     prompt embeddings; in the header where the session stands, its seed, and what it was made with
+    session.safetensors     prompt embeddings; in the header where the session stands, its seed, what it was made with, and the
+                            sha256 of everything, the header itself included
     rank0.safetensors ...   what each rank holds: keys and values of history, the clean chunks that `recache` wants
     decoder.safetensors     the decoder's place in the video, if frames are made
 
-A folder appears whole or not at all. Ranks write and read their own files. Keys and values are stored `[rows, heads, D]` by
-layer and share, whatever order an executor keeps them in. Nothing but tensors and a JSON header is ever read.
+A folder appears whole or not at all. Ranks write and read their own files, and compare what they have read with the sha256 that
+belongs to their number. Keys and values are stored `[rows, heads, D]` by layer and share, whatever order an executor keeps them
+in. Nothing but tensors and a JSON header is ever read.
 """
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from causalrt.atomic_files import whole_folder
-from causalrt.engines.bundle import WEIGHTS, Bundle
+from causalrt.engines.bundle import WEIGHTS, Bundle, file_digest, record_digest, tensor_digest
 from causalrt.errors import RequestError
+from causalrt.regular_files import regular_file
 
 SESSION_FILE, DECODER_FILE = "session.safetensors", "decoder.safetensors"
 TEXT, AHEAD, HEADER = "text", "ahead", "causalrt.session"
-VERSION = 1
+VERSION = 2
+"""Version 1 had no digests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,26 +86,53 @@ def new_snapshot(target: Path, *, overwrite: bool) -> Iterator[Path]:
 def write_session(
     folder: Path, bundle: Bundle, record: SessionRecord, text: torch.Tensor, ahead: torch.Tensor | None
 ) -> None:
-    """The caller's own file; `ahead` are the rows of the next chunk, if the ranks have made it already."""
-    header = {HEADER: json.dumps({**identity(bundle), "session": asdict(record)})}
-    save_tensors({TEXT: text, **({} if ahead is None else {AHEAD: ahead})}, folder / SESSION_FILE, header)
+    """The caller's own file, after all others; `ahead` are the rows of the next chunk, if the ranks have made it already."""
+    tensors = {TEXT: text, **({} if ahead is None else {AHEAD: ahead})}
+    plain: dict[str, Any] = {
+        **identity(bundle),
+        "session": asdict(record),
+        "tensors": {name: tensor_digest(tensor) for name, tensor in tensors.items()},
+        "files": {path.name: file_digest(path) for path in sorted(folder.iterdir())},
+    }
+    header = json.dumps({**plain, "digest": record_digest(plain)})
+    save_tensors(tensors, folder / SESSION_FILE, {HEADER: header})
 
 
-def read_session(folder: Path, bundle: Bundle) -> tuple[SessionRecord, torch.Tensor, torch.Tensor | None]:
-    """Where the session stands, its prompt's embeddings, and the rows `[N, 64]` of the next chunk if that was made ahead.
+def read_session(
+    folder: Path, bundle: Bundle
+) -> tuple[SessionRecord, torch.Tensor, torch.Tensor | None, dict[str, str]]:
+    """What is in the caller's own file.
+
+    Returns:
+        Where the session stands, its prompt's embeddings, the rows `[N, 64]` of the next chunk if that was made ahead, and the
+        sha256 of every other file by name.
 
     Raises:
         RequestError: no snapshot, damaged, or of other weights or another config.
     """
     path = folder / SESSION_FILE
-    if not path.is_file():  # a pipe, say, would be waited for
-        raise RequestError(f"{folder} is no snapshot: it has no {SESSION_FILE}; make one with session.snapshot(...)")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular_file(path), framework="pt") as file:
             plain = dict(json.loads((file.metadata() or {})[HEADER]))
-            text = file.get_tensor(TEXT)
-            ahead = file.get_tensor(AHEAD) if AHEAD in file.keys() else None  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if plain.get("version") != VERSION:
+            raise RequestError(
+                f"{folder} is a snapshot of version {plain.get('version')}, and this version of CausalRT reads {VERSION} "
+                "(version 1 has no checksums); take another snapshot"
+            )
+        if plain.pop("digest") != record_digest(plain):
+            raise ValueError("its header was changed")
+        if plain.pop("tensors") != {name: tensor_digest(tensor) for name, tensor in tensors.items()}:
+            raise ValueError("its tensors were changed")
+        files = dict(plain.pop("files"))
         record = SessionRecord(**plain.pop("session"))
+        text, ahead = tensors[TEXT], tensors.get(AHEAD)
+    except RequestError:
+        raise
+    except FileNotFoundError:
+        raise RequestError(
+            f"{folder} is no snapshot: it has no {SESSION_FILE}; make one with session.snapshot(...)"
+        ) from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{path} is damaged ({type(error).__name__}: {error}); take another snapshot") from error
     wanted = identity(bundle)
@@ -111,6 +143,9 @@ def read_session(folder: Path, bundle: Bundle) -> tuple[SessionRecord, torch.Ten
             "or with one of the same checkpoint and config"
         )
     model = bundle.config.model
+    names = {rank_file(rank) for rank in range(bundle.config.build.world_size)} | (
+        set() if record.vae is None else {DECODER_FILE}
+    )
     numbers = (record.seed, record.num_given, record.next_chunk, record.num_chunks)
     if (
         any(type(number) is not int or number < 0 for number in numbers)
@@ -119,10 +154,13 @@ def read_session(folder: Path, bundle: Bundle) -> tuple[SessionRecord, torch.Ten
         or max(numbers[1:]) > 2**40
         or text.shape != (model.text_len, model.text_dim)
         or text.dtype != torch.float32
+        or files.keys() != names
         or (ahead is not None and (ahead.dtype != torch.float32 or list(ahead.shape) != _rows_of(bundle, record)))
     ):
         raise RequestError(f"{path} is damaged: its values cannot be; take another snapshot")
-    return record, text, ahead
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return record, text, ahead, files
 
 
 def _rows_of(bundle: Bundle, record: SessionRecord) -> list[int]:
@@ -131,12 +169,29 @@ def _rows_of(bundle: Bundle, record: SessionRecord) -> list[int]:
     return [frames * config.tokens_per_frame, config.model.patch_features]
 
 
+def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor with values that would spread over everything that is generated after it.
+
+    Raises:
+        RequestError: it holds NaN or infinity.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    if not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist()):
+        raise RequestError(
+            f"{path}: {name} holds NaN or infinity, and no session can go on from that; take up an earlier snapshot, or begin "
+            "another session"
+        )
+
+
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, header: dict[str, str]) -> None:
     """Write a file of a snapshot.
 
     Raises:
-        RequestError: it cannot be written; the session is as it was.
+        RequestError: it cannot be written, or the session holds values that are not finite; the session is as it was.
     """
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
     try:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, header)
     except (OSError, SafetensorError) as error:
@@ -144,18 +199,31 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, header: dict[s
         raise RequestError(f"cannot write {path.name} of the snapshot ({size:.0f} MiB): {error}; make room") from error
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+def load_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     """Read a file of a snapshot.
 
+    Args:
+        path: the file.
+        sha256: of what was written to it.
+
     Raises:
-        RequestError: missing or damaged.
+        RequestError: missing, damaged, another file than was written, or with values that are not finite.
     """
-    if not path.is_file():
-        raise RequestError(f"{path} is missing, or no plain file; take another snapshot")
     try:
-        return load_file(path)
+        tensors = load_file(regular_file(path))
+        found = file_digest(path)
+    except FileNotFoundError:
+        raise RequestError(f"{path} is missing; take another snapshot") from None
     except (OSError, SafetensorError) as error:
         raise RequestError(f"{path} cannot be read: {error}; take another snapshot") from error
+    if found != sha256:
+        raise RequestError(
+            f"{path} is damaged, or of another rank or snapshot: it is not what was written (sha256 differs); take another "
+            "snapshot"
+        )
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return tensors
 
 
 def check_tensors(

@@ -1,11 +1,14 @@
 """The decoder from its caller's side: a process beside the ranks that turns latents into frames, for any number of sessions."""
 
+import contextlib
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from causalrt.runtime import interrupts
 from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.messages import (
     CloseCommand,
@@ -75,6 +78,14 @@ class VaeDecoder:
         """Process number."""
         return self._pool.pids[0]
 
+    def dead_processes(self) -> list[str]:
+        """See `RankPool.dead_processes`."""
+        return self._pool.dead_processes()
+
+    def silent_s(self) -> float:
+        """Seconds for which it has owed an answer (`RankPool.silent_s`)."""
+        return self._pool.silent_s()
+
     def decode(self, session: int, latents: torch.Tensor) -> Decoded:
         """The next frames of a session's video, whose first latents begin it.
 
@@ -88,7 +99,7 @@ class VaeDecoder:
             EngineClosedError: it has ended.
         """
         asked = time.perf_counter()
-        with self._lock:
+        with self._turn():
             started = time.perf_counter()
             frames, _ = self._run(DecodeCommand(session=session, latents=latents))
         assert isinstance(frames, Frames)
@@ -102,7 +113,7 @@ class VaeDecoder:
             RankError: the process died, hung or raised.
             EngineClosedError: it has ended.
         """
-        with self._lock:
+        with self._turn():
             encoded, _ = self._run(EncodeCommand(frames=frames))
         assert isinstance(encoded, Encoded)
         return encoded.latents
@@ -114,36 +125,43 @@ class VaeDecoder:
             RequestError: it cannot be written.
             RankError: the process died, hung or raised.
         """
-        with self._lock:
+        with self._turn():
             self._run(SaveCommand(session=session, folder=folder))
 
-    def resume(self, session: int, folder: Path, *, frame: int) -> None:
-        """Open a session where `save` has left it, after `frame` latents.
+    def resume(self, session: int, folder: Path, *, frame: int, files: Mapping[str, str]) -> None:
+        """Open a session where `save` has left it, after `frame` latents; `files` are the sha256 of the folder's files.
 
         Raises:
             RequestError: the snapshot is damaged, or of another VAE.
             RankError: the process died, hung or raised.
         """
-        with self._lock:
-            self._run(ResumeCommand(session=session, folder=folder, frame=frame))
+        with self._turn():
+            self._run(ResumeCommand(session=session, folder=folder, frame=frame, files=files))
 
     def close_session(self, session: int) -> None:
         """Free its caches."""
-        with self._lock:
+        with self._turn():
             self._run(CloseCommand(session=session))
 
     def close(self) -> None:
         """End the process; one that is at work is killed, and whoever waits for it gets an EngineClosedError."""
-        with self._lock.after_ending(self._pool.kill):
-            self._pool.close()
+        if self._pool.is_ours:
+            with self._lock.after_ending(self._pool.kill):
+                self._pool.close()
 
     def end(self) -> None:
-        """End the process at once and remove its folder; nobody may be talking to it."""
+        """End the process at once and free its channel; nobody may be talking to it."""
         self._pool.close(kill=True)
 
     def kill(self) -> None:
         """End the process at once, from any thread."""
         self._pool.kill()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        self._pool.check_owner()  # before the lock, which a thread of the owner may have held at the fork
+        with interrupts.deferred(), self._lock:
+            yield
 
     def _run(self, command: VaeCommand) -> list[Reply]:
         """What it answers. A conversation that breaks off ends the process: its answers would be left in the channel."""

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from causalrt.engines.base import TORCH_DTYPES
-from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, open_bundle
+from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, reopen_bundle
 from causalrt.engines.vae import Vae, make_vae
 from causalrt.errors import CausalRTError, RequestError
 from causalrt.model.decode_state import DecodeState
+from causalrt.model.stored_tensors import map_tensors
 from causalrt.runtime.memory import device_free_bytes
 from causalrt.runtime.messages import (
     CloseCommand,
@@ -46,6 +47,7 @@ class VaeServer:
         self._device = torch.device("cpu")
         self._bundle: Bundle
         self._vae: Vae
+        self._weights: dict[str, torch.Tensor] = {}
         self._whole_vae: Any = None
 
     def run(self, command: VaeCommand) -> Done:
@@ -78,11 +80,15 @@ class VaeServer:
                 case SaveCommand():
                     save_tensors(self._state(command.session).snapshot(), command.folder / DECODER_FILE, {})
                 case ResumeCommand():
-                    state = self._vae.open()
-                    state.restore(load_tensors(command.folder / DECODER_FILE))
+                    state, path = self._vae.open(), command.folder / DECODER_FILE
+                    snapshot = load_tensors(path, command.files[DECODER_FILE])
+                    try:
+                        state.restore(snapshot)
+                    except RequestError as error:
+                        raise RequestError(f"{path} is damaged: {error}; take another snapshot") from error
                     if state.latent_frames != command.frame:
                         raise RequestError(
-                            f"{command.folder / DECODER_FILE} is damaged, or of another snapshot: it is after "
+                            f"{path} is damaged, or of another snapshot: it is after "
                             f"{state.latent_frames} latents, the session after {command.frame}; take another snapshot"
                         )
                     self._states[command.session] = state
@@ -96,7 +102,8 @@ class VaeServer:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
-        self._bundle = open_bundle(command.bundle, verify=False)
+        self._bundle = reopen_bundle(command.bundle, command.digest)
+        self._weights = map_tensors(self._bundle.path / VAE_WEIGHTS)
         self._vae = make_vae(self._bundle, command.executor, device=self._device, num_threads=command.num_threads)
         if self._device.type == "cuda":
             self._warm_up()
@@ -116,9 +123,13 @@ class VaeServer:
 
     def _encode(self, command: EncodeCommand) -> Encoded:
         from causalrt.model.vae import encode
-        from causalrt.model.vae_checkpoint import load_vae
+        from causalrt.model.vae_checkpoint import vae_from_tensors
 
         if self._whole_vae is None:
             dtype = TORCH_DTYPES[self._bundle.config.build.precision]
-            self._whole_vae = load_vae(self._bundle.path / VAE_WEIGHTS, dtype=dtype, device=self._device)
+            path, config = self._bundle.path / VAE_WEIGHTS, self._bundle.vae
+            assert config is not None
+            # Mapped when the bundle was loaded: by now the file may be gone, or another bundle's.
+            self._whole_vae = vae_from_tensors(path, self._weights, config, dtype=dtype, device=self._device)
+            self._weights = {}
         return Encoded(latents=encode(self._whole_vae, command.frames).cpu())

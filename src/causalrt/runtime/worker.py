@@ -1,9 +1,9 @@
 """The rank processes: `python -m causalrt.runtime.worker` imports everything once and forks one process a rank.
 
 Each rank serves commands from its own socket until the caller closes it, and writes what it logs to a file of its own,
-whose tail explains a failure. The process that forked them stays as their keeper: it reaps them, ends them when told to,
-and ends them and removes their folder when the caller has gone without a word. When the keeper dies, the kernel ends
-the ranks. The decoder's process is one of the same kind, of a keeper of its own.
+whose tail explains a failure. The process that forked them stays as their keeper: it reaps them, and ends them when told to
+or when the caller has gone without a word. When the keeper dies, the kernel ends the ranks. The decoder's process is one of
+the same kind, of a keeper of its own.
 """
 
 import argparse
@@ -12,12 +12,10 @@ import faulthandler
 import gc
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from causalrt.runtime.messages import Failed, receive, send
@@ -58,21 +56,19 @@ def _die_with_keeper(keeper: int) -> None:
         os._exit(1)
 
 
-def _run_rank(role: str, rank: int, descriptors: list[int], folder: Path, keeper: int) -> int:
+def _run_rank(role: str, rank: int, descriptors: list[int], log: int, rendezvous: str, keeper: int) -> int:
     _die_with_keeper(keeper)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, KEEPER_SIGNALS)
     for other, descriptor in enumerate(descriptors):
         if other != rank:
             os.close(descriptor)
-    log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    (folder / f"rank{rank}.pid").write_text(str(os.getpid()))
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     channel: Connection[Any, Any] = Connection(descriptors[rank])
     name = role if role == "decoder" else f"rank {rank}"
-    server = VaeServer(channel) if role == "decoder" else RankServer(rank, len(descriptors), folder, channel)
+    server = VaeServer(channel) if role == "decoder" else RankServer(rank, len(descriptors), rendezvous, channel)
     try:
         return serve(server, channel, name)
     except OSError:
@@ -80,35 +76,37 @@ def _run_rank(role: str, rank: int, descriptors: list[int], folder: Path, keeper
         return 0
 
 
-def _keep(ranks: set[int], *, parent: int, folder: Path) -> None:
-    """Reap the ranks until all have ended. Their folder is the caller's to remove, unless nobody will ask for a log."""
-    all_hung_up = True
+def _keep(ranks: set[int], *, parent: int) -> None:
+    """Reap the ranks until all have ended."""
+    ended = False
     while ranks:
         told = signal.sigtimedwait(KEEPER_SIGNALS, ORPHAN_CHECK_S)
         if os.getppid() != parent or (told is not None and told.si_signo == signal.SIGTERM):
+            ended = True
             for pid in ranks:  # not reaped yet, so the numbers are still theirs
                 os.kill(pid, signal.SIGKILL)
         while ranks:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, _ = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 break
             ranks.remove(pid)
-            all_hung_up &= status == 0
-    if all_hung_up or os.getppid() != parent:
-        shutil.rmtree(folder, ignore_errors=True)
+    if ended:  # what the ranks had started, a compiler for example, and this process with it
+        os.killpg(0, signal.SIGKILL)
 
 
 def main() -> int:
-    """Fork the ranks and keep them; `--channels` are inherited socket descriptors, one a rank."""
+    """Fork the ranks and keep them; `--channels` and `--logs` are inherited descriptors, one a rank."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--channels", required=True)
+    parser.add_argument("--logs", required=True)
     parser.add_argument("--role", choices=("rank", "decoder"), required=True)
-    parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, KEEPER_SIGNALS)
-    descriptors = [int(d) for d in arguments.channels.split(",")]
+    descriptors, logs = ([int(d) for d in given.split(",")] for given in (arguments.channels, arguments.logs))
+    # The ranks find each other in a file without a name, which nothing else can meet, read or remove.
+    rendezvous = f"/proc/self/fd/{os.memfd_create('causalrt-rendezvous')}"
     assert threading.active_count() == 1, "a fork needs a single thread"
     gc.freeze()  # no rank's garbage collection needs to go through what was imported, or to copy its pages
     here, ranks = os.getpid(), set[int]()
@@ -117,7 +115,7 @@ def main() -> int:
         if pid == 0:
             code = 1
             try:
-                code = _run_rank(arguments.role, rank, descriptors, arguments.folder, here)
+                code = _run_rank(arguments.role, rank, descriptors, logs[rank], rendezvous, here)
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -125,7 +123,7 @@ def main() -> int:
         ranks.add(pid)
     for descriptor in descriptors:
         os.close(descriptor)
-    _keep(ranks, parent=arguments.parent, folder=arguments.folder)
+    _keep(ranks, parent=arguments.parent)
     return 0
 
 

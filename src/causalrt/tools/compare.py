@@ -3,7 +3,6 @@
 Either through a bundle and its rank processes, or, emulated, through the graphs that TensorRT parses.
 """
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from causalrt.config import HeadPlanName, Precision, TimeIndex
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.build import build, fused_ops_wanted
-from causalrt.export.options import CollectivesMode, PluginsMode
+from causalrt.export.options import CollectivesMode, PluginsMode, Progress
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.load import load
 from causalrt.tools.emulate import write_graphs
 from causalrt.tools.recording import open_recording
@@ -53,6 +53,7 @@ def compare_recorded(
     time_index: TimeIndex = "global",
     num_threads: int | None = None,
     tolerance: float = TOLERANCE,
+    on_progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Build a bundle from a recording, replay it on `world_size` ranks, and report the largest errors.
 
@@ -72,12 +73,21 @@ def compare_recorded(
         )
     recording = open_recording(path, world_size=world_size, head_plan=head_plan)
     config = replace(recording.config, video=replace(recording.config.video, time_index=time_index))
-    with tempfile.TemporaryDirectory(prefix="causalrt-compare-") as folder:
-        checkpoint = recording.write_checkpoint(Path(folder) / "checkpoint.safetensors")
+    with TemporaryFolder("compare") as folder:
+        checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
         mode: PluginsMode = "on" if plugins else "auto"
-        bundle = build(config, checkpoint=checkpoint, out=Path(folder) / "bundle", executors=[executor], plugins=mode)
+        bundle = build(
+            config,
+            checkpoint=checkpoint,
+            out=folder / "bundle",
+            executors=[executor],
+            plugins=mode,
+            on_progress=on_progress,
+        )
+        on_progress("replay", 0, 1)
         with load(bundle, executor=executor, num_threads=num_threads) as engine:
             errors = largest_errors(replay(recording, engine), recorded_outputs(recording))
+        on_progress("replay", 1, 1)
     return {
         "executor": executor,
         "world_size": world_size,
@@ -100,6 +110,7 @@ def compare_emulated(
     plugins: bool = False,
     time_index: TimeIndex = "global",
     tolerance: float = TOLERANCE,
+    on_progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Replay a recording through the graphs that TensorRT parses, run by ONNX Runtime with all ranks in this process.
 
@@ -131,18 +142,23 @@ def compare_emulated(
         "collectives": collectives,
         "precision": precision,
     }
-    with tempfile.TemporaryDirectory(prefix="causalrt-emulate-") as name:
-        folder = Path(name)
+    with TemporaryFolder("emulate") as folder:
         checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
+        on_progress("graphs", 0, 1)
         graphs = write_graphs(config, checkpoint=checkpoint, folder=folder, collectives=collectives, fused=fused)
+        on_progress("graphs", 1, 1)
+        on_progress("replay", 0, 1)
         outputs = replay_here(recording, emulated_player(graphs))
+        on_progress("replay", 1, 1)
         errors = largest_errors(outputs, expected)
         result["max_abs_error"] = {kind: error.largest for kind, error in errors.items()}
         result["worst"] = {kind: error.at for kind, error in errors.items()}
         if precision == "float32":
             passed = all(error.largest <= tolerance for error in errors.values())
             return result | {"tolerance": tolerance, "passed": passed}
+        on_progress("replay in eager", 0, 1)
         eager = replay_here(recording, eager_player(config, checkpoint=checkpoint, folder=folder / "eager"))
+        on_progress("replay in eager", 1, 1)
     ours, theirs = rms_errors(outputs, expected), rms_errors(eager, expected)
     passed = all(ours[kind] <= EAGER_RATIO * theirs[kind] for kind in ours)
     return result | {"rms_error": ours, "eager_rms_error": theirs, "eager_ratio": EAGER_RATIO, "passed": passed}

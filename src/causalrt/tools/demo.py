@@ -7,8 +7,10 @@ rank, is what the others are compared with.
 """
 
 import contextlib
+import logging
+import platform
+import shutil
 import statistics
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +22,13 @@ import torch
 
 from causalrt.config import Config, override, recipe
 from causalrt.demo_model import DemoFiles, demo_files
-from causalrt.errors import RequestError
+from causalrt.engines.bundle import file_digest, open_bundle, record_digest, toolchain_versions
+from causalrt.engines.user_cache import kept_folder
+from causalrt.errors import BuildError, BundleError, RequestError
 from causalrt.export.build import build
 from causalrt.export.options import Progress
 from causalrt.model.words import WordEncoder
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.load import load
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.session import Chunk
@@ -33,6 +38,9 @@ from causalrt.tools.demo_request import ABOUT, EXAMPLES, DemoRequest
 from causalrt.tools.files import check_writable, make_folder, write_whole
 from causalrt.tools.generate import check_switches, parsed_switches
 
+logger = logging.getLogger(__name__)
+
+MOST_KEPT_BUNDLES = 6
 SHOWN = ("onnxruntime", 2)
 """The row that is filmed, if it is there."""
 MOST_GREY_LEVELS = 1
@@ -76,13 +84,13 @@ def run_demo(request: DemoRequest, *, on_progress: Progress, on_stage: Callable[
     config, model = recipe("demo"), demo_files()
     switches = _checked(request, config, model)
     worlds = sorted({world_size for _, world_size in request.rows})
-    with tempfile.TemporaryDirectory(prefix="causalrt-demo-") as folder:
-        on_stage(f"Building bundles of the demo model for {', '.join(map(str, worlds))} rank(s)")
+    with contextlib.ExitStack() as kept:
+        on_stage(f"Building bundles of the demo model for {', '.join(map(str, worlds))} rank(s), unless they are kept")
         start = time.perf_counter()
         bundles = {}
         for done, world_size in enumerate(worlds):
             on_progress("bundles", done, len(worlds))
-            bundles[world_size] = demo_bundle(Path(folder) / f"ranks-{world_size}", world_size=world_size)
+            bundles[world_size] = kept.enter_context(kept_demo_bundle(world_size=world_size))
         on_progress("bundles", len(worlds), len(worlds))
         build_s = time.perf_counter() - start
         on_stage(f"Generating {request.chunks} chunks: {request.prompt!r}")
@@ -112,10 +120,48 @@ def demo_bundle(out: Path, *, world_size: int = 2, on_progress: Progress | None 
 
 
 @contextlib.contextmanager
+def kept_demo_bundle(*, world_size: int = 2, on_progress: Progress | None = None) -> Iterator[Path]:
+    """The same from the user's cache, where it is built if it is not there or damaged.
+
+    Where there can be no cache, it is built among the temporary files, and goes with the block.
+    """
+
+    def complete(path: Path) -> None:
+        try:
+            open_bundle(path)
+        except BundleError as error:
+            if path.exists():
+                logger.warning("the demo's bundle is built again: %s", error)
+                shutil.rmtree(path)
+            demo_bundle(path, world_size=world_size, on_progress=on_progress)
+
+    with contextlib.ExitStack() as stack:
+        try:
+            kept = kept_folder("demo", _bundle_key(world_size), complete=complete, most=MOST_KEPT_BUNDLES)
+            bundle = stack.enter_context(kept)
+        except (OSError, BuildError) as error:
+            logger.warning("the demo's bundle is built in a temporary folder, since it cannot be kept: %s", error)
+            folder = stack.enter_context(TemporaryFolder("demo"))
+            bundle = demo_bundle(folder / "bundle", world_size=world_size, on_progress=on_progress)
+        yield bundle
+
+
+def _bundle_key(world_size: int) -> str:
+    """Of everything that the demo's bundle depends on: the model's files, this package's code, and the libraries that build."""
+    model, package = demo_files(), Path(__file__).parents[1]
+    files = [model.checkpoint, model.codec, *sorted(package.rglob("*.py"))]
+    record = {
+        "files": {str(path.relative_to(package)): file_digest(path) for path in files},
+        "toolchain": toolchain_versions(),
+        "python": platform.python_version(),
+    }
+    return f"ranks-{world_size}-{record_digest(record)[:32]}"
+
+
+@contextlib.contextmanager
 def served_demo(*, on_progress: Progress) -> Iterator[dict[str, Any]]:
-    """What `causalrt serve` is given where no bundle is named: arguments by name; the bundle goes with the block."""
-    with tempfile.TemporaryDirectory(prefix="causalrt-demo-") as folder:
-        bundle = demo_bundle(Path(folder) / "bundle", on_progress=on_progress)
+    """What `causalrt serve` is given where no bundle is named: arguments by name; the bundle stays while the block runs."""
+    with kept_demo_bundle(on_progress=on_progress) as bundle:
         words = demo_files().words
         yield {"bundle": bundle, "text_encoder": words, "about": ABOUT, "examples": EXAMPLES}
 

@@ -11,10 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from causalrt.engines.inductor import cpp_compiler
+from causalrt.engines.inductor import check_can_compile
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour, device_target
 from causalrt.errors import ExecutorError
+from causalrt.runtime.control_groups import available_cpus, cpu_quota, memory_limits
 from causalrt.runtime.memory import available_bytes
+
+
+def _gib(size: int | None) -> float | None:
+    return None if size is None else round(size / 2**30, 1)
 
 
 def _probe(module: str) -> tuple[bool, str]:
@@ -28,13 +33,17 @@ def _probe(module: str) -> tuple[bool, str]:
 def examine() -> dict[str, Any]:
     """The machine, and for each executor and builder whether it works here: `{"ok": bool, "detail": str}`."""
     memory = available_bytes()
+    limit = min((most for most, _ in memory_limits()), default=None)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "machine": {
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_available_gib": None if memory is None else round(memory / 2**30, 1),
+            "cpu_quota": cpu_quota(),
+            "threads": available_cpus(),
+            "memory_limit_gib": _gib(limit),
+            "memory_available_gib": _gib(memory),
             "gpus": [f"{name} ({device_target(torch.device('cuda', i))})" for i, name in enumerate(gpus)],
             "torch": torch.__version__,
         },
@@ -62,10 +71,12 @@ def _answer(ok: bool, detail: str) -> dict[str, Any]:
 
 
 def _inductor(gpu: bool) -> dict[str, Any]:
-    compiler = cpp_compiler()
     if gpu and not importlib.util.find_spec("triton"):
         return _answer(False, "triton is not installed; `pip install triton`")
-    return _answer(gpu or compiler is not None, compiler or "no C++ compiler here; install g++ or set CXX")
+    try:
+        return _answer(True, check_can_compile())
+    except ExecutorError as error:
+        return _answer(gpu, f"on GPUs alone: {error}" if gpu else str(error))
 
 
 def _onnxruntime() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from causalrt.config import BuildConfig, Config, HeadPlanName, ModelConfig, SamplerConfig, VideoConfig
 from causalrt.errors import ConfigError, RecordingError
+from causalrt.regular_files import regular_file
 from causalrt.runtime.requests import tokens_from_latents
 
 
@@ -117,7 +118,7 @@ def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "sh
     """
     build = BuildConfig(world_size=world_size, head_plan=head_plan)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular_file(path), framework="pt") as file:
             metadata = file.metadata() or {}
             names = [name for name in file.keys() if not name.startswith("model.")]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}

@@ -8,6 +8,7 @@ import torch
 
 from causalrt.config import override, recipe
 from causalrt.errors import CapacityError, EngineClosedError, PromptError, RankError
+from causalrt.model.text import PromptTokens, clean_prompt
 
 
 def fake_config(changes=None):
@@ -19,19 +20,23 @@ class FakeEngine:
 
     Attributes:
         chunk_s: how long a chunk takes.
+        begun: chunks that were begun.
         made: chunks that were made, by session.
         closed_sessions: numbers of the sessions that were closed.
         most_open: the most sessions that were open at once.
+        dead: names of processes that have ended.
+        silent: seconds for which an answer has been owed.
     """
 
     def __init__(self, *, max_sessions=4, chunk_s=0.0, changes=None):
         self.config = fake_config(changes)
         self.has_vae = True
-        self.decoder = None
         self.max_sessions = max_sessions
         self.memory = SimpleNamespace(kv_bytes=1000)
-        self.rank_pids = []
+        self.dead = []
+        self.silent = 0.0
         self.chunk_s = chunk_s
+        self.begun = 0
         self.made = {}
         self.switches = []
         self.sessions = []
@@ -45,6 +50,12 @@ class FakeEngine:
     @property
     def open_sessions(self):
         return len(self.sessions) - len(self.closed_sessions)
+
+    def dead_processes(self):
+        return self.dead
+
+    def silent_s(self):
+        return self.silent
 
     def hold(self):
         """From now on each chunk waits for `let`."""
@@ -77,6 +88,7 @@ class FakeEngine:
             self._gate.release(1000)
 
     def wait(self):
+        self.begun += 1
         if self._gate:
             self._gate.acquire()
         time.sleep(self.chunk_s)
@@ -128,6 +140,15 @@ class FakeSession:
     def close(self):
         if self.number not in self._engine.closed_sessions:
             self._engine.closed_sessions.append(self.number)
+
+
+MAX_TOKENS = 64
+
+
+def fake_tokenize(prompt):
+    """A token for each word."""
+    words = clean_prompt(prompt).split()
+    return PromptTokens(ids=tuple(range(len(words[:MAX_TOKENS]))), truncated=len(words) > MAX_TOKENS)
 
 
 def fake_encode(prompt):

@@ -8,7 +8,7 @@ import threading
 import time
 
 import httpx
-from fake_engine import FakeEngine, fake_encode
+from fake_engine import FakeEngine, fake_encode, fake_tokenize
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -46,6 +46,10 @@ class Running:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     @property
+    def loop(self):
+        return self._loop
+
+    @property
     def services(self):
         return self.server.services
 
@@ -61,6 +65,7 @@ class Running:
                 self._reload,
                 fake_encode,
                 self.settings,
+                tokenize=fake_tokenize,
                 tokens=self._tokens,
                 listening=self._listening,
                 version="0",

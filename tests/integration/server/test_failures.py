@@ -1,6 +1,7 @@
 """What becomes of requests when the ranks die, and when the server ends."""
 
 import signal
+import threading
 import time
 
 import pytest
@@ -9,8 +10,12 @@ from running import Running, until
 
 from causalrt.errors import RankError, RequestError
 from causalrt.runtime.server import services
+from causalrt.runtime.server.auth import Tokens
+from causalrt.runtime.server.engine_host import BundleReplacedError
 from causalrt.runtime.server.run import listen
 from causalrt.runtime.video_file import Mp4Writer
+
+TOKEN = "a-token-0123456789"
 
 
 def test_ranks_that_die_fail_what_runs_and_come_back():
@@ -43,30 +48,80 @@ def test_ranks_that_die_fail_what_runs_and_come_back():
 def test_dead_ranks_are_seen_without_a_request():
     engine = FakeEngine()
     with Running(engine, reload_after_s=60) as server:
-        engine.rank_pids = [2**22 + 1]  # beyond what Linux hands out
+        engine.dead = ["rank 0"]
         until(lambda: server.metric("causalrt_ready") == 0)
         assert engine.closed or until(lambda: engine.closed)
 
 
-def test_an_engine_that_cannot_be_loaded_again_stays_lost():
-    tried = []
+def engine_state(server, path="/readyz"):
+    """What the server says of its engine."""
+    return server.http.get(path).json()
+
+
+def test_an_engine_that_cannot_be_loaded_is_tried_for_ever():
+    tried, mended = [], threading.Event()
 
     def load():
         tried.append(1)
-        raise RankError("no GPU is left")
+        if not mended.is_set():
+            raise RankError("no GPU is left in /dev/secret")
+        return FakeEngine()
 
-    engine = FakeEngine()
+    engine = FakeEngine(max_sessions=1)
     engine.hold()
-    with Running(engine, load=load, reload_after_s=0.01, reload_attempts=2) as server:
+    with Running(engine, load=load, reload_after_s=0.01, reload_max_wait_s=0.05) as server:
         job, waiting = (server.post(seconds=1).json()["id"] for _ in range(2))
+        before = engine_state(server)
+        assert (before["engine"], before["tries"], before["next_try_s"]) == ("ready", 0, None)
         engine.die()
-        assert server.finished(job)["status"] == server.finished(waiting)["status"] == "failed"
-        until(lambda: server.services.host.state == "lost")
-        assert len(tried) == 2
+        ends = [server.finished(each) for each in (job, waiting)]
+        assert [(end["status"], end["error"]["code"]) for end in ends] == [("failed", "not_ready")] * 2
+        until(lambda: len(tried) > 10, "many more tries")
         answer = server.http.get("/readyz")
         assert answer.status_code == 503
-        assert "could not be started again" in answer.json()["detail"]
+        said = answer.json()
+        assert (said["status"], said["engine"]) == ("not ready", "failing")
+        assert said["tries"] >= 10
+        assert "could not be started again" in said["detail"]
+        assert "secret" not in said["detail"]
+        assert said["since"] >= before["since"]
+        until(lambda: (state := engine_state(server, "/healthz"))["next_try_s"] is not None and state, "a wait")
+        assert engine_state(server, "/healthz")["status"] == "alive"
         assert server.post().status_code == 503
+        mended.set()
+        until(lambda: server.http.get("/readyz").status_code == 200, "the reload")
+        assert (engine_state(server)["engine"], engine_state(server)["tries"]) == ("ready", 0)
+        assert server.finished(server.post(seconds=1).json()["id"])["status"] == "completed"
+
+
+def test_a_replaced_bundle_is_not_served_until_the_former_one_is_back():
+    back = threading.Event()
+
+    def load():
+        if not back.is_set():
+            raise BundleReplacedError("/srv/secret has been replaced by another bundle")
+        return FakeEngine()
+
+    engine = FakeEngine(max_sessions=1)
+    engine.hold()
+    with Running(engine, load=load, reload_after_s=0.01, reload_max_wait_s=0.05) as server, server.realtime() as client:
+        client.start()
+        client.next("started")
+        waiting = server.post(seconds=1).json()["id"]
+        engine.die()
+        assert client.next("error")["code"] == "not_ready"
+        failed = server.finished(waiting)
+        assert (failed["status"], failed["error"]["code"]) == ("failed", "not_ready")
+        assert "the bundle has been replaced by another one" in failed["error"]["message"]
+        assert "secret" not in failed["error"]["message"]
+        said = engine_state(server)
+        assert (said["status"], said["engine"]) == ("not ready", "failing")
+        assert "restart the server" in said["detail"]
+        client.start()
+        assert "restart the server" in client.next("error")["message"]
+        back.set()
+        until(lambda: server.http.get("/readyz").status_code == 200, "the reload")
+        assert server.finished(server.post(seconds=1).json()["id"])["status"] == "completed"
 
 
 class Sessions(FakeEngine):
@@ -167,6 +222,29 @@ def test_draining_finishes_what_runs_and_takes_nothing_new():
         server.ended()
         assert engine.closed
         assert not engine.open_sessions
+
+
+def test_draining_tells_a_client_that_waits_for_its_token(tmp_path):
+    """A token would not help it any more, so it must not be asked for one."""
+    tokens = tmp_path / "tokens"
+    tokens.touch(mode=0o600)
+    tokens.write_text(TOKEN)
+    engine = FakeEngine()
+    engine.hold()
+    with (
+        Running(engine, tokens=Tokens.from_file(tokens)) as server,
+        server.realtime(ready=False) as waiting,
+        server.realtime(ready=False) as client,
+    ):
+        client.send("auth", token=TOKEN)
+        client.start(chunks=1)
+        client.next("started")  # so that the server has something to wait for
+        server.end()
+        assert waiting.closed() == 1001
+        with server.realtime(ready=False) as late:
+            assert late.closed() == 1001
+        engine.let(1)
+        assert client.next("ended")["reason"] == "done"
 
 
 def test_draining_waits_for_a_reader_that_is_behind():

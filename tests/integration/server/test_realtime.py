@@ -240,6 +240,58 @@ def test_stop_ends_before_the_next_chunk(held):
         until(lambda: held.engine.open_sessions == 0)
 
 
+def test_what_follows_a_stop_is_about_the_next_generation(held):
+    """Sent back to back, in the middle of a chunk: nothing is lost, and nothing reaches the generation that ends."""
+    with held.realtime() as client:
+        client.start(seed=1)
+        client.next("started")
+        until(lambda: held.engine.begun, "the first chunk")
+        client.send("stop")
+        client.send("stop")  # once more changes nothing
+        client.start(seed=2, chunks=2)
+        client.send("switch", prompt="a bear")
+        held.engine.let(1)
+        assert client.next("ended")["reason"] == "stopped"
+        assert client.next("started")["seed"] == 2
+        client.next("switched")
+        assert held.engine.switches == [(1, 0, "keep")]
+        client.send("stop")
+        client.start(seed=3)
+        client.send("stop")
+        client.start(seed=4, chunks=1)
+        held.engine.let(10)
+        ends = [client.next("ended") for _ in range(3)]
+        assert [end["reason"] for end in ends] == ["stopped", "stopped", "done"]
+        assert next(message["seed"] for message in reversed(client.seen) if message["type"] == "started") == 4
+        assert [message for message in client.seen if message["type"] == "error"] == []
+
+
+def test_a_stop_in_the_queue_and_a_start_behind_it(held):
+    with held.realtime() as first, held.realtime() as second:
+        first.start(chunks=1)
+        first.next("started")
+        second.start(seed=1)
+        second.next("queued")
+        second.send("stop")
+        second.start(seed=2, chunks=1)
+        assert second.next("ended") == {"type": "ended", "reason": "stopped", "chunks": 0}
+        held.engine.let(10)
+        assert second.next("ended")["reason"] == "done"
+        assert next(message["seed"] for message in second.seen if message["type"] == "started") == 2
+
+
+def test_a_client_that_leaves_takes_what_it_had_sent_behind_a_stop_with_it(held):
+    with held.realtime() as client:
+        client.start()
+        until(lambda: held.engine.begun, "the first chunk")
+        client.send("stop")
+        client.start()
+        until(lambda: held.services.generator.stopping, "stopping")
+    held.engine.let(1)
+    until(lambda: held.metric("causalrt_connections") == 0, "leaving")
+    assert (held.engine.open_sessions, len(held.engine.sessions)) == (0, 1)
+
+
 def test_waiting_clients_are_told_their_place(held):
     with held.realtime() as first, held.realtime() as second, held.realtime() as third:
         first.start(chunks=1)
@@ -295,6 +347,35 @@ def test_a_second_start_is_refused_and_the_first_goes_on(held):
         assert "runs already" in client.next("error")["message"]
         held.engine.let(1)
         assert client.next("ended")["reason"] == "done"
+
+
+def test_a_prompt_that_is_cut_is_told_in_each_answer(server):
+    cut = [
+        {
+            "code": "prompt_cut",
+            "message": "the prompt was cut: the model reads its first 64 tokens, what comes after them has no effect",
+            "param": "prompt",
+        }
+    ]
+    with server.realtime() as client:
+        for prompt, warnings in (("word " * 65, cut), ("word " * 65, cut), ("word " * 64, [])):
+            client.start(prompt=prompt, chunks=7)
+            assert client.next("started")["warnings"] == warnings
+            client.send("stop")
+            client.next("ended")
+
+
+def test_a_prompt_that_is_cut_is_told_when_it_is_switched_to(held):
+    with held.realtime() as client:
+        client.start()
+        assert client.next("started")["warnings"] == []
+        client.send("switch", prompt="word " * 65)
+        held.engine.let(2)
+        assert "64 tokens" in client.next("switched")["warnings"][0]["message"]
+        client.send("switch", prompt="a bear")
+        held.engine.let(10)
+        assert client.next("switched")["warnings"] == []
+        client.next("ended")
 
 
 def test_too_many_switches_are_refused(held):

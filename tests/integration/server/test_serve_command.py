@@ -1,11 +1,16 @@
 """`causalrt serve` as a user runs it: a process of its own, a small bundle, real ranks, signals."""
 
+import contextlib
 import io
 import json
 import os
+import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -32,9 +37,9 @@ def places(tmp_path_factory):
 
 
 class Process:
-    """A server that runs in a process of its own; without places, that of the demo model."""
+    """A server that runs in a process of its own, with `descriptors` at most; without places, that of the demo model."""
 
-    def __init__(self, places, *flags):
+    def __init__(self, places, *flags, descriptors=None):
         command = [sys.executable, "-m", "causalrt.cli", "serve"]
         if places:
             bundle, encoder = places
@@ -44,6 +49,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=descriptors and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))),
         )
         line = self.process.stdout.readline()
         assert line, self.process.stderr.read()
@@ -136,6 +142,21 @@ def test_a_switch_and_a_stop_reach_the_ranks(server):
         assert client.next("ended")["reason"] == "stopped"
 
 
+def test_each_answer_says_that_the_prompt_was_cut(server):
+    prompt = "a fox runs " * 20  # of which this model reads 8 tokens
+    for _ in range(2):
+        job = server.http.post("/v1/videos", json={"prompt": prompt, "seconds": 0.1}).json()
+        assert [warning["code"] for warning in job["warnings"]] == ["prompt_cut"]
+        assert "first 8 tokens" in job["warnings"][0]["message"]
+        assert server.finished(job["id"])["warnings"] == job["warnings"]
+    with server.realtime() as socket:
+        client = Client(socket)
+        client.next("ready")
+        client.start(prompt=prompt, chunks=1)
+        assert client.next("started")["warnings"] == job["warnings"]
+        client.next("ended")
+
+
 def test_the_page_and_its_files_are_served(server):
     page = server.http.get("/")
     assert page.headers["content-type"].startswith("text/html")
@@ -171,6 +192,65 @@ def test_a_rank_that_is_killed_is_replaced(server):
     until(lambda: server.http.get("/readyz").status_code == 200, "the reload")
     again = server.http.post("/v1/videos", json={"prompt": "a fox", "seconds": 1}).json()
     assert server.finished(again["id"])["status"] == "completed"
+
+
+def ranks_of(server):
+    """Process numbers of the ranks: the children of the keeper that has several."""
+    tree = {}
+    for pid in server.descendants():
+        tree.setdefault(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]), []).append(pid)
+    return next(children for parent, children in tree.items() if parent != server.process.pid and len(children) > 1)
+
+
+def test_idle_connections_of_strangers_leave_the_server_as_it_is(places):
+    """More of them than the process may have descriptors; the watch looks at the ranks several times meanwhile."""
+    with Process(places, descriptors=256) as server, contextlib.ExitStack() as stack:
+        host, port = server.url.removeprefix("http://").split(":")
+        ranks = ranks_of(server)
+        for _ in range(406):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        for _ in range(4):
+            assert server.http.get("/readyz").status_code == 200
+            time.sleep(1)
+        job = server.http.post("/v1/videos", json={"prompt": "a fox", "seconds": 1}).json()
+        assert server.finished(job["id"])["status"] == "completed"
+        assert ranks_of(server) == ranks
+        server.process.send_signal(signal.SIGTERM)
+        _, log = server.process.communicate(timeout=60)
+        assert "the engine has failed" not in log
+        assert len(log) < 20_000
+
+
+@pytest.mark.slow  # test_failures.py has the same without ranks
+def test_a_bundle_that_is_replaced_while_it_is_served_is_refused_with_a_word(places, tmp_path):
+    bundle, encoder = places
+    another = bundle_factory(tmp_path, vae=write_vae(tmp_path / "vae"))(
+        2, {**STEPS, "video.latent_height": "8", "video.latent_width": "12"}
+    )
+    served = tmp_path / "served"
+    shutil.copytree(bundle, served)
+    with Process((served, encoder), "--max-sessions", "1") as server:
+        running, waiting = (server.http.post("/v1/videos", json={"prompt": "a fox"}).json()["id"] for _ in range(2))
+        until(lambda: server.http.get(f"/v1/videos/{running}").json()["progress"])
+        shutil.rmtree(served)
+        shutil.copytree(another, served)
+        os.kill(ranks_of(server)[1], signal.SIGKILL)
+        assert server.finished(running)["error"]["code"] == "not_ready"
+        error = server.finished(waiting)["error"]
+        assert error["code"] == "not_ready"
+        assert "replaced by another one" in error["message"]
+        said = server.http.get("/readyz")
+        assert (said.status_code, said.json()["engine"]) == (503, "failing")
+        assert "restart the server" in said.json()["detail"]
+        assert server.http.post("/v1/videos", json={"prompt": "a fox"}).status_code == 503
+        shutil.rmtree(served)
+        shutil.copytree(bundle, served)
+        until(lambda: server.http.get("/readyz").status_code == 200, "the reload")
+        again = server.http.post("/v1/videos", json={"prompt": "a fox", "seconds": 1}).json()
+        assert server.finished(again["id"])["status"] == "completed"
+        server.process.send_signal(signal.SIGTERM)
+        _, log = server.process.communicate(timeout=60)
+        assert "has been replaced by another bundle" in log
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -1,7 +1,6 @@
 """`causalrt serve` without a bundle: the demo model, its words, and an end that leaves nothing."""
 
 import io
-import os
 import signal
 
 import av
@@ -14,9 +13,12 @@ from causalrt.tools.demo_request import ABOUT, EXAMPLES
 
 
 def test_the_demo_model_is_served(tmp_path, monkeypatch):
-    monkeypatch.setitem(os.environ, "TMPDIR", str(tmp_path))
+    temporary, cache = tmp_path / "temporary", tmp_path / "cache"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     with Process((), "--grace", "0") as server:
-        assert list(tmp_path.glob("causalrt-demo-*/bundle/manifest.json"))
+        assert list(cache.glob("causalrt/demo/ranks-2-*/manifest.json"))
         refused = server.http.post("/v1/videos", json={"prompt": "a fox in the snow"})
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "prompt"
@@ -44,7 +46,7 @@ def test_the_demo_model_is_served(tmp_path, monkeypatch):
         _, log = server.process.communicate(timeout=60)
         assert server.process.returncode == 0, log
         assert "Traceback" not in log
-    assert list(tmp_path.glob("*causalrt*")) == []
+    assert list(temporary.glob("*causalrt*")) == []
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def test_a_job_from_request_to_file(server):
         "progress": 0,
         "error": None,
         "remixed_from_video_id": None,
+        "warnings": [],
         "id": job["id"],
         "created_at": job["created_at"],
         "completed_at": None,
@@ -259,6 +260,15 @@ def test_a_prompt_that_cannot_be_encoded_fails_its_job_alone(server):
 
 
 # ---- jobs under way
+
+
+def test_a_prompt_that_is_cut_is_told_in_each_answer(server):
+    for words, cut in ((65, True), (65, True), (64, False)):
+        job = server.post(prompt="word " * words, seconds=0.1).json()
+        assert [(warning["code"], warning["param"]) for warning in job["warnings"]] == [("prompt_cut", "prompt")] * cut
+        assert all("first 64 tokens" in warning["message"] for warning in job["warnings"])
+        assert server.finished(job["id"])["warnings"] == job["warnings"]
+        assert server.http.get("/v1/videos", params={"limit": 1}).json()["data"][0]["warnings"] == job["warnings"]
 
 
 def test_progress_and_deletion_of_a_job_that_runs():

@@ -1,7 +1,12 @@
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
+import random
 import shutil
+import stat
+import time
 from collections import namedtuple
 
 import pytest
@@ -17,6 +22,8 @@ from causalrt.engines.bundle import (
     VAE_WEIGHTS,
     new_bundle,
     open_bundle,
+    reopen_bundle,
+    unchanged,
     write_manifest,
 )
 from causalrt.errors import BuildError, BundleError
@@ -104,6 +111,13 @@ def test_manifest_records_bytes_and_sha256_of_every_other_file(made):
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in CONTENTS.items()
     }
     assert manifest["layout"]["scatter_rows"] == layout_from_config(CONFIG).scatter_rows
+
+
+def test_the_digest_tells_one_bundle_from_another(tmp_path):
+    same = [open_bundle(make_bundle(tmp_path / name)).digest for name in ("one", "copy")]
+    other = open_bundle(make_bundle(tmp_path / "other", contents=CONTENTS | {"time.onnx": b"grape"})).digest
+    assert same[0] == same[1] == json.loads((tmp_path / "one" / MANIFEST).read_text())["digest"]
+    assert other != same[0]
 
 
 def test_the_target_appears_whole(tmp_path):
@@ -248,14 +262,32 @@ def remove(path):
     (path / "weights.safetensors").unlink()
 
 
-def link(path):
-    shutil.move(path / "weights.safetensors", path.parent / "elsewhere")
-    (path / "weights.safetensors").symlink_to(path.parent / "elsewhere")
+def link_to(target):
+    def damage(path):
+        remove(path)
+        (path / "weights.safetensors").symlink_to(target)
+
+    return damage
 
 
 def make_folder(path):
     remove(path)
     (path / "weights.safetensors").mkdir()
+
+
+def make_pipe(path):
+    remove(path)
+    os.mkfifo(path / "weights.safetensors")
+
+
+def make_socket(path):
+    remove(path)
+    os.mknod(path / "weights.safetensors", stat.S_IFSOCK | 0o600)
+
+
+def link_to_a_pipe(path):
+    os.mkfifo(path.parent / "pipe")
+    link_to("../pipe")(path)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +296,13 @@ def make_folder(path):
         (truncate, "10,239 bytes, expected 10,240"),
         (tamper, "sha256"),
         (remove, "missing"),
-        (link, "not a plain file"),
-        (make_folder, "not a plain file"),
+        (link_to("nowhere"), "missing, or a link to nothing"),
+        (link_to("weights.safetensors"), "Too many levels of symbolic links"),
+        (link_to("/dev/zero"), "it is a device"),
+        (make_folder, "it is a folder"),
+        (make_pipe, "it is a named pipe"),
+        (make_socket, "it is a socket"),
+        (link_to_a_pipe, "it is a named pipe"),
     ],
 )
 def test_a_damaged_file_is_named(made, damage, said):
@@ -278,11 +315,119 @@ def test_a_damaged_file_is_named(made, damage, said):
     assert "step-000.onnx" not in message
 
 
+def as_in_the_hub_cache(bundle):
+    """Every file a link to a blob that is named by its hash; the blob of the weights."""
+    blobs = bundle.parent / "blobs"
+    blobs.mkdir()
+    for file in list(bundle.iterdir()):
+        blob = file.rename(blobs / hashlib.sha256(file.read_bytes()).hexdigest())
+        file.symlink_to(os.path.relpath(blob, bundle))
+    return (bundle / "weights.safetensors").resolve()
+
+
+def test_links_are_followed_and_what_they_point_to_is_hashed(made):
+    before = open_bundle(made)
+    weights = as_in_the_hub_cache(made)
+    assert open_bundle(made) == before
+    weights.write_bytes(bytes(len(CONTENTS["weights.safetensors"])))
+    with pytest.raises(BundleError, match=r"weights.safetensors: contents changed"):
+        open_bundle(made)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+def test_a_manifest_that_would_be_read_for_ever_is_refused(made, make):
+    (made / MANIFEST).unlink()
+    make(made / MANIFEST)
+    with pytest.raises(BundleError, match=rf"{MANIFEST} cannot be read: it is a (named pipe|device|folder), not a reg"):
+        open_bundle(made)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_read_is_read_again(made, monkeypatch):
+    digest = bundle_module.file_digest
+    newer = make_bundle(made.parent / "newer", contents=dict.fromkeys(CONTENTS, b"newer"))
+    wanted = open_bundle(newer)
+
+    def replaced_first(path):
+        if newer.exists():
+            shutil.rmtree(made)
+            newer.rename(made)
+        return digest(path)
+
+    monkeypatch.setattr(bundle_module, "file_digest", replaced_first)
+    assert open_bundle(made).digest == wanted.digest
+
+
+def overwrite_for_ever(target):
+    for number in itertools.count():
+        make_bundle(target, overwrite=True, contents=dict.fromkeys(CONTENTS, str(number).encode()))
+
+
+def test_readers_always_find_a_whole_bundle_however_writers_end(made):
+    """Three writers replace it all the time, and are killed at random; their successors go on, and clean up."""
+    context, instants = multiprocessing.get_context("fork"), random.Random(0)
+    writers = []
+    reads = kills = 0
+    try:
+        while kills < 40:
+            while len(writers) < 3:
+                writers.append(context.Process(target=overwrite_for_ever, args=(made,)))
+                writers[-1].start()
+            until = time.monotonic() + instants.uniform(0.01, 0.1)
+            while time.monotonic() < until:
+                open_bundle(made)
+                reads += 1
+            victim = writers.pop(instants.randrange(3))
+            victim.kill()
+            victim.join()
+            kills += 1
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.join()
+    assert reads > kills
+    make_bundle(made, overwrite=True)
+    assert names(made.parent) == ["b"]
+
+
 def test_all_damage_is_listed_at_once(made):
     truncate(made)
     (made / "step-000.onnx").unlink()
     with pytest.raises(BundleError, match=r"(?s)step-000\.onnx: missing.*weights\.safetensors: 10,239"):
         open_bundle(made)
+
+
+REPLACED = "b was replaced or changed while it was being loaded; load it again when it is complete"
+
+
+def test_a_verified_bundle_is_opened_again_and_no_other(made):
+    digest = open_bundle(made).digest
+    assert reopen_bundle(made, digest) == open_bundle(made)
+    make_bundle(made, overwrite=True, contents=CONTENTS | {"time.onnx": b"other"})
+    with pytest.raises(BundleError, match=REPLACED):
+        reopen_bundle(made, digest)
+
+
+@pytest.mark.parametrize("change", [tamper, truncate, remove, lambda path: (path / MANIFEST).unlink(), shutil.rmtree])
+@pytest.mark.parametrize("error", [None, FileNotFoundError("weights.safetensors"), BundleError("is damaged")])
+def test_a_change_while_a_bundle_is_read_is_told_whatever_came_of_it(made, change, error):
+    os.utime(
+        made / "weights.safetensors", ns=(0, 0)
+    )  # a change in the same tick of the file system's clock would be missed
+    bundle = open_bundle(made)
+
+    def read():
+        with unchanged(bundle):
+            change(made)
+            if error is not None:
+                raise error
+
+    with pytest.raises(BundleError, match=REPLACED):
+        read()
+
+
+def test_an_error_of_another_kind_stays(made):
+    with pytest.raises(FileNotFoundError), unchanged(open_bundle(made)):
+        raise FileNotFoundError
 
 
 def test_a_rank_skips_the_hashes_but_not_the_sizes(made):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from causalrt.config import ModelConfig, recipe
+from causalrt.engines.bundle import tensor_digest
 from causalrt.errors import BuildError, CheckpointError
 from causalrt.export.checkpoint import (
     DIGESTS,
@@ -19,7 +20,6 @@ from causalrt.export.checkpoint import (
     infer_sizes,
     model_shapes,
     open_checkpoint,
-    tensor_digest,
     write_weights,
 )
 from causalrt.export.random_weights import random_weights

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from causalrt.errors import ExecutorError
-from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, TorchCollectives, capsule
+from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, TorchCollectives, capsule, join_ranks
 
 
 def pointer_in(made, name):
@@ -37,7 +37,7 @@ def test_one_rank():
 
 @pytest.fixture
 def group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    join_ranks(tmp_path / "rendezvous", 0, 1, device=torch.device("cpu"))
     yield
     dist.destroy_process_group()
 
@@ -68,3 +68,22 @@ def test_communicator_is_torchs_own(monkeypatch):
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(dist.ProcessGroup, "_get_backend", lambda self, device: Backend())
     assert pointer_in(TorchCollectives().communicator(), CAPSULE_NAME) == 0x7F00
+
+
+@pytest.mark.parametrize("name", ["job#12", "run?id=3", "a%41b", "with space", "a:b", "ünïcode-日本", "x" * 200])
+def test_ranks_meet_at_the_very_path_that_is_given(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    (tmp_path / "job").symlink_to(victim)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "aAb").write_text("")
+    before = sorted(tmp_path.iterdir())
+    join_ranks(tmp_path / name, 0, 1, device=torch.device("cpu"))
+    try:
+        assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / name])
+        assert TorchCollectives().gather(torch.ones(2, 1)).tolist() == [[1], [1]]
+    finally:
+        dist.destroy_process_group()
+    assert victim.read_text() == "years of work"
+    assert not list((tmp_path / "run").iterdir())
+    assert (tmp_path / "aAb").read_text() == ""

@@ -1,12 +1,12 @@
 import dataclasses
 import math
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from causalrt.config import RECIPES, override, recipe
+from causalrt.engines.bundle import VAE_WEIGHTS
 from causalrt.errors import OutOfMemoryError
 from causalrt.export.checkpoint import model_shapes
 from causalrt.layout import layout_from_config
@@ -148,14 +148,11 @@ def test_a_host_that_does_not_say(monkeypatch):
     assert memory.available_bytes() is None
 
 
-def test_control_group_limits_what_is_available(tmp_path, monkeypatch):
-    monkeypatch.setattr("causalrt.runtime.memory.CONTROL_GROUP", tmp_path)
-    (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
-    assert available_bytes() > 2**20
-    (tmp_path / "memory.max").write_text("5000\n")
+def test_control_groups_limit_what_is_available(monkeypatch):
+    monkeypatch.setattr(memory, "memory_limits", lambda: [(2**62, 2**61), (5000, 4300)])
     assert available_bytes() == 4300
+    monkeypatch.setattr(memory, "memory_limits", list)
+    assert available_bytes() > 2**20
 
 
 def test_shared_weights_count_once(monkeypatch):
@@ -203,14 +200,7 @@ def test_sessions_on_gpus():
 def test_caches_of_the_released_vae():
     config = override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
 
-    class Weights:
-        def __truediv__(self, name):
-            return self
-
-        def stat(self):
-            return os.stat_result((0,) * 6 + (254 * 10**6,) + (0,) * 3)
-
-    bundle = SimpleNamespace(vae=VaeConfig(), config=config, path=Weights())
+    bundle = SimpleNamespace(vae=VaeConfig(), config=config, sizes={VAE_WEIGHTS: 254 * 10**6})
     eager, graphs = (decoder_memory(bundle, name) for name in ("eager", "onnxruntime"))
     assert eager.cache_bytes == 2 * 944_286_720  # as measured with diffusers
     assert graphs.cache_bytes == 2 * eager.cache_bytes

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
+from causalrt.runtime.server.engine_host import EngineStatus
 from causalrt.runtime.server.guard import Guard, Owner
 from causalrt.runtime.server.hosts import normal_origin
 from causalrt.runtime.server.metrics import CONTENT_TYPE
@@ -43,10 +45,26 @@ class ErrorBody(BaseModel):
 
 
 class Health(BaseModel):
-    """The state in a word, and the reason if it is a bad one."""
+    """The state in a word, the reason if it is a bad one, and how the engine stands (`EngineStatus`)."""
 
     status: str
-    detail: str | None = None
+    detail: str | None
+    engine: str
+    since: datetime
+    tries: int
+    next_try_s: float | None
+
+    @classmethod
+    def of(cls, status: str, engine: EngineStatus, detail: str | None) -> Self:
+        """The server's `status`, and the engine's."""
+        return cls(
+            status=status,
+            detail=detail,
+            engine=engine.state,
+            since=datetime.fromtimestamp(round(engine.since), UTC),
+            tries=engine.tries,
+            next_try_s=None if engine.next_try_s is None else round(engine.next_try_s, 1),
+        )
 
 
 def make_app(services: Services, *, version: str) -> FastAPI:
@@ -139,9 +157,10 @@ def _methods(app: FastAPI, request: Request) -> set[str]:
 
 
 def _add_state_routes(app: FastAPI, services: Services) -> None:
-    @app.get("/healthz", tags=["state"], summary="Whether the process lives")
+    @app.get("/healthz", tags=["state"], summary="The process lives; how its engine stands")
     async def healthz() -> Health:
-        return Health(status="alive")
+        engine = services.host.status
+        return Health.of("alive", engine, engine.detail)
 
     @app.get("/readyz", tags=["state"], summary="Whether requests are served", responses={503: {"model": Health}})
     async def readyz(response: Response) -> Health:
@@ -149,8 +168,8 @@ def _add_state_routes(app: FastAPI, services: Services) -> None:
             services.check_ready()
         except Problem as problem:
             response.status_code = 503
-            return Health(status="not ready", detail=problem.message)
-        return Health(status="ready")
+            return Health.of("not ready", services.host.status, problem.message)
+        return Health.of("ready", services.host.status, None)
 
     @app.get("/metrics", tags=["state"], summary="For Prometheus", response_class=Response)
     async def metrics(owner: Owner) -> Response:

@@ -10,6 +10,7 @@ from typing import Any
 
 from causalrt.errors import ExecutorError
 from causalrt.runtime.server.settings import ServerSettings
+from causalrt.terminal import printable_handler
 
 LIBRARIES = ("fastapi", "uvicorn", "websockets", "prometheus_client", "python_multipart", "av")
 _DEFAULTS = {field.name: field.default for field in ServerSettings.__dataclass_fields__.values()}
@@ -36,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-sessions", "max_sessions", "generations at once, fewer if memory holds fewer", type=int)
     add("--max-queue", "max_queue", "generations that may wait", type=int)
     add("--max-connections", "max_connections", "WebSockets at once", type=int)
+    add(
+        "--max-tcp-connections",
+        "max_tcp_connections",
+        "open connections of every kind, half of them for one address",
+        type=int,
+    )
     add("--max-prompt-chars", "max_prompt_chars", "characters of a prompt", type=int)
     add("--max-seconds", "max_seconds", "length of a job's video", type=float)
     add("--max-chunks", "max_chunks", "chunks of a generation (as the bundle allows)", type=int)
@@ -69,22 +76,30 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
 
     import asyncio
 
-    from causalrt.engines.bundle import open_bundle
-    from causalrt.model.text import clean_prompt
-    from causalrt.model.words import WordEncoder
+    from causalrt.engines.bundle import Bundle, open_bundle
     from causalrt.runtime.engine import Engine, open_text_encoder
     from causalrt.runtime.load import load
     from causalrt.runtime.server import run as running
     from causalrt.runtime.server.auth import Tokens
+    from causalrt.runtime.server.engine_host import BundleReplacedError
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = printable_handler(sys.stderr, "%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     tokens = Tokens() if settings.tokens is None else Tokens.from_file(settings.tokens)
-    config = open_bundle(arguments.bundle, verify=False).config
+    bundle = open_bundle(arguments.bundle, verify=False)
     listening = running.listen(settings.host, settings.port, send_buffer_bytes=settings.send_buffer_bytes)
-    encoder = open_text_encoder(arguments.text_encoder, arguments.text_device, config)
+    encoder = open_text_encoder(arguments.text_encoder, arguments.text_device, bundle.config)
+
+    def check_same(found: Bundle) -> None:
+        if found != bundle:
+            raise BundleReplacedError(
+                f"{arguments.bundle} has been replaced by another bundle since the server was started; restart the server to "
+                "serve that one, or put the former one back"
+            )
 
     def load_engine() -> Engine:
-        return load(
+        check_same(open_bundle(arguments.bundle, verify=False))  # before much is loaded for nothing
+        engine = load(
             arguments.bundle,
             executor=arguments.executor,
             device=arguments.device,
@@ -93,6 +108,12 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
             vae=True,
             max_sessions=settings.max_sessions,
         )
+        try:
+            check_same(engine.bundle)
+        except BundleReplacedError:
+            engine.close()
+            raise
+        return engine
 
     with listening, load_engine() as engine:
         asyncio.run(
@@ -104,7 +125,7 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
                 tokens=tokens,
                 listening=listening,
                 version=version,
-                check_prompt=encoder.encode if isinstance(encoder, WordEncoder) else clean_prompt,
+                tokenize=encoder.tokenize,
                 on_start=lambda server: on_start(running.address(listening)),
             )
         )

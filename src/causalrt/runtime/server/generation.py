@@ -39,18 +39,27 @@ MOST_SWITCHES = 4  # asked for and not yet made
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wish:
-    """What is to be generated; `num_chunks` None goes on as long as the bundle can."""
+    """What is to be generated.
+
+    Attributes:
+        prompt: as it was given.
+        prompt_cut_to: as of `Offer.check_prompt`.
+        seed: of the noise.
+        num_chunks: None goes on as long as the bundle can.
+    """
 
     prompt: str
+    prompt_cut_to: int | None
     seed: int
     num_chunks: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Switch:
-    """Another prompt from the next chunk on."""
+    """Another prompt from the next chunk on; `prompt_cut_to` is as of `Offer.check_prompt`."""
 
     prompt: str
+    prompt_cut_to: int | None
     policy: str
 
 
@@ -69,7 +78,7 @@ class Output(Protocol):
     def paused(self, yes: bool) -> None:
         """The generator stands still because it was told to, or goes on."""
 
-    def switched(self, *, ms: float, from_chunk: int, policy: str) -> None:
+    def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
         """The prompt has changed."""
 
     def refused(self, problem: Problem) -> None:
@@ -228,7 +237,7 @@ class Generator:
             try:
                 control.attach(session)
                 output.started(text_ms=text_ms)
-                chunks = self._drive(kind, session, control, output, text_ms)
+                chunks = self._drive(kind, engine, session, control, output, text_ms)
                 complete = output.finish()
             finally:
                 control.attach(None)
@@ -242,8 +251,9 @@ class Generator:
             if isinstance(error, RankError | EngineClosedError):
                 if control.reason:  # the engine was closed because the server ends
                     return control.reason, 0
-                if engine is not None:
-                    self._host.report(engine, error)
+                if engine is None:
+                    raise not_ready(str(error)) from error
+                self._host.report(engine, error)
             raise _problem(error) from error
 
     def _begin(self, engine: EngineLike, wish: Wish) -> tuple[Any, float]:
@@ -266,7 +276,9 @@ class Generator:
         except Exception:
             log.exception("a session could not be closed")
 
-    def _drive(self, kind: Kind, session: Any, control: Control, output: Output, text_ms: float) -> int:
+    def _drive(
+        self, kind: Kind, engine: EngineLike, session: Any, control: Control, output: Output, text_ms: float
+    ) -> int:
         done = 0
         while (step := control.next(output.paused)) != "stop":
             if isinstance(step, Switch):
@@ -275,6 +287,9 @@ class Generator:
             chunk = next(session, None)
             if chunk is None:
                 break
+            self._host.chunk_took(
+                engine, 1e-3 * (sum(chunk.times.denoise_ms) + chunk.times.gather_ms + chunk.decode_ms)
+            )
             encode_ms = output.write(chunk.frames)
             stages: dict[str, float | None] = {
                 "queue": chunk.queue_ms,
@@ -302,7 +317,7 @@ class Generator:
             return
         seconds = time.perf_counter() - begun
         self._metrics.switch.labels(switch.policy).observe(seconds)
-        output.switched(ms=1e3 * seconds, from_chunk=from_chunk, policy=switch.policy)
+        output.switched(switch, ms=1e3 * seconds, from_chunk=from_chunk)
 
     def _count(self, kind: Kind, frames: int, latency_ms: float, stages: dict[str, float | None]) -> None:
         self._metrics.frames.labels(kind).inc(frames)

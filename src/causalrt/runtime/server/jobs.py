@@ -20,7 +20,7 @@ import torch
 
 from causalrt.errors import CausalRTError
 from causalrt.runtime.server.admission import Admission, LeftError, Ticket
-from causalrt.runtime.server.generation import Control, Generator, Wish
+from causalrt.runtime.server.generation import Control, Generator, Switch, Wish
 from causalrt.runtime.server.metrics import Metrics
 from causalrt.runtime.server.offer import Offer
 from causalrt.runtime.server.problems import Problem, not_found, not_ready
@@ -68,7 +68,7 @@ class _JobOutput:
     def paused(self, yes: bool) -> None:
         raise AssertionError("jobs are not paused")
 
-    def switched(self, *, ms: float, from_chunk: int, policy: str) -> None:
+    def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
         raise AssertionError("jobs are not switched")
 
     def refused(self, problem: Problem) -> None:
@@ -117,12 +117,15 @@ class Jobs:
         """Jobs by status."""
         return {**dict.fromkeys(STATUSES, 0), **Counter(job.status for job in list(self._jobs.values()))}
 
-    def submit(self, *, owner: str, prompt: str, seed: int, seconds: str, asked: float) -> Job:
+    def submit(
+        self, *, owner: str, prompt: str, prompt_cut_to: int | None, seed: int, seconds: str, asked: float
+    ) -> Job:
         """Take a job; it has its place in the queue when this returns.
 
         Args:
             owner: who may see it.
             prompt: checked.
+            prompt_cut_to: as of `Offer.check_prompt`.
             seed: of the noise.
             seconds: length of the video, a number as text.
             asked: `time.perf_counter()` when the request came.
@@ -137,6 +140,7 @@ class Jobs:
             owner=owner,
             model=self._offer.model_name,
             prompt=prompt,
+            prompt_cut_to=prompt_cut_to,
             seed=seed,
             size=self._offer.size,
             seconds=seconds,
@@ -216,7 +220,9 @@ class Jobs:
             await ticket.admitted()
             if control.reason is None:
                 job.status = "in_progress"
-                wish = Wish(prompt=job.prompt, seed=job.seed, num_chunks=job.num_chunks)
+                wish = Wish(
+                    prompt=job.prompt, prompt_cut_to=job.prompt_cut_to, seed=job.seed, num_chunks=job.num_chunks
+                )
                 output = _JobOutput(job, self._spool.video(job.id), self._offer, self._metrics, asked=asked)
                 reason, _ = await self._generator.run("job", wish, control, output)
             else:

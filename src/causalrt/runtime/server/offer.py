@@ -7,7 +7,7 @@ from typing import Self
 
 from causalrt.config import Config
 from causalrt.errors import PromptError, RequestError
-from causalrt.model.text import clean_prompt
+from causalrt.model.text import PromptTokens, clean_prompt
 from causalrt.model.vae import TEMPORAL_SCALE
 from causalrt.runtime.server.problems import bad_request
 from causalrt.runtime.server.settings import ServerSettings
@@ -35,7 +35,7 @@ class Offer:
         max_prompt_chars: of a prompt.
         about: what is to be said of the model.
         examples: prompts for it.
-        check_prompt: raises a PromptError for a text that the text encoder will not take.
+        tokenize: what the text encoder reads of a prompt; raises a PromptError for a text that it will not take.
     """
 
     model_name: str
@@ -50,12 +50,10 @@ class Offer:
     max_prompt_chars: int
     about: str
     examples: tuple[str, ...]
-    check_prompt: Callable[[str], object]
+    tokenize: Callable[[str], PromptTokens]
 
     @classmethod
-    def from_config(
-        cls, config: Config, settings: ServerSettings, *, check_prompt: Callable[[str], object] = clean_prompt
-    ) -> Self:
+    def from_config(cls, config: Config, settings: ServerSettings, *, tokenize: Callable[[str], PromptTokens]) -> Self:
         """What `config` makes, within the limits of `settings`.
 
         Raises:
@@ -80,7 +78,7 @@ class Offer:
             max_prompt_chars=settings.max_prompt_chars,
             about=settings.about,
             examples=settings.examples,
-            check_prompt=check_prompt,
+            tokenize=tokenize,
         )
         if max_chunks is None:
             return offer
@@ -107,8 +105,8 @@ class Offer:
         latents = 1 + math.ceil((frames - 1) / TEMPORAL_SCALE)
         return frames, 1 + max(0, math.ceil((latents - self.first_frames) / self.chunk_frames))
 
-    def checked_prompt(self, prompt: str) -> str:
-        """The prompt as it was given.
+    def check_prompt(self, prompt: str) -> int | None:
+        """The number of tokens that the text encoder cuts the prompt to, because it has more; None if it is read to its end.
 
         Raises:
             Problem: 400, nothing to show, too long, with characters that no text has, or words that are not known.
@@ -120,10 +118,10 @@ class Offer:
         try:
             if not clean_prompt(prompt):
                 raise bad_request("the prompt is empty; say what the video shows", param="prompt")
-            self.check_prompt(prompt)
+            tokens = self.tokenize(prompt)
         except (PromptError, RequestError) as error:
             raise bad_request(str(error), param="prompt") from None
-        return prompt
+        return len(tokens.ids) if tokens.truncated else None
 
     def checked_chunks(self, chunks: int | None) -> int:
         """Chunks to generate; None is as many as there can be.
@@ -135,3 +133,11 @@ class Offer:
         if chunks is not None and not 1 <= chunks <= most:
             raise bad_request(f"chunks must be 1 to {most}, got {chunks}", param="chunks")
         return most if chunks is None else chunks
+
+
+def prompt_warnings(cut_to: int | None) -> list[dict[str, str]]:
+    """What the answer to a request says of a prompt that was cut to so many tokens; nothing if it was not."""
+    if cut_to is None:
+        return []
+    message = f"the prompt was cut: the model reads its first {cut_to} tokens, what comes after them has no effect"
+    return [{"code": "prompt_cut", "message": message, "param": "prompt"}]

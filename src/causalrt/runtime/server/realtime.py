@@ -86,6 +86,7 @@ class Connection:
         self._websocket = websocket
         self._services = services
         self._settings = services.settings
+        self._inbox: asyncio.Queue[Incoming] = asyncio.Queue()
         self._queue: asyncio.Queue[tuple[Outgoing, _Generation | None]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._owner = ""
@@ -102,14 +103,23 @@ class Connection:
 
     async def authenticate(self) -> bool:
         """Whether the client may stay; if not, it was told and the connection is closed."""
+        authenticated = asyncio.ensure_future(self._authenticated())
+        draining = asyncio.ensure_future(self._services.draining.wait())
         try:
-            self._owner = await self._authenticated()
+            await asyncio.wait([authenticated, draining], return_when=asyncio.FIRST_COMPLETED)
+            if not authenticated.done():
+                await self._close(GOING_AWAY, DRAINING)
+                return False
+            self._owner = authenticated.result()
         except Problem as problem:
             await self.refuse(problem)
         except TimeoutError:
             await self._close(TOO_SLOW, "no token came in time")
         except WebSocketDisconnect:
             pass
+        finally:
+            authenticated.cancel()
+            draining.cancel()
         return bool(self._owner)
 
     async def serve(self) -> bool:
@@ -122,6 +132,7 @@ class Connection:
         tasks = [
             asyncio.create_task(self._send_all()),
             asyncio.create_task(self._receive_all()),
+            asyncio.create_task(self._obey_all()),
             asyncio.create_task(self._end_when_draining()),
         ]
         try:
@@ -194,13 +205,26 @@ class Connection:
     async def _receive_all(self) -> None:
         while True:
             try:
-                self._obey(await self._receive())
+                self._inbox.put_nowait(await self._receive())
             except Problem as problem:
-                self._services.metrics.problems.labels(problem.code).inc()
-                self._post(problem.realtime())
-            if self._queue.qsize() > MOST_REPLIES:
+                self._answer_with(problem)
+            if max(self._inbox.qsize(), self._queue.qsize()) > MOST_REPLIES:
                 self._close_with = POLICY, "too many messages, and their answers are not read"
                 return
+
+    async def _obey_all(self) -> None:
+        while True:
+            message = await self._inbox.get()
+            if message.type != "stop" and self._generation is not None and self._generation.control.reason is not None:
+                await self._generated()  # it was stopped: what comes after that is about the next one
+            try:
+                self._obey(message)
+            except Problem as problem:
+                self._answer_with(problem)
+
+    def _answer_with(self, problem: Problem) -> None:
+        self._services.metrics.problems.labels(problem.code).inc()
+        self._post(problem.realtime())
 
     def _obey(self, message: Incoming) -> None:
         services = self._services
@@ -218,9 +242,9 @@ class Connection:
         elif running is None:
             raise bad_request(f"there is no generation to {message.type}; send start first")
         elif isinstance(message, SwitchPrompt):
-            prompt = services.offer.checked_prompt(message.prompt)
+            cut_to = services.offer.check_prompt(message.prompt)
             services.rate.take(self._rate_key())
-            running.control.switch(Switch(prompt=prompt, policy=message.policy))
+            running.control.switch(Switch(prompt=message.prompt, prompt_cut_to=cut_to, policy=message.policy))
         elif message.type == "stop":
             self._stop("stopped")
         else:
@@ -230,12 +254,12 @@ class Connection:
         services = self._services
         asked = time.perf_counter()
         services.check_ready()
-        prompt = services.offer.checked_prompt(message.prompt)
+        cut_to = services.offer.check_prompt(message.prompt)
         chunks = services.offer.checked_chunks(message.chunks)
         services.rate.take(self._rate_key())
         ticket = services.admission.enter()
         control = services.control(credit=self._settings.max_queued_chunks)
-        wish = Wish(prompt=prompt, seed=message.seed, num_chunks=chunks)
+        wish = Wish(prompt=message.prompt, prompt_cut_to=cut_to, seed=message.seed, num_chunks=chunks)
         known = services.offer.max_chunks if message.chunks is None else message.chunks
         self._generation = generation = _Generation(control=control, ticket=ticket, asked=asked)
         generation.task = asyncio.create_task(self._generate(generation, wish, known))

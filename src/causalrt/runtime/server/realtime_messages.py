@@ -8,8 +8,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from causalrt.runtime.mp4_boxes import boxes
-from causalrt.runtime.server.generation import Wish
-from causalrt.runtime.server.offer import MAX_SEED, Offer
+from causalrt.runtime.server.generation import Switch, Wish
+from causalrt.runtime.server.offer import MAX_SEED, Offer, prompt_warnings
 from causalrt.runtime.server.problems import Problem, bad_request
 from causalrt.runtime.video_file import FragmentWriter
 
@@ -100,6 +100,7 @@ class RealtimeOutput:
                 "seed": self._wish.seed,
                 "chunks": self._chunks,
                 "text_ms": round(text_ms, 3),
+                "warnings": prompt_warnings(self._wish.prompt_cut_to),
             }
         )
         self._post([self._writer.header])
@@ -130,9 +131,17 @@ class RealtimeOutput:
         """Tell it."""
         self._post({"type": "paused" if yes else "resumed"})
 
-    def switched(self, *, ms: float, from_chunk: int, policy: str) -> None:
-        """Tell it."""
-        self._post({"type": "switched", "ms": round(ms, 3), "from_chunk": from_chunk, "policy": policy})
+    def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
+        """Tell from which chunk on the prompt is the new one."""
+        self._post(
+            {
+                "type": "switched",
+                "ms": round(ms, 3),
+                "from_chunk": from_chunk,
+                "policy": switch.policy,
+                "warnings": prompt_warnings(switch.prompt_cut_to),
+            }
+        )
 
     def refused(self, problem: Problem) -> None:
         """Tell why a switch was not made."""

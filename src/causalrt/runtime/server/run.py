@@ -1,6 +1,7 @@
 """Listening, and an end that loses nothing: SIGTERM drains, a second one does not wait."""
 
 import asyncio
+import functools
 import logging
 import signal
 import socket
@@ -15,11 +16,13 @@ from websockets.frames import CloseCode
 from websockets.protocol import State
 
 from causalrt.errors import RequestError
-from causalrt.model.text import clean_prompt
+from causalrt.model.text import PromptTokens
 from causalrt.runtime.server.app import make_app
 from causalrt.runtime.server.auth import Tokens
+from causalrt.runtime.server.connections import Acceptor, HttpProtocol, connection_limit
 from causalrt.runtime.server.engine_host import EngineLike
-from causalrt.runtime.server.floods import ChunkLimitedProtocol, FloodLimit
+from causalrt.runtime.server.floods import FloodLimit
+from causalrt.runtime.server.log_limit import limited_logs
 from causalrt.runtime.server.realtime import END
 from causalrt.runtime.server.services import FAREWELL_S, Services, make_services
 from causalrt.runtime.server.settings import ServerSettings
@@ -156,10 +159,34 @@ class RealtimeProtocol(WebSocketsSansIOProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn that drains before it ends, and ends with exit code 0."""
+    """uvicorn that limits its connections, drains before it ends, and ends with exit code 0."""
 
-    services: Services | None = None
     _drain: asyncio.Task[None] | None = None
+    _accepting: asyncio.Task[None] | None = None
+
+    def __init__(self, config: uvicorn.Config, services: Services, *, max_connections: int) -> None:
+        super().__init__(config)
+        self.services = services
+        self._max_connections = max_connections
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, and accept connections ourselves where uvicorn would have asyncio do it."""
+        assert sockets is not None
+        (listening,) = sockets
+        await super().startup([])
+        make_protocol = functools.partial(
+            HttpProtocol, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        acceptor = Acceptor(
+            listening, make_protocol, self.server_state.connections, self.services.settings, limit=self._max_connections
+        )
+        self._accepting = asyncio.create_task(acceptor.run())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more connections, and end as uvicorn does."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, a further one ends at once."""
@@ -167,7 +194,7 @@ class Server(uvicorn.Server):
 
     def end(self, sig: int = signal.SIGTERM) -> None:
         """On the loop: what a signal does."""
-        if self._drain is not None or self.services is None:
+        if self._drain is not None:
             self.should_exit = True
             if sig == signal.SIGINT:
                 self.force_exit = True
@@ -208,10 +235,10 @@ async def serve(
     encode: Callable[[str], torch.Tensor],
     settings: ServerSettings,
     *,
+    tokenize: Callable[[str], PromptTokens],
     tokens: Tokens,
     listening: socket.socket,
     version: str,
-    check_prompt: Callable[[str], object] = clean_prompt,
     on_start: Callable[[Server], None] = lambda server: None,
 ) -> None:
     """Serve until a signal; returns when everything has ended and the engine is closed.
@@ -221,21 +248,22 @@ async def serve(
         load: makes another one, if its ranks die.
         encode: prompt -> embeddings `[rows, text_dim]`.
         settings: limits and places.
+        tokenize: prompt -> what `encode` reads of it; refuses, quickly, what `encode` would refuse.
         tokens: who may use it.
         listening: from `listen`.
         version: of the OpenAPI document.
-        check_prompt: refuses, quickly, a text that `encode` would refuse.
         on_start: told the server before it starts.
 
     Raises:
         RequestError: the engine makes no frames, or the spool cannot be used.
+        ConfigError: the process may not open enough files and sockets.
     """
-    services = make_services(engine, load, encode, settings, tokens, check_prompt=check_prompt)
+    services = make_services(engine, load, encode, settings, tokens, tokenize=tokenize)
     try:
         app = make_app(services, version=version)
         config = uvicorn.Config(
             app,
-            http=ChunkLimitedProtocol,
+            http=HttpProtocol,
             ws=RealtimeProtocol,
             ws_per_message_deflate=False,
             ws_max_size=settings.max_message_bytes,
@@ -246,9 +274,9 @@ async def serve(
             timeout_graceful_shutdown=int(FAREWELL_S),
             lifespan="on",
         )
-        server = Server(config)
-        server.services = services
+        server = Server(config, services, max_connections=connection_limit(settings))
         on_start(server)
-        await server.serve(sockets=[listening])
+        with limited_logs("uvicorn.error", Acceptor.__module__):
+            await server.serve(sockets=[listening])
     finally:
         await services.close()  # a second SIGINT leaves the lifespan, which closes them, out

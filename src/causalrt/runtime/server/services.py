@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from causalrt.errors import RequestError
-from causalrt.model.text import clean_prompt
+from causalrt.model.text import PromptTokens
 from causalrt.runtime.server.admission import Admission, RateLimit
 from causalrt.runtime.server.auth import Tokens
 from causalrt.runtime.server.engine_host import EngineHost, EngineLike
@@ -73,18 +73,18 @@ class Services:
         """
         if self.draining.is_set():
             raise not_ready(DRAINING)
-        if not self.host.ranks_alive():
-            state = "are being started again" if self.host.state == "reloading" else "could not be started again"
-            raise not_ready(f"the generating processes have died and {state}")
+        detail = self.host.look().detail
+        if detail is not None:
+            raise not_ready(detail)
 
     async def watch(self) -> None:
-        """See dead ranks before a request does, and remove what has expired. Runs until it is cancelled."""
+        """See processes that are dead or hang before a request does; remove what has expired. Runs until it is cancelled."""
         ticks = 0
         while True:
             await asyncio.sleep(WATCH_S)
             ticks += 1
             try:
-                self.host.ranks_alive()
+                self.host.look()
                 if ticks % EXPIRE_EVERY == 0:
                     while self.jobs.expire():
                         await asyncio.sleep(0)
@@ -133,7 +133,7 @@ def make_services(
     settings: ServerSettings,
     tokens: Tokens,
     *,
-    check_prompt: Callable[[str], object] = clean_prompt,
+    tokenize: Callable[[str], PromptTokens],
 ) -> Services:
     """Put a server together on the running event loop.
 
@@ -143,7 +143,7 @@ def make_services(
         encode: prompt -> embeddings `[rows, text_dim]`; called from several threads.
         settings: limits and places.
         tokens: who may use it.
-        check_prompt: refuses, quickly, a text that `encode` would refuse (`Offer`).
+        tokenize: prompt -> what `encode` reads of it (`Offer`).
 
     Raises:
         RequestError: the engine makes no frames, or the spool cannot be used.
@@ -154,7 +154,7 @@ def make_services(
         )
     slots = _slots(engine, settings)
     metrics = Metrics()
-    offer = Offer.from_config(engine.config, settings, check_prompt=check_prompt)
+    offer = Offer.from_config(engine.config, settings, tokenize=tokenize)
     admission = Admission(slots=slots, max_queue=settings.max_queue)
     loop = asyncio.get_running_loop()
 
@@ -165,8 +165,8 @@ def make_services(
     host = EngineHost(
         engine,
         load,
-        attempts=settings.reload_attempts,
         first_wait_s=settings.reload_after_s,
+        max_wait_s=settings.reload_max_wait_s,
         on_reload=reloaded,
     )
     generator = Generator(host, encode, metrics, threads=slots)
@@ -203,4 +203,4 @@ def _kv_bytes(engine: EngineLike) -> int:
 
 
 def _ready(services: Services) -> int:
-    return int(services.host.state == "ready" and not services.draining.is_set())
+    return int(services.host.status.detail is None and not services.draining.is_set())

@@ -22,6 +22,8 @@ class ServerSettings:
         max_sessions: generations at once; fewer if the engine's memory holds fewer. They take turns by chunk.
         max_queue: generations that may wait for their turn.
         max_connections: WebSockets at once.
+        max_tcp_connections: open connections of every kind; one address may have half of them, a trusted proxy's all. Fewer
+            where the process may not open enough files (`connections.py`).
         max_body_bytes: of a request.
         max_message_bytes: of a WebSocket message from a client.
         max_prompt_chars: of a prompt.
@@ -37,10 +39,11 @@ class ServerSettings:
         stall_s: seconds without progress after which a reader is given up.
         pause_s: seconds that a pause may last.
         auth_s: seconds that a WebSocket has for its token.
+        head_s: seconds that a request has for its head, since the connection was made or the last answer was sent.
         body_s: seconds that a request has for its body.
         grace_s: seconds that running generations have when the server ends.
-        reload_attempts: tries to load the engine again after its ranks died.
-        reload_after_s: wait before the first of them; each further one waits four times as long.
+        reload_after_s: wait before the engine is loaded again after its ranks died; four times as long before each further try.
+        reload_max_wait_s: longest wait between two tries, which never end.
         send_buffer_bytes: of a connection, in the kernel: so much may be under way to a reader that does not read.
         allowed_origins: pages of other origins that may use the server, as `https://example.org`; kept as browsers spell them.
         allowed_hosts: names that it is called by, beside loopback's own; checked on loopback, or if some are given.
@@ -56,6 +59,7 @@ class ServerSettings:
     max_sessions: int = 4
     max_queue: int = 64
     max_connections: int = 100
+    max_tcp_connections: int = 512
     max_body_bytes: int = 65536
     max_message_bytes: int = 65536
     max_prompt_chars: int = 2000
@@ -71,10 +75,11 @@ class ServerSettings:
     stall_s: float = 20.0
     pause_s: float = 600.0
     auth_s: float = 10.0
+    head_s: float = 10.0
     body_s: float = 20.0
     grace_s: float = 30.0
-    reload_attempts: int = 3
     reload_after_s: float = 1.0
+    reload_max_wait_s: float = 60.0
     send_buffer_bytes: int = 262_144
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
@@ -83,7 +88,7 @@ class ServerSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("port", "max_queue", "reload_attempts", "reload_after_s", "grace_s") else 1e-3
+            least = 0 if field.name in ("port", "max_queue", "grace_s") else 1e-3
             if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= 2**53:
                 raise ConfigError(f"{field.name} must be at least {'0' if least == 0 else '1'}, got {value}")
         if self.port > 65535:

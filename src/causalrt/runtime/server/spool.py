@@ -11,9 +11,7 @@ import json
 import logging
 import os
 import re
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from causalrt.atomic_files import whole_file
 from causalrt.errors import RequestError
+from causalrt.owned_paths import TemporaryFolder
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +60,7 @@ class Job:
     error_code: str | None = None
     error_message: str | None = None
     num_bytes: Natural = 0
+    prompt_cut_to: Natural | None = None
 
     @property
     def ended(self) -> bool:
@@ -82,10 +82,11 @@ class Spool:
         Raises:
             RequestError: it cannot be used, holds something else than a spool, or another server uses it.
         """
-        self._temporary = folder is None
+        self._temporary: TemporaryFolder | None = None
         try:
             if folder is None:
-                folder = Path(tempfile.mkdtemp(prefix="causalrt-spool-"))
+                self._temporary = TemporaryFolder("spool")
+                folder = self._temporary.path
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _claim(folder)
         except BlockingIOError:
@@ -149,8 +150,8 @@ class Spool:
     def close(self) -> None:
         """Let another server have the folder; one that was made for this server goes."""
         os.close(self._lock)
-        if self._temporary:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.remove()
 
 
 def _claim(folder: Path) -> int:

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse
 
 from causalrt.runtime.server.guard import Owner
-from causalrt.runtime.server.offer import MAX_SEED, Offer
+from causalrt.runtime.server.offer import MAX_SEED, Offer, prompt_warnings
 from causalrt.runtime.server.problems import Problem, bad_request, not_found
 from causalrt.runtime.server.services import Services
 from causalrt.runtime.server.spool import Job
@@ -36,6 +36,14 @@ class VideoError(BaseModel):
     message: str
 
 
+class VideoWarning(BaseModel):
+    """What was not done as it was asked for; the code `prompt_cut` stands for a prompt that is longer than the model reads."""
+
+    code: str
+    message: str
+    param: str
+
+
 class Video(BaseModel):
     """A video job. Times are Unix times in seconds."""
 
@@ -53,6 +61,7 @@ class Video(BaseModel):
     seed: int
     remixed_from_video_id: None = None
     error: VideoError | None
+    warnings: list[VideoWarning]
 
 
 class VideoList(BaseModel):
@@ -86,8 +95,11 @@ def video_routes(services: Services) -> APIRouter:
         services.check_ready()
         fields = await _fields(request, timeout_s=settings.body_s)
         prompt, seed, seconds = _checked(fields, offer)
+        cut_to = offer.check_prompt(prompt)
         services.rate.take(owner if services.tokens.wanted else _address(request))
-        return _video(jobs.submit(owner=owner, prompt=prompt, seed=seed, seconds=seconds, asked=asked))
+        return _video(
+            jobs.submit(owner=owner, prompt=prompt, prompt_cut_to=cut_to, seed=seed, seconds=seconds, asked=asked)
+        )
 
     @router.get("", response_model=VideoList, summary="List videos")
     async def list_all(
@@ -172,6 +184,7 @@ def _video(job: Job) -> Video:
         size=job.size,
         seed=job.seed,
         error=error,
+        warnings=[VideoWarning(**warning) for warning in prompt_warnings(job.prompt_cut_to)],
     )
 
 
@@ -233,7 +246,7 @@ def _checked(fields: Mapping[str, Any], offer: Offer) -> tuple[str, int, str]:
         )
     if given.get("size", offer.size) != offer.size:
         raise bad_request(f"this server makes videos of {offer.size} alone", param="size")
-    return offer.checked_prompt(given["prompt"]), _seed(given.get("seed", 0)), _seconds(given.get("seconds"), offer)
+    return given["prompt"], _seed(given.get("seed", 0)), _seconds(given.get("seconds"), offer)
 
 
 def _seed(value: Any) -> int:

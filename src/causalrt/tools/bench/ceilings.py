@@ -13,18 +13,17 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any, Self, cast
 
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.errors import MeasurementError
 from causalrt.layout import slots_from_config
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.tools.bench.sides import Side
 from causalrt.tools.plan.calibration import Runtime
 from causalrt.tools.plan.head_layouts import head_layout
@@ -115,8 +114,8 @@ class Probe:
     def __init__(self, way: Way, config: Config, device: str) -> None:
         self.way = way
         self._bytes = TORCH_DTYPES[config.build.precision].itemsize
-        self._folder = tempfile.TemporaryDirectory(prefix="causalrt-bench-")
-        folder = Path(self._folder.name)
+        self._folder = TemporaryFolder("bench")
+        folder = self._folder.path
         (folder / "config.json").write_text(json.dumps(config.as_dict()))
         environment = {
             **os.environ,
@@ -188,7 +187,7 @@ class Probe:
                 if pipe is not None:
                     pipe.close()
         self._log.close()
-        self._folder.cleanup()
+        self._folder.remove()
 
 
 class Ceilings(AbstractContextManager["Ceilings"]):

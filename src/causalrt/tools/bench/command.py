@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from causalrt.config import Config
 from causalrt.engines.bundle import MANIFEST, file_digest
 from causalrt.errors import ConfigError
 from causalrt.export.options import Progress
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.tools.bench.ceilings import Ceilings
@@ -65,8 +65,7 @@ def run(
         device=arguments.device,
         threads=arguments.threads,
     )
-    with tempfile.TemporaryDirectory(prefix="causalrt-bench-") as name:
-        folder = Path(name)
+    with TemporaryFolder("bench") as folder:
         sources = bundles_of(arguments.bundles, wishes) if config is None else sources_of(config, wishes, folder)
         checked_chunks(sources[0].config, arguments.chunks)
         sides, left_out = choose_sides(sources, wishes, examine()["can"])

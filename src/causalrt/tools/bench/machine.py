@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from causalrt.engines.bundle import toolchain_versions
+from causalrt.runtime.control_groups import cpu_quota
 
 GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 PROBE_S = 10.0
@@ -23,6 +24,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(gpus)],
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
+        "cpu_quota": cpu_quota(),
         "platform": platform.platform(),
         "versions": {"python": platform.python_version(), **toolchain_versions()},
         "commit": _commit(),

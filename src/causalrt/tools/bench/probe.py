@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from causalrt.config import config_from_dict
 from causalrt.engines.base import TORCH_DTYPES
+from causalrt.runtime.collectives import join_ranks
 from causalrt.tools.bench.ceilings import full_work
 from causalrt.tools.plan.calibration import Features, Runtime, exchange_features
 from causalrt.tools.plan.micro_ops import (
@@ -94,12 +95,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if config.build.world_size > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{arguments.folder}/store",
-            rank=arguments.rank,
-            world_size=config.build.world_size,
-        )
+        join_ranks(arguments.folder / "store", arguments.rank, config.build.world_size, device=device)
     with torch.inference_mode():
         runs = runs_of(full_work(config), arguments.runtime, TORCH_DTYPES[config.build.precision], device)
         print("[]", flush=True)  # noqa: T201

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from causalrt.terminal import PrintableConsole
 
 TABLE_WIDTH, SMALL_MS = 130, 100
 LATENCY = (
@@ -37,7 +38,7 @@ def show(report: dict[str, Any], write: Callable[[str], None]) -> None:
     machine = manifest["machine"]
     where = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cores']} cores"
     title = f"{manifest['what']}, {manifest['config']['build']['precision']}, on {where}"
-    console = Console(markup=False)
+    console = PrintableConsole()
     console.width = max(console.width, TABLE_WIDTH)
     stages = list(dict.fromkeys(name for row in report["rows"] for name in row["stages_ms"]))
     console.print(_table(title, LATENCY, [_latency(row) for row in report["rows"]], LATENCY_NOTE))

@@ -1,6 +1,5 @@
 """What is to be measured, as it was asked for: bundles of one model, given, or built of random weights."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from causalrt.errors import BundleError, ConfigError
 from causalrt.export.build import build, fused_ops_wanted
 from causalrt.export.options import PluginsMode, Progress
 from causalrt.export.random_weights import random_weights
+from causalrt.runtime.control_groups import available_cpus
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +62,7 @@ class Wishes:
     @property
     def all_threads(self) -> int:
         """To be divided among the ranks of a side."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or available_cpus()
 
 
 def bundles_of(paths: Sequence[Path], wishes: Wishes) -> list[Source]:

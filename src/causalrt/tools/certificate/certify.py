@@ -6,18 +6,18 @@ segments   each ONNX file, fed with eager's own tensors                       th
 processes  the executor as users run it; the canary in its exchanges
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.engines.bundle import Bundle, open_bundle, unchanged
 from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ExecutorError
 from causalrt.export.options import Progress
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.tools.certificate.attempt import attempt
 from causalrt.tools.certificate.record import Certificate, Check, NotChecked
 from causalrt.tools.certificate.report import new_folder, write_report
@@ -78,7 +78,8 @@ def certify(
     )
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(out)) if out is not None else None
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="causalrt-certificate-")))
+        scratch = stack.enter_context(TemporaryFolder("certificate"))
+        stack.enter_context(unchanged(bundle))
         on_progress("files", 0, 1)
         _check_files(certificate, bundle, checkpoint)
         on_progress("files", 1, 1)

@@ -1,6 +1,5 @@
 """A side: an executor on all ranks of a bundle, as threads of this process; and the bundles that references run on."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from causalrt.engines.base import Executor, make_executor
 from causalrt.engines.bundle import WEIGHTS, Bundle
 from causalrt.layout import layout_from_config
+from causalrt.runtime.control_groups import available_cpus
 from causalrt.tools.certificate.ranks import meet, run_threads
 from causalrt.tools.certificate.watch import WatchedCollectives, WatchedExecutor
 
@@ -60,7 +60,11 @@ class Side:
 
 def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device) -> Side:
     """A side that runs `executor`, by fused ops where the bundle was built so."""
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cpus()
+    if executor == "inductor" and device.type == "cpu":
+        from causalrt.engines.inductor import check_can_compile
+
+        check_can_compile()
 
     def make(collectives: WatchedCollectives) -> Executor:
         if executor == "onnxruntime":

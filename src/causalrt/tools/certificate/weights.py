@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from causalrt.engines.base import TORCH_DTYPES
-from causalrt.engines.bundle import WEIGHTS, Bundle
-from causalrt.export.checkpoint import DIGESTS, converted_tensors, model_shapes, open_checkpoint, tensor_digest
+from causalrt.engines.bundle import WEIGHTS, Bundle, tensor_digest
+from causalrt.export.checkpoint import DIGESTS, converted_tensors, model_shapes, open_checkpoint
 
 
 def check_digests(bundle: Bundle) -> tuple[int, list[str]]:

@@ -4,13 +4,11 @@ import argparse
 import hashlib
 import json
 import random
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save
 
@@ -19,6 +17,7 @@ from causalrt.demo_model import CHECKPOINT, CODEC
 from causalrt.errors import CausalRTError, ConfigError
 from causalrt.model.block_dct import write_block_dct
 from causalrt.runtime.requests import latents_from_tokens
+from causalrt.terminal import PrintableConsole
 from causalrt.tools.demo_train.clips import draw_clips
 from causalrt.tools.demo_train.train import Settings, Trainer
 from causalrt.tools.demo_train.vocabulary import word_encoder
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _train(parser.parse_args(arguments))
     except CausalRTError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        PrintableConsole(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         return 1
 
 
@@ -119,7 +118,7 @@ def _train(arguments: argparse.Namespace) -> int:
         trainer.forward_pass = torch.compile(trainer.forward)
         trainer.first_pass = torch.compile(trainer.first_forward)
     started = saved = time.perf_counter()
-    console = Console(file=sys.stderr)
+    console = PrintableConsole(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -8,20 +8,20 @@ went wrong.
 import argparse
 import itertools
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from causalrt.config import override, recipe
 from causalrt.demo_model import CHECKPOINT, CODEC, demo_files
 from causalrt.errors import CausalRTError, ConfigError
 from causalrt.export.build import build
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
+from causalrt.terminal import PrintableConsole
 from causalrt.tools.demo_train.judge import JUMP, Seen, border_jump, look
 from causalrt.tools.demo_train.world import Caption, split_captions
 
@@ -80,20 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _evaluate(given)
     except CausalRTError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        PrintableConsole(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         return 1
 
 
 def _evaluate(given: argparse.Namespace) -> int:
-    config, console = override(recipe("demo"), {"build.world_size": "1"}), Console()
+    config, console = override(recipe("demo"), {"build.world_size": "1"}), PrintableConsole()
     _, held_back = split_captions()
     for name, least, most in (("count", 1, len(held_back)), ("chunks", 2, config.video.horizon_chunks)):
         if not least <= getattr(given, name) <= most:
             raise ConfigError(f"--{name} must be from {least} to {most}, got {getattr(given, name)}")
     right, smooth, strips = 0, 0, list[torch.Tensor]()
-    with tempfile.TemporaryDirectory(prefix="causalrt-demo-") as folder:
+    with TemporaryFolder("demo") as folder:
         source = given.folder
-        bundle = build(config, checkpoint=source / CHECKPOINT, vae=source / CODEC, out=Path(folder) / "bundle")
+        bundle = build(config, checkpoint=source / CHECKPOINT, vae=source / CODEC, out=folder / "bundle")
         with load(bundle, device="cpu", text_encoder=source) as engine:
             for seed, caption in enumerate(held_back[: given.count]):
                 shown = show(engine, caption, seed=seed, num_chunks=given.chunks)

@@ -15,7 +15,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,9 @@ import torch
 import torch.distributed as dist
 
 from causalrt.errors import ExecutorError
+from causalrt.owned_paths import TemporaryFolder
+from causalrt.runtime.collectives import join_ranks
+from causalrt.runtime.control_groups import available_cpus
 from causalrt.tools.plan.calibration import Calibration, Entry, Runtime, Sample, exchange_features, fit_costs
 from causalrt.tools.plan.micro_ops import gemm_op, micro_ops, random_tensors, runner
 from causalrt.tools.plan.work import Exchange, Gemm
@@ -78,12 +80,12 @@ def calibrate(
     entries = []
     for done, (runtime, ranks) in enumerate(ways):
         on_progress("measuring", done, len(ways))
-        threads = max(1, len(os.sched_getaffinity(0)) // ranks) if (device, clock) == ("cpu", "wall") else 1
+        threads = max(1, available_cpus() // ranks) if (device, clock) == ("cpu", "wall") else 1
         entries.append(_measure(runtime, ranks, threads, device, clock))
     on_progress("measuring", len(ways), len(ways))
     gpu = device == "cuda"
     return Calibration(
-        machine=torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores",
+        machine=torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {available_cpus()} cores",
         device="cuda" if gpu else "cpu",
         precision=measured_precision(device),
         entries=tuple(entries),
@@ -101,10 +103,10 @@ def _measure(runtime: Runtime, ranks: int, threads: int, device: str, clock: Clo
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_WAIT_POLICY": "passive",
     }
-    with tempfile.TemporaryDirectory(prefix="causalrt-plan-") as folder:
+    with TemporaryFolder("plan") as folder:
         command = [sys.executable, "-m", "causalrt.tools.plan.calibrate", "--runtime", runtime, "--device", device]
-        command += ["--ranks", str(ranks), "--threads", str(threads), "--folder", folder, "--clock", clock]
-        logs = [Path(folder) / f"log{rank}" for rank in range(ranks)]
+        command += ["--ranks", str(ranks), "--threads", str(threads), "--folder", str(folder), "--clock", clock]
+        logs = [folder / f"log{rank}" for rank in range(ranks)]
         processes = []
         for rank, path in enumerate(logs):
             with path.open("w") as log:
@@ -119,7 +121,7 @@ def _measure(runtime: Runtime, ranks: int, threads: int, device: str, clock: Clo
             for process in processes:
                 process.kill()
                 process.wait()
-        samples = [Sample(**sample) for sample in json.loads((Path(folder) / "samples.json").read_text())]
+        samples = [Sample(**sample) for sample in json.loads((folder / "samples.json").read_text())]
     costs, relative_error = fit_costs(samples)
     logger.info("%s, %d rank(s): fitted with a relative error of %.1f %%", runtime, ranks, 100 * relative_error)
     return Entry(
@@ -213,12 +215,7 @@ def _rank_main(arguments: argparse.Namespace) -> None:
     ort.set_global_thread_pool_sizes(arguments.threads, 1)
     device = torch.device("cuda", arguments.rank) if arguments.device == "cuda" else torch.device("cpu")
     if arguments.ranks > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{arguments.folder}/store",
-            rank=arguments.rank,
-            world_size=arguments.ranks,
-        )
+        join_ranks(arguments.folder / "store", arguments.rank, arguments.ranks, device=device)
 
     def now() -> float:
         return time.process_time() if arguments.clock == "cpu" else time.perf_counter()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from causalrt.errors import ConfigError
+from causalrt.regular_files import regular_file
 from causalrt.tools.files import write_whole
 from causalrt.tools.plan.roofline import StepTime
 from causalrt.tools.plan.spans import Case
@@ -122,7 +123,7 @@ def read_calibration(path: Path) -> Calibration:
         ConfigError: it cannot be read, or is of another version or shape.
     """
     try:
-        plain: dict[str, Any] = json.loads(path.read_text())
+        plain: dict[str, Any] = json.loads(regular_file(path).read_text())
         if plain.pop("version") != VERSION:
             raise ConfigError(f"{path} is of another version of causalrt; measure again: `--calibrate {path}`")
         return Calibration(**{**plain, "entries": tuple(Entry(**entry) for entry in plain["entries"])})

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from causalrt.config import Config
 from causalrt.errors import ConfigError
+from causalrt.terminal import PrintableConsole
 from causalrt.tools.files import check_writable
 from causalrt.tools.plan.arguments import WORLD_SIZES
 from causalrt.tools.plan.calibration import CalibratedMachine, Runtime, read_calibration
@@ -57,7 +57,7 @@ def run(
         }
         write(json.dumps(found))
         return
-    console = Console(markup=False)
+    console = PrintableConsole()
     console.width = max(console.width, TABLE_WIDTH)
     console.print(_table(forecasts))
     for line in (*_details(chosen, simulation), *said):
@@ -207,4 +207,4 @@ def _show_validation(arguments: argparse.Namespace, write: Callable[[str], None]
             f"{each.error:+.0%}",
             "yes" if each.inside else "NO",
         )
-    Console(markup=False).print(table)
+    PrintableConsole().print(table)

@@ -2,6 +2,7 @@
 
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 15_000;
+const ANSWER_WITHIN_MS = 3_000;
 const READY_WITHIN_MS = 1_500; // a server that wants a token says nothing until it has one
 
 export class Connection {
@@ -15,8 +16,8 @@ export class Connection {
   #ready = false;
 
   /**
-   * @param handlers {message(object), media(ArrayBuffer), lost({code, reason, retryInMs}), silent(), trying()};
-   * `retryInMs` is null where only a (new) token is worth another try.
+   * @param handlers {message(object), media(ArrayBuffer), lost({code, reason, opened, retryInMs}), silent(), trying()};
+   * `opened` says whether the server had accepted the connection, `retryInMs` is null where only a (new) token is worth another try.
    */
   constructor(handlers) {
     this.#handlers = handlers;
@@ -28,12 +29,14 @@ export class Connection {
     this.#token = token;
     this.close();
     this.#handlers.trying();
-    const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-    const socket = new WebSocket(`${scheme}//${location.host}/v1/realtime`);
+    // From the page's own address on: a proxy may have put the server behind a path.
+    const socket = new WebSocket(new URL("v1/realtime", document.baseURI).href.replace(/^http/, "ws"));
     this.#socket = socket;
     this.#ready = false;
+    let opened = false;
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
+      opened = true;
       if (token) this.send({ type: "auth", token });
       this.#silence = setTimeout(() => this.#handlers.silent(), READY_WITHIN_MS);
     };
@@ -53,7 +56,7 @@ export class Connection {
       const tokenWanted = code === 4401 || (code === 4408 && !this.#ready); // refused, or waited for in vain
       const retryInMs = tokenWanted ? null : this.#nextPause();
       if (retryInMs !== null) this.#timer = setTimeout(() => this.open(), retryInMs);
-      this.#handlers.lost({ code, reason, retryInMs });
+      this.#handlers.lost({ code, reason, opened, retryInMs });
     };
   }
 
@@ -84,4 +87,22 @@ export class Connection {
     // Spread out: many pages may have lost the same server.
     return Math.max(pause * (0.75 + 0.5 * Math.random()), this.#notWithinMs);
   }
+}
+
+/**
+ * Why the server did not accept the connection, in words for the user. The browser keeps that from the page, but the server
+ * refuses other requests that carry the page's `Origin` for the same reason.
+ */
+export async function whyNotAccepted() {
+  try {
+    const request = { method: "POST", signal: AbortSignal.timeout(ANSWER_WITHIN_MS) }; // to what only answers GET
+    const response = await fetch(new URL("readyz", document.baseURI), request);
+    const code = (await response.json()).error?.code;
+    if (code === "wrong_origin") {
+      return `The server refuses pages from ${location.origin}, because a proxy calls it by another name. ` +
+        `Start the server with --allow-origin ${location.origin}, or let the proxy pass the header Host on unchanged.`;
+    }
+    if (code) return "The server answers, but WebSockets do not get through to it. A proxy has to pass on the headers Upgrade and Connection.";
+  } catch {} // no answer, or not the server's
+  return "The server cannot be reached.";
 }

@@ -1,11 +1,11 @@
 // The page: one prompt box, one video, one connection. The state below says all; `render` makes the page show it.
 
-import { Connection } from "./connection.js";
+import { Connection, whyNotAccepted } from "./connection.js";
 import { LatencyView, ms } from "./latency.js";
 import { Player, whyUnplayable } from "./player.js";
 
 const $ = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
-const HOLD_S = 6; // so much unplayed video: generation is held, or a switch would show late and memory fill
+const HOLD_S = 6; // of video that is not played yet: generation is held, or a switch would show late and memory fill
 const GO_ON_S = 3;
 const FIRST_CHUNK = "Generating the first chunk.";
 const SMALL = 200; // pixels of a picture that is shown with its pixels, and not blurred
@@ -15,7 +15,14 @@ const ENDINGS = {
   done: "Finished.",
   stopped: "Stopped.",
   draining: "The server is shutting down and ended the video here.",
-  stalled: "The server ended the video here: it was paused for too long, or not received fast enough.",
+  stalled: "The server ended the video here: it was paused or its tab was hidden for too long, or it was not received fast enough.",
+};
+const CLOSED = {
+  1001: "The server is shutting down or restarting",
+  1009: "The message was too big for the server",
+  1011: "The server failed",
+  1012: "The server is shutting down or restarting",
+  4429: "The server has no place free now",
 };
 const HISTORY = { keep: "history kept", recache: "history recomputed", flush: "history dropped" };
 const ADVICE = { // what to do about an error that the server reports, after its own words
@@ -31,9 +38,11 @@ const state = {
   held: false, // by the page: enough video waits to be played
   server: null, // its "ready"
   chunks: 0,
+  frames: 0, // received
   wanted: null,
+  next: null, // the start that waits until the video that was stopped has ended
   playable: true,
-  cause: "", // why there is no connection, in words
+  cause: "", // why the last connection that had been ready ended, in words
   arrivals: [], // [time, frames] of recent chunks
   askedAt: 0,
 };
@@ -59,13 +68,13 @@ const usable = (button, yes) => button.setAttribute("aria-disabled", String(!yes
 const isUsable = (button) => button.getAttribute("aria-disabled") === "false";
 
 function render() {
-  const busy = BUSY_STATES.includes(state.phase);
+  const busy = ["asking", "queued", "running"].includes(state.phase);
   const running = state.phase === "running";
   $.go.textContent = busy ? "Switch prompt" : "Start";
-  usable($.go, running || (state.phase === "idle" && state.playable));
+  usable($.go, running || (["idle", "stopping"].includes(state.phase) && state.playable));
   $.pause.textContent = state.paused ? "Resume" : "Pause";
   usable($.pause, running);
-  usable($.stop, ["asking", "queued", "running"].includes(state.phase));
+  usable($.stop, busy || state.next !== null);
   usable($.download, player.hasFile);
   $.policies.hidden = !busy;
   $.options.hidden = $["chunks-hint"].hidden = busy;
@@ -84,7 +93,15 @@ function finish(words) {
   player.end();
   Object.assign(state, { phase: state.server ? "idle" : "connecting", paused: false, held: false });
   say(words);
+  if (state.next && state.phase === "idle") begin(state.next);
+  state.next = null;
   render();
+}
+
+function begin(wish) {
+  if (!connection.send({ type: "start", ...wish })) return;
+  state.phase = "asking";
+  say("Asking for a video.");
 }
 
 // ---- what the server says ----
@@ -140,8 +157,14 @@ function offerExamples(prompts) {
   }));
 }
 
-function started({ chunks }) {
-  Object.assign(state, { phase: "running", chunks: 0, wanted: chunks, arrivals: [], paused: false, held: false });
+function warn(warnings) {
+  $["prompt-warning"].textContent = warnings.map(({ message }) => sentence(message)).join(" ");
+  $["prompt-warning"].hidden = !warnings.length;
+}
+
+function started({ chunks, warnings }) {
+  warn(warnings);
+  Object.assign(state, { phase: "running", chunks: 0, frames: 0, wanted: chunks, arrivals: [], paused: false, held: false });
   for (const tile of $.tiles.querySelectorAll("b, small")) tile.textContent = tile.tagName === "B" ? "–" : "";
   latency.clear(state.server.fps);
   player.open(state.server.mime, () => {
@@ -154,6 +177,7 @@ function started({ chunks }) {
 function chunk(message) {
   const now = performance.now();
   state.chunks = message.index + 1;
+  state.frames += message.frames;
   state.arrivals = [...state.arrivals, [now, message.frames]].slice(-RATE_OVER_CHUNKS);
   const tookMs = latency.add(message);
   const playsMs = (1000 * message.frames) / state.server.fps;
@@ -171,9 +195,11 @@ function chunk(message) {
     $.rate.textContent = perSecond.toFixed(1);
     $["rate-note"].textContent = `${(perSecond / state.server.fps).toFixed(2)} × real time`;
   }
+  holdOrGoOn();
 }
 
-function switched({ ms: took, from_chunk, policy }) {
+function switched({ ms: took, from_chunk, policy, warnings }) {
+  warn(warnings);
   latency.markSwitch(from_chunk, policy);
   $["switch-time"].textContent = ms(took);
   $["switch-note"].textContent = `${HISTORY[policy]}, from chunk ${from_chunk}`;
@@ -200,7 +226,7 @@ function trying() {
   connectionState("connecting", "Connecting");
 }
 
-function lost({ code, reason, retryInMs }) {
+async function lost({ code, reason, opened, retryInMs }) {
   const wasBusy = BUSY_STATES.includes(state.phase);
   const wasReady = state.server !== null;
   state.server = null;
@@ -212,17 +238,13 @@ function lost({ code, reason, retryInMs }) {
     finish("The server asks for an access token.");
     return;
   }
-  if (wasReady || !state.cause) {
-    state.cause = code === 4429 ? "The server has no place free now" : code === 1001 ? "The server is shutting down or restarting"
-      : code === 1009 ? "The message was too big for the server" : code === 1011 ? "The server failed"
-      : wasReady ? "The connection was lost" : "The server cannot be reached";
-    state.cause += `${reason ? ` (${reason})` : ""}.`;
-    if (wasBusy) state.cause += " The video ends here; what arrived can be played and downloaded.";
-  }
-  // Said once; how long each try is waited for stands where nobody is interrupted by it.
-  complain(`${state.cause} The page keeps trying to connect.`, { retry: true });
+  // Announced once; how long each try is waited for stands where it interrupts nobody.
   connectionState("lost", `Not connected, next try in ${Math.max(1, Math.round(retryInMs / 1000))} s`);
   finish("Not connected.");
+  const closed = `${CLOSED[code] ?? "The connection was lost"}${reason ? ` (${reason})` : ""}.`;
+  if (wasReady) state.cause = wasBusy ? `${closed} The video ends here; what arrived can be played and downloaded.` : closed;
+  const words = state.cause || (opened ? closed : await whyNotAccepted());
+  if (!state.server) complain(`${words} The page keeps trying to connect.`, { retry: true });
 }
 
 function silent() {
@@ -253,12 +275,13 @@ $["prompt-form"].addEventListener("submit", (event) => {
   if (state.phase === "running") {
     const policy = new FormData($["prompt-form"]).get("policy");
     if (connection.send({ type: "switch", prompt, policy })) say("Switching the prompt.");
-  } else if (state.phase === "idle") {
-    const chunks = $.chunks.value ? Number($.chunks.value) : null;
+  } else {
+    const wish = { prompt, seed: Number($.seed.value), chunks: $.chunks.value ? Number($.chunks.value) : null };
     state.askedAt = performance.now();
-    if (connection.send({ type: "start", prompt, seed: Number($.seed.value), chunks })) {
-      state.phase = "asking";
-      say("Asking for a video.");
+    if (state.phase === "idle") begin(wish);
+    else {
+      state.next = wish;
+      say("The new video begins after this chunk.");
     }
   }
   render();
@@ -284,8 +307,9 @@ $.pause.addEventListener("click", () => {
 
 $.stop.addEventListener("click", () => {
   if (!isUsable($.stop)) return;
-  connection.send({ type: "stop" });
+  if (state.phase !== "stopping") connection.send({ type: "stop" });
   state.phase = "stopping";
+  state.next = null;
   say("Stopping after this chunk.");
   if (state.paused) player.play();
   render();
@@ -318,15 +342,22 @@ function framesPerSecond() {
   return (1000 * frames) / Math.max(1, last - first);
 }
 
+/** Seconds of video that were received and not yet played; a hidden page may play nothing, nor put anything into its buffer. */
+const aheadS = () => Math.max(0, state.frames / state.server.fps - player.playedS);
+
+// Called with every chunk, too: a browser calls timers of hidden pages rarely.
+function holdOrGoOn() {
+  if (state.paused || state.phase !== "running") return;
+  if (!state.held && aheadS() > HOLD_S) state.held = connection.send({ type: "pause" });
+  else if (state.held && aheadS() < GO_ON_S) state.held = !connection.send({ type: "resume" });
+}
+
 setInterval(() => {
   if (!["running", "stopping"].includes(state.phase)) return;
-  const ahead = player.aheadS;
   player.follow((framesPerSecond() ?? state.server.fps) / state.server.fps);
-  $.ahead.textContent = `${ahead.toFixed(1)} s`;
+  holdOrGoOn();
+  $.ahead.textContent = `${aheadS().toFixed(1)} s`;
   $["ahead-note"].textContent = state.held ? "generation waits" : "not yet played";
-  if (state.paused || state.phase !== "running") return;
-  if (!state.held && ahead > HOLD_S) state.held = connection.send({ type: "pause" });
-  else if (state.held && ahead < GO_ON_S) state.held = !connection.send({ type: "resume" });
 }, 200);
 
 // A browser may stop the video of a page that nobody sees; generation then waits, and goes on with it.

@@ -1,5 +1,7 @@
 // Plays fragmented MP4 as it arrives (Media Source Extensions), close behind what is generated, and keeps it for download.
 
+import { Mp4File } from "./mp4.js";
+
 const KEEP_S = 30; // behind the playhead, when the browser's buffer is full
 const KEPT_BYTES = 1 << 30; // of a generation, for download
 const LOW_S = 0.5; // so little ahead, and playback is slowed rather than stopped
@@ -20,7 +22,7 @@ export class Player {
   #source = null;
   #buffer = null;
   #waiting = []; // fragments not appended yet
-  #kept = []; // blobs rather than buffers: the browser may keep those on disk
+  #kept = new Mp4File();
   #keptBytes = 0;
   #complete = true;
   #ended = true;
@@ -40,7 +42,7 @@ export class Player {
     const source = new Source();
     URL.revokeObjectURL(video.src);
     [this.#source, this.#buffer, this.#ended, this.#complete] = [source, null, false, true];
-    [this.#waiting, this.#kept, this.#keptBytes] = [[], [], 0];
+    [this.#waiting, this.#kept, this.#keptBytes] = [[], new Mp4File(), 0];
     source.addEventListener("sourceopen", () => {
       this.#buffer = source.addSourceBuffer(mime);
       this.#buffer.addEventListener("updateend", () => this.#pump());
@@ -59,7 +61,7 @@ export class Player {
     this.#waiting.push(fragment);
     if (this.#keptBytes + fragment.byteLength > KEPT_BYTES) this.#complete = false;
     if (this.#complete) {
-      this.#kept.push(new Blob([fragment]));
+      this.#kept.append(fragment);
       this.#keptBytes += fragment.byteLength;
     }
     this.#pump();
@@ -70,7 +72,7 @@ export class Player {
     if (this.#ended) return;
     this.#ended = true;
     this.#video.playbackRate = 1;
-    this.#video.controls = this.#keptBytes > 0;
+    this.#video.controls = this.hasFile;
     this.#pump();
   }
 
@@ -84,20 +86,18 @@ export class Player {
     this.#video.pause();
   }
 
-  /** Seconds received and not yet played. */
-  get aheadS() {
-    const { buffered, currentTime } = this.#video;
-    return buffered.length ? Math.max(0, buffered.end(buffered.length - 1) - currentTime) : 0;
+  get playedS() {
+    return this.#video.currentTime;
   }
 
   /** Whether there is something to download. */
   get hasFile() {
-    return this.#keptBytes > 0;
+    return this.#kept.numFrames > 0;
   }
 
-  /** What was generated so far, as one playable file: {blob, complete}; blob is null before the first fragment. */
+  /** What was generated so far, as a plain MP4: {blob, complete}; only where `hasFile`. */
   file() {
-    return { blob: this.#keptBytes ? new Blob(this.#kept, { type: "video/mp4" }) : null, complete: this.#complete };
+    return { blob: this.#kept.blob(), complete: this.#complete };
   }
 
   /** Keeps playback just behind the live edge: called a few times a second with generated / real time. */
@@ -112,7 +112,8 @@ export class Player {
       }
       if (currentTime <= buffered.end(i)) break;
     }
-    this.#video.playbackRate = this.aheadS < LOW_S ? Math.min(1, Math.max(SLOWEST, speed)) : 1;
+    const bufferedS = buffered.end(buffered.length - 1) - currentTime;
+    this.#video.playbackRate = bufferedS < LOW_S ? Math.min(1, Math.max(SLOWEST, speed)) : 1;
   }
 
   #pump() {

@@ -1,0 +1,51 @@
+"""Text on its way to a terminal: what could steer the terminal is shown, and not carried out.
+
+Names of tensors and files, and messages made of them, come from others. A control character in them could move the cursor,
+change the title of the window, or make a terminal answer as if keys had been pressed.
+"""
+
+import logging
+import re
+from typing import IO, Any
+
+from rich.console import Console
+from rich.text import Text
+
+# C0 but for tab and line feed, DEL, C1, marks and overrides of direction, separators of lines, and halves of surrogate pairs.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""The text with characters that steer a terminal shown as `\x1b` or `\u202e`."""
+
+    def shown(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"  # the second kind is right within JSON, too
+
+    return _STEERING.sub(shown, text)
+
+
+class PrintableConsole(Console):
+    """A console whose texts, cells of tables among them, are `printable` and no markup."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """See `Console.render_str`."""
+        return super().render_str(printable(text), **settings)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Makes `printable` lines of log records."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        return printable(super().format(record))
+
+
+def printable_handler(stream: IO[str], line_format: str) -> logging.Handler:
+    """A handler that writes `printable` lines to a stream."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(PrintableFormatter(line_format))
+    return handler

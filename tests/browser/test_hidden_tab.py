@@ -1,0 +1,45 @@
+"""A page whose tab is hidden by another: its browser plays nothing, and generation must not run away from it."""
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("av")
+from page_steps import PLAYED, start, wait_for
+
+pytestmark = pytest.mark.browser
+HOLD_S = 6
+
+
+@pytest.mark.parametrize("begins", ["hidden", pytest.param("in view", marks=pytest.mark.slow)])
+def test_a_hidden_tab_holds_generation(window, server, expect, begins):
+    """Where the video begins while the tab is hidden already (a server that had a queue), its MediaSource stays closed."""
+    server.width, server.height = 96, 64  # made much faster than it is played, on busy cores too
+    page, other = window.pages[0], window.new_page()
+    page.bring_to_front()
+    if begins == "in view":
+        start(page, server)
+        expect(page.get_by_role("status")).to_have_text("Generating the first chunk.")
+    else:
+        page.goto(server.url)
+        expect(page.get_by_role("status")).to_have_text("Ready.")
+        page.get_by_label("Prompt", exact=True).fill("a fox in the snow")
+    other.bring_to_front()
+    wait_for(page, "document.visibilityState === 'hidden'")
+    if begins == "hidden":
+        page.evaluate("document.querySelector('#go').click()")
+    server.release(400)  # five minutes of video
+    wait_for(page, "document.querySelector('#chunk-count').textContent >= 8")
+    other.wait_for_timeout(3000)
+    assert page.evaluate(PLAYED) < 1
+    seconds = sum(message["frames"] for message in server.sent if message["type"] == "chunk") / server.fps
+    assert HOLD_S < seconds < HOLD_S + 3
+
+    page.bring_to_front()
+    wait_for(page, f"{PLAYED} > 4")
+    page.get_by_label("Prompt", exact=True).fill("night falls")
+    page.get_by_role("button", name="Switch prompt").click()
+    expect(page.locator("#switch-note")).to_contain_text("history kept, from chunk")
+    (switched,) = (message for message in server.sent if message["type"] == "switched")
+    shown_at = (server.first_frames + 12 * (switched["from_chunk"] - 1)) / server.fps
+    assert shown_at - page.evaluate(PLAYED) < HOLD_S + 3
+    wait_for(page, f"{PLAYED} > {shown_at}")
