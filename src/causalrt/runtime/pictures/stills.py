@@ -28,6 +28,7 @@ def opened_image(file: BinaryIO, *, is_tga: bool) -> Image.Image | None:
 
     Raises:
         RequestError: it has too many pixels.
+        Damage: it is damaged before its first pixel.
     """
     file.seek(0)
     Image.init()
@@ -37,6 +38,8 @@ def opened_image(file: BinaryIO, *, is_tga: bool) -> Image.Image | None:
         return None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RequestError(f"it has more than {MAX_PIXELS:,} pixels; scale it down first") from None
+    except DECODING_ERRORS as error:
+        raise Damage(str(error)) from error
     check_size(*image.size)
     return image
 
