@@ -382,6 +382,7 @@ def test_too_many_switches_are_refused(held):
     with held.realtime() as client:
         client.start()
         client.next("started")
+        until(lambda: held.engine.begun == 1)  # or the first switch would be made at once
         for _ in range(5):
             client.send("switch", prompt="a bear")
         error = client.next("error")
