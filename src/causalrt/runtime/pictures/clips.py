@@ -166,7 +166,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
         decoder = av.CodecContext.create("libvpx" if decoder.name == "vp8" else "libvpx-vp9", "r")
     decoder.options = {"max_pixels": str(MAX_PIXELS)}
     decoder.thread_type = "AUTO"
-    damage: av.FFmpegError | None = None
+    damage: Any = None
 
     def found() -> Iterator[Any]:
         nonlocal damage

@@ -20,10 +20,18 @@ from causalrt.runtime.pyav import pyav
 RGB, BT709, UNSPECIFIED, BT2020, DISPLAY_P3, SRGB, PQ, HLG = 0, 1, 2, 9, 12, 13, 16, 18
 
 # By number; None is taken as it is. The others of H.273 are refused.
-PRIMARIES = {BT709: None, UNSPECIFIED: None, 4: None, 5: None, 6: None, 7: None, 22: None}
-PRIMARIES |= {BT2020: "BT.2020", 11: "DCI-P3", DISPLAY_P3: "Display P3"}
-TRANSFERS = dict.fromkeys((BT709, UNSPECIFIED, 4, 5, 6, 7, 11, 12, SRGB, 14, 15)) | {PQ: "PQ", HLG: "HLG"}
-MATRICES = dict.fromkeys((RGB, BT709, UNSPECIFIED, 4, 5, 6, 7, BT2020))
+PRIMARIES: dict[int, str | None] = {
+    **dict.fromkeys((BT709, UNSPECIFIED, 4, 5, 6, 7, 22)),
+    BT2020: "BT.2020",
+    11: "DCI-P3",
+    DISPLAY_P3: "Display P3",
+}
+TRANSFERS: dict[int, str | None] = {
+    **dict.fromkeys((BT709, UNSPECIFIED, 4, 5, 6, 7, 11, 12, SRGB, 14, 15)),
+    PQ: "PQ",
+    HLG: "HLG",
+}
+MATRICES: dict[int, str | None] = dict.fromkeys((RGB, BT709, UNSPECIFIED, 4, 5, 6, 7, BT2020))
 REFUSED = {
     "primaries": {8: "generic film", 10: "CIE XYZ"},
     "transfer": {8: "linear light", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE 428"},
@@ -128,9 +136,9 @@ def srgb_from_hdr(coded: Wide, *, primaries: int, transfer: int) -> Pixels:
     brightest = np.maximum(light.max(axis=-1, keepdims=True), 1e-6)
     compressed = KNEE + (1 - KNEE) * (1 - np.exp(-(brightest - KNEE) / (1 - KNEE)))
     light = np.clip(light * np.where(brightest > KNEE, compressed / brightest, 1), 0, 1)
-    return np.rint(255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)).astype(
-        np.uint8
-    )
+    gamma = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    srgb: Pixels = np.rint(255 * gamma).astype(np.uint8)
+    return srgb
 
 
 def _light_from_pq(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

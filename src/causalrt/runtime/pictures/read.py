@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -101,7 +101,7 @@ def read_frames(
     return sampler.stacked()
 
 
-def _pictures(path: Path, background: Colour, *, max_hdr_side: int) -> Iterator[Picture]:
+def _pictures(path: Path, background: Colour, *, max_hdr_side: int) -> Generator[Picture]:
     with open_regular_file(path) as file:
         image = opened_image(file, is_tga=path.suffix.lower() in TGA_SUFFIXES)
         if image is not None:
@@ -154,7 +154,7 @@ class _Sampler:
 
     def remarks(self) -> list[str]:
         """What a caller may not expect of a clip."""
-        found = []
+        found: list[str] = []
         if not self.seconds:
             return found
         if self._dropped or self._repeated:

@@ -67,7 +67,7 @@ def still_pictures(image: Image.Image, file: BinaryIO, background: Colour) -> It
             shown_ms = Fraction(image.info.get("duration") or 0)
             duration = (shown_ms if shown_ms > SHORTEST_MS else Fraction(UNSET_MS)) / 1000
         shown = over(background, _in_srgb(upright, tags))
-        yield Picture(start=start, duration=duration, image=lambda shown=shown: shown)
+        yield Picture(start=start, duration=duration, image=shown.copy)
         start += duration
 
 
