@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from websockets.exceptions import InvalidStatus
 
 from causalrt.errors import ConfigError
+from causalrt.runtime.server import log_limit
 from causalrt.runtime.server.auth import Tokens
 from causalrt.runtime.server.guard import Guard
 from causalrt.runtime.server.settings import ServerSettings
@@ -25,6 +26,14 @@ def token_file(path, text, mode=0o600):
     path.write_text(text)
     path.chmod(mode)
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def whole_log():
+    """These tests read what is logged, by more servers in a minute than the limit lets through."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_limit, "PER_MINUTE", 1_000_000)
+        yield
 
 
 @pytest.fixture(scope="module")
