@@ -8,6 +8,7 @@
     jobs.py        jobs and their order                  spool.py      their files
     videos.py      /v1/videos                            realtime.py   /v1/realtime, with realtime_messages.py
     run.py         listening, and an end that loses nothing
+    hosts.py       hosts and origins, compared           floods.py     limits on tiny frames and chunks
     connections.py how many connections, and how long one may be idle; log_limit.py keeps the log small meanwhile
 
 Everything but `generation.py` runs on one event loop, and needs no locks; a generation has a thread of its own. FastAPI and
