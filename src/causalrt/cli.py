@@ -237,6 +237,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         text_encoder=arguments.text_encoder,
         text_device=arguments.text_device,
         given=arguments.given,
+        given_part=arguments.given_part,
+        background=arguments.background,
         switches=arguments.switch,
         switch_policy=arguments.switch_policy,
         seed=arguments.seed,
@@ -554,6 +556,17 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, type=Path, help=".mp4 or .safetensors (latents); given frames included")
     made.add_argument(
         "--given", type=Path, help="what the video begins with: latents as --out writes them, or an image or clip"
+    )
+    made.add_argument(
+        "--given-part",
+        choices=("first", "last"),
+        help="which frames of a longer clip, as many as leave room for --chunks (one that fills the horizon is refused)",
+    )
+    made.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="what transparent parts of an image or clip show: a CSS colour, as black or #102030 (white)",
     )
     made.add_argument(
         "--switch",

@@ -16,7 +16,7 @@ import torch
 
 from causalrt.errors import ExecutorError, RequestError, VideoError
 from causalrt.runtime.mp4_boxes import boxes
-from causalrt.runtime.video_file import FragmentWriter, Mp4Writer
+from causalrt.runtime.video_file import FragmentWriter, Mp4Writer, write_video
 
 av = pytest.importorskip("av", reason="needs PyAV: pip install 'av>=18.1,<19'")
 
@@ -110,6 +110,28 @@ def test_an_exception_leaves_nothing(frames, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 33])
+@pytest.mark.parametrize("kind", ["file", "fragments"])
+def test_a_video_lasts_as_long_as_its_frames(kind, count, tmp_path):
+    path = tmp_path / "video.mp4"
+    if kind == "file":
+        write_video(path, moving_pictures(count))
+    else:
+        writer = FragmentWriter(height=HEIGHT, width=WIDTH, fps=FPS)
+        path.write_bytes(writer.header + writer.write(moving_pictures(count)) + writer.close())
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        durations = [packet.duration * packet.time_base for packet in packets]
+    assert durations == [Fraction(1, FPS)] * count
+
+
+@pytest.mark.parametrize("frames", [np.zeros((HEIGHT, WIDTH, 3), np.uint8), [[0]], torch.zeros(2, HEIGHT, WIDTH, 3)])
+def test_what_are_no_frames_is_refused_and_not_written(frames, tmp_path):
+    with pytest.raises(RequestError, match="frames must be"):
+        write_video(tmp_path / "video.mp4", frames)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -28,6 +28,7 @@ def opened_image(file: BinaryIO, *, is_tga: bool) -> Image.Image | None:
 
     Raises:
         RequestError: it has too many pixels.
+        Damage: it is damaged before its first pixel.
     """
     file.seek(0)
     Image.init()
@@ -37,6 +38,8 @@ def opened_image(file: BinaryIO, *, is_tga: bool) -> Image.Image | None:
         return None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RequestError(f"it has more than {MAX_PIXELS:,} pixels; scale it down first") from None
+    except DECODING_ERRORS as error:
+        raise Damage(str(error)) from error
     check_size(*image.size)
     return image
 
@@ -64,7 +67,7 @@ def still_pictures(image: Image.Image, file: BinaryIO, background: Colour) -> It
             shown_ms = Fraction(image.info.get("duration") or 0)
             duration = (shown_ms if shown_ms > SHORTEST_MS else Fraction(UNSET_MS)) / 1000
         shown = over(background, _in_srgb(upright, tags))
-        yield Picture(start=start, duration=duration, image=lambda shown=shown: shown)
+        yield Picture(start=start, duration=duration, image=shown.copy)
         start += duration
 
 

@@ -85,7 +85,6 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
 
     handler = printable_handler(sys.stderr, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     tokens = Tokens() if settings.tokens is None else Tokens.from_file(settings.tokens)
     bundle = open_bundle(arguments.bundle, verify=False)
     listening = running.listen(settings.host, settings.port, send_buffer_bytes=settings.send_buffer_bytes)

@@ -13,9 +13,8 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
 from causalrt.errors import ConfigError
+from causalrt.runtime.server.floods import ChunkLimitedProtocol
 from causalrt.runtime.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def connection_limit(settings: ServerSettings) -> int:
     return min(fitting, settings.max_tcp_connections)
 
 
-class HttpProtocol(H11Protocol):
+class HttpProtocol(ChunkLimitedProtocol):
     """uvicorn's HTTP/1.1 connection, which knows for how long it has been idle."""
 
     _idle_since = 0.0

@@ -1,12 +1,11 @@
 """What a server allows, and where it listens and writes."""
 
-import ipaddress
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from causalrt.errors import ConfigError
+from causalrt.runtime.server.hosts import is_loopback, normal_host, normal_origin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +45,7 @@ class ServerSettings:
         reload_after_s: wait before the engine is loaded again after its ranks died; four times as long before each further try.
         reload_max_wait_s: longest wait between two tries, which never end.
         send_buffer_bytes: of a connection, in the kernel: so much may be under way to a reader that does not read.
-        allowed_origins: pages of other origins that may use the server, as `https://example.org`.
+        allowed_origins: pages of other origins that may use the server, as `https://example.org`; kept as browsers spell them.
         allowed_hosts: names that it is called by, beside loopback's own; checked on loopback, or if some are given.
         trusted_proxies: addresses whose `X-Forwarded-For` and `-Proto` are believed.
     """
@@ -96,10 +95,18 @@ class ServerSettings:
             raise ConfigError(f"port must be 0 to 65535, got {self.port}")
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.model_name):
             raise ConfigError(f"model_name must be 1 to 64 letters, digits, '.', '_' and '-', got {self.model_name!r}")
-        for origin in self.allowed_origins:
-            parts = urlsplit(origin)
-            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path or parts.query:
-                raise ConfigError(f"an origin is a scheme and a host, as https://example.org, got {origin!r}")
+        for host in (self.host, *self.allowed_hosts):
+            try:
+                normal_host(host)
+            except ValueError:
+                raise ConfigError(
+                    f"a host is a name or an address, as studio.example or 127.0.0.1, got {host!r}"
+                ) from None
+        try:
+            origins = tuple(map(normal_origin, self.allowed_origins))
+        except ValueError as error:
+            raise ConfigError(f"an origin is a scheme and a host, as https://example.org; {error}") from None
+        object.__setattr__(self, "allowed_origins", origins)
         if self.tokens is None and not self.no_auth and not self.on_loopback:
             raise ConfigError(
                 f"{self.host} can be reached from other machines: give a file of tokens (--tokens FILE), listen on "
@@ -109,9 +116,4 @@ class ServerSettings:
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(normal_host(self.host))
