@@ -560,13 +560,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--given-part",
         choices=("first", "last"),
-        help="which frames of a longer clip, as many as leave room for --chunks (one that fills the horizon is refused)",
+        help="use the first or the last frames of a clip that leaves no room for --chunks (by default it is refused)",
     )
     made.add_argument(
         "--background",
         default="white",
         metavar="COLOUR",
-        help="what transparent parts of an image or clip show: a CSS colour, as black or #102030 (white)",
+        help="colour behind transparent parts of an image or clip, in CSS, as black or #102030 (white)",
     )
     made.add_argument(
         "--switch",
