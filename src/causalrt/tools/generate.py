@@ -42,9 +42,9 @@ class Request:
         text_encoder: folder of umT5, or of a table of words.
         text_device: where it computes.
         given: latents that the video begins with (safetensors), or an image or clip, which is encoded.
-        given_part: of a clip that is longer than leaves room for `chunks` (one by default), take its first or its last frames;
-            None refuses one that fills the horizon, and takes the last of those that are not whole chunks.
-        background: of an image or clip that is transparent.
+        given_part: whether a clip that leaves no room for `chunks` (one by default) gives its first or its last frames; with
+            None such a clip is refused. Of a clip that is not whole chunks, None takes the last frames.
+        background: colour behind an image or clip that is transparent.
         switches: `CHUNK=PROMPT`, other prompts from these chunks on, given as the first one is.
         switch_policy: what becomes of history then.
         seed: of the noise.

@@ -353,7 +353,7 @@ def test_a_prompt_that_is_cut_is_told_in_each_answer(server):
     cut = [
         {
             "code": "prompt_cut",
-            "message": "the prompt was cut: the model reads its first 64 tokens, what comes after them has no effect",
+            "message": "the prompt was cut: the model reads its first 64 tokens, and what comes after them has no effect",
             "param": "prompt",
         }
     ]

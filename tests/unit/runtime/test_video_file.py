@@ -154,6 +154,20 @@ def test_a_full_disk_leaves_nothing(when, tmp_path):
         writer.write(noise)
 
 
+def test_halves_of_killed_writers_are_removed_and_those_of_others_are_not(frames, tmp_path):
+    path = tmp_path / "video.mp4"
+    killed = tmp_path / ".video.mp4.0123456789ab.partial"
+    killed.write_bytes(b"half")
+    with Mp4Writer(path, height=HEIGHT, width=WIDTH, fps=FPS) as first:
+        first.write(frames[:2])
+        assert not killed.exists()
+        with Mp4Writer(path, height=HEIGHT, width=WIDTH, fps=FPS) as second:
+            second.write(frames[:4])
+        first.write(frames[2:3])
+    assert len(decoded(str(path))[0]) == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_needs_a_frame_and_a_folder(tmp_path):
     writer = Mp4Writer(tmp_path / "video.mp4", height=HEIGHT, width=WIDTH, fps=FPS)
     with pytest.raises(RequestError, match="at least one"):

@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
             )
 
     def load_engine() -> Engine:
-        check_same(open_bundle(arguments.bundle, verify=False))  # before much is loaded for nothing
+        check_same(open_bundle(arguments.bundle, verify=False))  # before time is spent on loading it
         engine = load(
             arguments.bundle,
             executor=arguments.executor,

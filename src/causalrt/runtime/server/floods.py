@@ -1,4 +1,4 @@
-"""Limits on what costs a client nothing and the server time: empty frames of a WebSocket, tiny chunks of a request's body.
+"""Limits on what costs the server time and a client nothing: empty frames of a WebSocket, tiny chunks of a request's body.
 
 Whoever sends them needs no token, and the event loop serves nobody else while it parses them.
 """
@@ -12,7 +12,7 @@ from causalrt.runtime.server.admission import RateLimit
 from causalrt.runtime.server.problems import Problem
 
 PER_MINUTE = 3000
-"""Of one connection, all of them at once if it has been quiet; they take about 0.1 s to parse."""
+"""How many one connection may send, all of them at once if it has been quiet; to parse so many takes about 0.1 s."""
 
 
 class FloodLimit:
@@ -35,7 +35,7 @@ class ChunkLimitedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 connection, cut off if it sends a body in too many chunks, answered or not."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As uvicorn makes it; but requests, whose queries may hold tokens, are not logged, whoever listens."""
+        """Takes uvicorn's arguments. Requests are never logged, since their queries may hold tokens."""
         super().__init__(*args, **kwargs)
         self.access_log = False
         self._limit = FloodLimit()

@@ -9,7 +9,7 @@ NAME = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_.])?")
 
 
 def normal_host(host: str) -> str:
-    """A name in small letters (ASCII, as browsers send it) or an address in its shortest form, without a port.
+    """A name in lower case (ASCII, as browsers send it) or an address in its shortest form, without a port.
 
     `LOCALHOST:8000` becomes `localhost`, `[0:0::1]:80` and `0:0::1` become `::1`.
 

@@ -132,7 +132,7 @@ class RealtimeOutput:
         self._post({"type": "paused" if yes else "resumed"})
 
     def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
-        """Tell from which chunk on the prompt is the new one."""
+        """Say from which chunk on the new prompt is in effect."""
         self._post(
             {
                 "type": "switched",
