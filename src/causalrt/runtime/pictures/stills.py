@@ -74,7 +74,7 @@ def still_pictures(image: Image.Image, file: BinaryIO, background: Colour) -> It
 def _in_srgb(image: Image.Image, tags: tuple[int, int]) -> Image.Image:
     """RGB or RGBA, whatever the pixels were."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _in_8_bits(image)
     if image.mode in ("I", "F"):
         raise RequestError(
             f"its pixels ({image.mode}: 32 bits each) have no agreed black and white; convert it to 8 or 16 bits"
@@ -84,6 +84,16 @@ def _in_srgb(image: Image.Image, tags: tuple[int, int]) -> Image.Image:
         return _through_profile(image, profile)
     mode = "RGBA" if image.has_transparency_data else "RGB"
     return image_to_srgb(image.convert(mode), primaries=tags[0], transfer=tags[1])
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits as L, or as LA where one of them stands for transparency."""
+    levels = np.asarray(image)
+    grey = (levels >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return Image.fromarray(grey)
+    return Image.fromarray(np.stack([grey, np.where(levels == transparent, 0, 255).astype(np.uint8)], axis=-1))
 
 
 def _through_profile(image: Image.Image, icc: bytes) -> Image.Image:

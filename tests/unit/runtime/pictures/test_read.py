@@ -550,6 +550,13 @@ def comb(plane):
     return np.abs(2 * rows[1:-1] - rows[:-2] - rows[2:]).mean()
 
 
+def test_a_transparent_level_of_16_bits_shows_the_background(tmp_path):
+    levels = np.full((HEIGHT, WIDTH), 150 * 257, np.uint16)
+    levels[: HEIGHT // 2] = 9
+    Image.fromarray(levels).save(tmp_path / "picture", "PNG", transparency=9)
+    assert_shows(read(tmp_path / "picture", background="#102030")[0], [(0x10, 0x20, 0x30)] * 2 + [(150, 150, 150)] * 2)
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "CMYK", "I;16"])
 def test_grey_cmyk_and_16_bits(mode, tmp_path):
     if mode == "I;16":
