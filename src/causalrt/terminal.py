@@ -37,11 +37,11 @@ class PrintableConsole(Console):
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats log records as `printable` text."""
+    """Formats log records as `printable` text; further lines are indented, so that none can pass for another record."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter.format`."""
-        return printable(super().format(record))
+        return printable(super().format(record)).replace("\n", "\n    ")
 
 
 def printable_handler(stream: IO[str], line_format: str) -> logging.Handler:

@@ -320,13 +320,19 @@ def unchanged(bundle: Bundle) -> Iterator[None]:
     """
     try:
         yield
-    finally:
-        try:
-            now = _read_manifest(bundle.path)
-        except BundleError as error:
-            raise BundleError(_replaced(bundle.path)) from error
-        if (now.digest, now.modified_ns) != (bundle.digest, bundle.modified_ns):
-            raise BundleError(_replaced(bundle.path))
+    except Exception:
+        _check_unchanged(bundle)
+        raise
+    _check_unchanged(bundle)
+
+
+def _check_unchanged(bundle: Bundle) -> None:
+    try:
+        now = _read_manifest(bundle.path)
+    except BundleError as error:
+        raise BundleError(_replaced(bundle.path)) from error
+    if (now.digest, now.modified_ns) != (bundle.digest, bundle.modified_ns):
+        raise BundleError(_replaced(bundle.path))
 
 
 def _replaced(path: Path) -> str:
