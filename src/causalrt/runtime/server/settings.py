@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from causalrt.errors import ConfigError
+from causalrt.errors import ConfigError, Faults
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,24 +87,33 @@ class ServerSettings:
     trusted_proxies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        faults = Faults()
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("port", "max_queue", "grace_s") else 1e-3
-            if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= 2**53:
-                raise ConfigError(f"{field.name} must be at least {'0' if least == 0 else '1'}, got {value}")
-        if self.port > 65535:
-            raise ConfigError(f"port must be 0 to 65535, got {self.port}")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.model_name):
-            raise ConfigError(f"model_name must be 1 to 64 letters, digits, '.', '_' and '-', got {self.model_name!r}")
+            with faults:
+                if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= 2**53:
+                    raise ConfigError(f"{field.name} must be at least {'0' if least == 0 else '1'}, got {value}")
+        with faults:
+            if self.port > 65535:
+                raise ConfigError(f"port must be 0 to 65535, got {self.port}")
+        with faults:
+            if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.model_name):
+                raise ConfigError(
+                    f"model_name must be 1 to 64 letters, digits, '.', '_' and '-', got {self.model_name!r}"
+                )
         for origin in self.allowed_origins:
-            parts = urlsplit(origin)
-            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path or parts.query:
-                raise ConfigError(f"an origin is a scheme and a host, as https://example.org, got {origin!r}")
-        if self.tokens is None and not self.no_auth and not self.on_loopback:
-            raise ConfigError(
-                f"{self.host} can be reached from other machines: give a file of tokens (--tokens FILE), listen on "
-                "127.0.0.1, or say --no-auth if something else keeps strangers out"
-            )
+            with faults:
+                parts = urlsplit(origin)
+                if parts.scheme not in ("http", "https") or not parts.netloc or parts.path or parts.query:
+                    raise ConfigError(f"an origin is a scheme and a host, as https://example.org, got {origin!r}")
+        with faults:
+            if self.tokens is None and not self.no_auth and not self.on_loopback:
+                raise ConfigError(
+                    f"{self.host} can be reached from other machines: give a file of tokens (--tokens FILE), listen on "
+                    "127.0.0.1, or say --no-auth if something else keeps strangers out"
+                )
+        faults.report()
 
     @property
     def on_loopback(self) -> bool:
