@@ -39,12 +39,15 @@ class Target:
         self.url = url
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
         limits = httpx.Limits(max_connections=200)
-        self.http = httpx.AsyncClient(base_url=url, headers=self.headers, timeout=WAIT_S, limits=limits)
+        # Proxies of the environment are not asked: what is measured is the server.
+        self.http = httpx.AsyncClient(
+            base_url=url, headers=self.headers, timeout=WAIT_S, limits=limits, trust_env=False
+        )
 
     def realtime(self, **how: Any) -> connect:
         """A WebSocket to it."""
         url = self.url.replace("http", "ws", 1) + "/v1/realtime"
-        return connect(url, compression=None, additional_headers=self.headers, max_size=2**26, **how)
+        return connect(url, compression=None, proxy=None, additional_headers=self.headers, max_size=2**26, **how)
 
     async def metric(self, name: str) -> float:
         """One line of its metrics; 0 if it is not there, as counters before they count."""

@@ -13,6 +13,10 @@ import pytest
 # Before torch is imported, and for the processes that tests start: small ops on several threads wait for each other, at
 # great length where other tests run beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The servers that tests start are on this machine, and a proxy of the environment does not lead back to it.
+for proxy in ("http_proxy", "https_proxy", "all_proxy"):
+    os.environ.pop(proxy, None)
+    os.environ.pop(proxy.upper(), None)
 # Tests that import onnxruntime before causalrt must not report to its maker either.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # A shell has what it starts in the background ignore Ctrl-C, and tests that press it would wait in vain.

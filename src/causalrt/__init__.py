@@ -38,7 +38,7 @@ __all__ = [
     "recipe",
     "write_video",
 ]
-_LAZY = {  # a production host needs no exporter, and not every one pictures: imported when they are asked for
+_LAZY = {  # imported on first use: a production host needs no exporter, and may need no video library
     "build": "causalrt.export.build",
     "read_frames": "causalrt.runtime.pictures.read",
     "write_video": "causalrt.runtime.video_file",

@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all: written beside their place under hidden names, and renamed at the end.
 
-What a killed writer leaves beside the place (`owned_paths.py`) is removed by the next one that writes there.
+What a killed writer leaves behind is removed by the next one that writes to the same place (see `owned_paths.py`).
 """
 
 import contextlib
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-"""How a file system, a kernel, or what filters its calls says that it cannot exchange two names."""
+"""Error numbers of a file system, a kernel or a system call filter that cannot exchange two names."""
 _CHANGED = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
-"""What a renaming fails with if another writer was there first."""
+"""Error numbers of a rename that fails because another writer was faster."""
 
 
 @contextlib.contextmanager
@@ -53,11 +53,11 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
 def whole_folder(target: Path, *, replaces: str | None = None, private: bool = False) -> Iterator[Path]:
     """A new folder to fill: renamed to `target` if the block ends well, and removed if not.
 
-    A folder that it replaces is exchanged for it in one step and then removed, so that whoever opens `target` finds one or the
-    other. Files of the old one that are open or mapped can be read on.
+    It takes the place of an old folder in one step, and the old one is removed afterwards, so whoever opens `target` finds one
+    or the other. Files of the old folder that are open or mapped stay readable.
 
     Args:
-        target: where it goes; the folder above must be there. Of a link, what it points to.
+        target: where it goes; its parent folder must exist. A link is followed, and what it points to is replaced.
         replaces: a folder that is at `target` by then gives way if it holds a file of this name; no other does.
         private: open to its owner alone, rather than to whom the umask lets.
 
@@ -78,7 +78,7 @@ def whole_folder(target: Path, *, replaces: str | None = None, private: bool = F
 
 
 def _sweep_beside(target: Path, replaces: str | None) -> None:
-    """Remove the halves of killed writers, and the folders that they had replaced and not yet removed."""
+    """Remove the incomplete folders of killed writers, and the folders that they had replaced but not yet removed."""
     prefix = re.escape(f".{target.name}.")
     sweep(target.parent, prefix=prefix, suffix=r"\.partial")
     if replaces is not None and (target / replaces).is_file():
@@ -86,8 +86,8 @@ def _sweep_beside(target: Path, replaces: str | None) -> None:
 
 
 def _place_folder(work: Path, target: Path, replaces: str | None) -> None:
-    """Rename `work` to `target`; what that replaces is at `work` afterwards."""
-    old = work.with_suffix(".old")  # what a sweep removes only if `replaces` is in it
+    """Rename `work` to `target`; a folder that was there is at `work` afterwards."""
+    old = work.with_suffix(".old")  # a sweep keeps it unless `replaces` is in it
     while True:
         try:
             os.rename(work, target)
@@ -101,7 +101,7 @@ def _place_folder(work: Path, target: Path, replaces: str | None) -> None:
             _exchange(old, target)
             if (old / replaces).is_file():
                 return
-            _exchange(old, target)  # somebody else has put something there since it was looked at
+            _exchange(old, target)  # another process has put something else there meanwhile: give it back
         except OSError as error:
             if error.errno not in _CHANGED:
                 raise
@@ -111,7 +111,7 @@ def _place_folder(work: Path, target: Path, replaces: str | None) -> None:
 
 
 def _exchange(old: Path, target: Path) -> None:
-    """Exchange what two names stand for, in one step where that is possible (renameat2 of Linux, which Python lacks)."""
+    """Exchange the folders at two paths, in one step where the system can (Linux's renameat2, which Python does not offer)."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:

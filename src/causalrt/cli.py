@@ -42,14 +42,14 @@ def _say(text: str, *, file: TextIO | None = None, flush: bool = False) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its commands are parsers of this kind, too."""
+    """Prints errors without characters that steer a terminal; argparse makes the parsers of subcommands of this class, too."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
 
 
 def _choose_dtype(arguments: argparse.Namespace, executors: Sequence[str]) -> None:
-    """TensorRT has no fused attention in float32, the type of every recipe: bfloat16 for it, unless a type is named."""
+    """Choose bfloat16 for TensorRT unless a type is named: recipes have float32, for which it has no fused attention."""
     named = arguments.dtype or any(text.startswith("build.precision=") for text in arguments.set)
     if not named and any(name in FLAVOURS for name in executors):
         arguments.dtype = "bfloat16"
@@ -237,6 +237,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         text_encoder=arguments.text_encoder,
         text_device=arguments.text_device,
         given=arguments.given,
+        given_part=arguments.given_part,
+        background=arguments.background,
         switches=arguments.switch,
         switch_policy=arguments.switch_policy,
         seed=arguments.seed,
@@ -574,6 +576,17 @@ def _parser() -> argparse.ArgumentParser:
         "--given", type=Path, help="what the video begins with: latents as --out writes them, or an image or clip"
     )
     made.add_argument(
+        "--given-part",
+        choices=("first", "last"),
+        help="use the first or the last frames of a clip that leaves no room for --chunks (by default it is refused)",
+    )
+    made.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="colour behind transparent parts of an image or clip, in CSS, as black or #102030 (white)",
+    )
+    made.add_argument(
         "--switch",
         action="append",
         default=[],
@@ -717,7 +730,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a comparison failed, 2 an error, 130 interrupted, 141 the reader of the output has left.
     """
     arguments = _parser().parse_args(argv)
-    if logging.lastResort is not None:  # what shows warnings where a command sets up no log
+    if logging.lastResort is not None:  # it shows the warnings of commands that configure no logging
         logging.lastResort.setFormatter(PrintableFormatter())
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     before = None

@@ -18,11 +18,11 @@ HeadPlanName = Literal["shares", "pad", "mesh"]
 TimeIndex = Literal["global", "relative"]
 
 MAX_LATENT_FRAMES = 1024
+"""Positions that the rotary table of the reference has (model_spec section 4)."""
 PIXELS_PER_LATENT = 8
 LARGEST_LATENTS = {"latent_height": 270, "latent_width": 480}
-"""Those of 4K; numbers beyond them were most likely meant as pixels."""
+"""The size of a 4K picture in latents; larger numbers were most likely meant as pixels."""
 FRAMES_PER_SECOND = 16
-"""Positions that the rotary table of the reference has (model_spec section 4)."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -339,7 +339,7 @@ def override(config: Config, changes: Mapping[str, str]) -> Config:
 
     Raises:
         ConfigError: unknown name (the known ones are listed), text that is not of the field's type, a size in latents that was
-            most likely meant in pixels, or a bad combination. All of them are named at once.
+            most likely meant in pixels, or a bad combination. One message names everything that is wrong.
     """
     sections: dict[str, dict[str, Any]] = {}
     faults = Faults()

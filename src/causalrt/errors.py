@@ -102,7 +102,7 @@ class ForkError(CausalRTError, RuntimeError):
 
 
 class Faults:
-    """Finds all that is wrong with a request before it is refused, so that one message names everything.
+    """Collects the errors of several checks, so that one message names everything that is wrong with a request.
 
     Each check runs in a `with` block of its own, which keeps the error that the check raises; `report` raises them.
     """

@@ -36,7 +36,7 @@ def own(parent: Path, *, prefix: str, suffix: str = "", folder: bool) -> Iterato
 
 
 def sweep(parent: Path, *, prefix: str, suffix: str, keep: Callable[[Path], bool] = lambda path: False) -> None:
-    """Remove what `own` made in `parent` and nobody holds any more; what cannot be removed stays.
+    """Remove what `own` made in `parent` and whose owner has ended; what cannot be removed stays.
 
     Args:
         parent: the folder to look into.
@@ -48,7 +48,7 @@ def sweep(parent: Path, *, prefix: str, suffix: str, keep: Callable[[Path], bool
     try:
         with os.scandir(parent) as entries:
             named = [entry for entry in entries if pattern.fullmatch(entry.name)]
-        # Devices and pipes are left alone: opening one may do something.
+        # Devices and pipes are left alone, since merely opening one can have an effect.
         plain = [each for each in named if each.is_dir(follow_symlinks=False) or each.is_file(follow_symlinks=False)]
     except OSError:
         return
@@ -63,17 +63,17 @@ def sweep(parent: Path, *, prefix: str, suffix: str, keep: Callable[[Path], bool
 
 
 class TemporaryFolder:
-    """A folder `causalrt-<kind>-<token>` among the temporary files, which goes with `remove`, or with the `with` block.
+    """A temporary folder `causalrt-<kind>-<token>`, which `remove` or the end of the `with` block removes.
 
     Attributes:
         path: the folder, readable by this user alone.
     """
 
     def __init__(self, kind: str) -> None:
-        """Make it, and remove the folders of this form whose owners are dead.
+        """Make it, and remove the folders of other owners that have ended.
 
         Args:
-            kind: what it is for, in small letters.
+            kind: what it is for, in lower-case letters.
 
         Raises:
             OSError: it cannot be made.
@@ -105,14 +105,14 @@ def _make(parent: Path, prefix: str, suffix: str, *, folder: bool) -> tuple[Path
             path.touch(mode=0o600, exist_ok=False)
         try:
             lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:  # a sweep came before the lock
+        except FileNotFoundError:  # a sweep has removed it already
             continue
         except OSError:
             (path.rmdir if folder else path.unlink)()
             raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # likewise
+        except BlockingIOError:  # a sweep is about to remove it
             os.close(lock)
             continue
         except OSError:  # the file system has no locks, so that no sweep can take one either
@@ -128,7 +128,7 @@ def _claimed(path: Path) -> Iterator[None]:
     """Hold the lock of a path of this user.
 
     Raises:
-        OSError: somebody else holds it, or the path is somebody else's.
+        OSError: another process holds it, or the path is another user's.
     """
     lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:

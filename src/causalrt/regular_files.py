@@ -1,4 +1,4 @@
-"""Files that can be read to an end: no pipe, which would be waited for, and no device, which may have none."""
+"""Files that can be read to their end. Opening a pipe would wait for a writer, and a device may have no end."""
 
 import os
 import stat
@@ -15,10 +15,10 @@ _OTHERS = {
 
 
 def regular_file(path: Path) -> Path:
-    """`path` as it is given, checked to be a regular file, or a link to one, as the cache of the Hugging Face hub has them.
+    """Check that `path` is a regular file, or a link to one as in the cache of the Hugging Face hub, and return it.
 
     Raises:
-        OSError: it is something else, or there is nothing.
+        OSError: it is something else, or missing.
     """
     _check_mode(path.stat().st_mode)
     return path

@@ -1,4 +1,4 @@
-"""Text on its way to a terminal: what could steer the terminal is shown, and not carried out.
+"""Text for a terminal, in which characters that could steer the terminal are shown as escapes.
 
 Names of tensors and files, and messages made of them, come from others. A control character in them could move the cursor,
 change the title of the window, or make a terminal answer as if keys had been pressed.
@@ -11,7 +11,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
-# C0 but for tab and line feed, DEL, C1, marks and overrides of direction, separators of lines, and halves of surrogate pairs.
+# C0 controls except tab and line feed, DEL, C1 controls, marks and overrides of direction, line separators, surrogates.
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -20,13 +20,13 @@ def printable(text: str) -> str:
 
     def shown(found: re.Match[str]) -> str:
         code = ord(found[0])
-        return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"  # the second kind is right within JSON, too
+        return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"  # the second form is valid in JSON, too
 
     return _STEERING.sub(shown, text)
 
 
 class PrintableConsole(Console):
-    """A console whose texts, cells of tables among them, are `printable` and no markup."""
+    """A console that makes all text `printable`, table cells included, and interprets no markup."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False)
@@ -37,15 +37,15 @@ class PrintableConsole(Console):
 
 
 class PrintableFormatter(logging.Formatter):
-    """Makes `printable` lines of log records."""
+    """Formats log records as `printable` text; further lines are indented, so that none can pass for another record."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter.format`."""
-        return printable(super().format(record))
+        return printable(super().format(record)).replace("\n", "\n    ")
 
 
 def printable_handler(stream: IO[str], line_format: str) -> logging.Handler:
-    """A handler that writes `printable` lines to a stream."""
+    """A log handler that writes `printable` text to a stream."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(PrintableFormatter(line_format))
     return handler

@@ -85,8 +85,17 @@ def test_compiler_that_is_missing(bundle, no_ranks, monkeypatch, capsys):
     assert "no /nowhere/g++; install g++" in refusal(bundle, capsys)
 
 
-def test_compiler_with_arguments(bundle, no_ranks, monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "g++ -O1")
+def test_compiler_that_is_no_program_of_this_machine(bundle, no_ranks, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "my-compiler"
+    path.write_bytes(b"\x7fELF of another machine")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    assert "Exec format error" in refusal(bundle, capsys)
+
+
+@pytest.mark.parametrize("named", ["g++ -O1", "g++ 'unclosed"])
+def test_compiler_with_arguments(bundle, no_ranks, monkeypatch, capsys, named):
+    monkeypatch.setenv("CXX", named)
     assert "takes a program without arguments" in refusal(bundle, capsys)
 
 

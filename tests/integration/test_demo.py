@@ -98,7 +98,7 @@ def test_without_a_cache_the_bundle_is_temporary(tmp_path, monkeypatch, caplog):
     with demo.kept_demo_bundle(world_size=1) as bundle:
         assert (bundle / "manifest.json").is_file()
         assert bundle.parent.parent == tmp_path / "temporary"
-    assert "in a temporary folder, since it cannot be kept" in caplog.text
+    assert "in a temporary folder, since it cannot be cached" in caplog.text
     assert list((tmp_path / "temporary").iterdir()) == []
 
 

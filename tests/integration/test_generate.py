@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from small_bundles import bundle_factory, tiny_config
 from small_encoders import write_text_encoder, write_vae
 
+from causalrt import write_video
 from causalrt.cli import main
 
 pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
@@ -75,6 +76,25 @@ def test_what_cannot_be_given(flags, tmp_path, capsys):
     (tmp_path / "no.mp4").write_bytes(b"nothing")
     assert "cannot be read as an image or a video" in run(capsys, *flags, "--given", tmp_path / "no.mp4", "--out", out)
     assert not out.exists()
+
+
+def test_a_clip_that_leaves_nothing_to_generate_is_refused(flags, tmp_path, capsys):
+    video = tiny_config().video
+    size = (video.pixel_height, video.pixel_width, 3)
+    horizon = 4 * video.horizon_frames - 3
+    write_video(tmp_path / "long.mp4", torch.zeros(horizon + 11, *size, dtype=torch.uint8))
+    message = run(capsys, *flags, "--given", tmp_path / "long.mp4", "--out", tmp_path / "out.mp4")
+    assert f"long.mp4 is a clip that fills the bundle's horizon of {horizon} frames" in message
+    assert "--given-part last" in message
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_a_transparent_image_is_given_over_a_background(flags, tmp_path, capsys):
+    write_image(tmp_path / "image.png")
+    message = run(
+        capsys, *flags, "--given", tmp_path / "image.png", "--background", "nocolour", "--out", tmp_path / "o.mp4"
+    )
+    assert "background must be a colour such as white or #102030, got 'nocolour'" in message
 
 
 def test_an_interrupted_video_leaves_nothing(flags, tmp_path, monkeypatch):

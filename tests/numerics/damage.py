@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from causalrt.engines.bundle import MANIFEST, WEIGHTS, _manifest_digest, file_digest
+from causalrt.engines.bundle import MANIFEST, WEIGHTS, file_digest, record_digest
 from causalrt.export.share_weights import weight_offsets
 
 Change = Callable[[np.ndarray[Any, Any]], None]
@@ -25,7 +25,7 @@ def hash_again(bundle: Path) -> Path:
     for name in manifest["files"]:
         file = bundle / name
         manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-    manifest["digest"] = _manifest_digest(manifest)
+    manifest["digest"] = record_digest(manifest)
     (bundle / MANIFEST).write_text(json.dumps(manifest))
     return bundle
 

@@ -41,4 +41,5 @@ def test_log_lines(capsys):
 
     handler = printable_handler(sys.stderr, "%(levelname)s %(message)s")
     handler.handle(logging.LogRecord("n", logging.WARNING, "p", 1, "%s", (TITLE,), None))
-    assert capsys.readouterr().err == "WARNING \\x1b]0;owned\\x07\n"
+    handler.handle(logging.LogRecord("n", logging.WARNING, "p", 1, "%s", ("a\nERROR forged",), None))
+    assert capsys.readouterr().err == "WARNING \\x1b]0;owned\\x07\nWARNING a\n    ERROR forged\n"

@@ -61,7 +61,7 @@ class Bundle:
         engine_parts: the parts of the step that TensorRT's engines were built from; none if no ONNX file was.
         lone_engine_parts: those of a lone first frame's step.
         engines: TensorRT's engines by flavour.
-        digest: sha256 of the manifest, which lists every file with its sha256; two bundles are the same if it is.
+        digest: sha256 of the manifest, which lists every file with its sha256; bundles with equal digests are the same.
         hashes: sha256 of every file.
         sizes: bytes of every file.
         modified_ns: when each file was last written, as found when the bundle was opened; None for one that is missing.
@@ -110,7 +110,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """sha256, in hex, of a record that will be JSON, apart from what it has under `digest`."""
+    """sha256, in hex, of a record as JSON, without its entry `digest`."""
     plain = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -299,10 +299,10 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
 
 
 def reopen_bundle(path: Path, digest: str) -> Bundle:
-    """Open a bundle that another process has verified and seen to have the manifest with this digest.
+    """Open a bundle that another process has verified, and check that its manifest still has this digest.
 
     Raises:
-        BundleError: there is another bundle by now, or none.
+        BundleError: another bundle is there by now, or none.
     """
     bundle = open_bundle(path, verify=False)
     if bundle.digest != digest:
@@ -316,17 +316,23 @@ def unchanged(bundle: Bundle) -> Iterator[None]:
 
     Raises:
         BundleError: the bundle was replaced, or one of its files written, since it was opened. Raised at the end of the block,
-            also in place of an error that the block ended with, since a replacement makes errors of any kind.
+            also in place of an error that the block ended with, since a replacement can cause errors of any kind.
     """
     try:
         yield
-    finally:
-        try:
-            now = _read_manifest(bundle.path)
-        except BundleError as error:
-            raise BundleError(_replaced(bundle.path)) from error
-        if (now.digest, now.modified_ns) != (bundle.digest, bundle.modified_ns):
-            raise BundleError(_replaced(bundle.path))
+    except Exception:
+        _check_unchanged(bundle)
+        raise
+    _check_unchanged(bundle)
+
+
+def _check_unchanged(bundle: Bundle) -> None:
+    try:
+        now = _read_manifest(bundle.path)
+    except BundleError as error:
+        raise BundleError(_replaced(bundle.path)) from error
+    if (now.digest, now.modified_ns) != (bundle.digest, bundle.modified_ns):
+        raise BundleError(_replaced(bundle.path))
 
 
 def _replaced(path: Path) -> str:
@@ -341,7 +347,7 @@ def _modified_ns(file: Path) -> int | None:
 
 
 def _read_manifest(path: Path) -> Bundle:
-    """What the manifest says, the files being left unread."""
+    """The bundle as its manifest describes it; the other files are not read."""
     try:
         text = regular_file(path / MANIFEST).read_bytes()
     except FileNotFoundError:

@@ -5,14 +5,12 @@ compiler keeps in order. On a GPU the compiled step is captured in CUDA graphs, 
 """
 
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,6 +22,7 @@ from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.engines.eager import EagerExecutor
 from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors, StepOps
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs_real
 
@@ -62,7 +61,7 @@ def check_can_compile() -> str:
         ExecutorError: the compiler is missing, hangs or fails, or the cache folder cannot be written.
     """
     named = os.environ.get("CXX") or "g++"
-    if len(shlex.split(named)) > 1:
+    if len(named.split()) > 1:
         raise ExecutorError(
             f"CXX is {named!r}, and torch.compile takes a program without arguments; set CXX to the path of a compiler"
         )
@@ -72,8 +71,8 @@ def check_can_compile() -> str:
             f"inductor needs a C++ compiler on a CPU, and there is no {named}; install g++, set CXX, or take executor eager"
         )
     _check_cache_folder()
-    with tempfile.TemporaryDirectory(prefix="causalrt-compiler-") as folder:
-        source = Path(folder) / "trial.cpp"
+    with TemporaryFolder("compiler") as folder:
+        source = folder / "trial.cpp"
         source.write_text('#include <Python.h>\nextern "C" int trial() { return 0; }\n')
         headers = f"-I{sysconfig.get_path('include')}"
         command = [compiler, str(source), headers, "-fPIC", "-fopenmp", "-shared", "-o", str(source.with_suffix(".so"))]
@@ -87,10 +86,14 @@ def check_can_compile() -> str:
 
 
 def _run_compiler(command: Sequence[str]) -> str | None:
-    """What went wrong, in one line; whatever the compiler has started has ended then."""
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    ) as process:
+    """What went wrong, in one line; None if nothing did. A compiler that hangs is killed with all that it has started."""
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    except OSError as error:  # not a program of this machine, for example
+        return str(error)
+    with process:
         try:
             output, _ = process.communicate(timeout=COMPILER_S)
         except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
-"""What has been worked out once and can be spared the next time, in the user's cache (`$XDG_CACHE_HOME/causalrt`).
+"""Results that are kept in the user's cache (`$XDG_CACHE_HOME/causalrt`), so that they need not be computed again.
 
-Files, such as TensorRT's measured times, are written whole or not at all. Of folders at most so many of a kind are kept; one
-that a process uses is locked, and stays.
+Files, such as TensorRT's measured kernel times, are written whole or not at all. Of each kind of folder a limited number is
+kept; a folder that a process uses is locked, and is not removed.
 """
 
 import contextlib
@@ -51,22 +51,23 @@ def keep_in_cache(path: Path, data: bytes | memoryview) -> bool:
 
 @contextlib.contextmanager
 def kept_folder(kind: str, key: str, *, complete: Callable[[Path], None], most: int) -> Iterator[Path]:
-    """A folder of the cache, which stays while the block runs. Other processes that want one of the kind wait for `complete`.
+    """Use a folder of the cache, which is not removed while the block runs.
 
     Args:
-        kind: a part of the cache that holds nothing but what this makes.
-        key: the folder's name, of everything that its contents depend on.
-        complete: makes the folder at a path, or checks the one that is there, and makes it anew if that is damaged.
-        most: folders of the kind that are kept, those that were used last.
+        kind: the part of the cache that holds the folders of this kind, and nothing else.
+        key: the folder's name, which must differ wherever its contents would.
+        complete: makes the folder at a path; checks one that is there, and replaces it if it is damaged. Meanwhile other
+            processes that want a folder of the kind wait.
+        most: how many folders of the kind are kept: those that were used last.
 
     Raises:
-        OSError: there can be no cache, or it is somebody else's.
+        OSError: the cache cannot be written, or belongs to another user.
     """
     path = cache_file(kind, key)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for folder in (path.parent, path.parent.parent):
         if folder.stat().st_uid != os.geteuid():
-            raise PermissionError(f"{folder} belongs to somebody else")
+            raise PermissionError(f"{folder} belongs to another user")
     with contextlib.ExitStack() as use:
         with _locked(path.parent, fcntl.LOCK_EX):
             complete(path)
@@ -77,7 +78,7 @@ def kept_folder(kind: str, key: str, *, complete: Callable[[Path], None], most: 
 
 
 def _remove_oldest(folder: Path, most: int) -> None:
-    """Remove all folders but the last used ones, those that are in use, and what their builders still write."""
+    """Remove all folders but those that were used last or are in use, and what killed builders have left."""
     sweep(folder, prefix=r"\..*\.", suffix=r"\.(partial|old)")
     kept = [path for path in folder.iterdir() if not path.name.startswith(".")]
     for path in sorted(kept, key=lambda path: path.stat().st_mtime_ns, reverse=True)[most:]:

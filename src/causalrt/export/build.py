@@ -153,14 +153,14 @@ def check_options(
     frontend: str,
     timing_cache: str | Path | None,
 ) -> dict[str, list[str]]:
-    """Check the options of a build, and name all that is wrong with them at once.
+    """Check the options of a build; one error names everything that is wrong with them.
 
     Args:
         precision: of weights and activations; None if it is not known yet.
-        executors: as for `build`, like what follows.
-        targets: GPU architectures.
-        collectives: who exchanges between ranks.
-        frontend: what makes TensorRT's network.
+        executors: executors to build for.
+        targets: GPU architectures of TensorRT engines.
+        collectives: whether the `engine` or the `runtime` exchanges data between ranks.
+        frontend: what makes TensorRT's network, `onnx` or `torch-tensorrt`.
         timing_cache: file of measured kernel times.
 
     Returns:

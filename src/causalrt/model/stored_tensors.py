@@ -40,7 +40,7 @@ def map_tensors(path: Path, *, verify: bool = True) -> dict[str, torch.Tensor]:
         verify: read all of a torch file to compare it with its checksums; safetensors files have none.
 
     Raises:
-        CheckpointError: no regular file, damaged, holding code, or holding something else than tensors.
+        CheckpointError: not a regular file, damaged, or holding code or anything else but tensors.
     """
     if path.suffix == ".safetensors":
         try:

@@ -1,7 +1,7 @@
 """The checksums of a torch file (`.pt`, `.pth`), which is a zip archive with a member for each storage.
 
-torch writes a CRC-32 of each member, and does not look at it when a file is mapped. (Legacy torch files have no checksums,
-and neither have safetensors files.)
+torch writes a CRC-32 for each member, but does not check it when it maps a file. (Legacy torch files and safetensors files
+have no checksums.)
 """
 
 import bisect
@@ -28,7 +28,7 @@ class TorchArchive:
         """Read the table of members, and check those that hold no storage, the pickle above all.
 
         Raises:
-            CheckpointError: no archive as torch writes it, or a checksum is wrong.
+            CheckpointError: not an archive as torch writes it, or a checksum is wrong.
         """
         self._path = path
         self._checked: set[int] = set()
@@ -79,7 +79,7 @@ class TorchArchive:
             with self._archive.open(info) as member:
                 while member.read(_PIECE_BYTES):
                     pass
-        except Exception as error:  # as above
+        except Exception as error:  # as in `__init__`
             raise CheckpointError(
                 f"{self._path} is damaged: {info.filename} in it is not what was written ({error}); download or copy it again"
             ) from None

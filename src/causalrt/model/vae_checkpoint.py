@@ -210,18 +210,18 @@ def vae_from_tensors(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> Any:
-    """What `load_vae` returns, of tensors that are mapped already.
+    """Make the VAE that `load_vae` returns from tensors that are mapped already.
 
     Args:
         path: where they come from, for messages.
-        stored: by diffusers' names.
+        stored: the tensors by diffusers' names.
         config: sizes of the VAE.
         dtype: type of every parameter.
-        device: where they go.
+        device: where the parameters go.
 
     Raises:
         CheckpointError: a tensor is missing, left over, of a wrong shape or not finite.
-        ExecutorError: diffusers is not installed, and it is Wan's.
+        ExecutorError: it is Wan's VAE, and diffusers is not installed.
     """
     if isinstance(config, BlockDctConfig):
         return block_dct_from_tensors(path, stored, config, dtype=dtype, device=device)

@@ -74,15 +74,15 @@ def join_ranks(
     device: torch.device,
     timeout: timedelta = JOIN_TIMEOUT,
 ) -> None:
-    """Make the processes of several ranks torch.distributed's default group: gloo on CPUs, NCCL on GPUs.
+    """Join the ranks' processes in torch.distributed's default process group: gloo on CPUs, NCCL on GPUs.
 
     Args:
-        rendezvous: path of a file that is empty or missing, the same for every rank; any characters will do, which they would
-            not in the URL of an `init_method`.
+        rendezvous: path of an empty or missing file, the same for every rank. Unlike the URL of an `init_method`, it may have
+            any characters.
         rank: of this process.
         world_size: number of ranks.
         device: the rank's own.
-        timeout: of finding each other, and of every collective after that.
+        timeout: for the ranks to find each other, and for every collective after that.
     """
     store = dist.FileStore(os.fspath(rendezvous), world_size)  # type: ignore[attr-defined]
     store.set_timeout(timeout)

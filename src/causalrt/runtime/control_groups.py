@@ -1,7 +1,7 @@
 """The limits on processors and memory that Linux control groups set for this process.
 
-A process is held by its own group and by every group above it, so the smallest limit counts. Both versions of control groups
-are read, wherever they are mounted.
+A process is limited by its own group and by every group above it, so the smallest limit counts. Both versions of control
+groups are read, wherever they are mounted.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from pathlib import Path, PurePosixPath
 ROOT = Path("/")
 """Where `/proc` and the mounted control groups are found."""
 NO_LIMIT_BYTES = 2**62
-"""Version 1 says that there is no limit by a number beyond this."""
+"""In version 1, a number beyond this says that there is no limit."""
 
 
 def available_cpus() -> int:
-    """Threads that are worth starting: the processors that this process may use, or as many whole ones as its quota allows."""
+    """How many threads are worth starting: one for each processor that this process may use, as far as its quota goes."""
     visible, quota = len(os.sched_getaffinity(0)), cpu_quota()
     return visible if quota is None else max(1, min(visible, int(quota)))
 
@@ -45,9 +45,8 @@ def memory_limits() -> list[tuple[int, int]]:
         with contextlib.suppress(ValueError):  # "max", or nothing
             most, used = int(_read(group / most_file)), int(_read(group / used_file))
             if most < NO_LIMIT_BYTES:
-                limits.append(
-                    (most, most - used + int(counts.get(cache, 0)))
-                )  # file cache counts as used, and gives way
+                reclaimable = int(counts.get(cache, 0))  # file cache, which is counted as used
+                limits.append((most, most - used + reclaimable))
     return limits
 
 
@@ -67,7 +66,7 @@ def _groups(controller: str) -> Iterator[Path]:
         for _, controllers, path in memberships:
             if wanted in controllers.split(","):
                 own = PurePosixPath(path)
-                # Inside a container the path can be the host's, which is not mounted here: what is mounted is our group then.
+                # Inside a container the path can be the host's, which is not mounted here; the mounted one is our own then.
                 below = own.relative_to(top) if own.is_relative_to(top) and ".." not in own.parts else PurePosixPath()
                 yield from (ROOT / mount_point.relative_to("/") / part for part in (below, *below.parents))
 

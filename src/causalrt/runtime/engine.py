@@ -220,7 +220,7 @@ class Engine:
         return self._pool.dead_processes() + (self.decoder.dead_processes() if self.decoder is not None else [])
 
     def silent_s(self) -> float:
-        """Seconds for which a rank or the decoder has owed an answer and nothing was heard; 0.0 while none owes one.
+        """Seconds since anything was heard from the ranks or the decoder while they owe an answer; 0.0 if they owe none.
 
         Never waits, and may be called from any thread.
         """
@@ -375,7 +375,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _opening(self) -> Iterator[list[Session]]:
-        """Drop the session that the block puts in the list, if the caller will not get it."""
+        """Drop the session that the block puts in the list if the block fails, since the caller will not get it."""
         opened: list[Session] = []
         try:
             with self.deferred_interrupts():
@@ -438,7 +438,7 @@ class Engine:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this process loaded the engine; not so in a process that was forked from that one."""
+        """Whether this process loaded the engine, rather than one that it was forked from."""
         return self._pool.is_ours
 
     def check_owner(self) -> None:

@@ -73,7 +73,7 @@ def _in_main_thread() -> bool:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[DeferredInterrupts]:
-    """Raise an interrupt that comes inside the block at its end; a second one is raised where it comes.
+    """Hold an interrupt that comes inside the block back until the block ends; a second one is raised at once.
 
     Blocks may be nested: the outermost one raises. Outside the main thread, where Python raises no interrupts, and where
     SIGINT is ignored or ends the process, the block has no effect.
@@ -95,7 +95,7 @@ def deferred() -> Iterator[DeferredInterrupts]:
 
 @contextlib.contextmanager
 def allowed() -> Iterator[None]:
-    """Raise interrupts at once inside this block of a `deferred` one: here, nothing is left halfway."""
+    """Within a `deferred` block, raise interrupts at once again while this block runs, which may end anywhere."""
     handler = signal.getsignal(signal.SIGINT)
     if _in_main_thread() and isinstance(handler, DeferredInterrupts):
         with handler.raised_at_once():
@@ -105,7 +105,7 @@ def allowed() -> Iterator[None]:
 
 
 def _uninstall_in_child() -> None:
-    """The call that deferred interrupts runs in the parent alone, in a thread that does not exist in the child."""
+    """The call that deferred interrupts goes on in the parent alone, so the child would keep them back for ever."""
     handler = signal.getsignal(signal.SIGINT)
     if isinstance(handler, DeferredInterrupts):
         handler.uninstall()

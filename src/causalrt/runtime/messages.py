@@ -96,7 +96,7 @@ class SaveCommand:
 class ResumeCommand:
     """Take a session up from a snapshot's folder, as `SaveCommand` left it; a rank's is open already, and new.
 
-    `frame` is where in the video it is, `files` the sha256 of each file; files that are something else are refused.
+    `frame` is where in the video the snapshot was taken, `files` the sha256 of each file; other files are refused.
     """
 
     session: int

@@ -6,7 +6,7 @@ from causalrt.errors import ExecutorError
 
 
 def pyav() -> Any:
-    """The library.
+    """Import PyAV and return it.
 
     Raises:
         ExecutorError: it is not installed.

@@ -38,8 +38,8 @@ HANG_UP_S = 5.0
 CAUSE_S = 0.2
 """How long to look, once a rank has failed, for one that failed before it and took it along."""
 _FAR_ENDS_OPEN = threading.Lock()
-"""Held while this process has the ranks' ends of new channels open, and by forks, whose child would keep them open: the end
-of a rank would then go unnoticed."""
+"""Held while this process has the ranks' ends of new channels open, and during forks: a child would keep those ends open, and
+the end of a rank would then go unnoticed."""
 os.register_at_fork(
     before=_FAR_ENDS_OPEN.acquire, after_in_parent=_FAR_ENDS_OPEN.release, after_in_child=_FAR_ENDS_OPEN.release
 )
@@ -124,7 +124,7 @@ class RankPool:
         """
         keeper_ended = self._process.poll() is not None
         poller = select.poll()
-        with self._channels_lock:  # or else `close` could free a descriptor here, and another file get its number
+        with self._channels_lock:  # otherwise `close` could free a descriptor here, and a new file could get its number
             for channel in self._channels:
                 poller.register(channel, 0)  # a hang-up is always reported
             hung_up = {descriptor for descriptor, _ in poller.poll(0)}
@@ -137,7 +137,7 @@ class RankPool:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this process started the ranks: a process that was forked from it has no say over them."""
+        """Whether this process started the ranks, rather than one that it was forked from."""
         return self._owner == os.getpid()
 
     def check_owner(self) -> None:
@@ -207,7 +207,7 @@ class RankPool:
                 yield rank, reply
 
     def silent_s(self) -> float:
-        """Seconds since the ranks were last heard of, while one of them owes an answer; 0.0 if none does.
+        """Seconds since anything was heard from the ranks while one of them owes an answer; 0.0 if none does.
 
         Never waits, and may be called from any thread. A rank whose answer lies unread in its channel owes none.
         """

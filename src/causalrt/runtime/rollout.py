@@ -215,8 +215,8 @@ class Rollout:
 
         Args:
             path: the file that `save` has written.
-            frame: where it must say that it is.
-            sha256: what the file's must be.
+            frame: the latent frame at which it must have been written.
+            sha256: digest that the file must have.
 
         Raises:
             RequestError: the file cannot be read, or is not of this rank of this bundle at this place.

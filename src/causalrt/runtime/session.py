@@ -252,8 +252,8 @@ class Session:
     def snapshot(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the session to a folder, from which `Engine.resume` takes it up; it can go on here, too.
 
-        The folder holds the KV slots, the decoder's caches and the prompt: gigabytes for a long window. It goes on after the
-        newest chunk that was made, so ask for a chunk that an interrupt has kept back before you take it.
+        The folder holds the KV slots, the decoder's caches and the prompt: gigabytes for a long window. A resumed session goes
+        on after the newest chunk that was made; after an interrupt, fetch the chunk that was kept back with `next` first.
 
         Raises:
             RequestError: after the last chunk, or with noise of the caller's; or the folder cannot be written: nothing is left.
@@ -301,7 +301,7 @@ class Session:
             self._made.set_result((rows, ChunkTimes(), 0.0))
 
     def drop(self) -> None:
-        """Nobody will use the session: the engine frees it before it opens another."""
+        """Give the session up: the engine frees it before it opens another."""
         self._closed = True
         self._finalizer()
 

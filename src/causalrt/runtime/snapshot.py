@@ -5,9 +5,9 @@
     rank0.safetensors ...   what each rank holds: keys and values of history, the clean chunks that `recache` wants
     decoder.safetensors     the decoder's place in the video, if frames are made
 
-A folder appears whole or not at all. Ranks write and read their own files, and compare what they have read with the sha256 that
-belongs to their number. Keys and values are stored `[rows, heads, D]` by layer and share, whatever order an executor keeps them
-in. Nothing but tensors and a JSON header is ever read.
+A folder appears whole or not at all. Ranks write and read their own files, and compare what they have read with the sha256
+in the session's file. Keys and values are stored `[rows, heads, D]` by layer and share, whatever order an executor keeps
+them in. Nothing but tensors and a JSON header is ever read.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def new_snapshot(target: Path, *, overwrite: bool) -> Iterator[Path]:
 def write_session(
     folder: Path, bundle: Bundle, record: SessionRecord, text: torch.Tensor, ahead: torch.Tensor | None
 ) -> None:
-    """The caller's own file, after all others; `ahead` are the rows of the next chunk, if the ranks have made it already."""
+    """Write the caller's own file, after all others; `ahead` are the rows of the next chunk if the ranks have made it."""
     tensors = {TEXT: text, **({} if ahead is None else {AHEAD: ahead})}
     plain: dict[str, Any] = {
         **identity(bundle),
@@ -101,7 +101,7 @@ def write_session(
 def read_session(
     folder: Path, bundle: Bundle
 ) -> tuple[SessionRecord, torch.Tensor, torch.Tensor | None, dict[str, str]]:
-    """What is in the caller's own file.
+    """Read the caller's own file.
 
     Returns:
         Where the session stands, its prompt's embeddings, the rows `[N, 64]` of the next chunk if that was made ahead, and the
@@ -179,7 +179,7 @@ def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
         return
     if not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist()):
         raise RequestError(
-            f"{path}: {name} holds NaN or infinity, and no session can go on from that; take up an earlier snapshot, or begin "
+            f"{path}: {name} holds NaN or infinity, and no session can go on from that; resume an earlier snapshot, or begin "
             "another session"
         )
 
@@ -204,7 +204,7 @@ def load_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
 
     Args:
         path: the file.
-        sha256: of what was written to it.
+        sha256: digest of what was written to it.
 
     Raises:
         RequestError: missing, damaged, another file than was written, or with values that are not finite.

@@ -83,7 +83,7 @@ class VaeDecoder:
         return self._pool.dead_processes()
 
     def silent_s(self) -> float:
-        """Seconds for which it has owed an answer (`RankPool.silent_s`)."""
+        """See `RankPool.silent_s`."""
         return self._pool.silent_s()
 
     def decode(self, session: int, latents: torch.Tensor) -> Decoded:

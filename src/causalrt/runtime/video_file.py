@@ -9,8 +9,6 @@ the bytes.
 """
 
 import contextlib
-import os
-import secrets
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from causalrt.atomic_files import whole_file
 from causalrt.config import FRAMES_PER_SECOND
 from causalrt.errors import RequestError, VideoError
 from causalrt.runtime.mp4_boxes import codec_from_header, fragment, sample_from_byte_stream
@@ -57,19 +56,18 @@ class Mp4Writer:
         self.path = path.absolute()
         check_picture(height=height, width=width, fps=fps)
         pyav()
+        self._file = contextlib.ExitStack()
         try:
-            self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.partial")
-            mode = 0o600 if private else 0o666
-            os.close(os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+            partial = self._file.enter_context(whole_file(self.path, private=private))
         except OSError as error:
             raise RequestError(f"cannot write {path}: {error}; choose a file in an existing, writable folder") from None
         with self._or_nothing():
             self._muxer = _Muxer(
-                str(self._partial),
+                str(partial),
                 height=height,
                 width=width,
                 fps=fps,
-                # Little enough is lost for colours to stay after ten rounds of writing and reading.
+                # So little is lost that colours stay the same over ten rounds of writing and reading.
                 codec_options={"preset": "veryfast", "crf": "15", "x264-params": "chroma-qp-offset=-4"},
                 container_options={"movflags": "+faststart"},
             )
@@ -101,25 +99,27 @@ class Mp4Writer:
             raise RequestError(f"no frames were written to {self.path}; a video needs at least one")
         with self._or_nothing():
             self._muxer.finish()
-            self._partial.replace(self.path)
+            self._file.close()
         self._open = False
 
     def discard(self) -> None:
         """Leave nothing. Harmless after `close`, which then has published the file, and when called again."""
         if self._open:
-            self._open = False
+            self._abandon()
+
+    def _abandon(self) -> None:
+        self._open = False
+        if hasattr(self, "_muxer"):
             self._muxer.abandon()
-            self._partial.unlink(missing_ok=True)
+        with contextlib.suppress(VideoError), self._file:  # an error in the block removes the file
+            raise VideoError(f"{self.path} was abandoned")
 
     @contextlib.contextmanager
     def _or_nothing(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            self._open = False
-            if hasattr(self, "_muxer"):
-                self._muxer.abandon()
-            self._partial.unlink(missing_ok=True)
+            self._abandon()
             if isinstance(error, (OSError, pyav().FFmpegError)):
                 raise VideoError(f"writing {self.path} failed, nothing was left there: {error}") from error
             raise
@@ -278,16 +278,11 @@ class _Muxer:
             frame.pts, frame.time_base = self.num_frames, self._stream.codec_context.time_base
             self.num_frames += 1
             self._converter.push(frame)
-            yield from self._encoded(self._converter.pull())
+            yield from self._stream.encode(self._converter.pull())
 
     def last_packets(self) -> Iterator[Any]:
         """What the encoder still holds."""
-        yield from self._encoded(None)
-
-    def _encoded(self, frame: Any) -> Iterator[Any]:
-        for packet in self._stream.encode(frame):
-            packet.duration = 1  # or the last one would last no time
-            yield packet
+        yield from self._stream.encode(None)
 
     def write(self, frames: npt.NDArray[np.uint8]) -> None:
         """Encode and mux."""
@@ -307,10 +302,10 @@ class _Muxer:
 
 
 def _converter(*, height: int, width: int, time_base: Fraction) -> Any:
-    """RGB to what the stream is said to hold, as a filter graph.
+    """A filter graph from RGB to the format that the stream declares.
 
-    Without accurate rounding each round of writing and reading loses a level. H.264 has chroma at the left by default and
-    swscale in the centre: unless it is told, colours move by half a pixel.
+    Without accurate rounding, each round of writing and reading would lose a grey level. H.264 places chroma samples at the
+    left by default, and swscale in the centre: without `out_chroma_loc`, colours would move by half a pixel.
     """
     graph = pyav().filter.Graph()
     source = graph.add(

@@ -1,9 +1,9 @@
 """The rank processes: `python -m causalrt.runtime.worker` imports everything once and forks one process a rank.
 
 Each rank serves commands from its own socket until the caller closes it, and writes what it logs to a file of its own,
-whose tail explains a failure. The process that forked them stays as their keeper: it reaps them, and ends them when told to
-or when the caller has gone without a word. When the keeper dies, the kernel ends the ranks. The decoder's process is one of
-the same kind, of a keeper of its own.
+whose tail explains a failure. The process that forked them stays as their keeper: it reaps them, and ends them on SIGTERM
+or when the caller has died. When the keeper dies, the kernel ends the ranks. The decoder's process is of the same kind, with a
+keeper of its own.
 """
 
 import argparse
@@ -90,7 +90,9 @@ def _keep(ranks: set[int], *, parent: int) -> None:
             if pid == 0:
                 break
             ranks.remove(pid)
-    if ended:  # what the ranks had started, a compiler for example, and this process with it
+    if (
+        ended and os.getpgrp() == os.getpid()
+    ):  # what the ranks have started, a compiler for example, is of the same group
         os.killpg(0, signal.SIGKILL)
 
 
@@ -105,7 +107,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, KEEPER_SIGNALS)
     descriptors, logs = ([int(d) for d in given.split(",")] for given in (arguments.channels, arguments.logs))
-    # The ranks find each other in a file without a name, which nothing else can meet, read or remove.
+    # The ranks find each other through a file without a name, which no other process can find, read or remove.
     rendezvous = f"/proc/self/fd/{os.memfd_create('causalrt-rendezvous')}"
     assert threading.active_count() == 1, "a fork needs a single thread"
     gc.freeze()  # no rank's garbage collection needs to go through what was imported, or to copy its pages

@@ -122,9 +122,9 @@ def demo_bundle(out: Path, *, world_size: int = 2, on_progress: Progress | None 
 
 @contextlib.contextmanager
 def kept_demo_bundle(*, world_size: int = 2, on_progress: Progress | None = None) -> Iterator[Path]:
-    """The same from the user's cache, where it is built if it is not there or damaged.
+    """The demo's bundle in the user's cache, built first if it is missing or damaged.
 
-    Where there can be no cache, it is built among the temporary files, and goes with the block.
+    If there can be no cache, the bundle is built in a temporary folder, which is removed at the end of the block.
     """
 
     def complete(path: Path) -> None:
@@ -141,14 +141,14 @@ def kept_demo_bundle(*, world_size: int = 2, on_progress: Progress | None = None
             kept = kept_folder("demo", _bundle_key(world_size), complete=complete, most=MOST_KEPT_BUNDLES)
             bundle = stack.enter_context(kept)
         except (OSError, BuildError) as error:
-            logger.warning("the demo's bundle is built in a temporary folder, since it cannot be kept: %s", error)
+            logger.warning("the demo's bundle is built in a temporary folder, since it cannot be cached: %s", error)
             folder = stack.enter_context(TemporaryFolder("demo"))
             bundle = demo_bundle(folder / "bundle", world_size=world_size, on_progress=on_progress)
         yield bundle
 
 
 def _bundle_key(world_size: int) -> str:
-    """Of everything that the demo's bundle depends on: the model's files, this package's code, and the libraries that build."""
+    """A digest of everything that the demo's bundle depends on: the model's files, this package, and the build's libraries."""
     model, package = demo_files(), Path(__file__).parents[1]
     files = [model.checkpoint, model.codec, *sorted(package.rglob("*.py"))]
     record = {

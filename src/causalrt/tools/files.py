@@ -111,18 +111,18 @@ def make_folder(folder: Path) -> None:
 
 
 def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
-    """Write latents `[frames, 16, H, W]` as safetensors, whole or not at all; the same ones give the same bytes."""
+    """Write latents `[frames, 16, H, W]` as safetensors, whole or not at all; equal latents give equal bytes."""
     data = save({"latents": latents.contiguous()}, metadata)
     write_whole(path, _with_sorted_header(data))
 
 
 def _with_sorted_header(data: bytes) -> bytes:
-    """A safetensors file whose metadata are in order: the library writes them in another one each time."""
+    """Sort the metadata of a safetensors file, which the library writes in a different order each time."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)  # the data begin at a multiple of eight
+    text = text.ljust(-(-len(text) // 8) * 8)  # the data must begin at a multiple of eight bytes
     return len(text).to_bytes(8, "little") + text + data[start:]
 
 

@@ -1,6 +1,7 @@
 """`causalrt generate`: a video from a prompt, as a file, and how long its first frame took, cold and warm, by stage."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,17 @@ from causalrt.export.options import Progress
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import DEFAULT_TIMEOUT_S, check_rank_limits, load
 from causalrt.runtime.noise import SeededNoise
+from causalrt.runtime.pictures.read import BACKGROUND, Part, read_frames
+from causalrt.runtime.pyav import pyav
 from causalrt.runtime.requests import checked_chunks, checked_given
 from causalrt.runtime.rollout import SwitchPolicy
 from causalrt.runtime.session import Chunk, Session
 from causalrt.runtime.stopwatch import process_age_s
-from causalrt.runtime.video_file import Mp4Writer, check_picture, pyav, read_frames
+from causalrt.runtime.video_file import Mp4Writer, check_picture
 from causalrt.tools.files import check_writable, read_latents, read_prompt_embeds, write_latents
 
 LATENTS, VIDEO = ".safetensors", ".mp4"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +42,9 @@ class Request:
         text_encoder: folder of umT5, or of a table of words.
         text_device: where it computes.
         given: latents that the video begins with (safetensors), or an image or clip, which is encoded.
+        given_part: whether a clip that leaves no room for `chunks` (one by default) gives its first or its last frames; with
+            None such a clip is refused. Of a clip that is not whole chunks, None takes the last frames.
+        background: colour behind an image or clip that is transparent.
         switches: `CHUNK=PROMPT`, other prompts from these chunks on, given as the first one is.
         switch_policy: what becomes of history then.
         seed: of the noise.
@@ -56,6 +63,8 @@ class Request:
     text_encoder: Path | None = None
     text_device: str = "cpu"
     given: Path | None = None
+    given_part: Part | None = None
+    background: str = BACKGROUND
     switches: Sequence[str] = field(default=())
     switch_policy: SwitchPolicy = "keep"
     seed: int = 0
@@ -174,13 +183,12 @@ def _checked(bundle: Path, request: Request) -> _Checked:
         with faults:
             if as_video:
                 check_picture(height=config.video.pixel_height, width=config.video.pixel_width, fps=config.video.fps)
-        num_given = 0
         with faults:
-            given = _read_given(request.given, config)
+            num_given, given = 0, _read_given(request, config)
             if given is not None:
-                latents = _latents_of(given, config)
-                num_given = config.video.chunks_in(latents) if encodes else len(checked_given(config, given))
-        with faults:
+                num_given = (
+                    config.video.chunks_in(_latents_of(given, config)) if encodes else len(checked_given(config, given))
+                )
             check_switches(switches, checked_chunks(config, request.chunks, num_given=num_given))
     faults.report()
     assert opened is not None
@@ -274,19 +282,41 @@ def _prompts(request: Request) -> tuple[str | torch.Tensor, dict[int, str | torc
     return request.prompt, dict(later)
 
 
-def _read_given(path: Path | None, config: Config) -> torch.Tensor | None:
+def _read_given(request: Request, config: Config) -> torch.Tensor | None:
     """Latents, or the frames of an image or clip at the video's size, as many as make whole chunks."""
+    path, video = request.given, config.video
     if path is None or path.suffix == LATENTS:
         return None if path is None else read_latents(path)
-    video = config.video
-    frames = read_frames(path, height=video.pixel_height, width=video.pixel_width, max_frames=4 * video.horizon_frames)
+    num_chunks = checked_chunks(config, request.chunks or 1, num_given=1)
+    is_endless = video.time_index == "relative"
+    part, room = request.given_part or "last", video.horizon_frames
+    if request.given_part and not is_endless:
+        room = video.first_frame_of(video.horizon_chunks - num_chunks)
+    frames = read_frames(
+        path,
+        height=video.pixel_height,
+        width=video.pixel_width,
+        max_frames=4 * room - 3,
+        fps=video.fps,
+        background=request.background,
+        part=part,
+    )
     num = _latents_of(frames, config)
     if num == 0:
         raise RequestError(
             f"{path} has {len(frames)} frame(s), and the bundle's chunks have {video.chunk_frames} latents, "
             f"{4 * video.chunk_frames - 3} frames for the first; give a longer clip"
         )
-    return frames[: 4 * num - 3]
+    if num == video.horizon_frames and not is_endless:
+        raise RequestError(
+            f"{path} is a clip that fills the bundle's horizon of {4 * num - 3} frames, {(4 * num - 3) / video.fps:.2f} s, so "
+            "that nothing is left to generate; give a shorter clip, or `--given-part last` (or `first`) to take as much of it "
+            "as leaves room for `--chunks`"
+        )
+    count = 4 * num - 3
+    if count < len(frames):
+        _log.warning("%s: of its %d frames the %s %d are given, which are whole chunks", path, len(frames), part, count)
+    return frames[:count] if part == "first" else frames[-count:]
 
 
 def _latents_of(frames: torch.Tensor, config: Config) -> int:

@@ -1,4 +1,4 @@
-"""How far long work is, on stderr: bars on a terminal, and lines elsewhere."""
+"""The progress of long work, on stderr: bars on a terminal, and lines elsewhere."""
 
 import time
 from collections.abc import Iterator

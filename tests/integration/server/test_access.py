@@ -1,24 +1,39 @@
 """Who may use the server: tokens, hosts, origins; and what every answer carries."""
 
 import hashlib
+import logging
 import re
+import socket
 
 import pytest
 from fastapi.routing import APIRoute
-from running import Running
+from running import Running, until
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
 from websockets.exceptions import InvalidStatus
 
 from causalrt.errors import ConfigError
+from causalrt.runtime.server import log_limit
 from causalrt.runtime.server.auth import Tokens
+from causalrt.runtime.server.guard import Guard
 from causalrt.runtime.server.settings import ServerSettings
 
 ALICE, BOB = "alice-0123456789", "bob-9876543210-x"
+TOKENS = Tokens({hashlib.sha256(ALICE.encode()).digest(): "alice"})
 
 
 def token_file(path, text, mode=0o600):
     path.write_text(text)
     path.chmod(mode)
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def whole_log():
+    """These tests read what is logged, by more servers in a minute than the limit lets through."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_limit, "PER_MINUTE", 1_000_000)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +133,7 @@ def test_a_websocket_that_says_nothing_is_closed(guarded):
 
 
 def test_strangers_take_no_connection_from_those_with_a_token():
-    tokens = Tokens({hashlib.sha256(ALICE.encode()).digest(): "alice"})
-    with Running(tokens=tokens, max_connections=1) as server:
+    with Running(tokens=TOKENS, max_connections=1) as server:
         server.http.headers.update(bearer(ALICE))
         with server.realtime(ready=False), server.realtime(ready=False) as stranger:
             assert stranger.closed() == 4429
@@ -130,20 +144,81 @@ def test_strangers_take_no_connection_from_those_with_a_token():
                     assert second.closed() == 4429
 
 
-def test_tokens_are_never_logged(guarded, caplog):
-    with caplog.at_level(0), caplog.at_level(0, logger="uvicorn.access"):  # `causalrt serve` quiets that one
-        guarded.http.get("/v1/videos", headers=bearer(ALICE))
-        guarded.http.get("/v1/videos", headers=bearer("wrong-0123456789"))
-        with guarded.realtime(ready=False) as client:
+def test_tokens_are_never_logged(caplog):
+    with Running(tokens=TOKENS) as server, caplog.at_level(0), caplog.at_level(0, logger="uvicorn.access"):
+        server.http.get("/v1/videos", headers=bearer(ALICE))
+        server.http.get("/v1/videos", headers=bearer("wrong-0123456789"))
+        with server.realtime(ready=False) as client:
             client.send("auth", token=ALICE)
             client.next("ready")
     ours = [
         record for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "websockets.client"))
     ]
     logged = "\n".join(record.getMessage() for record in ours)
-    assert "/v1/videos" in logged
+    assert "Application startup complete" in logged
     assert ALICE not in logged
     assert "wrong-0123456789" not in logged
+
+
+def upgrade(server, path, *headers, then=b""):
+    """A WebSocket's handshake as it is given, and the first line of the answer, or nothing if there is none."""
+    with socket.create_connection((server.settings.host, int(server.url.rpartition(":")[2])), timeout=30) as client:
+        lines = [f"GET {path} HTTP/1.1", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+        lines += ["Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", *headers, "", ""]
+        client.sendall("\r\n".join(lines).encode() + then)
+        answer = client.recv(65536).partition(b"\r\n")[0].decode()
+        if then and answer:
+            client.sendall(then)
+            while client.recv(65536):
+                pass
+        return answer
+
+
+HOST = "Host: localhost"
+
+
+HANDSHAKES = [
+    ("/v1/realtime?token={}", (HOST,), "101"),
+    ("/v1/realtime?token={}", ("Host: evil.example",), "421"),
+    ("/v1/realtime?token={}", (HOST, "Origin: http://evil.example"), "403"),
+    ("/v1/other?token={}", (HOST,), "403"),
+    ("/v1/" + "x" * 5000 + "?token={}", (HOST,), "403"),
+    ("/v1/" + "x" * 9000 + "?token={}", (HOST,), "414"),
+    ("/v1/realtime?token={}", (HOST, *(f"X-{number}: {{}}" for number in range(130))), "431"),
+    ("/v1/realtime?token={}", (HOST, "Sec-WebSocket-Key: {}"), "400"),
+]
+
+
+def test_a_handshake_leaves_a_short_line_without_its_query(caplog):
+    with Running(tokens=TOKENS) as server, caplog.at_level(logging.DEBUG):
+        caplog.clear()
+        for path, headers, answer in HANDSHAKES:
+            got = upgrade(server, path.format(ALICE), *(header.format(ALICE) for header in headers))
+            assert got.split()[1] == answer
+        until(lambda: not server.server.server_state.tasks, "the end of them")
+        records = list(caplog.records)
+    assert [record.getMessage() for record in records if record.levelno >= logging.WARNING] == []
+    lines = [record.getMessage() for record in records if record.levelno == logging.INFO]
+    assert 0 < len(lines) <= len(HANDSHAKES)  # what is the same is not logged without end
+    assert max(map(len, lines)) < 100
+    assert ALICE not in "\n".join(record.getMessage() for record in records)
+
+
+def test_what_is_no_websocket_is_closed_without_an_error_in_the_log(guarded, caplog):
+    with caplog.at_level(logging.DEBUG):
+        for then in (b"\x81\x82\0\0\0\0\xff\xff", b"\x83\x80\0\0\0\0", b"\x01\x81\0\0\0\0\xff\x80\x81\0\0\0\0\xff"):
+            assert upgrade(guarded, "/v1/realtime", HOST, then=then).startswith("HTTP/1.1 101")
+        until(lambda: not guarded.server.server_state.tasks, "the end of it")
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_query_is_not_logged_over_http_either(guarded, caplog):
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, logger="uvicorn.access"):
+        for path in ("/v1/videos", "/readyz", "/nowhere", "/"):
+            guarded.http.get(path, params={"token": ALICE})
+    assert ALICE not in "\n".join(
+        record.getMessage() for record in caplog.records if not record.name.startswith("http")
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +292,9 @@ def test_other_names_of_a_loopback_server_are_refused(server, host):
         pass
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:80"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:80", "[0:0:0:0:0:0:0:1]", "127.0.0.2:1", "127.255.1.2"]
+)
 def test_its_own_names_are_not(server, host):
     assert server.http.get("/healthz", headers={"Host": host}).status_code == 200
 
@@ -226,6 +303,95 @@ def test_a_name_can_be_allowed():
     with Running(allowed_hosts=("studio.example",)) as running:
         assert running.http.get("/healthz", headers={"Host": "studio.example"}).status_code == 200
         assert running.http.get("/healthz", headers={"Host": "evil.example"}).status_code == 421
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "127.8.9.10", "::1", "localhost"])
+def test_a_server_answers_at_the_url_that_it_prints(host):
+    with Running(host=host) as running:
+        assert running.http.get("/readyz").status_code == 200
+        assert (
+            running.http.post("/v1/videos", json={"prompt": "a fox"}, headers={"Origin": running.url}).status_code
+            == 200
+        )
+        with running.realtime(origin=running.url):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("192.0.2.7:8000", 200),
+        ("STUDIO.example", 200),
+        ("studio.example:443", 200),
+        ("xn--bcher-kva.example", 200),
+        ("[2001:db8::1]", 200),
+        ("localhost", 200),
+        ("192.0.2.8", 421),
+        ("evil.example", 421),
+    ],
+)
+def test_with_allowed_hosts_a_server_is_called_by_them_and_by_the_address_that_it_listens_on(host, status):
+    names = ("Studio.Example", "B\xfccher.example", "[2001:DB8:0::1]:443")
+    settings = ServerSettings(host="192.0.2.7", no_auth=True, allowed_hosts=names)
+    guard = Guard(PlainTextResponse("served"), settings=settings, count=lambda code: None)
+    assert TestClient(guard).get("/", headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("allowed", "sent"),
+    [
+        ("https://Studio.Example", "https://studio.example"),
+        ("HTTPS://studio.example:443", "https://studio.example"),
+        ("http://studio.example:80", "http://studio.example"),
+        ("http://Studio.example:8080", "http://studio.example:8080"),
+        ("https://studio.example", "https://Studio.Example:443"),
+        ("https://b\xfccher.example", "https://xn--bcher-kva.example"),
+        ("http://[2001:DB8:0::1]:80", "http://[2001:db8::1]"),
+    ],
+)
+def test_allowed_origins_are_compared_as_browsers_spell_them(allowed, sent):
+    with Running(allowed_origins=(allowed,)) as running:
+        answer = running.http.post("/v1/videos", json={"prompt": "a fox"}, headers={"Origin": sent})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, sent)
+        ours = {"Origin": sent, "Access-Control-Request-Method": "DELETE"}
+        assert running.http.options("/v1/videos/x", headers=ours).status_code == 200
+        with running.realtime(origin=sent):
+            pass
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *(
+            "studio.example",
+            "https://",
+            "https://studio.example/",
+            "https://studio.example/page",
+            "https://studio.example?x",
+        ),
+        *(
+            "https://me@studio.example",
+            "ftp://studio.example",
+            "null",
+            "*",
+            "https://*.example",
+            "https://a b",
+            "http://[x",
+        ),
+        *("https://studio.example:port", "https://studio.example:70000", "https://a..b", "https://" + "x" * 300),
+    ],
+)
+def test_an_origin_that_is_none_is_refused(origin):
+    with pytest.raises(ConfigError, match=r"an origin is a scheme and a host, as https://example\.org"):
+        ServerSettings(allowed_origins=(origin,))
+
+
+@pytest.mark.parametrize(
+    "host", ["", "*", "http://studio.example", "studio.example/", "a b", "[::1", "a..b", "x" * 300]
+)
+def test_a_host_that_is_none_is_refused(host):
+    with pytest.raises(ConfigError, match="a host is a name or an address"):
+        ServerSettings(allowed_hosts=(host,))
 
 
 @pytest.mark.parametrize(

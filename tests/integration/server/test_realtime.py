@@ -5,6 +5,7 @@ import io
 import json
 import re
 import socket
+import threading
 import time
 
 import av
@@ -15,7 +16,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from causalrt.runtime.mp4_boxes import boxes
-from causalrt.runtime.server import run
+from causalrt.runtime.server import floods, run
+from causalrt.runtime.server.auth import Tokens
 
 
 @pytest.fixture
@@ -33,14 +35,24 @@ def server():
         yield running
 
 
+def drain(client):
+    """Read until the connection ends."""
+    with contextlib.suppress(OSError):
+        while client.recv(65536):
+            pass
+
+
 @contextlib.contextmanager
-def unread(server):
-    """A socket after its handshake, with a small buffer; nothing reads it but the test."""
+def unread(server, *, upgrade=True):
+    """A socket after its handshake (none without `upgrade`), with a small buffer; nothing reads it but the test."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(DEADLINE_S)
         client.connect((host, int(port)))
+        if not upgrade:
+            yield client
+            return
         lines = ["GET /v1/realtime HTTP/1.1", f"Host: {host}:{port}", "Upgrade: websocket", "Connection: Upgrade"]
         lines += ["Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Version: 13", "", ""]
         client.sendall("\r\n".join(lines).encode())
@@ -341,7 +353,7 @@ def test_a_prompt_that_is_cut_is_told_in_each_answer(server):
     cut = [
         {
             "code": "prompt_cut",
-            "message": "the prompt was cut: the model reads its first 64 tokens, what comes after them has no effect",
+            "message": "the prompt was cut: the model reads its first 64 tokens, and what comes after them has no effect",
             "param": "prompt",
         }
     ]
@@ -370,6 +382,7 @@ def test_too_many_switches_are_refused(held):
     with held.realtime() as client:
         client.start()
         client.next("started")
+        until(lambda: held.engine.begun == 1)  # or the first switch would be made at once
         for _ in range(5):
             client.send("switch", prompt="a bear")
         error = client.next("error")
@@ -478,6 +491,62 @@ def test_a_client_that_pings_and_reads_no_answer_is_cut_off():
             for _ in range(1000):  # 130 MB, which would all be answered
                 client.sendall(pings)
         until(lambda: not websockets_of(server), "cutting it off")
+
+
+@pytest.mark.parametrize("first_byte", [b"\x00", b"\x89", b"\x8a"], ids=["fragments", "pings", "pongs"])
+def test_a_client_without_a_token_that_floods_the_server_is_cut_off_and_others_are_served(first_byte):
+    with Running(tokens=Tokens({b"": "alice"}), auth_s=60.0) as server, unread(server) as client:
+        reader = threading.Thread(target=drain, args=(client,))  # or unread answers would be what ends it
+        reader.start()
+        with pytest.raises(ConnectionError):  # noqa: PT012
+            client.sendall(b"\x01\x80" + bytes(4))
+            for _ in range(1000):  # 24 MB, which would all be parsed
+                client.sendall((first_byte + b"\x80" + bytes(4)) * 4000)
+                assert server.http.get("/readyz").status_code == 200
+        reader.join()
+        until(lambda: not websockets_of(server), "cutting it off")
+
+
+def test_a_client_that_floods_the_server_is_told_so(server):
+    with unread(server) as client:
+        client.sendall(frame(9, b"") * floods.PER_MINUTE)  # all that is allowed at once
+        received = b""
+        while received.count(b"\x8a\x00") < floods.PER_MINUTE:
+            received += (part := client.recv(65536))
+            assert part
+        client.sendall(frame(9, b"") * 600)  # more than is allowed in the time until now, unless that was 10 s
+        while part := client.recv(65536):
+            received += part
+        assert b"\x03\xf0too many messages, fragments or pings" in received
+
+
+@pytest.mark.parametrize("token", [None, "wrong-0123456789"])
+def test_a_body_in_tiny_chunks_is_cut_off_answered_or_not(token):
+    with Running(tokens=Tokens({b"": "alice"})) as server, unread(server, upgrade=False) as client:
+        head = "POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+        head += "Content-Type: application/json\r\n" + (f"Authorization: Bearer {token}\r\n" if token else "")
+        client.sendall(f"{head}\r\n".encode())
+        with pytest.raises(ConnectionError):  # noqa: PT012
+            for _ in range(1000):
+                client.sendall(b"1\r\nx\r\n" * 4000)
+        assert server.http.get("/readyz").status_code == 200
+
+
+def test_nulls_count_as_left_out(server):
+    with server.realtime() as client:
+        client.start(seed=None, chunks=1, negative_prompt=None)
+        assert client.next("started")["seed"] == 0
+        client.next("ended")
+        client.send("start", prompt=None)
+        assert "prompt: Field required" in client.next("error")["message"]
+        client.send("start", prompt="a fox", seed=None, other=1)
+        assert "other" in client.next("error")["message"]
+
+
+def test_a_message_in_some_fragments_is_read(server):
+    with server.realtime() as client:
+        client.socket.send(iter('{"type": "start", "prompt": "a fox", "chunks": 1}'))
+        assert client.next("ended")["reason"] == "done"
 
 
 def test_a_slow_reader_may_ping():

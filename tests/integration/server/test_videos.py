@@ -84,6 +84,33 @@ def test_a_form_is_as_good_as_json(server):
     assert server.http.post("/v1/videos", data={"prompt": "a fox"}).status_code == 200
 
 
+NULLS = dict.fromkeys(("input_reference", "model", "seconds", "size", "seed", "remix_of", "quality", "user"))
+
+
+def test_nulls_count_as_left_out(server):
+    answer = server.http.post("/v1/videos", json={"prompt": "a fox", **NULLS})
+    assert answer.status_code == 200
+    assert (answer.json()["seconds"], answer.json()["size"], answer.json()["seed"]) == ("4", "48x32", 0)
+    assert server.http.post("/v1/videos", json={"prompt": None, **NULLS}).json()["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize("kind", ["json", "data", "files"])
+@pytest.mark.parametrize("others", [1, 2, 900])
+def test_a_field_that_is_unknown_is_named_in_json_and_in_forms_of_any_size(server, kind, others):
+    fields = {"prompt": "a fox", "model": "causalrt", "seconds": "1", "size": "48x32", "seed": "3"}
+    fields |= {f"other{number}": "x" for number in range(others)}
+    body = {name: (None, value) for name, value in fields.items()} if kind == "files" else fields
+    limited = kind == "files" and others == 900  # past the 64 KiB of a body
+    error = server.http.post("/v1/videos", **{kind: body}).json()["error"]
+    assert (error["code"], error["param"]) == (("too_large", None) if limited else ("unknown_parameter", "other0"))
+
+
+def test_a_form_with_a_picture_is_told_that_it_is_not_taken(server):
+    files = {"input_reference": ("fox.png", b"picture", "image/png")}
+    answer = server.http.post("/v1/videos", data={"prompt": "a fox"}, files=files)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_reference")
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [

@@ -96,7 +96,7 @@ def test_somebody_else_s_cache_is_not_used(cache, monkeypatch, place):
         return os.stat_result((*found[:4], found.st_uid + (path == stranger), *found[5:10]))
 
     monkeypatch.setattr(type(cache), "stat", of_a_stranger)
-    with pytest.raises(PermissionError, match="belongs to somebody else"), contextlib.ExitStack() as stack:
+    with pytest.raises(PermissionError, match="belongs to another user"), contextlib.ExitStack() as stack:
         stack.enter_context(keep("a"))
 
 

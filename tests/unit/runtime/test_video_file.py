@@ -16,7 +16,7 @@ import torch
 
 from causalrt.errors import ExecutorError, RequestError, VideoError
 from causalrt.runtime.mp4_boxes import boxes
-from causalrt.runtime.video_file import FragmentWriter, Mp4Writer
+from causalrt.runtime.video_file import FragmentWriter, Mp4Writer, write_video
 
 av = pytest.importorskip("av", reason="needs PyAV: pip install 'av>=18.1,<19'")
 
@@ -113,6 +113,28 @@ def test_an_exception_leaves_nothing(frames, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("count", [1, 2, 33])
+@pytest.mark.parametrize("kind", ["file", "fragments"])
+def test_a_video_lasts_as_long_as_its_frames(kind, count, tmp_path):
+    path = tmp_path / "video.mp4"
+    if kind == "file":
+        write_video(path, moving_pictures(count))
+    else:
+        writer = FragmentWriter(height=HEIGHT, width=WIDTH, fps=FPS)
+        path.write_bytes(writer.header + writer.write(moving_pictures(count)) + writer.close())
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        durations = [packet.duration * packet.time_base for packet in packets]
+    assert durations == [Fraction(1, FPS)] * count
+
+
+@pytest.mark.parametrize("frames", [np.zeros((HEIGHT, WIDTH, 3), np.uint8), [[0]], torch.zeros(2, HEIGHT, WIDTH, 3)])
+def test_what_are_no_frames_is_refused_and_not_written(frames, tmp_path):
+    with pytest.raises(RequestError, match="frames must be"):
+        write_video(tmp_path / "video.mp4", frames)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("when", ["write", "close"])
 def test_a_full_disk_leaves_nothing(when, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -130,6 +152,20 @@ def test_a_full_disk_leaves_nothing(when, tmp_path):
     writer.close()  # harmless
     with pytest.raises(RequestError, match="closed"):
         writer.write(noise)
+
+
+def test_halves_of_killed_writers_are_removed_and_those_of_others_are_not(frames, tmp_path):
+    path = tmp_path / "video.mp4"
+    killed = tmp_path / ".video.mp4.0123456789ab.partial"
+    killed.write_bytes(b"half")
+    with Mp4Writer(path, height=HEIGHT, width=WIDTH, fps=FPS) as first:
+        first.write(frames[:2])
+        assert not killed.exists()
+        with Mp4Writer(path, height=HEIGHT, width=WIDTH, fps=FPS) as second:
+            second.write(frames[:4])
+        first.write(frames[2:3])
+    assert len(decoded(str(path))[0]) == 3
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_needs_a_frame_and_a_folder(tmp_path):

@@ -1,6 +1,8 @@
 """Clips, decoded by PyAV: the moving stream's pictures, upright, deinterlaced, composited over one colour, in sRGB."""
 
 import contextlib
+import functools
+import logging
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +22,10 @@ FORMATS = (
 """FFmpeg's names. Playlists and patterns are none of them: their demuxers open other files, and addresses in the network."""
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 MAX_LOOKAHEAD = 10_000  # packets, in which a second picture of each video stream is looked for
-UPRIGHT = (1, 0, 0, 1)
+TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # degrees counter-clockwise
+OBLIQUE = (1, 1, 1, 1)
+TOLERATED_S = Fraction(1, 2)  # between what a file says of its beginning and end and what there is
+_log = logging.getLogger(__name__)
 
 
 def clip_pictures(file: BinaryIO, background: Colour, *, max_hdr_side: int) -> Iterator[Picture]:
@@ -42,64 +47,67 @@ def clip_pictures(file: BinaryIO, background: Colour, *, max_hdr_side: int) -> I
         shown: Any = None
         time = None
         declared = _declared_seconds(container, stream)
+        reformatter = av.video.reformatter.VideoReformatter()
+
+        def picture(duration: Fraction) -> Picture:
+            a, b, c, d = matrix = _orientation(shown)
+            if (a or d) and (b or c):
+                raise RequestError(
+                    "it is to be shown turned by an angle that is no quarter turn; turn its pictures upright first"
+                )
+            image = functools.partial(_image, shown, matrix, reformatter, background, max_hdr_side)
+            return Picture(start=start, duration=duration, image=image, pixel_aspect=1 / aspect if b else aspect)
+
         try:
             for frame in frames:
                 before, time = time, _time(frame, time, gap)
+                if before is None and stream.start_time is not None:
+                    lead = time - stream.start_time * stream.time_base
+                    if lead > TOLERATED_S:
+                        _log.warning("the first %.2f s of the clip cannot be decoded and are left out", lead)
+                    declared -= lead
                 if before is not None:
                     gap = time - before
-                    yield _picture(shown, start, gap, aspect, background, max_hdr_side)
+                    yield picture(gap)
                     start += gap
                 shown = frame
         except (Damage, av.FFmpegError) as damage:
             if shown is not None:
-                yield _picture(shown, start, _duration(shown, gap, stream), aspect, background, max_hdr_side)
+                yield picture(_duration(shown, gap, stream))
             raise Damage(getattr(damage, "strerror", None) or str(damage)) from damage
         if shown is None:
             raise Damage("no picture of it can be decoded")
         last = _duration(shown, gap, stream)
-        yield _picture(shown, start, last, aspect, background, max_hdr_side)
-        if declared - (start + last) > max(Fraction(1, 2), 3 * last):
+        yield picture(last)
+        if declared - (start + last) > max(TOLERATED_S, 3 * last):
             raise Damage(f"it ends after {float(start + last):.2f} of {float(declared):.2f} s")
 
 
-def _picture(
-    frame: Any, start: Fraction, duration: Fraction, aspect: Fraction, background: Colour, max_hdr_side: int
-) -> Picture:
-    a, b, c, d = _orientation(frame)
-    turns = a == d == 0
-
-    def image() -> Image.Image:
-        found = over(background, image_from_frame(frame, max_hdr_side=max_hdr_side))
-        if turns:
-            found = found.transpose(Image.Transpose.TRANSPOSE)
-        if (c if turns else a) < 0:
-            found = found.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if (b if turns else d) < 0:
-            found = found.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        return found
-
-    return Picture(start=start, duration=duration, image=image, pixel_aspect=1 / aspect if turns else aspect)
+def _image(
+    frame: Any, matrix: tuple[int, int, int, int], reformatter: Any, background: Colour, max_hdr_side: int
+) -> Image.Image:
+    a, b, c, d = matrix
+    try:
+        image = over(background, image_from_frame(frame, reformatter, max_hdr_side=max_hdr_side))
+    except pyav().FFmpegError as error:
+        raise RequestError(f"its pixels ({frame.format.name}) are not converted; convert it to 8-bit H.264") from error
+    if b:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    if a < 0 or c < 0:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if b < 0 or d < 0:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return image
 
 
 def _orientation(frame: Any) -> tuple[int, int, int, int]:
     """The display matrix (ISO 14496-12, 8.3.2) without its shift: (x, y) is shown at (a x + c y, b x + d y)."""
     try:
-        matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
-    except ValueError:  # side data of a type that PyAV does not know: it cannot list any, but still tells quarter turns
-        return {0: UPRIGHT, 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), -180: (-1, 0, 0, -1), -90: (0, 1, -1, 0)}[
-            frame.rotation
-        ]
-    if matrix is None:
-        return UPRIGHT
-    values = struct.unpack("=9i", bytes(matrix))
-    found: tuple[int, int, int, int] = (values[0], values[1], values[3], values[4])
-    if found == (0, 0, 0, 0):
-        return UPRIGHT
-    if not (found[0] == found[3] == 0 or found[1] == found[2] == 0):
-        raise RequestError(
-            "it is to be shown turned by an angle that is no quarter turn; turn its pictures upright first"
-        )
-    return found
+        matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    except ValueError:  # side data of a type that PyAV does not know: it cannot list any, and tells turns alone
+        return TURNS.get(frame.rotation % 360, OBLIQUE)
+    a, b, _, c, d, *_ = struct.unpack("=9i", matrix) if matrix else (1, 0, 0, 0, 1)
+    return (a, b, c, d) if a or b or c or d else TURNS[0]
 
 
 @contextlib.contextmanager
@@ -154,7 +162,7 @@ def _moving_stream(file: BinaryIO, *, is_heif: bool) -> int:
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames up to the first damaged one.
+    """Frames from the first one that stands by itself, up to the first damaged one.
 
     Raises:
         Damage: there is one.
@@ -166,24 +174,35 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
         decoder = av.CodecContext.create("libvpx" if decoder.name == "vp8" else "libvpx-vp9", "r")
     decoder.options = {"max_pixels": str(MAX_PIXELS)}
     decoder.thread_type = "AUTO"
-    damage: av.FFmpegError | None = None
+    damage: Any = None
+    has_begun = is_late = False
 
     def found() -> Iterator[Any]:
-        nonlocal damage
+        nonlocal damage, is_late
         try:
             for packet in container.demux(stream):
-                yield from decoder.decode(packet if packet.size else None)
-        except EOFError:  # the decoder was flushed already
-            pass
+                try:
+                    frames = decoder.decode(packet if packet.size else None)
+                except EOFError:  # the decoder was flushed already
+                    return
+                except av.FFmpegError:
+                    if has_begun:
+                        raise
+                    is_late = True
+                    continue
+                yield from frames
         except av.FFmpegError as error:
             damage = error
-        if damage:
             with contextlib.suppress(av.FFmpegError):
                 yield from decoder.decode(None)  # good pictures that it holds back to bring them in order
 
     for frame in found():
+        if not has_begun and (frame.is_corrupt or (is_late and not frame.key_frame)):
+            is_late = True
+            continue
         if frame.is_corrupt:
             raise Damage("a picture is damaged")
+        has_begun = True
         frame.time_base = frame.time_base or stream.time_base
         yield frame
     if damage:

@@ -20,10 +20,18 @@ from causalrt.runtime.pyav import pyav
 RGB, BT709, UNSPECIFIED, BT2020, DISPLAY_P3, SRGB, PQ, HLG = 0, 1, 2, 9, 12, 13, 16, 18
 
 # By number; None is taken as it is. The others of H.273 are refused.
-PRIMARIES = {BT709: None, UNSPECIFIED: None, 4: None, 5: None, 6: None, 7: None, 22: None}
-PRIMARIES |= {BT2020: "BT.2020", 11: "DCI-P3", DISPLAY_P3: "Display P3"}
-TRANSFERS = dict.fromkeys((BT709, UNSPECIFIED, 4, 5, 6, 7, 11, 12, SRGB, 14, 15)) | {PQ: "PQ", HLG: "HLG"}
-MATRICES = dict.fromkeys((RGB, BT709, UNSPECIFIED, 4, 5, 6, 7, BT2020))
+PRIMARIES: dict[int, str | None] = {
+    **dict.fromkeys((BT709, UNSPECIFIED, 4, 5, 6, 7, 22)),
+    BT2020: "BT.2020",
+    11: "DCI-P3",
+    DISPLAY_P3: "Display P3",
+}
+TRANSFERS: dict[int, str | None] = {
+    **dict.fromkeys((BT709, UNSPECIFIED, 4, 5, 6, 7, 11, 12, SRGB, 14, 15)),
+    PQ: "PQ",
+    HLG: "HLG",
+}
+MATRICES: dict[int, str | None] = dict.fromkeys((RGB, BT709, UNSPECIFIED, 4, 5, 6, 7, BT2020))
 REFUSED = {
     "primaries": {8: "generic film", 10: "CIE XYZ"},
     "transfer": {8: "linear light", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE 428"},
@@ -67,37 +75,38 @@ def check_colour(*, primaries: int, transfer: int, matrix: int = UNSPECIFIED) ->
         raise RequestError(f"colours with {', '.join(refused)} are not converted; convert it to BT.709 or sRGB first")
 
 
-def image_from_frame(frame: Any, *, max_hdr_side: int) -> Image.Image:
+def image_from_frame(frame: Any, reformatter: Any, *, max_hdr_side: int) -> Image.Image:
     """An RGB or RGBA image in sRGB.
 
     Args:
         frame: PyAV's; what it says of its colours is believed, and BT.601 or BT.709 goes by its size where it says nothing.
+        reformatter: PyAV's `VideoReformatter`, the same for all frames of a clip: its tables for wide colours take seconds.
         max_hdr_side: pixels; an HDR picture whose shorter side is longer is scaled down before it is converted.
 
     Raises:
         RequestError: its colours cannot be converted.
     """
-    reformatter = pyav().video.reformatter
-    spaces, flags = reformatter.Colorspace, reformatter.Interpolation
+    library = pyav().video.reformatter
+    spaces, flags = library.Colorspace, library.Interpolation
     primaries, transfer, matrix = frame.color_primaries, frame.color_trc, frame.colorspace
     check_colour(primaries=primaries, transfer=transfer, matrix=matrix)
     # Chroma that is interpolated without rounding loses a level in each round of writing and reading.
     exact = flags.BICUBIC | flags.ACCURATE_RND | flags.FULL_CHR_H_INT
-    options = {"interpolation": exact, "dst_color_range": reformatter.ColorRange.JPEG}
+    options = {"interpolation": exact, "dst_color_range": library.ColorRange.JPEG}
     if matrix == UNSPECIFIED and not frame.format.is_rgb:
         # As mpv does.
         options["src_colorspace"] = spaces.ITU709 if frame.width >= 1280 or frame.height > 576 else spaces.ITU601
     if transfer in (PQ, HLG):
         scale = min(1.0, max_hdr_side / min(frame.width, frame.height))
         size = {"width": max(1, round(frame.width * scale)), "height": max(1, round(frame.height * scale))}
-        wide = frame.reformat(format="rgb48le", **size, **options).to_ndarray()
+        wide = reformatter.reformat(frame, format="rgb48le", **size, **options).to_ndarray()
         return Image.fromarray(srgb_from_hdr(wide, primaries=primaries, transfer=transfer))
     if PRIMARIES[primaries]:
         options |= {"dst_color_primaries": BT709, "dst_color_trc": transfer if transfer != UNSPECIFIED else BT709}
         if transfer == UNSPECIFIED:
             frame.color_trc = BT709
     has_alpha = any(part.is_alpha for part in frame.format.components) or frame.format.has_palette
-    return Image.fromarray(frame.reformat(format="rgba" if has_alpha else "rgb24", **options).to_ndarray())
+    return Image.fromarray(reformatter.reformat(frame, format="rgba" if has_alpha else "rgb24", **options).to_ndarray())
 
 
 def image_to_srgb(image: Image.Image, *, primaries: int, transfer: int) -> Image.Image:
@@ -107,7 +116,7 @@ def image_to_srgb(image: Image.Image, *, primaries: int, transfer: int) -> Image
         return image
     frame = pyav().VideoFrame.from_ndarray(np.asarray(image.convert("RGB")), format="rgb24")
     frame.color_primaries, frame.color_trc, frame.colorspace = primaries, transfer, RGB
-    converted = image_from_frame(frame, max_hdr_side=max(image.size))
+    converted = image_from_frame(frame, pyav().video.reformatter.VideoReformatter(), max_hdr_side=max(image.size))
     if image.mode == "RGBA":
         converted.putalpha(image.getchannel("A"))
     return converted
@@ -127,9 +136,9 @@ def srgb_from_hdr(coded: Wide, *, primaries: int, transfer: int) -> Pixels:
     brightest = np.maximum(light.max(axis=-1, keepdims=True), 1e-6)
     compressed = KNEE + (1 - KNEE) * (1 - np.exp(-(brightest - KNEE) / (1 - KNEE)))
     light = np.clip(light * np.where(brightest > KNEE, compressed / brightest, 1), 0, 1)
-    return np.rint(255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)).astype(
-        np.uint8
-    )
+    gamma = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    srgb: Pixels = np.rint(255 * gamma).astype(np.uint8)
+    return srgb
 
 
 def _light_from_pq(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -98,10 +98,10 @@ def read_frames(
         )
     if remarks:
         _log.warning("%s %s", path, "; ".join(remarks))
-    return torch.from_numpy(np.stack(sampler.frames))
+    return sampler.stacked()
 
 
-def _pictures(path: Path, background: Colour, *, max_hdr_side: int) -> Iterator[Picture]:
+def _pictures(path: Path, background: Colour, *, max_hdr_side: int) -> Generator[Picture]:
     with open_regular_file(path) as file:
         image = opened_image(file, is_tga=path.suffix.lower() in TGA_SUFFIXES)
         if image is not None:
@@ -130,6 +130,7 @@ class _Sampler:
 
     def __post_init__(self) -> None:
         self.frames: deque[Pixels] = deque(maxlen=self.max_frames)
+        self._latest: Picture
         self.num_pictures = self.total = self._repeated = self._dropped = 0
         self.seconds = Fraction(0)
 
@@ -137,18 +138,23 @@ class _Sampler:
         """Take a picture as often as it is shown; whether no more are wanted."""
         self.num_pictures += 1
         self.seconds = picture.start + picture.duration
-        end = max(1, ceil(self.seconds * self.fps - Fraction(1, 2)))
+        end = max(0, ceil(self.seconds * self.fps - Fraction(1, 2)))
         count, self.total = end - self.total, end
         self._dropped += count == 0
         self._repeated += max(0, count - 1)
         wanted = self.max_frames - (len(self.frames) if self.part == "first" else 0)
         if min(count, wanted) > 0:
             self.frames.extend(itertools.repeat(self._fitted(picture), min(count, wanted)))
-        return self.part == "first" and self.total >= self.max_frames
+        self._latest = picture
+        return self.part == "first" and self.total > self.max_frames
+
+    def stacked(self) -> torch.Tensor:
+        """The frames; one at least, of what is shown for less than half a frame or is a still picture."""
+        return torch.from_numpy(np.stack(self.frames or [self._fitted(self._latest)]))
 
     def remarks(self) -> list[str]:
         """What a caller may not expect of a clip."""
-        found = []
+        found: list[str] = []
         if not self.seconds:
             return found
         if self._dropped or self._repeated:

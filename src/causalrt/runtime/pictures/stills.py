@@ -28,6 +28,7 @@ def opened_image(file: BinaryIO, *, is_tga: bool) -> Image.Image | None:
 
     Raises:
         RequestError: it has too many pixels.
+        Damage: it is damaged before its first pixel.
     """
     file.seek(0)
     Image.init()
@@ -37,6 +38,8 @@ def opened_image(file: BinaryIO, *, is_tga: bool) -> Image.Image | None:
         return None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RequestError(f"it has more than {MAX_PIXELS:,} pixels; scale it down first") from None
+    except DECODING_ERRORS as error:
+        raise Damage(str(error)) from error
     check_size(*image.size)
     return image
 
@@ -64,14 +67,14 @@ def still_pictures(image: Image.Image, file: BinaryIO, background: Colour) -> It
             shown_ms = Fraction(image.info.get("duration") or 0)
             duration = (shown_ms if shown_ms > SHORTEST_MS else Fraction(UNSET_MS)) / 1000
         shown = over(background, _in_srgb(upright, tags))
-        yield Picture(start=start, duration=duration, image=lambda shown=shown: shown)
+        yield Picture(start=start, duration=duration, image=shown.copy)
         start += duration
 
 
 def _in_srgb(image: Image.Image, tags: tuple[int, int]) -> Image.Image:
     """RGB or RGBA, whatever the pixels were."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _in_8_bits(image)
     if image.mode in ("I", "F"):
         raise RequestError(
             f"its pixels ({image.mode}: 32 bits each) have no agreed black and white; convert it to 8 or 16 bits"
@@ -81,6 +84,16 @@ def _in_srgb(image: Image.Image, tags: tuple[int, int]) -> Image.Image:
         return _through_profile(image, profile)
     mode = "RGBA" if image.has_transparency_data else "RGB"
     return image_to_srgb(image.convert(mode), primaries=tags[0], transfer=tags[1])
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits as L, or as LA where one of them stands for transparency."""
+    levels = np.asarray(image)
+    grey = (levels >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return Image.fromarray(grey)
+    return Image.fromarray(np.stack([grey, np.where(levels == transparent, 0, 255).astype(np.uint8)], axis=-1))
 
 
 def _through_profile(image: Image.Image, icc: bytes) -> Image.Image:

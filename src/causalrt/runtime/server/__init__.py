@@ -8,7 +8,9 @@
     jobs.py        jobs and their order                  spool.py      their files
     videos.py      /v1/videos                            realtime.py   /v1/realtime, with realtime_messages.py
     run.py         listening, and an end that loses nothing
-    connections.py how many connections, and how long one may be idle; log_limit.py keeps the log small meanwhile
+    hosts.py       hosts and origins, compared           floods.py     limits on tiny frames and chunks
+    connections.py how many connections there may be, and how long one may be idle
+    log_limit.py   how often the same message is logged
 
 Everything but `generation.py` runs on one event loop, and needs no locks; a generation has a thread of its own. FastAPI and
 uvicorn are imported when the server is started, not before.

@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from causalrt.runtime.server.engine_host import EngineStatus
 from causalrt.runtime.server.guard import Guard, Owner
+from causalrt.runtime.server.hosts import normal_origin
 from causalrt.runtime.server.metrics import CONTENT_TYPE
 from causalrt.runtime.server.problems import Problem, bad_request
 from causalrt.runtime.server.realtime import realtime_routes
@@ -89,7 +90,7 @@ def make_app(services: Services, *, version: str) -> FastAPI:
     app.state.tokens = services.tokens
     if services.settings.allowed_origins:
         app.add_middleware(
-            CORSMiddleware,
+            _CrossOrigin,
             allow_origins=services.settings.allowed_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Range"],
@@ -105,6 +106,16 @@ def make_app(services: Services, *, version: str) -> FastAPI:
     _add_page(app)
     app.openapi = _openapi(app, with_tokens=services.tokens.wanted)  # type: ignore[method-assign]
     return app
+
+
+class _CrossOrigin(CORSMiddleware):
+    """Starlette's, for origins however they are spelt."""
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        try:
+            return super().is_allowed_origin(normal_origin(origin))
+        except ValueError:
+            return False
 
 
 def _handle_errors(app: FastAPI, services: Services) -> None:

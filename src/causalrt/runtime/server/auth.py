@@ -5,6 +5,7 @@ Tokens are kept as digests, compared in constant time and never logged. A name t
 
 import hashlib
 import hmac
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from causalrt.errors import ConfigError
-from causalrt.regular_files import regular_file
+from causalrt.regular_files import open_regular_file
 from causalrt.runtime.server.problems import unauthorized
 
 LEAST_CHARS = 16
@@ -35,8 +36,9 @@ class Tokens:
             ConfigError: missing, readable by others, empty, or with a line that is no token; the line is not shown.
         """
         try:
-            mode = regular_file(path).stat().st_mode
-            lines = path.read_text(encoding="ascii").splitlines()
+            with open_regular_file(path) as file:
+                mode = os.fstat(file.fileno()).st_mode
+                lines = file.read().decode("ascii").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             why = "it is not ASCII text" if isinstance(error, UnicodeDecodeError) else str(error)
             raise ConfigError(f"the tokens in {path} cannot be read: {why}") from None

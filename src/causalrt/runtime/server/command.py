@@ -89,7 +89,6 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
 
     handler = printable_handler(sys.stderr, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     listening = running.listen(settings.host, settings.port, send_buffer_bytes=settings.send_buffer_bytes)
     encoder = open_text_encoder(arguments.text_encoder, arguments.text_device, bundle.config)
 
@@ -101,7 +100,7 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
             )
 
     def load_engine() -> Engine:
-        check_same(open_bundle(arguments.bundle, verify=False))  # before much is loaded for nothing
+        check_same(open_bundle(arguments.bundle, verify=False))  # before time is spent on loading it
         engine = load(
             arguments.bundle,
             executor=arguments.executor,

@@ -13,17 +13,16 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
 from causalrt.errors import ConfigError
+from causalrt.runtime.server.floods import ChunkLimitedProtocol
 from causalrt.runtime.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
 DESCRIPTORS_KEPT = 64
-"""For what is no connection: an engine that is loaded again, records of jobs, videos being written, logs."""
+"""File descriptors for all but connections: an engine that is loaded again, records of jobs, videos being written, logs."""
 DESCRIPTORS_EACH = 2
-"""Of a connection: its socket, and the file that it downloads."""
+"""File descriptors of a connection: its socket, and the file that it downloads."""
 FEWEST = 8
 SWEEP_S = 0.5
 RETRY_S = 1.0
@@ -58,8 +57,8 @@ def connection_limit(settings: ServerSettings) -> int:
     return min(fitting, settings.max_tcp_connections)
 
 
-class HttpProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 connection, which can tell for how long it has done nothing."""
+class HttpProtocol(ChunkLimitedProtocol):
+    """uvicorn's HTTP/1.1 connection, which knows for how long it has been idle."""
 
     _idle_since = 0.0
     _unsent_bytes, _unsent_since = 0, 0.0
@@ -76,7 +75,7 @@ class HttpProtocol(H11Protocol):
 
     @property
     def idle_since(self) -> float | None:
-        """When its client began to be waited for, by the event loop's clock; None while a whole request is being answered."""
+        """Since when it has waited for a request, by the event loop's clock; None while it answers one that is complete."""
         answering = self._has_request and not (self.cycle.more_body and not self.cycle.response_started)
         return None if answering or self.transport.is_closing() else self._idle_since
 
@@ -138,7 +137,7 @@ class Acceptor:
         except ConnectionAbortedError:
             return
         if not self._make_room(address[0]):
-            log.warning("a new connection was closed: all that are open are in use, and there may be no more of them")
+            log.warning("a new connection was closed: there are as many as there may be, and none of them is idle")
             connection.close()
             return
         try:
@@ -170,10 +169,10 @@ class Acceptor:
 
 
 async def _for_ever(step: Callable[[], Awaitable[None]]) -> None:
-    """Take a step again and again; one that fails, for lack of descriptors or memory perhaps, is not the last."""
+    """Repeat a step without end, also after one that failed, for lack of descriptors or memory perhaps."""
     while True:
         try:
             await step()
         except Exception as error:
-            log.error("connections are in trouble, next try in %g s: %s", RETRY_S, error)
+            log.error("connections could not be accepted or closed, next try in %g s: %s", RETRY_S, error)
             await asyncio.sleep(RETRY_S)

@@ -27,26 +27,26 @@ State = Literal["ready", "reloading", "failing", "closed"]
 BACKOFF = 4
 PATIENT_TRIES = 3
 SLOW_S, SLOW_CHUNKS = 10.0, 10
-"""An answer that takes longer than this time, and than so many of the slowest chunks, makes the server not ready."""
+"""An answer that takes longer than this time, and than so many times the slowest chunk, makes the server not ready."""
 HUNG_S, HUNG_CHUNKS = 60.0, 30
-"""After this time, and after so many of the slowest chunks, the processes are ended and started again."""
+"""After this time, and after so many times the slowest chunk, the processes are ended and started again."""
 MOST_BETWEEN_LOOKS_S = 2.0
 
 
 class BundleReplacedError(BundleError):
-    """In the place of the bundle that was loaded there is another one now."""
+    """The bundle that was loaded has been replaced by another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStatus:
-    """How the engine stands, in words that clients may see.
+    """The state of the engine, in words that clients may see.
 
     Attributes:
         state: see the module.
-        since: when that began, in seconds of the epoch.
+        since: Unix time at which that state began, in seconds.
         detail: what is wrong; None while requests are served.
-        tries: to load it again, failed since its processes died.
-        next_try_s: seconds until the next one; None if there will be none, or if one is under way.
+        tries: failed attempts to load it again since its processes died.
+        next_try_s: seconds until the next attempt; None if there will be none, or if one is under way.
     """
 
     state: State
@@ -101,7 +101,7 @@ class EngineLike(Protocol):
         """Names of the processes that have ended."""
 
     def silent_s(self) -> float:
-        """For how long an answer has been owed."""
+        """See `Engine.silent_s`."""
 
     def session(self, prompt_embeds: torch.Tensor, *, seed: int, num_chunks: int | None) -> Any:
         """Begin one."""
@@ -122,7 +122,7 @@ class EngineHost:
         max_wait_s: float,
         on_reload: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take over `engine`; `load` makes another like it, first after `first_wait_s`, then ever more seldom."""
+        """Take over `engine`. `load` makes another like it: after `first_wait_s`, then at intervals up to `max_wait_s`."""
         self.config = engine.config
         self._engine = engine
         self._load = load
@@ -145,7 +145,7 @@ class EngineHost:
 
     @property
     def status(self) -> EngineStatus:
-        """How it stands."""
+        """The state of the engine as it was last seen."""
         with self._changed:
             next_try_s = None if self._next_try is None else max(0.0, self._next_try - time.monotonic())
             return EngineStatus(
@@ -187,7 +187,7 @@ class EngineHost:
         raise EngineClosedError(self.status.detail)
 
     def look(self) -> EngineStatus:
-        """How it stands, after a look at the processes. If they have ended, or hang, they are given up and started again."""
+        """Look at the processes, which are started again if they have ended or hang; return the state of the engine."""
         engine = self._engine
         if self._state == "ready":
             self._count_silence(engine)
@@ -199,7 +199,7 @@ class EngineHost:
         return self.status
 
     def chunk_took(self, engine: EngineLike, seconds: float) -> None:
-        """Learn how long a chunk takes; an engine's first one does not count, since much is done once in it."""
+        """Learn how long a chunk takes; an engine's first one does not count, since it includes work that is done once."""
         with self._changed:
             if engine is self._engine:
                 self._num_chunks += 1
@@ -207,7 +207,7 @@ class EngineHost:
                     self._slowest_chunk_s = max(self._slowest_chunk_s, seconds)
 
     def report(self, engine: EngineLike, error: object) -> None:
-        """`engine` is of no use any more: load it again in the background."""
+        """Note that `engine` has failed, and load it again in the background."""
         with self._changed:
             if engine is not self._engine or self._state != "ready":
                 return
@@ -226,11 +226,11 @@ class EngineHost:
         self._changed.notify_all()
 
     def _most_s(self, least_s: float, chunks: int) -> float:
-        """How long an answer may take; without limit (but the engine's own) until it is known what a chunk takes."""
+        """How long an answer may take; only the engine's own limit holds until it is known how long a chunk takes."""
         return max(least_s, chunks * self._slowest_chunk_s) if self._slowest_chunk_s else float("inf")
 
     def _count_silence(self, engine: EngineLike) -> None:
-        """Time in which nobody looked counts little: this process and the others may all have stood still."""
+        """A long time between two looks counts little: the whole machine may have stood still."""
         now = time.monotonic()
         passed_s = min(now - self._looked, MOST_BETWEEN_LOOKS_S)
         self._looked, self._waited_s = now, min(engine.silent_s(), self._waited_s + passed_s)

@@ -43,7 +43,7 @@ class Wish:
 
     Attributes:
         prompt: as it was given.
-        prompt_cut_to: as of `Offer.check_prompt`.
+        prompt_cut_to: what `Offer.check_prompt` says of it.
         seed: of the noise.
         num_chunks: None goes on as long as the bundle can.
     """
@@ -56,7 +56,7 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Switch:
-    """Another prompt from the next chunk on; `prompt_cut_to` is as of `Offer.check_prompt`."""
+    """Another prompt from the next chunk on; `prompt_cut_to` is what `Offer.check_prompt` says of it."""
 
     prompt: str
     prompt_cut_to: int | None

@@ -12,10 +12,10 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from causalrt.runtime.server.hosts import is_loopback, normal_host, normal_origin
 from causalrt.runtime.server.problems import Problem, too_large
 from causalrt.runtime.server.settings import ServerSettings
 
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -48,9 +48,9 @@ class Guard:
         self._app = app
         self._count = count
         self._max_body_bytes = settings.max_body_bytes
-        self._origins = frozenset(origin.lower() for origin in settings.allowed_origins)
-        names = {name.lower() for name in settings.allowed_hosts}
-        self._names = names | LOOPBACK_NAMES if names or settings.on_loopback else None
+        self._origins = frozenset(settings.allowed_origins)
+        self._hosts = frozenset(map(normal_host, (*settings.allowed_hosts, settings.host)))
+        self._any_host = not settings.allowed_hosts and not settings.on_loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on with a limited body and secured headers."""
@@ -82,16 +82,16 @@ class Guard:
         await self._app(scope, self._limited(receive), send_secured)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Problem | None:
-        host = headers.get("host", "").lower()
-        if self._names is not None and _name(host) not in self._names:
+        host = headers.get("host", "")
+        if not self._any_host and not self._is_ours(host):
             return Problem(
                 421,
                 "wrong_host",
                 "this server is not called by that name; call it localhost, or start it with --allow-host",
             )
-        origin = headers.get("origin", "").lower()
+        origin = headers.get("origin")
         safe = scope["type"] == "http" and scope["method"] in SAFE_METHODS
-        if origin and not safe and origin not in self._origins and origin.partition("://")[2] != host:
+        if origin and not safe and not self._is_allowed(origin, host):
             return Problem(
                 403, "wrong_origin", "pages of other origins may not use this server (--allow-origin lets them)"
             )
@@ -99,6 +99,20 @@ class Guard:
         if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
             return too_large(self._max_body_bytes)
         return None
+
+    def _is_ours(self, host: str) -> bool:
+        try:
+            name = normal_host(host)
+        except ValueError:
+            return False
+        return name in self._hosts or is_loopback(name)
+
+    def _is_allowed(self, origin: str, host: str) -> bool:
+        try:
+            given = normal_origin(origin)
+            return given in self._origins or given == normal_origin(f"{given.partition('://')[0]}://{host}")
+        except ValueError:
+            return False
 
     def _limited(self, receive: Receive) -> Receive:
         taken = 0
@@ -112,8 +126,3 @@ class Guard:
             return message
 
         return limited
-
-
-def _name(host: str) -> str:
-    """`localhost:8000` -> `localhost`; `[::1]:8000` -> `[::1]`."""
-    return host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]

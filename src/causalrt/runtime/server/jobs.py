@@ -125,7 +125,7 @@ class Jobs:
         Args:
             owner: who may see it.
             prompt: checked.
-            prompt_cut_to: as of `Offer.check_prompt`.
+            prompt_cut_to: what `Offer.check_prompt` says of it.
             seed: of the noise.
             seconds: length of the video, a number as text.
             asked: `time.perf_counter()` when the request came.

@@ -10,7 +10,7 @@ MOST_MESSAGES = 1000
 
 
 class LogLimit(logging.Filter):
-    """Lets each message through ten times a minute, whatever its arguments are; the next one tells how many were left out."""
+    """Lets each message through ten times a minute, whatever its arguments are; the next one says how many were left out."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

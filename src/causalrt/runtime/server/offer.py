@@ -35,7 +35,7 @@ class Offer:
         max_prompt_chars: of a prompt.
         about: what is to be said of the model.
         examples: prompts for it.
-        tokenize: what the text encoder reads of a prompt; raises a PromptError for a text that it will not take.
+        tokenize: gives the tokens that the text encoder reads of a prompt; raises PromptError for a text that it refuses.
     """
 
     model_name: str
@@ -139,5 +139,5 @@ def prompt_warnings(cut_to: int | None) -> list[dict[str, str]]:
     """What the answer to a request says of a prompt that was cut to so many tokens; nothing if it was not."""
     if cut_to is None:
         return []
-    message = f"the prompt was cut: the model reads its first {cut_to} tokens, what comes after them has no effect"
+    message = f"the prompt was cut: the model reads its first {cut_to} tokens, and what comes after them has no effect"
     return [{"code": "prompt_cut", "message": message, "param": "prompt"}]

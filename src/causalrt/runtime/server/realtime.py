@@ -216,7 +216,7 @@ class Connection:
         while True:
             message = await self._inbox.get()
             if message.type != "stop" and self._generation is not None and self._generation.control.reason is not None:
-                await self._generated()  # it was stopped: what comes after that is about the next one
+                await self._generated()  # it was stopped, so what comes after that is about the next one
             try:
                 self._obey(message)
             except Problem as problem:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from causalrt.runtime.mp4_boxes import boxes
 from causalrt.runtime.server.generation import Switch, Wish
@@ -19,6 +19,11 @@ Outgoing = dict[str, Any] | list[bytes]
 
 class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class Auth(_Message):
@@ -127,7 +132,7 @@ class RealtimeOutput:
         self._post({"type": "paused" if yes else "resumed"})
 
     def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
-        """Tell from which chunk on the prompt is the new one."""
+        """Say from which chunk on the new prompt is in effect."""
         self._post(
             {
                 "type": "switched",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import CloseCode
+from websockets.protocol import State
 
 from causalrt.errors import RequestError
 from causalrt.model.text import PromptTokens
@@ -19,6 +21,7 @@ from causalrt.runtime.server.app import make_app
 from causalrt.runtime.server.auth import Tokens
 from causalrt.runtime.server.connections import Acceptor, HttpProtocol, connection_limit
 from causalrt.runtime.server.engine_host import EngineLike
+from causalrt.runtime.server.floods import FloodLimit
 from causalrt.runtime.server.log_limit import limited_logs
 from causalrt.runtime.server.realtime import END
 from causalrt.runtime.server.services import FAREWELL_S, Services, make_services
@@ -28,23 +31,75 @@ log = logging.getLogger(__name__)
 
 LINGER_S = 5.0  # that a reader has to take the last word
 MOST_PONG_BYTES = 16_384  # written to a reader who reads nothing else
+PIECE_BYTES = 4096  # parsed at a time: up to 682 frames
+# uvicorn logs each handshake with its query; websockets logs the outcome, which is enough.
+HANDSHAKES = logging.getLogger("uvicorn.error.handshakes")
+HANDSHAKES.setLevel(logging.WARNING)
 
 
 class RealtimeProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket, for readers who do not read: uvicorn answers every ping, and closes once all is sent, or never."""
+    """uvicorn's WebSocket, for clients that do not read, or that flood the server.
+
+    uvicorn answers every ping, closes once all is sent, or never, and parses all that one client has sent before it serves the
+    others.
+    """
 
     _pong_bytes = 0  # since the connection can be written no more
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As uvicorn makes it; but messages, which may hold tokens, are not logged at any level."""
+        """As uvicorn makes it; but messages and queries, which may hold tokens, are not logged at any level."""
         super().__init__(*args, **kwargs)
         self.conn.debug = False
+        self.logger = HANDSHAKES
+        self._limit = FloodLimit()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse in pieces, so that a flood is noticed before much of it is parsed."""
+        for start in range(0, len(data), PIECE_BYTES):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[start : start + PIECE_BYTES])
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn would wait for ever
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.transport.close()
+
+    def handle_events(self) -> None:
+        """Close the connection of a client that sends too many frames: each takes time, and empty ones cost it little."""
+        if self._limit.allows(len(self.conn.events)):
+            super().handle_events()
+            return
+        self.conn.events.clear()
+        if self.conn.state is State.OPEN:
+            self.conn.fail(CloseCode.POLICY_VIOLATION, "too many messages, fragments or pings")
+            self.handle_parser_exception()
+        elif self.close_sent:
+            self.transport.pause_reading()  # what is unsent may still be read; the close timer ends the connection
+        else:
+            self.transport.abort()
 
     def handle_connect(self, event: Any) -> None:
         """Offer the way to the application, as an ASGI extension."""
         super().handle_connect(event)
         if hasattr(self, "scope"):
             self.scope["extensions"][END] = self._end  # type: ignore[assignment]
+
+    def send_receive_event_to_app(self) -> None:
+        """Close the connection of a client whose text is no text, without uvicorn's traceback in the log."""
+        if self.curr_msg_data_type == "text" and not self.close_sent:
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:
+                self.frames = []
+                self.conn.fail(CloseCode.INVALID_DATA, "text that is not UTF-8")
+                self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()
+
+    async def send(self, message: Any) -> None:
+        """Note that a refused handshake is complete, which uvicorn takes for an error of the application."""
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True
 
     def handle_ping(self) -> None:
         """Answer; but a client that pings on, and reads no answer, is cut off: what it leaves unread takes memory."""
@@ -74,7 +129,10 @@ class RealtimeProtocol(WebSocketsSansIOProtocol):
         self._linger()
 
     def handle_parser_exception(self) -> None:
-        """So may one that sends what is no WebSocket."""
+        """So may one that sends what is no WebSocket; before the end of its handshake there is nothing to close."""
+        if self.conn.close_sent is None:
+            self.transport.abort()
+            return
         super().handle_parser_exception()
         self._linger()
 
@@ -210,7 +268,6 @@ async def serve(
             ws_per_message_deflate=False,
             ws_max_size=settings.max_message_bytes,
             log_config=None,
-            access_log=False,
             server_header=False,
             proxy_headers=bool(settings.trusted_proxies),
             forwarded_allow_ips=list(settings.trusted_proxies),

@@ -78,7 +78,7 @@ class Services:
             raise not_ready(detail)
 
     async def watch(self) -> None:
-        """See processes that are dead or hang before a request does; remove what has expired. Runs until it is cancelled."""
+        """Notice processes that have died or hang, and remove expired jobs, until this is cancelled."""
         ticks = 0
         while True:
             await asyncio.sleep(WATCH_S)
@@ -143,7 +143,7 @@ def make_services(
         encode: prompt -> embeddings `[rows, text_dim]`; called from several threads.
         settings: limits and places.
         tokens: who may use it.
-        tokenize: prompt -> what `encode` reads of it (`Offer`).
+        tokenize: prompt -> the tokens that `encode` reads of it (`Offer`).
 
     Raises:
         RequestError: the engine makes no frames, or the spool cannot be used.

@@ -1,12 +1,11 @@
 """What a server allows, and where it listens and writes."""
 
-import ipaddress
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from causalrt.errors import ConfigError, Faults
+from causalrt.runtime.server.hosts import is_loopback, normal_host, normal_origin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +45,7 @@ class ServerSettings:
         reload_after_s: wait before the engine is loaded again after its ranks died; four times as long before each further try.
         reload_max_wait_s: longest wait between two tries, which never end.
         send_buffer_bytes: of a connection, in the kernel: so much may be under way to a reader that does not read.
-        allowed_origins: pages of other origins that may use the server, as `https://example.org`.
+        allowed_origins: pages of other origins that may use the server, as `https://example.org`; kept as browsers spell them.
         allowed_hosts: names that it is called by, beside loopback's own; checked on loopback, or if some are given.
         trusted_proxies: addresses whose `X-Forwarded-For` and `-Proto` are believed.
     """
@@ -102,12 +101,16 @@ class ServerSettings:
                 raise ConfigError(
                     f"model_name must be 1 to 64 letters, digits, '.', '_' and '-', got {self.model_name!r}"
                 )
+        for name in self.allowed_hosts:
+            with faults:
+                _check_host(name)
+        origins = []
         for origin in self.allowed_origins:
             with faults:
-                parts = urlsplit(origin)
-                if parts.scheme not in ("http", "https") or not parts.netloc or parts.path or parts.query:
-                    raise ConfigError(f"an origin is a scheme and a host, as https://example.org, got {origin!r}")
+                origins.append(_checked_origin(origin))
+        object.__setattr__(self, "allowed_origins", tuple(origins))
         with faults:
+            _check_host(self.host)
             if self.tokens is None and not self.no_auth and not self.on_loopback:
                 raise ConfigError(
                     f"{self.host} can be reached from other machines: give a file of tokens (--tokens FILE), listen on "
@@ -118,9 +121,18 @@ class ServerSettings:
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(normal_host(self.host))
+
+
+def _check_host(host: str) -> None:
+    try:
+        normal_host(host)
+    except ValueError:
+        raise ConfigError(f"a host is a name or an address, as studio.example or 127.0.0.1, got {host!r}") from None
+
+
+def _checked_origin(origin: str) -> str:
+    try:
+        return normal_origin(origin)
+    except ValueError as error:
+        raise ConfigError(f"an origin is a scheme and a host, as https://example.org; {error}") from None

@@ -1,8 +1,8 @@
 """The files of jobs: a record `ID.json` and a video `ID.mp4` each, in a folder that is marked as a spool.
 
 A record and a video appear whole or not at all, readable by the server's user alone. After a restart finished jobs are as they
-were, unfinished ones have failed, and halves are removed. Only files with the names that a spool gives are ever removed, and
-none of a record that this version cannot read.
+were, unfinished ones have failed, and incomplete files are removed. Only files with names that a spool gives are ever removed,
+and none that belong to a record that this version cannot read.
 """
 
 import contextlib
@@ -75,12 +75,12 @@ class Spool:
     """The folder."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Use `folder`, made if it is missing; None makes one that goes with `close`.
+        """Use `folder`, made if it is missing; None makes a temporary one, which `close` removes.
 
         A folder that was there keeps its permissions.
 
         Raises:
-            RequestError: it cannot be used, holds something else than a spool, or another server uses it.
+            RequestError: it cannot be used, holds something other than a spool, or another server uses it.
         """
         self._temporary: TemporaryFolder | None = None
         try:
@@ -100,8 +100,8 @@ class Spool:
     def load(self) -> Iterator[Job]:
         """The jobs that are there, oldest first.
 
-        Files of no job are removed if a spool has named them. Records that cannot be read, and their videos, are left alone and
-        named in the log.
+        Files that belong to no job are removed if they have names that a spool gives. Records that cannot be read, and their
+        videos, are left alone and named in the log.
         """
         jobs = []
         with_video = set()
@@ -209,7 +209,7 @@ def _read(path: Path) -> Job:
     Raises:
         OSError: the record cannot be read.
         ValueError: it is not a record, or one of another version.
-        RecursionError: it is nested without end.
+        RecursionError: it is nested too deeply.
     """
     _check_regular(path)
     record = json.loads(path.read_bytes())
@@ -219,7 +219,7 @@ def _read(path: Path) -> Job:
     if schema != SCHEMA:
         raise ValueError(f"its schema is {schema!r}, and this version reads {SCHEMA}")
     try:
-        job = _job.validate_json(json.dumps(record))  # strict checks take dataclasses from JSON alone
+        job = _job.validate_json(json.dumps(record))  # strict validation takes dataclasses from JSON alone
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         raise ValueError(": ".join([*map(str, first["loc"]), first["msg"]])) from None
@@ -229,7 +229,7 @@ def _read(path: Path) -> Job:
 
 
 def _check_regular(path: Path) -> None:
-    """Refuse links, which may lead to what is nobody's business, and pipes, which would be waited for.
+    """Refuse links, which may lead out of the spool, and pipes, which would be waited for.
 
     Raises:
         FileNotFoundError: there is nothing.

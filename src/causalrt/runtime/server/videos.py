@@ -208,7 +208,7 @@ async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
                 if not isinstance(found, dict):
                     raise bad_request("the body must be a JSON object")
                 return found
-            async with request.form(max_files=1, max_fields=len(FIELDS) + 1) as form:
+            async with request.form(max_files=1) as form:
                 items = form.multi_items()
     except TimeoutError:
         raise Problem(408, "timeout", f"the body did not come within {timeout_s:g} s") from None
@@ -224,19 +224,19 @@ async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
 
 
 def _checked(fields: Mapping[str, Any], offer: Offer) -> tuple[str, int, str]:
-    """Prompt, seed and seconds of a request; null is as good as nothing, as in OpenAI's clients.
+    """Prompt, seed and seconds of a request; a field that is null counts as left out, as in OpenAI's clients.
 
     Raises:
         Problem: 400, with the field at fault.
     """
-    for name in fields:
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in given:
         if name not in FIELDS:
             raise bad_request(
                 f"unknown parameter {name[:64]!r}; known are {', '.join(FIELDS)}",
                 param=name[:64].encode("ascii", "backslashreplace").decode(),
                 code="unknown_parameter",
             )
-    given = {name: value for name, value in fields.items() if value is not None}
     if not isinstance(given.get("prompt"), str):
         raise bad_request("prompt must be a text", param="prompt")
     model = given.get("model", offer.model_name)
@@ -288,7 +288,8 @@ def _request_body(offer: Offer) -> dict[str, Any]:
             "size": {"anyOf": [{"type": "string", "enum": [offer.size]}, *null]},
             "seed": {"anyOf": [seed, *null], "default": 0},
         }
-        return {"type": "object", "required": ["prompt"], "properties": properties, "additionalProperties": False}
+        others = null[0] if null else False
+        return {"type": "object", "required": ["prompt"], "properties": properties, "additionalProperties": others}
 
     return {
         "required": True,

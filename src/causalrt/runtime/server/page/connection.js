@@ -90,12 +90,12 @@ export class Connection {
 }
 
 /**
- * Why the server did not accept the connection, in words for the user. The browser keeps that from the page, but the server
+ * Why the server did not accept the connection, in words for the user. The browser does not say so to the page, but the server
  * refuses other requests that carry the page's `Origin` for the same reason.
  */
 export async function whyNotAccepted() {
   try {
-    const request = { method: "POST", signal: AbortSignal.timeout(ANSWER_WITHIN_MS) }; // to what only answers GET
+    const request = { method: "POST", signal: AbortSignal.timeout(ANSWER_WITHIN_MS) }; // readyz answers GET alone, so nothing is done
     const response = await fetch(new URL("readyz", document.baseURI), request);
     const code = (await response.json()).error?.code;
     if (code === "wrong_origin") {
