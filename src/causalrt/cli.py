@@ -338,28 +338,36 @@ def _compare_emulated(arguments: argparse.Namespace, on_progress: Progress) -> d
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from causalrt.runtime.server.command import checked_settings, run
+    from causalrt.runtime.server.command import checked, run
 
     def started(url: str) -> None:
         _say(json.dumps({"url": url}) if arguments.json else f"serving at {url}", flush=True)
 
-    if arguments.bundle is not None:
-        if arguments.text_encoder is None:
+    from causalrt.tools.demo_request import ROWS
+
+    faults = Faults()
+    with faults:
+        if arguments.bundle is not None and arguments.text_encoder is None:
             raise ConfigError(
                 "a bundle's prompts need --text-encoder FOLDER; without a bundle the demo model is served"
             )
+    with faults:
+        if arguments.bundle is None and arguments.text_encoder is not None:
+            raise ConfigError(
+                "--text-encoder is a bundle's; name the bundle, or leave both out to serve the demo model"
+            )
+    with faults:
+        if arguments.bundle is None and arguments.executor not in (None, *(executor for executor, _ in ROWS)):
+            raise ConfigError(
+                f"the demo model is not built for {arguments.executor}; leave --executor out, or name a bundle"
+            )
+    with faults:
+        checked(arguments)
+    faults.report()
+    if arguments.bundle is not None:
         return run(arguments, version=__version__, on_start=started)
-    if arguments.text_encoder is not None:
-        raise ConfigError("--text-encoder is a bundle's; name the bundle, or leave both out to serve the demo model")
-    from causalrt.tools.demo_request import ROWS
-
-    if arguments.executor not in (None, *(executor for executor, _ in ROWS)):
-        raise ConfigError(
-            f"the demo model is not built for {arguments.executor}; leave --executor out, or name a bundle"
-        )
     from causalrt.tools.demo import served_demo
 
-    checked_settings(arguments)
     with contextlib.ExitStack() as stack:
         with shown_progress() as progress:
             served = stack.enter_context(served_demo(on_progress=progress))
@@ -368,13 +376,19 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from causalrt.tools.plan.command import run
+    from causalrt.tools.plan.command import check_arguments, run
 
     head_plan, arguments.head_plan = arguments.head_plan, None  # `gathered` and `all` are no build options
     if arguments.dtype is None and arguments.gpu:
         arguments.dtype = "bfloat16"
-    config = _config(arguments)
+    config, faults = None, Faults()
+    with faults:
+        config = _config(arguments)
     arguments.head_plan = head_plan
+    with faults:
+        check_arguments(arguments, config)
+    faults.report()
+    assert config is not None
     with shown_progress() as progress:
         run(arguments, config, write=_say, on_progress=progress)
     return 0
@@ -383,16 +397,20 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from causalrt.tools.bench.command import run
 
-    if arguments.bundles and (arguments.recipe or arguments.set or arguments.dtype):
-        raise ConfigError("bundles are what they were built as; leave --recipe, --set and --dtype out, or the bundles")
-    config = None
-    if not arguments.bundles:
+    def read_config() -> Config | None:
+        if arguments.bundles:
+            if arguments.recipe or arguments.set or arguments.dtype:
+                raise ConfigError(
+                    "bundles are what they were built as; leave --recipe, --set and --dtype out, or the bundles"
+                )
+            return None
         arguments.recipe = arguments.recipe or "bench_cpu"
         arguments.world_size = arguments.head_plan = None
         _choose_dtype(arguments, arguments.executors or ())
-        config = _config(arguments)
+        return _config(arguments)
+
     with shown_progress() as progress:
-        run(arguments, config, write=_say, on_progress=progress)
+        run(arguments, read_config, write=_say, on_progress=progress)
     return 0
 
 

@@ -93,6 +93,77 @@ def test_build_names_all_that_is_wrong_at_once(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+OTHER_COMMANDS = [
+    (
+        "generate nowhere --prompt fox --switch fox --seed -1 --threads 0 --timeout 0 --out absent/video.gif",
+        ["nowhere", "must end in .mp4", "cannot write absent", "seed", "timeout_s", "num_threads", "CHUNK=PROMPT"],
+    ),
+    (
+        "serve nowhere --port 70000 --max-queue -1 --model-name / --allow-origin a --allow-origin b --host 0.0.0.0 "
+        "--threads 0 --spool taken",
+        [
+            "--text-encoder FOLDER",
+            "max_queue",
+            "port",
+            "model_name",
+            "'a'",
+            "'b'",
+            "--tokens FILE",
+            "num_threads",
+            "nowhere",
+            "taken is not a spool",
+        ],
+    ),
+    (
+        "serve --text-encoder words --executor inductor --tokens nowhere --keep 0",
+        ["name the bundle", "not built for inductor", "job_ttl_s", "tokens in nowhere"],
+    ),
+    (
+        "bench nowhere --repeats 0 --threads 0 --seed -1 --out taken/file",
+        ["--repeats", "--threads", "seed", "cannot write to taken/file", "nowhere"],
+    ),
+    (
+        "bench --recipe tiny --repeats 0 --set video.foo=1 --set video.window_frames=1 --out out",
+        ["--repeats", "video.foo", "the sink"],
+    ),
+    (
+        "plan --recipe tiny --gpu abacus --set video.foo=1 --world-size 0 --straggler -1 --timeline absent/t.png",
+        ["video.foo", "world_size", "abacus", "straggler", "cannot write absent"],
+    ),
+    ("plan --recipe tiny --vae own --set bar", ["FIELD=VALUE", "leave --vae out", "say what to plan for"]),
+    (
+        "compare nowhere --dtype bf16 --out taken --checkpoint absent.pt",
+        ["--dtype: the bundle", "nowhere", "taken exists and is no certificate", "absent.pt"],
+    ),
+    (
+        "demo --chunks 99 --seed -1 --switch 1=dodo --prompt unicorn --out taken/file",
+        ["1 to 42 chunks", "unicorn", "dodo", "seed", "cannot write to taken/file"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "named"), OTHER_COMMANDS, ids=[command[:16] for command, _ in OTHER_COMMANDS])
+def test_every_command_names_all_that_is_wrong_at_once(tmp_path, monkeypatch, capsys, command, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    assert main(command.split()) == 2
+    first, *said = capsys.readouterr().err.splitlines()
+    assert first == f"error: {len(named)} things are wrong:"
+    assert [part in line for part, line in zip(named, said, strict=True)] == [True] * len(named), said
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "taken"]
+
+
+def test_a_bundle_s_limits_are_named_with_the_rest(bundle, tmp_path, capsys):
+    out = tmp_path / "video.mp4"
+    flags = ["--prompt-embeds", str(tmp_path / "absent.npy"), "--chunks", "99", "--out", str(out)]
+    assert main(["generate", str(bundle), *flags]) == 2
+    first, *said = capsys.readouterr().err.splitlines()
+    assert first == "error: 3 things are wrong:"
+    named = ("absent.npy", "built without a VAE", "horizon")
+    assert [part in line for part, line in zip(named, said, strict=True)] == [True] * 3, said
+
+
 def test_override_names_all_that_is_wrong_at_once():
     with pytest.raises(ConfigError, match=r"(?s)2 things .*no field 'video.foo'.*sampler.steps must be"):
         causalrt.override(recipe("tiny"), {"video.foo": "1", "sampler.steps": "many"})

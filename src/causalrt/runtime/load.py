@@ -5,7 +5,7 @@ from pathlib import Path
 from causalrt.engines.bundle import open_bundle
 from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.engines.vae import check_has_vae
-from causalrt.errors import BundleError, ExecutorError, RequestError
+from causalrt.errors import BundleError, ExecutorError, Faults, RequestError
 from causalrt.plugins.kernel_launch import require_triton
 from causalrt.runtime.engine import Engine
 
@@ -59,10 +59,7 @@ def load(
         RankError: a rank process failed to start.
         RequestError: `timeout_s`, `num_threads` or `max_sessions` is out of range.
     """
-    if not 0.001 <= timeout_s <= 1e6:
-        raise RequestError(f"timeout_s must lie in [0.001, 1e6], got {timeout_s}; give 1e6 for `never`")
-    if num_threads is not None and num_threads < 1:
-        raise RequestError(f"num_threads must be at least 1, got {num_threads}; leave it out to share the cores")
+    check_rank_limits(num_threads=num_threads, timeout_s=timeout_s)
     if max_sessions is not None and max_sessions < 1:
         raise RequestError(f"max_sessions must be at least 1, got {max_sessions}; leave it out for what fits in memory")
     opened = open_bundle(Path(bundle))
@@ -125,3 +122,19 @@ def load(
         num_threads=num_threads,
         timeout_s=timeout_s,
     )
+
+
+def check_rank_limits(*, num_threads: int | None, timeout_s: float) -> None:
+    """Check these arguments of `load`, which takes no bundle.
+
+    Raises:
+        RequestError: one of them is out of range, or CombinedConfigError if both are.
+    """
+    faults = Faults()
+    with faults:
+        if not 0.001 <= timeout_s <= 1e6:
+            raise RequestError(f"timeout_s must lie in [0.001, 1e6], got {timeout_s}; give 1e6 for `never`")
+    with faults:
+        if num_threads is not None and num_threads < 1:
+            raise RequestError(f"num_threads must be at least 1, got {num_threads}; leave it out to share the cores")
+    faults.report()

@@ -90,7 +90,9 @@ def _keep(ranks: set[int], *, parent: int) -> None:
             if pid == 0:
                 break
             ranks.remove(pid)
-    if ended and os.getpgrp() == os.getpid():  # what the ranks have started, a compiler for example, is of the same group
+    if (
+        ended and os.getpgrp() == os.getpid()
+    ):  # what the ranks have started, a compiler for example, is of the same group
         os.killpg(0, signal.SIGKILL)
 
 

@@ -24,7 +24,7 @@ from causalrt.config import Config, override, recipe
 from causalrt.demo_model import DemoFiles, demo_files
 from causalrt.engines.bundle import file_digest, open_bundle, record_digest, toolchain_versions
 from causalrt.engines.user_cache import kept_folder
-from causalrt.errors import BuildError, BundleError, RequestError
+from causalrt.errors import BuildError, BundleError, Faults, RequestError
 from causalrt.export.build import build
 from causalrt.export.options import Progress
 from causalrt.model.words import WordEncoder
@@ -36,7 +36,7 @@ from causalrt.runtime.session import Chunk
 from causalrt.runtime.video_file import Mp4Writer, check_picture
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet, enlarged
 from causalrt.tools.demo_request import ABOUT, EXAMPLES, DemoRequest
-from causalrt.tools.files import check_writable, make_folder, write_whole
+from causalrt.tools.files import check_writable_in, make_folder, write_whole
 from causalrt.tools.generate import check_switches, parsed_switches
 
 logger = logging.getLogger(__name__)
@@ -175,21 +175,28 @@ def row_name(executor: str, world_size: int) -> str:
 def _checked(request: DemoRequest, config: Config, model: DemoFiles) -> Mapping[int, str]:
     """The switches, everything having been refused that can be; the folder of the files is there."""
     words = WordEncoder.from_folder(model.words, text_dim=config.model.text_dim, max_tokens=config.model.text_len)
-    switches = parsed_switches(request.switches)
-    if not 1 <= request.chunks <= config.video.horizon_chunks:
-        raise RequestError(f"the demo model makes 1 to {config.video.horizon_chunks} chunks, not {request.chunks}")
-    check_switches(switches, request.chunks)
+    switches, faults = dict[int, str](), Faults()
+    with faults:
+        switches = parsed_switches(request.switches)
+    with faults:
+        if not 1 <= request.chunks <= config.video.horizon_chunks:
+            raise RequestError(f"the demo model makes 1 to {config.video.horizon_chunks} chunks, not {request.chunks}")
+        check_switches(switches, request.chunks)
     for prompt in (request.prompt, *switches.values()):
-        words.encode(prompt)
-    SeededNoise(request.seed)
-    pyav()
+        with faults:
+            words.encode(prompt)
+    with faults:
+        SeededNoise(request.seed)
+    with faults:
+        pyav()
+    with faults:
+        check_writable_in(request.out, (VIDEO_FILE, SHEET_FILE))
+    faults.report()
     scale = _scale(config)
     check_picture(
         height=scale * config.video.pixel_height, width=scale * config.video.pixel_width, fps=config.video.fps
     )
     make_folder(request.out)
-    for name in (VIDEO_FILE, SHEET_FILE):
-        check_writable(request.out / name)
     return switches
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,22 @@ def check_writable(path: Path) -> None:
     parent = path.absolute().parent
     if (path.exists() and not path.is_file()) or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RequestError(f"cannot write {path}: choose a file in an existing, writable folder")
+
+
+def check_writable_in(folder: Path, names: Iterable[str]) -> None:
+    """The same for files in a folder that `make_folder` may have to make first; nothing is made yet.
+
+    Raises:
+        RequestError: the folder cannot be made or written to, or a folder or a device has one of the names.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RequestError(
+            f"cannot write to {folder}: {there} is no folder that can be written to; choose another with --out"
+        )
+    if folder.is_dir():
+        for name in names:
+            check_writable(folder / name)
 
 
 def make_folder(folder: Path) -> None:

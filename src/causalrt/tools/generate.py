@@ -13,10 +13,10 @@ import torch
 from causalrt.config import Config
 from causalrt.engines.bundle import open_bundle, toolchain_versions
 from causalrt.engines.vae import check_has_vae
-from causalrt.errors import RequestError
+from causalrt.errors import Faults, RequestError
 from causalrt.export.options import Progress
 from causalrt.runtime.engine import Engine
-from causalrt.runtime.load import DEFAULT_TIMEOUT_S, load
+from causalrt.runtime.load import DEFAULT_TIMEOUT_S, check_rank_limits, load
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.pictures.read import BACKGROUND, Part, read_frames
 from causalrt.runtime.pyav import pyav
@@ -88,28 +88,9 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
     Raises:
         CausalRTError: of the type that fits; the message says what to do.
     """
-    opened = open_bundle(bundle, verify=False)
-    config, as_video = opened.config, request.out.suffix == VIDEO
-    if request.out.suffix not in (LATENTS, VIDEO):
-        raise RequestError(f"--out must end in {VIDEO} for a video or {LATENTS} for latents, got {request.out.name}")
-    check_writable(request.out)
-    SeededNoise(request.seed)
-    if as_video:
-        pyav()
-        check_has_vae(opened)
-        check_picture(height=config.video.pixel_height, width=config.video.pixel_width, fps=config.video.fps)
-    encodes = request.given is not None and request.given.suffix != LATENTS
-    if encodes:
-        check_has_vae(opened)
-    given = _read_given(request, config)
-    num_given = (
-        0
-        if given is None
-        else (config.video.chunks_in(_latents_of(given, config)) if encodes else len(checked_given(config, given)))
-    )
-    prompt, switches = _prompts(request)
-    num_chunks = checked_chunks(config, request.chunks, num_given=num_given)
-    check_switches(switches, num_chunks)
+    checked = _checked(bundle, request)
+    config, given, prompt, switches = checked.config, checked.given, checked.prompt, checked.switches
+    as_video, encodes = request.out.suffix == VIDEO, _is_picture(request.given)
     start = time.perf_counter()
     with load(
         bundle,
@@ -158,6 +139,61 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
         "first_chunk_ms": report[0]["latency_ms"],
         "chunks": report,
     }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Checked:
+    config: Config
+    prompt: str | torch.Tensor
+    switches: Mapping[int, str | torch.Tensor]
+    given: torch.Tensor | None
+
+
+def _is_picture(given: Path | None) -> bool:
+    return given is not None and given.suffix != LATENTS
+
+
+def _checked(bundle: Path, request: Request) -> _Checked:
+    """What is read for a request before anything is loaded; one error names everything that is wrong with it."""
+    opened, given, prompt, switches, faults = None, None, None, dict[int, Any](), Faults()
+    as_video, encodes = request.out.suffix == VIDEO, _is_picture(request.given)
+    with faults:
+        opened = open_bundle(bundle, verify=False)
+    with faults:
+        if request.out.suffix not in (LATENTS, VIDEO):
+            raise RequestError(
+                f"--out must end in {VIDEO} for a video or {LATENTS} for latents, got {request.out.name}"
+            )
+    with faults:
+        check_writable(request.out)
+    with faults:
+        SeededNoise(request.seed)
+    with faults:
+        check_rank_limits(num_threads=request.threads, timeout_s=request.timeout_s)
+    with faults:
+        prompt, switches = _prompts(request)
+    with faults:
+        if as_video:
+            pyav()
+    if opened is not None:
+        config = opened.config
+        with faults:
+            if as_video or encodes:
+                check_has_vae(opened)
+        with faults:
+            if as_video:
+                check_picture(height=config.video.pixel_height, width=config.video.pixel_width, fps=config.video.fps)
+        with faults:
+            num_given, given = 0, _read_given(request, config)
+            if given is not None:
+                num_given = (
+                    config.video.chunks_in(_latents_of(given, config)) if encodes else len(checked_given(config, given))
+                )
+            check_switches(switches, checked_chunks(config, request.chunks, num_given=num_given))
+    faults.report()
+    assert opened is not None
+    assert prompt is not None
+    return _Checked(config=opened.config, prompt=prompt, switches=switches, given=given)
 
 
 def chunk_report(chunk: Chunk) -> dict[str, Any]:

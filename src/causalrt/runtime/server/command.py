@@ -6,11 +6,15 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from causalrt.errors import ExecutorError
+from causalrt.errors import ExecutorError, Faults
 from causalrt.runtime.server.settings import ServerSettings
 from causalrt.terminal import printable_handler
+
+if TYPE_CHECKING:
+    from causalrt.engines.bundle import Bundle
+    from causalrt.runtime.server.auth import Tokens
 
 LIBRARIES = ("fastapi", "uvicorn", "websockets", "prometheus_client", "python_multipart", "av")
 _DEFAULTS = {field.name: field.default for field in ServerSettings.__dataclass_fields__.values()}
@@ -72,21 +76,19 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     Raises:
         CausalRTError: a setting, a library, the bundle or the text encoder is not as it must be.
     """
-    settings = checked_settings(arguments)
+    settings, tokens, bundle = checked(arguments)
+    assert bundle is not None
 
     import asyncio
 
-    from causalrt.engines.bundle import Bundle, open_bundle
+    from causalrt.engines.bundle import open_bundle
     from causalrt.runtime.engine import Engine, open_text_encoder
     from causalrt.runtime.load import load
     from causalrt.runtime.server import run as running
-    from causalrt.runtime.server.auth import Tokens
     from causalrt.runtime.server.engine_host import BundleReplacedError
 
     handler = printable_handler(sys.stderr, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    tokens = Tokens() if settings.tokens is None else Tokens.from_file(settings.tokens)
-    bundle = open_bundle(arguments.bundle, verify=False)
     listening = running.listen(settings.host, settings.port, send_buffer_bytes=settings.send_buffer_bytes)
     encoder = open_text_encoder(arguments.text_encoder, arguments.text_device, bundle.config)
 
@@ -132,16 +134,42 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     return 0
 
 
-def checked_settings(arguments: argparse.Namespace) -> ServerSettings:
-    """What the flags say, all that can be refused before there is a bundle having been refused.
+def checked(arguments: argparse.Namespace) -> "tuple[ServerSettings, Tokens, Bundle | None]":
+    """Settings, tokens, and the bundle if the arguments name one; nothing is loaded or made yet.
 
     Raises:
-        ConfigError: a setting cannot be.
-        ExecutorError: a library is missing.
+        CausalRTError: a setting, a library, the tokens, the spool or the bundle is not as it must be; CombinedConfigError if
+            several are not.
     """
+    from causalrt.engines.bundle import open_bundle
+    from causalrt.runtime.load import check_rank_limits
+
     given = {name: getattr(arguments, name) for name in _DEFAULTS if hasattr(arguments, name)}
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    settings = ServerSettings(**values)
+    settings, bundle, tokens, faults = None, None, None, Faults()
+    with faults:
+        settings = ServerSettings(**values)
+    with faults:
+        check_rank_limits(num_threads=arguments.threads, timeout_s=arguments.timeout)
+    with faults:
+        if arguments.bundle is not None:
+            bundle = open_bundle(arguments.bundle, verify=False)
+    with faults:
+        _check_libraries()
+        from causalrt.runtime.server.auth import Tokens
+        from causalrt.runtime.server.spool import check_spool
+
+        with faults:
+            if arguments.spool is not None:
+                check_spool(arguments.spool)
+        tokens = Tokens() if arguments.tokens is None else Tokens.from_file(arguments.tokens)
+    faults.report()
+    assert settings is not None
+    assert tokens is not None
+    return settings, tokens, bundle
+
+
+def _check_libraries() -> None:
     for name in LIBRARIES:
         try:
             importlib.import_module(name)
@@ -149,4 +177,3 @@ def checked_settings(arguments: argparse.Namespace) -> ServerSettings:
             raise ExecutorError(
                 f"the server needs {name}, which cannot be imported ({error}); pip install 'causalrt[serve]'"
             ) from None
-    return settings

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from causalrt.errors import ConfigError
+from causalrt.errors import ConfigError, Faults
 from causalrt.runtime.server.hosts import is_loopback, normal_host, normal_origin
 
 
@@ -86,34 +86,53 @@ class ServerSettings:
     trusted_proxies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        faults = Faults()
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("port", "max_queue", "grace_s") else 1e-3
-            if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= 2**53:
-                raise ConfigError(f"{field.name} must be at least {'0' if least == 0 else '1'}, got {value}")
-        if self.port > 65535:
-            raise ConfigError(f"port must be 0 to 65535, got {self.port}")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.model_name):
-            raise ConfigError(f"model_name must be 1 to 64 letters, digits, '.', '_' and '-', got {self.model_name!r}")
-        for host in (self.host, *self.allowed_hosts):
-            try:
-                normal_host(host)
-            except ValueError:
+            with faults:
+                if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= 2**53:
+                    raise ConfigError(f"{field.name} must be at least {'0' if least == 0 else '1'}, got {value}")
+        with faults:
+            if self.port > 65535:
+                raise ConfigError(f"port must be 0 to 65535, got {self.port}")
+        with faults:
+            if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.model_name):
                 raise ConfigError(
-                    f"a host is a name or an address, as studio.example or 127.0.0.1, got {host!r}"
-                ) from None
-        try:
-            origins = tuple(map(normal_origin, self.allowed_origins))
-        except ValueError as error:
-            raise ConfigError(f"an origin is a scheme and a host, as https://example.org; {error}") from None
-        object.__setattr__(self, "allowed_origins", origins)
-        if self.tokens is None and not self.no_auth and not self.on_loopback:
-            raise ConfigError(
-                f"{self.host} can be reached from other machines: give a file of tokens (--tokens FILE), listen on "
-                "127.0.0.1, or say --no-auth if something else keeps strangers out"
-            )
+                    f"model_name must be 1 to 64 letters, digits, '.', '_' and '-', got {self.model_name!r}"
+                )
+        for name in self.allowed_hosts:
+            with faults:
+                _check_host(name)
+        origins = []
+        for origin in self.allowed_origins:
+            with faults:
+                origins.append(_checked_origin(origin))
+        object.__setattr__(self, "allowed_origins", tuple(origins))
+        with faults:
+            _check_host(self.host)
+            if self.tokens is None and not self.no_auth and not self.on_loopback:
+                raise ConfigError(
+                    f"{self.host} can be reached from other machines: give a file of tokens (--tokens FILE), listen on "
+                    "127.0.0.1, or say --no-auth if something else keeps strangers out"
+                )
+        faults.report()
 
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return is_loopback(normal_host(self.host))
+
+
+def _check_host(host: str) -> None:
+    try:
+        normal_host(host)
+    except ValueError:
+        raise ConfigError(f"a host is a name or an address, as studio.example or 127.0.0.1, got {host!r}") from None
+
+
+def _checked_origin(origin: str) -> str:
+    try:
+        return normal_origin(origin)
+    except ValueError as error:
+        raise ConfigError(f"an origin is a scheme and a host, as https://example.org; {error}") from None

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -154,6 +154,33 @@ class Spool:
             self._temporary.remove()
 
 
+def check_spool(folder: Path) -> list[str]:
+    """Refuse a folder that is in use for something else, and change nothing in it.
+
+    Returns:
+        Names of the files in it that no spool has made; none if there is no folder yet.
+
+    Raises:
+        RequestError: it is no spool and not empty, or cannot be looked into.
+    """
+    try:
+        strange = [name for name in os.listdir(folder) if name != LOCK and not FILE.fullmatch(name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RequestError(f"the spool {folder} cannot be used: {error}; give another with --spool") from None
+    if strange and not (folder / LOCK).exists():
+        raise _not_a_spool(folder, strange)
+    return strange
+
+
+def _not_a_spool(folder: Path, strange: Sequence[str]) -> RequestError:
+    return RequestError(
+        f"{folder} is not a spool and not empty: it holds {min(strange, default=LOCK)!r}; give a new or an empty folder with "
+        "--spool"
+    )
+
+
 def _claim(folder: Path) -> int:
     """Lock a folder that is a spool, or empty, for this server; the descriptor that holds the lock.
 
@@ -162,19 +189,13 @@ def _claim(folder: Path) -> int:
         BlockingIOError: another server has locked it.
         OSError: it cannot be read or written.
     """
-    strange = [name for name in os.listdir(folder) if name != LOCK and not FILE.fullmatch(name)]
-    refusal = RequestError(
-        f"{folder} is not a spool and not empty: it holds {min(strange, default=LOCK)!r}; give a new or an empty folder with "
-        "--spool"
-    )
-    if strange and not (folder / LOCK).exists():
-        raise refusal
+    strange = check_spool(folder)
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mark = os.pread(lock, len(MARK) + 1, 0)
         if mark != MARK and (mark or strange):
-            raise refusal
+            raise _not_a_spool(folder, strange)
         os.pwrite(lock, MARK, 0)
     except BaseException:
         os.close(lock)

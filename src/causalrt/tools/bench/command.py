@@ -11,7 +11,7 @@ from typing import Any
 
 from causalrt.config import Config
 from causalrt.engines.bundle import MANIFEST, file_digest
-from causalrt.errors import ConfigError
+from causalrt.errors import ConfigError, Faults
 from causalrt.export.options import Progress
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.noise import SeededNoise
@@ -22,10 +22,10 @@ from causalrt.tools.bench.picture import draw, figure_class
 from causalrt.tools.bench.report import comparisons, row
 from causalrt.tools.bench.rollouts import Rollouts
 from causalrt.tools.bench.show import show
-from causalrt.tools.bench.sides import Side, check_all_fit, choose_sides
-from causalrt.tools.bench.sources import Wishes, build_random, bundles_of, sources_of
+from causalrt.tools.bench.sides import LeftOut, Side, check_all_fit, choose_sides
+from causalrt.tools.bench.sources import Source, Wishes, build_random, bundles_of, sources_of
 from causalrt.tools.doctor import examine
-from causalrt.tools.files import check_writable, make_folder, write_whole
+from causalrt.tools.files import check_writable_in, make_folder, write_whole
 
 SCHEMA = 1
 JSON_FILE, PICTURE_FILE = "bench.json", "bench.png"
@@ -33,7 +33,7 @@ JSON_FILE, PICTURE_FILE = "bench.json", "bench.png"
 
 def run(
     arguments: argparse.Namespace,
-    config: Config | None,
+    read_config: Callable[[], Config | None],
     *,
     write: Callable[[str], None],
     on_progress: Progress,
@@ -42,21 +42,27 @@ def run(
 
     Args:
         arguments: of the command line.
-        config: of the recipe; None where bundles are given.
+        read_config: the config of the recipe; None where bundles are given.
         write: takes what is said.
         on_progress: told of each stage.
 
     Raises:
-        CausalRTError: of the type that fits. Whatever is refused is refused before anything is loaded, and no file is
-            half-written.
+        CausalRTError: of the type that fits, or CombinedConfigError if several things are wrong. Whatever is refused is
+            refused before anything is loaded, and no file is half-written.
     """
-    if arguments.repeats < 1:
-        raise ConfigError(
-            f"--repeats must be at least 1, got {arguments.repeats}; 5 are the fewest that can show anything"
-        )
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ConfigError(f"--threads must be at least 1, got {arguments.threads}; leave it out for all cores")
-    SeededNoise(arguments.seed)
+    config, sources, sides, left_out, faults = None, list[Source](), list[Side](), list[LeftOut](), Faults()
+    with faults:
+        if arguments.repeats < 1:
+            raise ConfigError(
+                f"--repeats must be at least 1, got {arguments.repeats}; 5 are the fewest that can show anything"
+            )
+    with faults:
+        if arguments.threads is not None and arguments.threads < 1:
+            raise ConfigError(f"--threads must be at least 1, got {arguments.threads}; leave it out for all cores")
+    with faults:
+        SeededNoise(arguments.seed)
+    with faults:
+        _check_out(arguments.out, picture=not arguments.no_picture)
     wishes = Wishes(
         executors=arguments.executors,
         world_sizes=arguments.world_sizes,
@@ -66,12 +72,18 @@ def run(
         threads=arguments.threads,
     )
     with TemporaryFolder("bench") as folder:
-        sources = bundles_of(arguments.bundles, wishes) if config is None else sources_of(config, wishes, folder)
-        checked_chunks(sources[0].config, arguments.chunks)
-        sides, left_out = choose_sides(sources, wishes, examine()["can"])
+        with faults:
+            config = read_config()
+            sources = bundles_of(arguments.bundles, wishes) if config is None else sources_of(config, wishes, folder)
+        if sources:
+            with faults:
+                checked_chunks(sources[0].config, arguments.chunks)
+            with faults:
+                sides, left_out = choose_sides(sources, wishes, examine()["can"])
+        faults.report()
         vae = config is None and not arguments.no_vae
         check_all_fit(sides, vae=vae)
-        _check_out(arguments.out, picture=not arguments.no_picture)
+        make_folder(arguments.out)
         if config is not None:
             wanted = {s.path: [side.executor for side in sides if side.bundle == s.path] for s in sources}
             build_random(sources, wanted, folder, seed=arguments.seed, on_progress=on_progress)
@@ -155,6 +167,4 @@ def _check_out(folder: Path, *, picture: bool) -> None:
     """Find out before the work, not after it, that the result cannot be written."""
     if picture:
         figure_class()
-    make_folder(folder)
-    for name in (JSON_FILE, PICTURE_FILE) if picture else (JSON_FILE,):
-        check_writable(folder / name)
+    check_writable_in(folder, (JSON_FILE, PICTURE_FILE) if picture else (JSON_FILE,))

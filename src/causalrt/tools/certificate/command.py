@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from causalrt.engines.bundle import open_bundle
-from causalrt.errors import BundleError, ConfigError
+from causalrt.errors import BundleError, ConfigError, Faults
 from causalrt.export.options import Progress
 
 RECORDED_ONLY = ("head_plan", "plugins", "time_index", "dtype", "collectives")
@@ -34,20 +34,35 @@ def run(arguments: argparse.Namespace, *, on_progress: Progress) -> tuple[int, s
     Raises:
         CausalRTError: see `certify`; ConfigError for options that are a recording's.
     """
+    from causalrt.export.checkpoint import open_checkpoint
     from causalrt.tools.certificate.certify import certify
-    from causalrt.tools.certificate.report import as_plain, as_text
+    from causalrt.tools.certificate.report import as_plain, as_text, check_target
+    from causalrt.tools.certificate.rollouts import plan_rollout
 
-    given = [name for name in RECORDED_ONLY if getattr(arguments, name) is not None]
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(
-            f"{names}: the bundle was built one way, and is certified so; leave it out, or use --recorded"
-        )
-    built_for = open_bundle(arguments.bundle, verify=False).config.build.world_size
-    if arguments.world_size not in (None, built_for):
-        raise BundleError(
-            f"{arguments.bundle} was built for {built_for} rank(s), not {arguments.world_size}; leave --world-size out"
-        )
+    faults = Faults()
+    with faults:
+        given = [name for name in RECORDED_ONLY if getattr(arguments, name) is not None]
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(
+                f"{names}: the bundle was built one way, and is certified so; leave it out, or use --recorded"
+            )
+    with faults:
+        config = open_bundle(arguments.bundle, verify=False).config
+        with faults:
+            plan_rollout(config, seed=arguments.seed or 0, num_chunks=arguments.chunks)
+        built_for = config.build.world_size
+        if arguments.world_size not in (None, built_for):
+            raise BundleError(
+                f"{arguments.bundle} was built for {built_for} rank(s), not {arguments.world_size}; leave --world-size out"
+            )
+    with faults:
+        if arguments.out is not None:
+            check_target(arguments.out)
+    with faults:
+        if arguments.checkpoint is not None:
+            open_checkpoint(arguments.checkpoint)
+    faults.report()
     certificate = certify(
         arguments.bundle,
         executor=arguments.executor,

@@ -18,6 +18,16 @@ SCHEMA = 1
 SHOWN_OPERATIONS = 12
 
 
+def check_target(target: Path) -> None:
+    """Refuse to replace what is no certificate.
+
+    Raises:
+        RequestError: something else is there.
+    """
+    if target.exists() and not (target / JSON_FILE).is_file():
+        raise RequestError(f"{target} exists and is no certificate; it is not overwritten, choose another folder")
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` to fill; it takes its place if the block ends well, and is removed if not.
@@ -26,8 +36,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         RequestError: something else than a certificate is there, or nothing can be written.
     """
     target = target.absolute()
-    if target.exists() and not (target / JSON_FILE).is_file():
-        raise RequestError(f"{target} exists and is no certificate; it is not overwritten, choose another folder")
+    check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(target, replaces=JSON_FILE) as work:

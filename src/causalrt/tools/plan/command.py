@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from causalrt.config import Config
-from causalrt.errors import ConfigError
+from causalrt.errors import ConfigError, Faults
 from causalrt.terminal import PrintableConsole
 from causalrt.tools.files import check_writable
 from causalrt.tools.plan.arguments import WORLD_SIZES
@@ -42,8 +42,9 @@ def run(
         return
     forecasts = plan(arguments, config, on_progress=on_progress)
     chosen = max(best_layouts(forecasts) or forecasts, key=lambda each: each.steady_frames_per_second.nominal)
-    jitter = Jitter(straggler=arguments.straggler, seed=arguments.seed)
-    simulation = simulate(chosen, chunks=SIMULATED_CHUNKS, jitter=jitter, latents_per_chunk=config.video.chunk_frames)
+    simulation = simulate(
+        chosen, chunks=SIMULATED_CHUNKS, jitter=_jitter(arguments), latents_per_chunk=config.video.chunk_frames
+    )
     if arguments.timeline:
         draw_timeline(simulation, arguments.timeline, title=f"{chosen.world_size} x {chosen.machine}, {chosen.layout}")
     said = verdict(forecasts)
@@ -64,6 +65,48 @@ def run(
         write(line)
 
 
+def check_arguments(arguments: argparse.Namespace, config: Config | None) -> None:
+    """Check arguments before anything is measured; `config` is None if it is not known what to plan.
+
+    Raises:
+        ConfigError: an argument cannot be, or several cannot (CombinedConfigError).
+        RequestError: a file cannot be written.
+    """
+    faults = Faults()
+    with faults:
+        if arguments.gpu:
+            gpu_by_name(arguments.gpu)
+    with faults:
+        if arguments.gpu and config is not None and config.build.precision == "float32":
+            raise ConfigError(
+                "the table of GPUs has rates for bfloat16 and float16; add `--dtype bf16`, or `--dtype fp16`"
+            )
+    with faults:
+        if not arguments.gpu and arguments.vae not in (None, "none"):
+            raise ConfigError(
+                "a calibration has no times of the VAE; leave --vae out, or plan for a --gpu of the table"
+            )
+    with faults:
+        if not (arguments.gpu or arguments.calibration or arguments.calibrate or arguments.validate):
+            raise ConfigError(
+                "say what to plan for: --gpu NAME, --calibration FILE, or --calibrate FILE to measure this machine"
+            )
+    with faults:
+        _jitter(arguments)
+    for path in (arguments.calibrate, arguments.timeline):
+        with faults:
+            if path is not None:
+                check_writable(path)
+    with faults:
+        if arguments.calibration:
+            read_calibration(arguments.calibration)
+    faults.report()
+
+
+def _jitter(arguments: argparse.Namespace) -> Jitter:
+    return Jitter(straggler=arguments.straggler, seed=arguments.seed)
+
+
 def plan(
     arguments: argparse.Namespace, config: Config, *, on_progress: Callable[..., None] = lambda *_: None
 ) -> list[Forecast]:
@@ -71,10 +114,6 @@ def plan(
     vae: VaePlace
     layouts: Sequence[LayoutName] = LAYOUTS if arguments.head_plan == "all" else (arguments.head_plan,)
     if arguments.gpu:
-        if config.build.precision == "float32":
-            raise ConfigError(
-                "the table of GPUs has rates for bfloat16 and float16; add `--dtype bf16`, or `--dtype fp16`"
-            )
         machine = GpuMachine(
             gpu=gpu_by_name(arguments.gpu), lowering=arguments.collectives, fused_ops=arguments.plugins == "on"
         )
@@ -84,10 +123,6 @@ def plan(
     else:
         machines = _measured(arguments, config, on_progress)
         executor, vae = arguments.executor, arguments.vae or "none"
-        if vae != "none":
-            raise ConfigError(
-                "a calibration has no times of the VAE; leave --vae out, or plan for a --gpu of the table"
-            )
     return [
         forecast(config, machine, layout, world_size=ranks, executor=executor, vae=vae)
         for ranks, machine in machines.items()
@@ -100,19 +135,12 @@ def _measured(arguments: argparse.Namespace, config: Config, on_progress: Callab
     if arguments.calibrate:
         from causalrt.tools.plan.calibrate import calibrate, default_device, measured_precision  # ONNX Runtime with it
 
-        if arguments.world_size is not None and arguments.world_size < 1:
-            raise ConfigError(f"--world-size must be at least 1, got {arguments.world_size}")
-        check_writable(arguments.calibrate)
         _check_precision(config, measured_precision(default_device()))
         sizes = sorted({1, arguments.world_size or 2})
         found = calibrate(get_args(Runtime), sizes, on_progress=on_progress)
         found.write(arguments.calibrate)
-    elif arguments.calibration:
-        found = read_calibration(arguments.calibration)
     else:
-        raise ConfigError(
-            "say what to plan for: --gpu NAME, --calibration FILE, or --calibrate FILE to measure this machine"
-        )
+        found = read_calibration(arguments.calibration)
     _check_precision(config, found.precision)
     known = sorted(entry.ranks for entry in found.entries if entry.runtime == arguments.executor)
     sizes = [arguments.world_size] if arguments.world_size else known
