@@ -11,6 +11,7 @@ from small_bundles import bundle_factory, num_steps, prompt
 
 import causalrt
 from causalrt.errors import EngineClosedError
+from causalrt.runtime import ranks
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,17 @@ def test_a_reader_that_timed_out_goes_on(engine, wanted):
     assert engine.open_sessions == 0
 
 
-def test_an_interrupt_while_a_chunk_is_made_ahead(engine, wanted):
+def test_an_interrupt_while_a_chunk_is_made_ahead(engine, wanted, monkeypatch):
     session = engine.session(prompt(), seed=2, ahead=True)
     chunks = [next(session)]
-    interrupt_after(0.02)
+    wait = ranks.wait
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.setattr(ranks, "wait", wait)
+        signal.raise_signal(signal.SIGINT)
+        return wait(*args, **kwargs)
+
+    monkeypatch.setattr(ranks, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(session)
     chunks += session
