@@ -28,7 +28,6 @@ from causalrt import errors
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH
 from causalrt.engines.tensorrt_flavour import Flavour
-from causalrt.engines.user_cache import cache_file
 from causalrt.errors import BuildError
 from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
 from causalrt.export.dist_collective import lower_exchanges_pass
@@ -41,6 +40,7 @@ from causalrt.export.split_lone_heads import split_lone_heads_pass
 from causalrt.layout import chunk_starts, slots_from_config
 from causalrt.model.wan import Wan
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.user_cache import cache_file
 
 logger = logging.getLogger(__name__)
 

@@ -32,6 +32,9 @@ from causalrt.tools.plan.work import StepWork, step_work
 Rates = Mapping[str, float]
 """`gemm_gflops`, `attention_gflops`, `memory_gbs`, and with several ranks `exchange_gbs`, of one rank while all are at it."""
 
+ANSWER_S = 600.0
+"""Longest time that the processes may take for a round, or to get ready."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Way:
@@ -167,7 +170,10 @@ class Probe:
         answers: dict[int, Any] = {}
         try:
             while len(answers) < len(pipes):
-                for ready in connection.wait([number for number in pipes if number not in answers]):
+                waiting = [number for number in pipes if number not in answers]
+                if not (found := connection.wait(waiting, timeout=ANSWER_S)):
+                    raise TimeoutError(f"no answer within {ANSWER_S:g} s")
+                for ready in found:
                     number = cast("int", ready)
                     answers[number] = json.loads(pipes[number].readline())
             return [answers[number] for number in pipes]
