@@ -13,9 +13,7 @@ standard ops that their ONNX functions are made of, which any TensorRT builds.
 import contextlib
 import json
 import logging
-import os
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ import onnx
 import torch
 
 from causalrt import errors
+from causalrt.child_python import python_command, python_environment
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH
 from causalrt.engines.tensorrt_flavour import Flavour
@@ -184,13 +183,11 @@ def run_child(request: str, target: str, on_progress: Progress) -> dict[str, Any
     with TemporaryFolder("engines") as scratch:
         file, log = scratch / "request.json", scratch / "stderr"
         file.write_text(request)
-        # Modules are found where the caller finds them, and not in its working directory (-P).
-        command = [sys.executable, "-P", "-m", "causalrt.export.engine_worker", str(file)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        command = [*python_command("causalrt.export.engine_worker"), str(file)]
         with (
             log.open("wb") as stderr,
             subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, env=environment
+                command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, env=python_environment()
             ) as child,
         ):
             try:

@@ -9,16 +9,15 @@ round all ranks run the products, attentions, sums and exchanges of the step, at
 
 import contextlib
 import json
-import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import Any, Self, cast
 
+from causalrt.child_python import python_command, python_environment
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.errors import MeasurementError
@@ -120,13 +119,8 @@ class Probe:
         self._folder = TemporaryFolder("bench")
         folder = self._folder.path
         (folder / "config.json").write_text(json.dumps(config.as_dict()))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_WAIT_POLICY": "passive",
-        }
-        command = [sys.executable, "-P", "-m", "causalrt.tools.bench.probe", "--runtime", way.runtime]
+        environment = python_environment(GLOO_SOCKET_IFNAME="lo", OMP_WAIT_POLICY="passive")
+        command = [*python_command("causalrt.tools.bench.probe"), "--runtime", way.runtime]
         command += ["--device", device, "--threads", str(way.threads), "--folder", str(folder)]
         self._log = (folder / "log").open("w+")
         # A group of their own: Ctrl-C is for the benchmark, which ends them.
