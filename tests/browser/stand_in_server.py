@@ -53,7 +53,9 @@ def pictures(first: int, count: int, *, height: int, width: int, prompt: str) ->
 @contextlib.contextmanager
 def served(app: FastAPI, *, port: int = 0) -> Iterator[int]:
     """Serve `app` on the loopback from a thread; the port."""
-    config = uvicorn.Config(app, port=port, log_config=None, access_log=False, lifespan="off", ws_per_message_deflate=False)
+    config = uvicorn.Config(
+        app, port=port, log_config=None, access_log=False, lifespan="off", ws_per_message_deflate=False
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

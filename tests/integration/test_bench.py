@@ -160,6 +160,32 @@ def test_ctrl_c_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rollouts_longer_than_a_session_keeps_times_for(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("causalrt.runtime.session.MAX_TIMES", 1)
+    assert bench(bundles[1], *short("--chunks", 3, "--out", tmp_path, "--json")) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert [chunk["chunk"] for chunk in row["by_chunk"]] == [0, 1, 2]
+
+
+def test_a_process_that_does_not_start_ends_the_benchmark(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("causalrt.tools.bench.rollouts.PROCESS_START_S", 0.001)
+    assert bench(bundles[0], *short("--out", tmp_path)) == 2
+    assert "the start of a process could not be timed" in capsys.readouterr().err
+
+
+def test_single_ops_that_give_no_answer_end_the_benchmark(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("causalrt.tools.bench.ceilings.ANSWER_S", 0.001)
+    flags = ["--executors", "eager", "--repeats", 1, "--chunks", 1, "--no-picture"]
+    assert bench(bundles[0], *flags, "--out", tmp_path) == 2
+    assert "no answer within 0.001 s" in capsys.readouterr().err
+
+
 # ---- refusals, before anything is loaded
 
 

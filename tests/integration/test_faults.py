@@ -664,6 +664,24 @@ def test_ranks_import_what_their_caller_imports(
         assert all_latents(engine.session(prompt(), num_chunks=1)).shape[0] == 3
 
 
+def test_ranks_import_from_a_folder_with_a_colon_in_its_name(bundles: Bundles, tmp_path: Path) -> None:
+    package = tmp_path / "job:1" / "causalrt"
+    shutil.copytree(Path(ranks.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    worker = package / "runtime" / "worker.py"
+    worker.write_text(
+        worker.read_text().replace("import argparse\n", "import argparse\nopen(__file__ + '.ran', 'w')\n", 1)
+    )
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import causalrt; causalrt.load(sys.argv[2]).close()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(package.parent), str(bundles(1))],
+        stderr=subprocess.PIPE,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert worker.with_name("worker.py.ran").exists()
+
+
 def test_fork_of_the_caller_does_not_end_its_ranks(bundles: Bundles) -> None:
     with load(bundles(2)) as engine:
         pid = os.fork()

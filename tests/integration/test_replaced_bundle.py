@@ -178,7 +178,7 @@ def test_after_some_processes_have_been_told_to_load(bundles, served, monkeypatc
 
 INJECTION = """
     import os, sys
-    if "-m" in sys.orig_argv and "causalrt.runtime.worker" in sys.orig_argv:
+    if "causalrt.runtime.worker" in sys.orig_argv:
         sys.path.insert(0, {tests!r})
         from pathlib import Path
         from causalrt.runtime import {module}

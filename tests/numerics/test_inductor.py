@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.utils import counters
+from torch._inductor.async_compile import get_compile_threads
 
+from causalrt.engines.base import make_executor
 from causalrt.engines.bundle import open_bundle
 from causalrt.engines.inductor import InductorExecutor, cpp_compiler
 from causalrt.export.build import build
@@ -72,6 +75,19 @@ def test_a_lone_first_frame_is_compiled_once_too(tmp_path, compiled_graphs):
     for _ in range(2):
         check(replay_here(recording, player), recording)
         assert compiled_graphs() == 2
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, 3), ("5", 32)])
+def test_a_rank_compiles_in_as_many_processes_as_it_has_threads(tmp_path, monkeypatch, chosen, expected):
+    _, path = recording_and_bundle(1, tmp_path)
+    if chosen is None:
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", chosen)
+    with torch._inductor.config.patch(compile_threads=32):
+        cpu = torch.device("cpu")
+        make_executor("inductor", open_bundle(path), LocalCollectives(), num_threads=3, device=cpu, plugins=False)
+        assert get_compile_threads() == expected
 
 
 def test_exchanges_are_part_of_the_compiled_step(tmp_path):

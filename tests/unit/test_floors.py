@@ -10,7 +10,17 @@ PACKAGE = ROOT / "src" / "causalrt"
 LINKS = ("export", "plugins", "engines", "runtime", "tools")
 
 FLOORS = (
-    ("config", "layout", "errors", "atomic_files", "owned_paths", "regular_files", "terminal", "demo_model"),
+    (
+        "config",
+        "layout",
+        "errors",
+        "atomic_files",
+        "owned_paths",
+        "regular_files",
+        "terminal",
+        "demo_model",
+        "user_cache",
+    ),
     ("plugins",),
     ("model",),
     ("engines",),

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from causalrt.engines.user_cache import read_cache
 from causalrt.errors import CausalRTError
 from causalrt.export.checkpoint import open_checkpoint
 from causalrt.model.stored_tensors import map_tensors
@@ -19,6 +18,7 @@ from causalrt.regular_files import regular_file
 from causalrt.tools.files import read_latents, read_prompt_embeds
 from causalrt.tools.plan.calibration import read_calibration
 from causalrt.tools.recording import open_recording
+from causalrt.user_cache import read_cache
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 

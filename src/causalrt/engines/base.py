@@ -98,7 +98,9 @@ def make_executor(
     if name == "inductor":
         from causalrt.engines.inductor import InductorExecutor
 
-        return InductorExecutor(bundle, collectives, device=device, plugins=plugins, cuda_graphs=cuda_graphs)
+        return InductorExecutor(
+            bundle, collectives, num_threads=num_threads, device=device, plugins=plugins, cuda_graphs=cuda_graphs
+        )
     if name == "onnxruntime":
         from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 
@@ -132,12 +133,16 @@ class InductorExecutor(EagerExecutor):
         collectives: Collectives,
         *,
         device: torch.device,
+        num_threads: int | None = None,
         plugins: bool = False,
         cuda_graphs: bool = True,
     ) -> None:
         if device.type == "cpu" and cpp_compiler() is None:
             raise ExecutorError("inductor needs a C++ compiler on a CPU; install g++, set CXX, or take executor eager")
         super().__init__(bundle, collectives, device=device, plugins=plugins, ops=COMPILED_OPS)
+        if num_threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+            # By default every rank would compile in as many processes as there are cores, whatever its share of them is.
+            torch._inductor.config.compile_threads = num_threads
         # Of two steps, each is compiled for its own sizes alone (`dynamic`); what is marked dynamic stays so.
         dynamic = False if len(self._steps) > 1 else None
         self._compiled = [torch.compile(step, fullgraph=True, dynamic=dynamic) for step in self._steps]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from causalrt.engines.tensorrt_flavour import Flavour, device_target
-from causalrt.engines.user_cache import cache_file, keep_in_cache, read_cache
 from causalrt.errors import ExecutorError
+from causalrt.user_cache import cache_file, keep_in_cache, read_cache
 
 logger = logging.getLogger(__name__)
 KEPT_MESSAGES = 10

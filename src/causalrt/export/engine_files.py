@@ -13,9 +13,7 @@ standard ops that their ONNX functions are made of, which any TensorRT builds.
 import contextlib
 import json
 import logging
-import os
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,10 +23,10 @@ import onnx
 import torch
 
 from causalrt import errors
+from causalrt.child_python import python_command, python_environment
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH
 from causalrt.engines.tensorrt_flavour import Flavour
-from causalrt.engines.user_cache import cache_file
 from causalrt.errors import BuildError
 from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
 from causalrt.export.dist_collective import lower_exchanges_pass
@@ -41,6 +39,7 @@ from causalrt.export.split_lone_heads import split_lone_heads_pass
 from causalrt.layout import chunk_starts, slots_from_config
 from causalrt.model.wan import Wan
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.user_cache import cache_file
 
 logger = logging.getLogger(__name__)
 
@@ -184,13 +183,11 @@ def run_child(request: str, target: str, on_progress: Progress) -> dict[str, Any
     with TemporaryFolder("engines") as scratch:
         file, log = scratch / "request.json", scratch / "stderr"
         file.write_text(request)
-        # Modules are found where the caller finds them, and not in its working directory (-P).
-        command = [sys.executable, "-P", "-m", "causalrt.export.engine_worker", str(file)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        command = [*python_command("causalrt.export.engine_worker"), str(file)]
         with (
             log.open("wb") as stderr,
             subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, env=environment
+                command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, env=python_environment()
             ) as child,
         ):
             try:

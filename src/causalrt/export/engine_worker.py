@@ -18,12 +18,12 @@ from typing import Any
 import onnx
 
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
-from causalrt.engines.user_cache import keep_in_cache, read_cache
 from causalrt.errors import BuildError, CausalRTError
 from causalrt.export.engine_network import check_network, describe_network, finish_attentions
 from causalrt.export.plugin_nodes import use_plugins_pass
 from causalrt.plugins.ptx import default_cache
 from causalrt.plugins.tensorrt_plugin import enable_in_place, register_plugins
+from causalrt.user_cache import keep_in_cache, read_cache
 
 KEPT_MESSAGES = 20
 PR_SET_PDEATHSIG = 1

@@ -23,7 +23,6 @@ from torch.export import ExportedProgram
 from causalrt.config import Config
 from causalrt.engines.bundle import WEIGHTS
 from causalrt.engines.tensorrt_flavour import Flavour, device_target
-from causalrt.engines.user_cache import keep_in_cache
 from causalrt.errors import BuildError, ConfigError, ExecutorError
 from causalrt.export.engine_network import check_network, describe_network
 from causalrt.export.onnx import cross_kv_names, step_names
@@ -31,6 +30,7 @@ from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_atte
 from causalrt.export.options import Progress
 from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.user_cache import keep_in_cache
 
 DEVICE = torch.device("cuda", 0)
 TRT_DTYPES = {torch.bfloat16: "BF16", torch.float16: "HALF", torch.float32: "FLOAT", torch.int64: "INT64"}

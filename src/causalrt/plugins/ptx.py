@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from causalrt.errors import KernelError
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.plugins.kernel_launch import KernelLaunch, is_interpreted, require_triton
 from causalrt.regular_files import regular_file
+from causalrt.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,9 @@ that has all that is wanted there, since a driver refuses PTX that is newer than
 TARGETS = tuple(PTX_VERSIONS)
 
 POINTER_ALIGNMENT_BYTES = 16
+
+ASSEMBLER_S = 120.0
+"""How long the assembler may take for a kernel, which takes it a second or two."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +68,7 @@ class CompiledKernel:
 
 def default_cache() -> Path:
     """Folder of compiled kernels: `$XDG_CACHE_HOME/causalrt/ptx`."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "causalrt" / "ptx"
+    return cache_folder("ptx")
 
 
 def compile_kernel(launch: KernelLaunch, *, target: int, cache: Path) -> CompiledKernel:
@@ -231,7 +234,11 @@ def _assembler_log(ptx: str, assembler: str) -> str:
             f"{folder}/kernel.cubin",
         )
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=ASSEMBLER_S)
+        except subprocess.TimeoutExpired:
+            raise KernelError(
+                f"{assembler} gave no answer within {ASSEMBLER_S:g} s; install Triton anew, which brings one"
+            ) from None
         except (OSError, subprocess.CalledProcessError) as error:
             raise KernelError(f"{assembler} refuses PTX for {target[1]}: {getattr(error, 'stderr', error)}") from error
     return done.stderr

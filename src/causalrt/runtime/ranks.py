@@ -14,7 +14,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from typing import IO, Any, Literal, NoReturn
 
 from causalrt import errors
+from causalrt.child_python import python_command, python_environment
 from causalrt.errors import CausalRTError, EngineClosedError, ForkError, RankError
 from causalrt.runtime.messages import Command, Done, Failed, Reply, VaeCommand, receive, send
 
@@ -74,21 +74,15 @@ class RankPool:
             self._logs.extend(tempfile.TemporaryFile() for _ in range(1 + world_size))  # noqa: SIM115
             start_log, *rank_logs = self._logs
             channels, logs = [theirs.fileno() for _, theirs in pairs], [log.fileno() for log in rank_logs]
-            # Modules are found where the caller finds them, and not in its working directory (-P). The step's own threads
-            # are set by the load command; the environment keeps gloo on this host.
+            # The step's own threads are set by the load command; the environment keeps gloo on this host.
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "causalrt.runtime.worker", "--role", role),
+                    *(*python_command("causalrt.runtime.worker"), "--role", role),
                     *("--channels", ",".join(map(str, channels)), "--logs", ",".join(map(str, logs))),
                     *("--parent", str(self._owner)),
                 ],
                 pass_fds=[*channels, *logs],
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                    "GLOO_SOCKET_IFNAME": "lo",
-                    "OMP_WAIT_POLICY": "passive",
-                },
+                env=python_environment(GLOO_SOCKET_IFNAME="lo", OMP_WAIT_POLICY="passive"),
                 stdin=subprocess.DEVNULL,
                 stderr=start_log,
                 start_new_session=True,

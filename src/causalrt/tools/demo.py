@@ -23,7 +23,6 @@ import torch
 from causalrt.config import Config, override, recipe
 from causalrt.demo_model import DemoFiles, demo_files
 from causalrt.engines.bundle import file_digest, open_bundle, record_digest, toolchain_versions
-from causalrt.engines.user_cache import kept_folder
 from causalrt.errors import BuildError, BundleError, Faults, RequestError
 from causalrt.export.build import build
 from causalrt.export.options import Progress
@@ -38,6 +37,7 @@ from causalrt.tools.contact_sheet import SheetRow, contact_sheet, enlarged
 from causalrt.tools.demo_request import ABOUT, EXAMPLES, DemoRequest
 from causalrt.tools.files import check_writable_in, make_folder, write_whole
 from causalrt.tools.generate import check_switches, parsed_switches
+from causalrt.user_cache import kept_folder
 
 logger = logging.getLogger(__name__)
 

@@ -91,7 +91,7 @@ def check_writable_in(folder: Path, names: Iterable[str]) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise RequestError(
-            f"cannot write to {folder}: {there} is no folder that can be written to; choose another with --out"
+            f"cannot write to {folder}: {there} is no folder that can be written to; choose another folder with --out"
         )
     if folder.is_dir():
         for name in names:

@@ -1,6 +1,7 @@
 import logging
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +130,12 @@ def test_default_cache_follows_xdg(monkeypatch, tmp_path):
     assert default_cache() == tmp_path / "causalrt" / "ptx"
 
 
+def test_default_cache_is_not_in_the_working_directory_if_the_variable_is_empty(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache() == tmp_path / ".cache" / "causalrt" / "ptx"
+
+
 def test_missing_triton_says_what_to_install(monkeypatch, tmp_path):
     launch = launch_of()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -158,6 +165,16 @@ LOG = """ptxas info    : Function properties for kernel
     {frame} bytes stack frame, {stored} bytes spill stores, {loaded} bytes spill loads
 ptxas info    : Used {registers} registers, used 1 barriers, 440 bytes cmem[0]
 """
+
+
+def test_an_assembler_that_hangs_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(ptx, "ASSEMBLER_S", 0.5)
+    hanging = tmp_path / "ptxas"
+    hanging.write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}\nexec sleep 600\n")
+    hanging.chmod(0o700)
+    with pytest.raises(KernelError, match=r"ptxas gave no answer within 0.5 s"):
+        ptx._assembler_log(".target sm_80\n", str(hanging))
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
 def test_spills_are_read_from_the_log():

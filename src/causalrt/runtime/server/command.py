@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     listening = running.listen(settings.host, settings.port, send_buffer_bytes=settings.send_buffer_bytes)
     encoder = open_text_encoder(arguments.text_encoder, arguments.text_device, bundle.config)
 
-    def check_same(found: Bundle) -> None:
+    def check_same(found: "Bundle") -> None:
         if found != bundle:
             raise BundleReplacedError(
                 f"{arguments.bundle} has been replaced by another bundle since the server was started; restart the server to "

@@ -9,16 +9,15 @@ round all ranks run the products, attentions, sums and exchanges of the step, at
 
 import contextlib
 import json
-import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import Any, Self, cast
 
+from causalrt.child_python import python_command, python_environment
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.errors import MeasurementError
@@ -31,6 +30,9 @@ from causalrt.tools.plan.work import StepWork, step_work
 
 Rates = Mapping[str, float]
 """`gemm_gflops`, `attention_gflops`, `memory_gbs`, and with several ranks `exchange_gbs`, of one rank while all are at it."""
+
+ANSWER_S = 600.0
+"""Longest time that the processes may take for a round, or to get ready."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,13 +119,8 @@ class Probe:
         self._folder = TemporaryFolder("bench")
         folder = self._folder.path
         (folder / "config.json").write_text(json.dumps(config.as_dict()))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_WAIT_POLICY": "passive",
-        }
-        command = [sys.executable, "-P", "-m", "causalrt.tools.bench.probe", "--runtime", way.runtime]
+        environment = python_environment(GLOO_SOCKET_IFNAME="lo", OMP_WAIT_POLICY="passive")
+        command = [*python_command("causalrt.tools.bench.probe"), "--runtime", way.runtime]
         command += ["--device", device, "--threads", str(way.threads), "--folder", str(folder)]
         self._log = (folder / "log").open("w+")
         # A group of their own: Ctrl-C is for the benchmark, which ends them.
@@ -167,7 +164,10 @@ class Probe:
         answers: dict[int, Any] = {}
         try:
             while len(answers) < len(pipes):
-                for ready in connection.wait([number for number in pipes if number not in answers]):
+                waiting = [number for number in pipes if number not in answers]
+                if not (found := connection.wait(waiting, timeout=ANSWER_S)):
+                    raise TimeoutError(f"no answer within {ANSWER_S:g} s")
+                for ready in found:
                     number = cast("int", ready)
                     answers[number] = json.loads(pipes[number].readline())
             return [answers[number] for number in pipes]

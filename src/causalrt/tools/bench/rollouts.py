@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 
@@ -31,11 +32,31 @@ TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 roundings make of small models. Other seeds or prompts are 1 apart."""
 
 
+PROCESS_START_S = 120.0
+"""Longest time that an interpreter may take to start and import this package."""
+
+
 def process_start_ms() -> float:
-    """The interpreter and the imports of a caller, in a process of its own; the same for every side."""
+    """The interpreter and the imports of a caller, in a process of its own; the same for every side.
+
+    Raises:
+        MeasurementError: the process failed, or took longer than `PROCESS_START_S`.
+    """
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "from causalrt import load"], check=True, capture_output=True)
+    command = [sys.executable, "-c", "from causalrt import load"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=PROCESS_START_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MeasurementError(f"the start of a process could not be timed: {error}") from error
     return 1e3 * (time.perf_counter() - start)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Turn:
+    chunk: Chunk
+    times: Mapping[int, ChunkTimes]
+    """By rank, the refresh included."""
+    period_ms: float
 
 
 class Rollouts:
@@ -123,26 +144,26 @@ class Rollouts:
             )
             opened_ms[name] = 1e3 * (time.perf_counter() - start)
         self.num_chunks = next(iter(sessions.values())).num_chunks
-        chunks: dict[str, list[tuple[Chunk, float]]] = {name: [] for name in sessions}
+        chunks: dict[str, list[_Turn]] = {name: [] for name in sessions}
         for index in range(self.num_chunks):
             latents = {}
             watched = repeat < 0 and index == max(0, self.num_chunks - 2)
             for name in self._shuffled():
-                chunk, period_ms = self._turn(name, sessions[name], watched=watched)
-                chunks[name].append((chunk, period_ms))
-                latents[name] = chunk.latents
+                turn = self._turn(name, sessions[name], watched=watched)
+                chunks[name].append(turn)
+                latents[name] = turn.chunk.latents
             self._compare(latents, index)
         for name, session in sessions.items():
             session.close()
             found = self.measured[name]
-            first = chunks[name][0][0]
+            first = chunks[name][0].chunk
             if repeat < 0:
                 found.first_session_ms.append(first.latency_ms)
-                found.frames = tuple(4 * len(chunk.latents) - 3 * (chunk.index == 0) for chunk, _ in chunks[name])
+                found.frames = tuple(4 * len(turn.chunk.latents) - 3 * (turn.chunk.index == 0) for turn in chunks[name])
                 continue
             stages = {"open": opened_ms[name], **_stages_of(first, self._engines[name].config.build.world_size)}
             found.warm.append(FirstSample(total_ms=opened_ms[name] + first.latency_ms, stages_ms=stages))
-            found.chunks += [_sample(repeat, session, chunk, period_ms) for chunk, period_ms in chunks[name]]
+            found.chunks += [_sample(repeat, turn, self.num_chunks) for turn in chunks[name]]
 
     def read_memory(self) -> None:
         """Peak memory of ranks and decoders, over everything so far."""
@@ -157,7 +178,7 @@ class Rollouts:
         self._order.shuffle(names)
         return names
 
-    def _turn(self, name: str, session: Session, *, watched: bool) -> tuple[Chunk, float]:
+    def _turn(self, name: str, session: Session, *, watched: bool) -> _Turn:
         engine = self._engines[name]
         if watched:
             engine.usage(count_waits=True)
@@ -167,7 +188,8 @@ class Rollouts:
         period_ms = 1e3 * (time.perf_counter() - start)
         if watched:
             self.measured[name].device_waits = engine.usage()[0].device_waits
-        return chunk, period_ms
+        # Now, since a session keeps the times of its newest chunks only.
+        return _Turn(chunk=chunk, times=session.times[chunk.index], period_ms=period_ms)
 
     def _compare(self, latents: Mapping[str, torch.Tensor], index: int) -> None:
         first = self._sides[0].name
@@ -200,17 +222,16 @@ def _stages_of(chunk: Chunk, ranks: int) -> dict[str, float]:
     }
 
 
-def _sample(repeat: int, session: Session, chunk: Chunk, period_ms: float) -> ChunkSample:
-    by_rank = session.times[chunk.index]
-    times = by_rank[0]
+def _sample(repeat: int, turn: _Turn, num_chunks: int) -> ChunkSample:
+    chunk, times = turn.chunk, turn.times[0]
     return ChunkSample(
         repeat=repeat,
         chunk=chunk.index,
         kv_frames=times.kv_frames,
         latency_ms=chunk.latency_ms,
-        period_ms=period_ms if chunk.index + 1 < session.num_chunks else None,
+        period_ms=turn.period_ms if chunk.index + 1 < num_chunks else None,
         denoise_ms=tuple(times.denoise_ms),
-        exchange_ms=_exchange_ms(times, len(by_rank)),
+        exchange_ms=_exchange_ms(times, len(turn.times)),
         gather_ms=times.gather_ms,
         decode_ms=chunk.decode_ms,
         hand_over_ms=chunk.hand_over_ms,

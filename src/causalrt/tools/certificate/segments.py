@@ -24,6 +24,7 @@ from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
+from causalrt.runtime.control_groups import available_cpus
 from causalrt.tools.certificate.errors import Comparison, TensorError, as_tensors
 from causalrt.tools.certificate.runners import compared, forwards_at, results_of
 from causalrt.tools.certificate.watch import Forward, Place, Tape, exchange_name, residual_name
@@ -102,6 +103,7 @@ def _words_of_slots(name: str) -> str:
 def open_session(graph: SegmentGraph, folder: Path) -> ort.InferenceSession:
     """A session of the marked graph, weights from the bundle's file."""
     options = ort.SessionOptions()
+    options.intra_op_num_threads = available_cpus()
     options.log_severity_level = 3  # TensorScatter warns of caches that are not bound in place
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return ort.InferenceSession(graph.model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -10,11 +10,9 @@ import argparse
 import functools
 import json
 import logging
-import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from causalrt.child_python import python_command, python_environment
 from causalrt.errors import ExecutorError
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.collectives import join_ranks
@@ -97,14 +96,9 @@ def _measure(runtime: Runtime, ranks: int, threads: int, device: str, clock: Clo
         raise ExecutorError(
             f"{ranks} ranks want a GPU each, and torch sees {torch.cuda.device_count()}; ask for fewer ranks"
         )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_WAIT_POLICY": "passive",
-    }
+    environment = python_environment(GLOO_SOCKET_IFNAME="lo", OMP_WAIT_POLICY="passive")
     with TemporaryFolder("plan") as folder:
-        command = [sys.executable, "-m", "causalrt.tools.plan.calibrate", "--runtime", runtime, "--device", device]
+        command = [*python_command("causalrt.tools.plan.calibrate"), "--runtime", runtime, "--device", device]
         command += ["--ranks", str(ranks), "--threads", str(threads), "--folder", str(folder), "--clock", clock]
         logs = [folder / f"log{rank}" for rank in range(ranks)]
         processes = []

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from causalrt.engines.user_cache import kept_folder
+from causalrt.user_cache import kept_folder
 
 FORK = multiprocessing.get_context("fork")
 

@@ -20,13 +20,18 @@ from causalrt.regular_files import regular_file
 logger = logging.getLogger(__name__)
 
 
-def cache_file(kind: str, name: str) -> Path:
-    """Where `name` is kept, under `$XDG_CACHE_HOME/causalrt/<kind>`; without a home folder, beside temporary files."""
+def cache_folder(kind: str) -> Path:
+    """`$XDG_CACHE_HOME/causalrt/<kind>`, or in `~/.cache` if that is unset or empty; without a home, among temporary files."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "causalrt"
     except RuntimeError:
         base = Path(tempfile.gettempdir()) / f"causalrt-{os.getuid()}"
-    return base / kind / name
+    return base / kind
+
+
+def cache_file(kind: str, name: str) -> Path:
+    """Where `name` is kept in the cache folder of its kind."""
+    return cache_folder(kind) / name
 
 
 def read_cache(path: Path) -> bytes:
