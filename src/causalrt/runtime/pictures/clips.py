@@ -169,7 +169,8 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     """
     av = pyav()
     decoder = stream.codec_context
-    if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
+    tags = {name.lower(): value for name, value in stream.metadata.items()}  # some writers have ALPHA_MODE
+    if tags.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
         # FFmpeg's own decoders leave out the transparency of WebM.
         decoder = av.CodecContext.create("libvpx" if decoder.name == "vp8" else "libvpx-vp9", "r")
     decoder.options = {"max_pixels": str(MAX_PIXELS)}

@@ -365,6 +365,21 @@ def test_a_transparent_clip_shows_the_background(name, options, tmp_path):
     assert_shows(read(path, background="#102030")[0], [BACKGROUND, GREEN, BLUE, GREY], within=8)
 
 
+def test_a_transparent_webm_whose_tag_is_in_capitals_shows_the_background(tmp_path):
+    """As PyAV writes it."""
+    rgba = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+    with av.open(str(tmp_path / "clip.webm"), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=16)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuva420p"
+        stream.metadata["alpha_mode"] = "1"
+        for number in range(4):
+            frame = av.VideoFrame.from_ndarray(rgba, format="rgba").reformat(format="yuva420p")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert_shows(read(tmp_path / "clip.webm", background="#102030")[0], [BACKGROUND] * 4, within=8)
+
+
 # Colour
 
 
