@@ -20,6 +20,7 @@ FLOORS = (
         "terminal",
         "demo_model",
         "user_cache",
+        "child_python",
     ),
     ("plugins",),
     ("model",),
