@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from causalrt.config import Config, override, recipe
 from causalrt.errors import MeasurementError
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.usage import WaitCounter
 from causalrt.tools.bench.ceilings import Ceilings, Probe, Way, full_work, rates_of, roofline, work_of
 from causalrt.tools.bench.machine import describe_machine, describe_moment, peak_host_bytes
@@ -322,8 +322,8 @@ def test_a_rank_that_has_ended_is_not_waited_for() -> None:
     """The first rank waits for it, and answers nothing."""
     probe = Probe.__new__(Probe)
     probe.way = Way(runtime="eager", world_size=2, threads=1)
-    probe._folder = tempfile.TemporaryDirectory()
-    probe._log = (Path(probe._folder.name) / "log").open("w+")
+    probe._folder = TemporaryFolder("bench")
+    probe._log = (probe._folder.path / "log").open("w+")
     programs = ("import time; time.sleep(600)", "import sys; sys.exit(1)")
     probe._processes = [
         subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
