@@ -219,19 +219,21 @@ def test_a_second_interrupt_ends_the_engine(tmp_path: Path) -> None:
     deferred = []
 
     def press_twice() -> None:
+        while not engine.silent_s():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.3)
         deferred.append(returned == [])
         os.kill(os.getpid(), signal.SIGINT)
 
     returned: list[str] = []
-    timer = threading.Timer(0.1, press_twice)
-    timer.start()
+    keys = threading.Thread(target=press_twice)
+    keys.start()
     try:
         next(session)
     except KeyboardInterrupt:
         returned.append("interrupted")
-    timer.join()
+    keys.join()
     assert deferred == [True]
     assert returned == ["interrupted"]
     for call in (lambda: next(session), lambda: engine.session(prompt())):

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from small_bundles import bundle_factory, num_steps, prompt
 
 import causalrt
 from causalrt.errors import EngineClosedError
-from causalrt.runtime import ranks
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,6 @@ def all_right(chunks, wanted):
     return all(torch.equal(chunk.latents, wanted[chunk.index]) for chunk in chunks)
 
 
-def interrupt_after(seconds):
-    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    return timer
-
-
 def test_a_reader_that_timed_out_goes_on(engine, wanted):
     async def watch():
         async with engine.session(prompt(), seed=2) as session:
@@ -53,14 +47,14 @@ def test_a_reader_that_timed_out_goes_on(engine, wanted):
 def test_an_interrupt_while_a_chunk_is_made_ahead(engine, wanted, monkeypatch):
     session = engine.session(prompt(), seed=2, ahead=True)
     chunks = [next(session)]
-    wait = ranks.wait
+    made = session._made
+    result = made.result
 
-    def interrupted(*args, **kwargs):
-        monkeypatch.setattr(ranks, "wait", wait)
+    def interrupted():  # in the thread of the caller, as a signal is handled
         signal.raise_signal(signal.SIGINT)
-        return wait(*args, **kwargs)
+        return result()
 
-    monkeypatch.setattr(ranks, "wait", interrupted)
+    monkeypatch.setattr(made, "result", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(session)
     chunks += session
@@ -73,7 +67,13 @@ def test_an_interrupt_while_a_session_waits_to_be_closed(engine):
     next(session)
     engine.wait()
     engine._lock.acquire()  # another session's turn
-    interrupt_after(0.1)
+
+    def interrupt():
+        while not engine._lock._waiting:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         session.close()
     engine._lock.release()
