@@ -326,7 +326,7 @@ def test_kernels_are_kept_once_everything_has_run(replays: Replays, own_cache: P
         _, bundle = replays("R", 1, collectives)
         executor = make(bundle, LocalCollectives())
         memories = SessionMemories(executor, bundle.config, bundle.layout)
-        warm_up(executor, bundle.config, bundle.layout, memories)
+        warm_up(executor, LocalCollectives(), bundle.config, bundle.layout, memories)
         (kept,) = own_cache.iterdir()
         assert kept.read_bytes() == b"kernels"
         assert len(list(own_cache.iterdir())) == files
@@ -415,7 +415,8 @@ def test_a_flush_after_a_lone_first_frame(replays: Replays, collectives: str) ->
     _, bundle = replays("J", 1, collectives)
     executor = make(bundle, LocalCollectives())
     graphs = executor._graphs = KeptKeys()  # type: ignore[assignment]
-    warm_up(executor, bundle.config, bundle.layout, SessionMemories(executor, bundle.config, bundle.layout))
+    memories = SessionMemories(executor, bundle.config, bundle.layout)
+    warm_up(executor, LocalCollectives(), bundle.config, bundle.layout, memories)
     warmed = {key[1] for key in graphs.keys}
     text = torch.zeros(bundle.config.model.text_len, bundle.config.model.text_dim)
     for switch, frames in ((None, [1, 4, 7]), (1, [1, 3, 6]), (2, [1, 4, 3])):

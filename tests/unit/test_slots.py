@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from causalrt.config import Config, VideoConfig, override, recipe
 from causalrt.layout import SlotPlan, chunk_starts, layout_from_config, slots_from_config
@@ -209,6 +210,75 @@ def test_commit_copies_the_clean_rows_and_leaves_staging_alone():
     assert torch.equal(v[:, 3 * T : 6 * T], staged), "sink frame 0, then ring frames 1 and 2"
     stage(slots, 3)
     assert torch.equal(v[:, 3 * T :], staged), "staging of the next chunk touches no history"
+
+
+PLANS = [
+    {"chunk": 3, "window": None, "sink": 0},
+    {"chunk": 3, "window": 7, "sink": 1},
+    {"chunk": 3, "window": 9, "sink": 3},
+    {"chunk": 3, "window": 8, "sink": 2, "lone": True},
+    {"chunk": 2, "window": 9, "sink": 3, "lone": True},
+    {"chunk": 1, "window": 4, "sink": 1},
+    {"chunk": 4, "window": 6, "sink": 0},
+]
+
+
+def random_slots(config: Config, *, whole_slots: bool) -> KVSlots:
+    slots = KVSlots(config, layout_from_config(config), torch.bfloat16, whole_slots=whole_slots)
+    for tensor in all_tensors(slots):
+        tensor.copy_(torch.randn(tensor.shape))
+    return slots
+
+
+def all_tensors(slots: KVSlots) -> list[torch.Tensor]:
+    """Keys and values as they are held, to the last row."""
+    return [tensor for layer in slots._pairs for pair in layer for tensor in pair]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "-".join(f"{key}{value}" for key, value in plan.items()))
+@pytest.mark.parametrize("whole_slots", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_commit_is_to_the_bit_what_copying_frame_by_frame_gives(plan, whole_slots, world_size):
+    config = override(video(**plan, chunks=7), {"build.world_size": str(world_size)})
+    slots, rows = random_slots(config, whole_slots=whole_slots), config.tokens_per_frame
+    expected = [tensor.clone() for tensor in all_tensors(slots)]
+    for chunk, (first_frame, _) in enumerate(
+        chunks_of(chunk=plan["chunk"], chunks=7, lone=config.video.lone_first_frame)
+    ):
+        lone = config.video.lone_first_frame and chunk == 0
+        for tensor, copy in zip(all_tensors(slots), expected, strict=True):
+            staged = torch.randn(tensor[..., : plan["chunk"] * rows, :].shape).to(tensor.dtype)
+            tensor[..., : plan["chunk"] * rows, :] = copy[..., : plan["chunk"] * rows, :] = staged
+        for source, target in slots.plan.commits(first_frame, lone=lone):
+            for copy in expected:
+                copy[..., target * rows : (target + 1) * rows, :] = copy[..., source * rows : (source + 1) * rows, :]
+        slots.commit(first_frame, lone=lone)
+        assert all(torch.equal(*pair) for pair in zip(all_tensors(slots), expected, strict=True))
+
+
+class Operators(TorchDispatchMode):
+    """The operators that torch is called with, and their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("whole_slots", [False, True])
+def test_a_commit_is_one_operator_whatever_the_layers(whole_slots):
+    """Of contiguous views: for others, CUDA's `_foreach_copy_` would launch a kernel for each."""
+    config = override(recipe("tiny"), {"model.num_layers": "30", "build.world_size": "2"})
+    slots = random_slots(config, whole_slots=whole_slots)
+    with Operators() as operators:
+        slots.commit(3)
+    ((operator, (targets, sources)),) = operators.calls
+    assert operator is torch.ops.aten._foreach_copy_.default
+    assert len(targets) >= 3 * 30 * 2
+    assert all(view.is_contiguous() for view in (*targets, *sources))
 
 
 def test_rows_moved_counts_rows_of_time_not_of_layers():

@@ -44,7 +44,15 @@ class KVSlots:
             [(slots(share.num_heads), slots(share.num_heads)) for share in layout.shares]
             for _ in range(config.model.num_layers)
         ]
+        self._frames = self._views_of_frames()
         self.rows_moved = 0
+
+    def _views_of_frames(self) -> list[list[torch.Tensor]]:
+        """Of each frame's slots, every tensor's part; heads apart where they are slow, so that each view is contiguous."""
+        tensors = [tensor[0] for layer in self._pairs for pair in layer for tensor in pair]
+        matrices = [head for tensor in tensors for head in tensor] if self.whole_slots else tensors
+        by_matrix = [matrix.split(self._tokens_per_frame) for matrix in matrices]
+        return [list(views) for views in zip(*by_matrix, strict=True)]
 
     def clear(self) -> None:
         """Forget an earlier session: its rows are never read as filled ones, but must be finite where they are masked."""
@@ -83,12 +91,14 @@ class KVSlots:
         return found
 
     def commit(self, first_frame: int, *, lone: bool = False) -> None:
-        """Copy the clean chunk from staging to history; at most F frames, whatever the window."""
-        rows = self._tokens_per_frame
-        for staged, slot in self.plan.commits(first_frame, lone=lone):
-            self.rows_moved += rows
-            source, target = slice(staged * rows, (staged + 1) * rows), slice(slot * rows, (slot + 1) * rows)
-            for layer in self._pairs:
-                for pair in layer:
-                    for tensor in pair:
-                        tensor[..., target, :] = tensor[..., source, :]
+        """Copy the clean chunk from staging to history; at most F frames, whatever the window.
+
+        History never overlaps staging, so the order of the copies does not matter.
+        """
+        moves = list(self.plan.commits(first_frame, lone=lone))
+        if not moves:
+            return
+        sources = [view for staged, _ in moves for view in self._frames[staged]]
+        targets = [view for _, slot in moves for view in self._frames[slot]]
+        torch._foreach_copy_(targets, sources)  # a few launches for all layers; on contiguous views alone
+        self.rows_moved += len(moves) * self._tokens_per_frame

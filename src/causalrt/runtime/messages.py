@@ -56,7 +56,8 @@ class OpenCommand:
 class ChunkCommand:
     """Generate a session's next chunk: rank 0 answers `Latents`, then every rank `Done`.
 
-    `frame` is where in the video the caller takes the chunk to begin; a rank that is elsewhere fails.
+    `frame` is where in the video the caller takes the chunk to begin; a rank that is elsewhere fails. `draw_next` has the ranks
+    draw the first noise of the chunk that follows.
     """
 
     session: int
@@ -64,6 +65,7 @@ class ChunkCommand:
     frame: int
     refresh: bool
     record: bool
+    draw_next: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,6 +76,7 @@ class RankServer:
                     frame=command.frame,
                     refresh=command.refresh,
                     record=command.record,
+                    draw_next=command.draw_next,
                     deliver=lambda rows, times: send(self._channel, Latents(rows=rows, times=times)),
                 )
                 return Done(times=times, records=tuple(records), kv_rows_moved=rollout.slots.rows_moved)
@@ -140,7 +141,7 @@ class RankServer:
         self._memories = SessionMemories(self._executor, self._bundle.config, self._bundle.layout)
         self._waits = WaitCounter(device)
         if executor_kind(command.executor).warms_up:
-            warm_up(self._executor, self._bundle.config, self._bundle.layout, self._memories)
+            warm_up(self._executor, self._collectives, self._bundle.config, self._bundle.layout, self._memories)
         logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
         free_bytes = device_free_bytes(device)
         if free_bytes is not None:  # what warming up has left is there for sessions

@@ -8,8 +8,13 @@ Two counts: `_frame` is where the next chunk lies in the video, `_history` is ho
 differ after a prompt switch that drops or rebuilds history. The chunk at frame 0 may be one frame (`independent_first_frame`);
 it has a layout, and an executor's step, of its own.
 
-Elementwise work is on local rows; the only communication is the step's own and the gather of what leaves the ranks. On a GPU
-everything is queued without waiting: the host first waits when it copies the latents out, and again at the chunk's end.
+Elementwise work is on local rows; the only communication is the step's own and the gather of what leaves the ranks.
+
+A GPU is kept busy: everything is queued without waiting, and the host uses the time of the refresh to hand the latents over
+and to draw the next chunk's first noise. On a CPU nothing is queued, so the latents are handed over before the refresh::
+
+    GPU    queue steps, gather, copy, refresh, commit | wait for the copy | deliver | draw | wait for the commit
+    CPU    steps, gather | deliver | refresh, commit | draw
 """
 
 import math
@@ -44,7 +49,7 @@ class ChunkTimes:
         denoise_ms: each denoising step, exchange included.
         exchange_ms: the part of the denoising steps spent in all-to-alls; None on a GPU, where nobody waits for them.
         gather_ms: collecting the latents on rank 0.
-        refresh_ms: the refresh and the commit; after the latents are handed over.
+        refresh_ms: the refresh and the commit; after the latents are handed over, or on a GPU meanwhile.
         all_to_all_calls: exchanges of the denoising steps that the host called: none inside an engine or a CUDA graph.
         rows_sent: rows of one head that the rank sent in them, those to itself included.
         kv_frames: latent frames attended over.
@@ -87,6 +92,7 @@ class Rollout:
         self._lone = config.video.lone_first_frame
         self._layout = self._layouts[self._lone]
         self._noise = noise
+        self._drawn: tuple[int, torch.Tensor] | None = None
         self.memory, self.slots = memory, memory.slots
         memory.begin(executor.encode_prompt(text))
         self._schedule = schedule_from_config(config.sampler)
@@ -96,6 +102,11 @@ class Rollout:
         self._frame = self._history = 0
         self._clean: list[tuple[int, torch.Tensor]] = []
 
+    @property
+    def kv_frames(self) -> int:
+        """Latent frames that the next chunk attends over, its own included."""
+        return self.slots.plan.valid_frames(self._history, lone=self._next_is_lone)
+
     def chunk(
         self,
         index: int,
@@ -103,6 +114,7 @@ class Rollout:
         frame: int | None = None,
         refresh: bool,
         record: bool,
+        draw_next: bool = False,
         deliver: Callable[[torch.Tensor, ChunkTimes], None],
     ) -> tuple[ChunkTimes, list[StepRecord]]:
         """Generate chunk `index`; chunks are generated in order.
@@ -112,51 +124,62 @@ class Rollout:
             frame: where in the video the caller takes it to begin; None if it does not say.
             refresh: leave clean keys and values for the next chunk.
             record: gather the flow and x0 of every forward on rank 0.
-            deliver: called on rank 0 with the latents `[N, 64]` and the times so far, before the refresh.
+            draw_next: after a refresh, draw the first noise of chunk `index + 1`, so that a GPU need not wait for it.
+            deliver: called on rank 0 with the latents `[N, 64]` and the times so far: before the refresh on a CPU, during it on
+                a GPU.
         """
         if frame not in (None, self._frame):
             raise RuntimeError(f"chunk {index} begins at frame {frame}, and this rank is at {self._frame}")
-        slots, watch = self.slots, stopwatch_for(self._device)
+        watch, times = stopwatch_for(self._device), ChunkTimes(kv_frames=self.kv_frames)
         self._bind()
-        times = ChunkTimes(kv_frames=slots.plan.valid_frames(self._history, lone=self._lone))
         records: list[StepRecord] = []
         sigmas = self._schedule.sigmas
         self._collectives.take_traffic()
 
-        x = self._local_noise(index, 0)
-        marks = []
+        x = self._first_noise(index)
+        steps = []
         for k, (e, e0) in enumerate(self._times):
             start = watch.mark()
             flow = self._step(x, (e, e0))
             x0 = (x.double() - sigmas[k] * flow.double()).float()
             if k + 1 < len(sigmas):
                 x = (1 - sigmas[k + 1]) * x0 + sigmas[k + 1] * self._local_noise(index, k + 1)
-            marks.append((start, watch.mark()))
+            steps.append((start, watch.mark()))
             if record:
                 self._record(records, flow, x0)
         traffic = self._collectives.take_traffic()
         times.all_to_all_calls, times.rows_sent = traffic.all_to_all_calls, traffic.rows_sent
+        if self._device.type == "cpu":
+            times.exchange_ms = 1e3 * traffic.wait_s
 
         start = watch.mark()
         latents = self._gather(x0)
-        end = watch.mark()
-        self._wait()
-        if self._device.type == "cpu":
-            times.exchange_ms = 1e3 * traffic.wait_s
-        times.denoise_ms = [watch.ms(*pair) for pair in marks]
-        times.gather_ms = watch.ms(start, end)
-        if latents is not None:
-            deliver(latents, times)
+        gathered = watch.mark()
 
+        def hand_over() -> None:
+            watch.wait(gathered)
+            times.denoise_ms = [watch.ms(*step) for step in steps]
+            times.gather_ms = watch.ms(start, gathered)
+            if latents is not None:
+                deliver(latents, times)
+
+        if self._device.type == "cpu":
+            hand_over()
         if refresh:
-            start = watch.mark()
+            refresh_start = watch.mark()
             flow = self._step(x0, self._context_time)
             self._commit(x0)
-            end = watch.mark()
-            self._wait()
-            times.refresh_ms = watch.ms(start, end)
+            refresh_end = watch.mark()
             if record:
                 self._record(records, flow, None)
+        if self._device.type == "cuda":
+            hand_over()
+        if refresh:
+            if draw_next:
+                self._shape_for_next()
+                self._drawn = index + 1, self._local_noise(index + 1, 0)
+            self._wait()
+            times.refresh_ms = watch.ms(refresh_start, refresh_end)
         return times, records
 
     def take_given(self, rows: torch.Tensor, *, record: bool) -> list[StepRecord]:
@@ -241,10 +264,17 @@ class Rollout:
         self._frame, self._history = frame, history
         self._wait()
 
+    @property
+    def _next_is_lone(self) -> bool:
+        return self._config.video.lone_first_frame and self._frame == 0
+
+    def _shape_for_next(self) -> None:
+        self._lone = self._next_is_lone
+        self._layout = self._layouts[self._lone]
+
     def _bind(self) -> None:
         """Go to the next chunk, and bind what it attends to."""
-        self._lone = self._config.video.lone_first_frame and self._frame == 0
-        self._layout = self._layouts[self._lone]
+        self._shape_for_next()
         self._executor.bind(
             self.slots.filled(self._history, lone=self._lone),
             self.memory.cross_kv,
@@ -274,6 +304,12 @@ class Rollout:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
+    def _first_noise(self, chunk: int) -> torch.Tensor:
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None and drawn[0] == chunk:
+            return drawn[1]
+        return self._local_noise(chunk, 0)
+
     def _local_noise(self, chunk: int, draw: int) -> torch.Tensor:
         shape = (self._layout.num_tokens, self._config.model.patch_features)
         return self._local_rows(self._noise.draw(chunk, draw, shape))
@@ -288,8 +324,9 @@ class Rollout:
         return rows
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """All rows on rank 0's host; from a GPU they arrive, in pinned memory, when the work queued so far is done."""
         gathered = self._collectives.gather(rows.float())
-        return None if gathered is None else gathered[: self._layout.num_tokens].to("cpu", copy=True)
+        return None if gathered is None else gathered[: self._layout.num_tokens].to("cpu", non_blocking=True, copy=True)
 
     def _record(self, records: list[StepRecord], flow: torch.Tensor, x0: torch.Tensor | None) -> None:
         flows, clean = self._gather(flow), None if x0 is None else self._gather(x0)

@@ -182,10 +182,16 @@ class Session:
         with engine._turn():
             engine._settle()
             queue_ms = 1e3 * (time.perf_counter() - asked)
-            refresh = self._record or index + 1 < self.num_chunks
-            frame = engine.config.video.first_frame_of(self._num_given + index)
+            more = index + 1 < self.num_chunks
             engine._pool.send(
-                ChunkCommand(session=self.number, index=index, frame=frame, refresh=refresh, record=self._record)
+                ChunkCommand(
+                    session=self.number,
+                    index=index,
+                    frame=engine.config.video.first_frame_of(self._num_given + index),
+                    refresh=self._record or more,
+                    record=self._record,
+                    draw_next=more,
+                )
             )
             self.times[index] = {}
             self.times.pop(index - MAX_TIMES, None)

@@ -14,8 +14,11 @@ class Stopwatch(Protocol):
     def mark(self) -> int:
         """A moment, by number; on a GPU that at which the work queued so far is done. Never waits."""
 
+    def wait(self, mark: int) -> None:
+        """Return once that moment has come."""
+
     def ms(self, start: int, end: int) -> float:
-        """Milliseconds between two marks; on a GPU only after a synchronisation."""
+        """Milliseconds between two marks; on a GPU only after both moments have come."""
 
 
 class HostStopwatch:
@@ -28,6 +31,9 @@ class HostStopwatch:
         """See `Stopwatch.mark`."""
         self._marks.append(time.perf_counter())
         return len(self._marks) - 1
+
+    def wait(self, mark: int) -> None:
+        """See `Stopwatch.wait`; the host's clock is past every mark."""
 
     def ms(self, start: int, end: int) -> float:
         """See `Stopwatch.ms`."""
@@ -46,6 +52,10 @@ class CudaStopwatch:
         event.record()
         self._marks.append(event)
         return len(self._marks) - 1
+
+    def wait(self, mark: int) -> None:
+        """See `Stopwatch.wait`."""
+        self._marks[mark].synchronize()
 
     def ms(self, start: int, end: int) -> float:
         """See `Stopwatch.ms`."""

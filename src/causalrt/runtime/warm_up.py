@@ -1,35 +1,51 @@
-"""Run every kind of step once before the first session, so that none pays for compilation or for the capture of CUDA graphs."""
+"""Play short videos before the first session, so that none pays for compilation, lazy set-up or the capture of CUDA graphs."""
 
 import torch
 
 from causalrt.config import Config
 from causalrt.engines.base import Executor
-from causalrt.layout import Layout, chunk_starts
+from causalrt.layout import Layout
+from causalrt.runtime.collectives import CountingCollectives
+from causalrt.runtime.noise import SeededNoise
+from causalrt.runtime.rollout import ChunkTimes, Rollout
 from causalrt.runtime.session_memory import SessionMemories
 
 
-def warm_up(executor: Executor, config: Config, layout: Layout, memories: SessionMemories) -> None:
-    """One step over each number of KV rows that occurs, in the memory that the first session will take.
+def warm_up(
+    executor: Executor, collectives: CountingCollectives, config: Config, layout: Layout, memories: SessionMemories
+) -> None:
+    """Play a whole chunk of each kind, and a step over each number of KV rows that occurs.
 
+    It is a session like any other, in the memory that the first one will take on a GPU, and nothing of it is left.
     Collective: every rank calls it once it has made its executor.
     """
-    model, device = config.model, executor.device
-    memory = memories.take()
-    memory.begin(executor.encode_prompt(torch.zeros(model.text_len, model.text_dim)))
-    e, e0 = executor.embed_time(0.0)
-    met: set[int] = set()
-    chunks = [(False, first_frame) for first_frame in chunk_starts(config)]
-    if config.video.lone_first_frame:
-        chunks.insert(0, (True, 0))
-    for lone, first_frame in chunks:
-        rows = memory.slots.filled_rows(first_frame, lone=lone)
-        if rows not in met:
-            met.add(rows)
-            slots = memory.slots.filled(first_frame, lone=lone)
-            executor.bind(slots, memory.cross_kv, kv_rows=rows, memory=memory.number, lone=lone)
-            tokens = (layout.with_tokens(config.tokens_per_frame) if lone else layout).local_tokens
-            executor.step(torch.zeros(tokens, model.patch_features, device=device), e, e0, first_frame)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    model, video, memory = config.model, config.video, memories.take()
+    text, clean = (
+        torch.zeros(model.text_len, model.text_dim),
+        torch.zeros(config.tokens_per_chunk, model.patch_features),
+    )
+    # History after a lone first frame is one frame and whole chunks, or whole chunks alone once a flush has dropped it.
+    for flush in (False, True) if video.lone_first_frame else (False,):
+        rollout = Rollout(executor, collectives, config, layout, text=text, noise=SeededNoise(0), memory=memory)
+        attended = _play(rollout, 0)
+        if flush:
+            rollout.switch_prompt(text, "flush")
+            attended = _play(rollout, 1)
+        for _ in range(2 if flush else 1, video.horizon_chunks):
+            if rollout.kv_frames == attended:
+                break  # the window is full
+            attended = rollout.kv_frames
+            rollout.take_given(clean, record=False)
+    collectives.take_traffic()
     memories.give_back(memory)
     executor.warmed_up()
+
+
+def _play(rollout: Rollout, index: int) -> int:
+    """Generate a chunk whose latents nobody wants; how many frames it attended over."""
+    times, _ = rollout.chunk(index, refresh=True, record=False, deliver=_drop)
+    return times.kv_frames
+
+
+def _drop(latents: torch.Tensor, times: ChunkTimes) -> None:
+    """Deliver to nobody."""

@@ -91,7 +91,7 @@ def test_sessions_one_after_another_in_one_memory(tmp_path, plugins):
     memories = SessionMemories(executor, config, bundle.layout)
     memory = memories.take()
     memories.take = lambda: memory  # kept, as on a GPU
-    warm_up(executor, config, bundle.layout, memories)
+    warm_up(executor, LocalCollectives(), config, bundle.layout, memories)
 
     def latents(seed: int, memory: SessionMemory) -> torch.Tensor:
         text = torch.randn(config.model.text_len, config.model.text_dim, generator=torch.Generator().manual_seed(seed))
