@@ -8,9 +8,7 @@ Set PYTORCH_NO_CUDA_MEMORY_CACHING=1 for the sanitizer, or torch's allocator hid
 kernels down some hundred times; what it must not find is anything.
 """
 
-import enum
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -151,10 +149,7 @@ ENGINES = {
 @pytest.fixture
 def plugin(monkeypatch, tmp_path):
     """Runs a plugin as TensorRT does: (name, inputs by name, attributes) -> outputs, those in place included."""
-    trt = types.ModuleType("tensorrt")
-    trt.__version__ = "stand-in"
-    trt.DataType = enum.Enum("DataType", [name for name, _ in TYPES.values()])
-    trt.TensorFormat = enum.Enum("TensorFormat", ["LINEAR"])
+    trt = double.make_trt()
     major, minor = torch.cuda.get_device_capability(DEVICE)
     with monkeypatch.context() as registering:  # later imports of torch must not find a stand-in
         for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt"]:

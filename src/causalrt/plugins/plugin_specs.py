@@ -29,8 +29,8 @@ from causalrt.plugins.qk_norm_rope import check_operands as check_qk_norm_rope
 from causalrt.plugins.share_blocks import blocks_from_shares
 
 ATTRIBUTE_TYPES = (int, float)
-RESERVED_NAMES = frozenset({"outputs", "stream", "tactic"})
-"""Names that TensorRT's plugin functions give a meaning of their own."""
+RESERVED_NAMES = frozenset({"aot", "outputs", "stream", "tactic"})
+"""Names that have a meaning of their own: `aot` to TensorRT's ONNX parser, the others to its plugin functions."""
 
 DTYPE_FROM_ONNX = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}
 """Types of an output that no input has, by their number in ONNX."""

@@ -26,7 +26,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.torch_version import TorchVersion
 
 from causalrt.errors import ExecutorError, KernelError, OperandError
 from causalrt.plugins.kernel_launch import require_triton
@@ -75,7 +77,7 @@ def plugin_api(trt: Any) -> Any:
     """The module with the plugin API of a TensorRT.
 
     Raises:
-        ExecutorError: it has none.
+        ExecutorError: it has none, or one that fails under the NumPy that is installed.
     """
     advice = "take executor tensorrt, or build with --plugins off"
     try:
@@ -84,6 +86,12 @@ def plugin_api(trt: Any) -> Any:
         raise ExecutorError(f"{trt.__name__} has no plugin API ({error}); {advice}") from error
     if not hasattr(api, "aot_impl") or not hasattr(api, "KernelLaunchParams"):
         raise ExecutorError(f"{trt.__name__} {trt.__version__} cannot compile plugins ahead of time; {advice}")
+    if TorchVersion(trt.__version__) < (11, 2) and TorchVersion(np.__version__) >= (2, 4):
+        raise ExecutorError(
+            f"the plugin API of TensorRT {trt.__version__} fails under NumPy {np.__version__}: before 11.2 it converts "
+            "attributes in a way that NumPy refuses since 2.4; `pip install 'tensorrt-cu13>=11.2,<12'`, or build with "
+            "--plugins off"
+        )
     return api
 
 

@@ -7,7 +7,8 @@ import pytest
 from onnx import helper
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
-import tensorrt_double as double
+import real_bindings
+from interpreter import run_tests
 from test_plugin_functions import fused_step
 
 from causalrt.errors import BuildError, ExecutorError
@@ -18,7 +19,6 @@ from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.plugin_nodes import use_plugins_pass
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
 from causalrt.plugins.plugin_specs import SPECS
-from causalrt.plugins.tensorrt_plugin import register_plugins
 
 SPEC_BY_NAME = {spec.name: spec for spec in SPECS}
 
@@ -60,58 +60,8 @@ def test_keys_are_split_where_the_gpu_is_not_full():
         assert all(order.get(name, -1) < number for name in node.input)
 
 
-@pytest.fixture(params=["small", "library"])
-def build_plugin(request, monkeypatch, tmp_path):
-    """What TensorRT makes of a plugin's node: (name, inputs, attributes) -> Built."""
-    if request.param == "library" and not double.has_library():
-        pytest.skip("needs TensorRT's Python")
-    trt = double.make_trt()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    library = request.param == "library"
-    api = double.library_api() if library else double.small_api()
-    build = double.build_with_library if library else double.build_with_small
-    register_plugins(trt, target=80, cache=tmp_path)
-    yield trt, lambda name, inputs, attributes: build(trt, api, name, inputs, attributes)
-    for name in [name for name in sys.modules if name.startswith("tensorrt.")]:
-        del sys.modules[name]
-    register_plugins.cache_clear()
-
-
-@pytest.mark.parametrize(("num_multiprocessors", "num_nodes"), [(1, 4), (512, 6)])
-def test_every_node_is_what_its_plugin_declares(build_plugin, num_multiprocessors, num_nodes):
-    # Output shapes and types that the plugins derive are those that the graph has, through TensorRT's own Python.
-    trt, build = build_plugin
-    _, model, _, _ = with_plugins(2, num_multiprocessors=num_multiprocessors, frames=300)
-    kinds = {1: "FLOAT", 6: "INT32", 7: "INT64", 16: "BF16"}
-    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
-    known = {value.name: value.type.tensor_type for value in values}
-    types = {
-        name: (getattr(trt.DataType, kinds[kind.elem_type]), tuple(size.dim_value for size in kind.shape.dim))
-        for name, kind in known.items()
-    }
-    for tensor in model.graph.initializer:
-        types[tensor.name] = (getattr(trt.DataType, kinds[tensor.data_type]), tuple(tensor.dims))
-    checked = 0
-    for node in model.graph.node:
-        if node.op_type not in SPEC_BY_NAME:
-            continue
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        built = build(node.op_type, [types[name] for name in node.input], attributes)
-        made = list(zip(built.dtypes, built.shapes, strict=True))
-        for name, (dtype, shape) in zip(node.output, made, strict=True):
-            assert types.setdefault(name, (dtype, tuple(shape))) == (dtype, tuple(shape)), name
-        spec = SPEC_BY_NAME[node.op_type]
-        aliases = [spec.inputs.index(name) for name in spec.in_place]
-        assert built.aliases == [-1] * len(spec.outputs) + aliases
-        outputs = {value.name for value in model.graph.output}
-        for position in range(len(spec.outputs), len(node.output)):  # written in place: bound to its input's address
-            source = node.input[built.aliases[position]]
-            assert node.output[position] == f"{source}.written"
-            assert node.output[position] in outputs
-        checked += 1
-    assert checked == num_nodes
+def test_every_node_is_what_its_plugin_declares(tmp_path, request):
+    run_tests(request.path.with_name("over_bindings_plugin_nodes.py"), real_bindings.environment(tmp_path))
 
 
 # ---- what is refused

@@ -1,4 +1,4 @@
-"""Runs a file of tests in Triton's interpreter: a process of its own, since the choice is made when Triton is imported."""
+"""Runs a file of tests in a process of its own, for what must be settled before Python starts or a module is imported."""
 
 import os
 import subprocess
@@ -7,13 +7,17 @@ from pathlib import Path
 
 
 def run_in_interpreter(name, *, timeout_s=300):
-    """Run the tests of `name`, beside this file; on failure, show what they print."""
-    path = Path(__file__).with_name(name)
+    """Run the tests of `name`, beside this file, in Triton's interpreter, for which it decides when it is imported."""
+    run_tests(Path(__file__).with_name(name), {"TRITON_INTERPRET": "1"}, timeout_s=timeout_s)
+
+
+def run_tests(path, environment, *, timeout_s=300):
+    """Run the tests of a file in a changed environment; on failure, show what they print."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=timeout_s,
     )
-    assert done.returncode == 0, f"{name} in the interpreter:\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{path.name} with {environment}:\n{done.stdout}\n{done.stderr}"
