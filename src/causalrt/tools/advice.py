@@ -52,7 +52,7 @@ def _with_gpus(working: Sequence[Mapping[str, Any]], can: Mapping[str, Any]) -> 
     if "on GPUs" in can["build and run onnxruntime"]["detail"]:
         runs.append("onnxruntime")
     ranks = len(working) if can["run several ranks on GPUs"]["ok"] else 1
-    summary = f"This machine has {names}. It runs {_listed(runs)} on up to {_ranks(ranks)}."
+    summary = f"This machine has {names}. It runs {_listed(runs)} on {_up_to(ranks)}."
     flavour = engine_flavour(working[0]["target"])
     commands = [(GPU_DAY, "tries everything on these GPUs within ten minutes, and writes a report; start with this")]
     if flavour is None:
@@ -76,15 +76,15 @@ def _without_gpu(found: Mapping[str, Any], *, has_gpu: bool) -> tuple[str, list[
     ]
     ranks = found["machine"]["threads"] if can["run several ranks on CPUs"]["ok"] else 1
     lacks = "No GPU of this machine can be used yet" if has_gpu else "This machine has no NVIDIA GPU"
-    summary = f"{lacks}. On the CPU it runs {_listed(runs)}, best on up to {_ranks(ranks)}."
+    summary = f"{lacks}. On the CPU it runs {_listed(runs)}, best on {_up_to(ranks)}."
     commands = [("causalrt demo", "makes a video with the small model that ships with the package")]
+    if has_gpu:
+        return summary, [("causalrt doctor", "looks again, once the problem is solved"), *commands]
     if can["build tensorrt_rtx engines"]["ok"]:
         targets = ", ".join(DOCUMENTED_TARGETS["tensorrt_rtx"])
         summary += f" It can also build TensorRT-RTX engines for RTX cards in other machines ({targets})."
         build = f"{BUILD} --executor tensorrt_rtx --target sm89 --out bundle"
         commands.append((build, "builds TensorRT-RTX engines for an RTX 4090"))
-    if has_gpu:
-        commands.insert(0, ("causalrt doctor", "once the problems above are solved"))
     return summary, commands
 
 
@@ -137,6 +137,8 @@ def _other_problems(found: Mapping[str, Any], working: Sequence[Mapping[str, Any
     onnxruntime = can["build and run onnxruntime"]
     if not onnxruntime["ok"] or "overwrite each other" in onnxruntime["detail"]:
         problems.append(f"onnxruntime: {onnxruntime['detail']}")
+    elif working and "on the CPU only" in onnxruntime["detail"]:
+        problems.append("onnxruntime runs on the CPU only; install onnxruntime-gpu in its place to use these GPUs")
     if "without plugins" in can["build tensorrt engines"]["detail"]:
         problems.append(f"tensorrt: {can['build tensorrt engines']['detail']}")
     if len(working) < 2:
@@ -166,6 +168,10 @@ def _gpus(number: int) -> str:
 
 def _ranks(number: int) -> str:
     return f"{number} rank{'' if number == 1 else 's'}"
+
+
+def _up_to(number: int) -> str:
+    return f"up to {number} ranks" if number > 1 else "one rank"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -108,10 +108,7 @@ def _abilities(gpus: Sequence[Gpu]) -> dict[str, dict[str, Any]]:
             dist.is_available() and dist.is_gloo_available(),
             "gloo" if dist.is_gloo_available() else "this torch has no gloo; install one that has",
         ),
-        "run several ranks on GPUs": _answer(
-            len(gpus) > 1 and dist.is_nccl_available(),
-            f"{len(gpus)} GPUs, " + ("NCCL" if dist.is_nccl_available() else "this torch has no NCCL"),
-        ),
+        "run several ranks on GPUs": _ranks_on_gpus(len(gpus)),
         **{f"build {name} engines": _tensorrt(flavour, bool(gpus)) for name, flavour in FLAVOURS.items()},
         **{f"run {name} engines": _run_tensorrt(flavour, gpus) for name, flavour in FLAVOURS.items()},
         "build engines by torch-tensorrt": _torch_tensorrt(),
@@ -120,6 +117,13 @@ def _abilities(gpus: Sequence[Gpu]) -> dict[str, dict[str, Any]]:
 
 def _answer(ok: bool, detail: str) -> dict[str, Any]:
     return {"ok": ok, "detail": detail}
+
+
+def _ranks_on_gpus(gpus: int) -> dict[str, Any]:
+    if gpus < 2:
+        return _answer(False, f"each rank needs a GPU of its own, and CUDA has {gpus or 'none'} here")
+    nccl = dist.is_nccl_available()
+    return _answer(nccl, f"{gpus} GPUs, {'NCCL' if nccl else 'but this torch has no NCCL; install one that has'}")
 
 
 def _inductor(gpu: bool) -> dict[str, Any]:
@@ -133,7 +137,7 @@ def _inductor(gpu: bool) -> dict[str, Any]:
 
 
 def _fused_ops(gpu: bool) -> dict[str, Any]:
-    return _answer_of(_check_can_launch) if gpu else _answer(False, "no GPU here")
+    return _answer_of(_check_can_launch) if gpu else _answer(False, "CUDA has no GPU here")
 
 
 def _check_can_launch() -> str:
@@ -191,7 +195,7 @@ def _tensorrt(flavour: Flavour, gpu: bool) -> dict[str, Any]:
 
 def _run_tensorrt(flavour: Flavour, gpus: Sequence[Gpu]) -> dict[str, Any]:
     if not gpus:
-        return _answer(False, "no GPU here")
+        return _answer(False, "CUDA has no GPU here")
     built = _tensorrt(flavour, gpu=True)
     others = [gpu.target for gpu in gpus if flavour.targets and gpu.target not in flavour.targets]
     if built["ok"] and others:

@@ -53,8 +53,12 @@ def _paragraph(console: Console, text: str) -> None:
 
 def _machine_rows(machine: Mapping[str, Any], extras: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "system", machine["platform"]
-    quota = "" if machine["cpu_quota"] is None else f", a control group grants the time of {machine['cpu_quota']:g}"
-    yield "processors", f"{machine['cores']}{quota}: {machine['threads']} threads"
+    quota = (
+        ""
+        if machine["cpu_quota"] is None
+        else f", of which a control group grants the time of {machine['cpu_quota']:g}"
+    )
+    yield "processors", f"{machine['cores']}{quota}; threads to be used: {machine['threads']}"
     limit = "" if machine["memory_limit_gib"] is None else f", a control group allows {machine['memory_limit_gib']} GiB"
     yield "memory", f"{_gib(machine['memory_available_gib'])} free{limit}"
     yield "/dev/shm", _gib(machine["shared_memory_gib"])

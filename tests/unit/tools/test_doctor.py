@@ -5,6 +5,7 @@ import io
 import json
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -189,7 +190,7 @@ def test_one_gpu_of_several_that_does_not_work(machine):
     found, said = examined()
     assert not found["next"]["gpus_usable"]
     assert "GPU 1 (NVIDIA A100) does not work: CUDA error: uncorrectable ECC error" in said
-    assert "on up to 1 rank." in said
+    assert "It runs eager and inductor on one rank." in said
 
 
 def test_what_slows_or_stops_several_ranks(machine, monkeypatch):
@@ -204,7 +205,7 @@ def test_what_slows_or_stops_several_ranks(machine, monkeypatch):
 def test_several_gpus_without_nccl(machine):
     machine(cards(2), nccl=False)
     found, said = examined()
-    assert "one rank only: 2 GPUs, this torch has no NCCL" in said
+    assert "one rank only: 2 GPUs, but this torch has no NCCL" in said
     assert "--world-size 1" in commands(found)[1]
 
 
@@ -218,7 +219,7 @@ def test_no_compiler_on_a_gpu(machine, monkeypatch, tmp_path):
     assert not found["can"]["run fused ops on GPUs"]["ok"]
     assert "compilers C: none, C++: none" in said
     assert "Problem: inductor does not run: Triton needs a C compiler to launch kernels on a GPU" in said
-    assert "It runs eager on up to 1 rank" in said
+    assert "It runs eager on one rank" in said
 
 
 def test_no_compiler_on_a_cpu(machine, monkeypatch, tmp_path):
@@ -301,6 +302,17 @@ def test_tensorrt_whose_plugins_break_under_this_numpy(machine, imports, monkeyp
     assert answer["detail"].startswith(version)
     assert ("without plugins: before 11.2" in answer["detail"]) == warned
     assert ("Problem: tensorrt: " in said) == warned
+
+
+@pytest.mark.parametrize(
+    ("providers", "said_so"), [(["CPUExecutionProvider"], True), (["CUDAExecutionProvider"], False)]
+)
+def test_onnxruntime_that_leaves_gpus_unused(machine, imports, providers, said_so):
+    machine(cards(1))
+    imports("onnxruntime", SimpleNamespace(__version__="1.31.1", get_available_providers=lambda: providers))
+    _, said = examined()
+    assert ("install onnxruntime-gpu in its place" in said) == said_so
+    assert ("It runs eager, inductor and onnxruntime" in said) == (not said_so)
 
 
 def test_tensorrt_of_which_only_the_folder_is_here(machine, imports):
