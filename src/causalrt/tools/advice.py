@@ -15,9 +15,9 @@ BUILD = "causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt 
 GPU_DAY = "causalrt gpu-day --budget 570 --out gpu-day"
 
 
-def engine_flavour(target: str) -> str | None:
-    """The TensorRT executor that is documented for an architecture, for example `tensorrt` for `sm80`; None if neither is."""
-    return next((name for name, targets in DOCUMENTED_TARGETS.items() if target in targets), None)
+def recommended_executor(target: str) -> str:
+    """The executor for a GPU architecture, for example `tensorrt` for `sm80`; `inductor` where neither TensorRT is documented."""
+    return next((name for name, targets in DOCUMENTED_TARGETS.items() if target in targets), "inductor")
 
 
 def advise(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,9 +53,9 @@ def _with_gpus(working: Sequence[Mapping[str, Any]], can: Mapping[str, Any]) -> 
         runs.append("onnxruntime")
     ranks = len(working) if can["run several ranks on GPUs"]["ok"] else 1
     summary = f"This machine has {names}. It runs {_listed(runs)} on {_up_to(ranks)}."
-    flavour = engine_flavour(working[0]["target"])
+    flavour = recommended_executor(working[0]["target"])
     commands = [(GPU_DAY, "tries everything on these GPUs within ten minutes, and writes a report; start with this")]
-    if flavour is None:
+    if flavour == "inductor":
         summary += f" NVIDIA documents neither TensorRT for {working[0]['target']}."
         return summary, [*commands, (f"{BUILD} --world-size {ranks} --out bundle", "builds for eager and inductor")]
     target = f" --target {working[0]['target']}" if flavour == "tensorrt_rtx" else ""
@@ -138,7 +138,7 @@ def _other_problems(found: Mapping[str, Any], working: Sequence[Mapping[str, Any
     if not onnxruntime["ok"] or "overwrite each other" in onnxruntime["detail"]:
         problems.append(f"onnxruntime: {onnxruntime['detail']}")
     elif working and "on the CPU only" in onnxruntime["detail"]:
-        problems.append("onnxruntime runs on the CPU only; install onnxruntime-gpu in its place to use these GPUs")
+        problems.append(f"onnxruntime leaves the GPUs unused: {onnxruntime['detail']}")
     if "without plugins" in can["build tensorrt engines"]["detail"]:
         problems.append(f"tensorrt: {can['build tensorrt engines']['detail']}")
     if len(working) < 2:

@@ -103,7 +103,7 @@ def _abilities(gpus: Sequence[Gpu]) -> dict[str, dict[str, Any]]:
         "run eager": _answer(True, "on the CPU" + (" and on GPUs" if gpus else "")),
         "run inductor": _inductor(bool(gpus)),
         "run fused ops on GPUs": _fused_ops(bool(gpus)),
-        "build and run onnxruntime": _onnxruntime(),
+        "build and run onnxruntime": _onnxruntime(bool(gpus)),
         "run several ranks on CPUs": _answer(
             dist.is_available() and dist.is_gloo_available(),
             "gloo" if dist.is_gloo_available() else "this torch has no gloo; install one that has",
@@ -166,13 +166,15 @@ def _answer_of(check: Callable[[], str]) -> dict[str, Any]:
         return _answer(False, _reason(error))
 
 
-def _onnxruntime() -> dict[str, Any]:
+def _onnxruntime(gpu: bool) -> dict[str, Any]:
     ok, detail = _probe("onnxruntime")
     if _is_installed("onnxruntime") and _is_installed("onnxruntime-gpu"):
         detail += " (onnxruntime and onnxruntime-gpu are both installed; they overwrite each other)"
     if ok:
         providers = _tried(lambda: importlib.import_module("onnxruntime").get_available_providers()) or []
-        detail += ", on GPUs" if "CUDAExecutionProvider" in providers else ", on the CPU only"
+        has_cuda = "CUDAExecutionProvider" in providers
+        detail += ", on GPUs" if has_cuda and gpu else ", on the CPU only"
+        detail += ": it has no CUDA; install onnxruntime-gpu in its place" if gpu and not has_cuda else ""
     return _answer(ok, detail)
 
 

@@ -126,10 +126,16 @@ def test_card_that_no_tensorrt_is_for(machine):
 
 @pytest.mark.parametrize(
     ("target", "name"),
-    [("sm75", "tensorrt_rtx"), ("sm89", "tensorrt_rtx"), ("sm80", "tensorrt"), ("sm90", "tensorrt"), ("sm70", None)],
+    [
+        ("sm75", "tensorrt_rtx"),
+        ("sm89", "tensorrt_rtx"),
+        ("sm80", "tensorrt"),
+        ("sm90", "tensorrt"),
+        ("sm70", "inductor"),
+    ],
 )
 def test_flavour_of_an_architecture(target, name):
-    assert advice.engine_flavour(target) == name
+    assert advice.recommended_executor(target) == name
 
 
 def test_documented_targets_can_be_built_for():
