@@ -455,18 +455,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from causalrt.tools.doctor import examine
+    from causalrt.tools.doctor_page import print_page
 
     found = examine()
     if arguments.json:
         _say(json.dumps(found))
-        return 0
-    table = Table(title=f"CausalRT {__version__} on this machine", title_justify="left", show_header=False)
-    for name, value in found["machine"].items():
-        table.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
-    for name, result in found["can"].items():
-        table.add_row(name, ("yes: " if result["ok"] else "no: ") + result["detail"])
-    PrintableConsole().print(table)
-    return 0
+    else:
+        print_page(found, PrintableConsole())
+    return 0 if found["next"]["gpus_usable"] else EXIT_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -713,7 +709,14 @@ def _parser() -> argparse.ArgumentParser:
     from causalrt.tools.demo_request import add_arguments as add_demo_arguments
 
     add_demo_arguments(made)
-    command("doctor", _doctor, "Say what this machine can build and run, and why not.", "  causalrt doctor --json")
+    command(
+        "doctor",
+        _doctor,
+        "Say what this machine can build and run, why not, and what to do next.",
+        "  causalrt doctor\n  causalrt doctor --json\n\n"
+        "exit code: 0, or 1 if this machine has NVIDIA GPUs and CUDA does not work on all of them; what else is missing does\n"
+        "not change it",
+    )
     return parser
 
 
@@ -727,7 +730,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 1 a comparison failed, 2 an error, 130 interrupted, 141 the reader of the output has left.
+        The exit code: 0 done, 1 a comparison failed or `doctor` found GPUs that do not work, 2 an error, 130
+        interrupted, 141 the reader of the output has left.
     """
     arguments = _parser().parse_args(argv)
     if logging.lastResort is not None:  # it shows the warnings of commands that configure no logging

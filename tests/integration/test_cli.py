@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import causalrt
+from causalrt.child_python import python_environment
 from causalrt.cli import main
 from causalrt.config import recipe
 from causalrt.errors import ConfigError
@@ -358,6 +360,43 @@ def test_compare_refuses_what_is_no_recording(tmp_path, capsys):
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["can"]["build and run onnxruntime"]["ok"]
+
+
+def test_doctor_outlives_a_driver_that_is_too_old_for_torch(tmp_path):
+    """In processes of their own, with torch's functions replaced in both; the child that tries CUDA finds them, too."""
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+
+            def refuse(*arguments):
+                raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update it")
+
+            torch.version.cuda = "13.0"
+            torch.cuda.device_count = lambda: 8
+            torch.cuda.init = torch.cuda.get_device_name = refuse
+            """
+        )
+    )
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 535.161.08\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    paths = os.pathsep.join([str(tmp_path), python_environment()["PYTHONPATH"]])
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-m", "causalrt.cli", "doctor"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "8 GPUs by NVML, and CUDA does not start: The NVIDIA driver on your system is too old" in said
+    assert re.search(r"driver [\d.]+, torch's CUDA 13\.0 needs driver 580 or newer", said)
+    assert "\x1b" not in done.stdout
+
+
+def test_doctor_says_what_its_exit_code_means(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    assert "exit code: 0, or 1 if this machine has NVIDIA GPUs and CUDA does not work on all" in capsys.readouterr().out
 
 
 @pytest.fixture

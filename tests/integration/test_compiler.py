@@ -1,4 +1,4 @@
-"""C++ compilers and cache folders that do not work: said in a sentence before any rank is started, and by `doctor`."""
+"""Compilers and cache folders that do not work: said in a sentence before any rank is started, and by `doctor`."""
 
 import json
 import shlex
@@ -6,12 +6,15 @@ import shutil
 import time
 
 import pytest
+import torch
 from small_bundles import bundle_factory
 
 from causalrt import load
 from causalrt.cli import main
 from causalrt.engines import inductor
+from causalrt.engines.bundle import open_bundle
 from causalrt.errors import ExecutorError, RankError
+from causalrt.runtime.collectives import LocalCollectives
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU: install g++"
@@ -83,6 +86,24 @@ def test_compiler_that_fails(bundle, no_ranks, tmp_path, monkeypatch, capsys, bo
 def test_compiler_that_is_missing(bundle, no_ranks, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     assert "no /nowhere/g++; install g++" in refusal(bundle, capsys)
+
+
+def test_executor_says_the_same_as_load(bundle, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(ExecutorError) as by_check:
+        inductor.check_can_compile()
+    with pytest.raises(ExecutorError) as by_executor:
+        inductor.InductorExecutor(open_bundle(bundle), LocalCollectives(), device=torch.device("cpu"))
+    assert str(by_executor.value) == str(by_check.value)
+
+
+@pytest.mark.parametrize(("executor", "plugins"), [("inductor", False), ("inductor", True), ("eager", True)])
+def test_gpu_without_a_c_compiler(bundle, no_ranks, tmp_path, monkeypatch, executor, plugins):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ExecutorError, match="Triton needs a C compiler to launch kernels on a GPU"):
+        load(bundle, executor=executor, plugins=plugins, device="cuda", vae=False)
 
 
 def test_compiler_that_is_no_program_of_this_machine(bundle, no_ranks, tmp_path, monkeypatch, capsys):

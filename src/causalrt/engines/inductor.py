@@ -25,6 +25,7 @@ from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors, StepOps
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.plugins.attention import attend, kv_attention_in_place
+from causalrt.plugins.kernel_launch import require_triton_launches
 from causalrt.plugins.rotate import rotate_pairs_real
 
 
@@ -52,14 +53,11 @@ def cpp_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "g++")
 
 
-def check_can_compile() -> str:
-    """Find out whether torch.compile will work on a CPU: compile and link a small library, and write to the cache folder.
-
-    Returns:
-        The compiler's path.
+def require_cpp_compiler() -> str:
+    """The path of the C++ compiler that torch.compile would use on a CPU.
 
     Raises:
-        ExecutorError: the compiler is missing, hangs or fails, or the cache folder cannot be written.
+        ExecutorError: there is none, or CXX names more than a program.
     """
     named = os.environ.get("CXX") or "g++"
     if len(named.split()) > 1:
@@ -71,6 +69,19 @@ def check_can_compile() -> str:
         raise ExecutorError(
             f"inductor needs a C++ compiler on a CPU, and there is no {named}; install g++, set CXX, or take executor eager"
         )
+    return compiler
+
+
+def check_can_compile() -> str:
+    """Find out whether torch.compile will work on a CPU: compile and link a small library, and write to the cache folder.
+
+    Returns:
+        The compiler's path.
+
+    Raises:
+        ExecutorError: the compiler is missing, hangs or fails, or the cache folder cannot be written.
+    """
+    compiler = require_cpp_compiler()
     _check_cache_folder()
     with TemporaryFolder("compiler") as folder:
         source = folder / "trial.cpp"
@@ -137,8 +148,10 @@ class InductorExecutor(EagerExecutor):
         plugins: bool = False,
         cuda_graphs: bool = True,
     ) -> None:
-        if device.type == "cpu" and cpp_compiler() is None:
-            raise ExecutorError("inductor needs a C++ compiler on a CPU; install g++, set CXX, or take executor eager")
+        if device.type == "cpu":
+            require_cpp_compiler()
+        else:
+            require_triton_launches()
         super().__init__(bundle, collectives, device=device, plugins=plugins, ops=COMPILED_OPS)
         if num_threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             # By default every rank would compile in as many processes as there are cores, whatever its share of them is.

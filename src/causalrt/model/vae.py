@@ -14,6 +14,7 @@ session sees `decode_state.py`'s; `engines/vae.py` runs the same two steps as ex
 Shapes: F latents, T frames, H and W sizes of a latent; a frame has 8H x 8W pixels.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,6 +140,22 @@ class NextFrame(_LatentDecoder):
         return self.decode(latent, cache, first=False), cache
 
 
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Compute float32 convolutions of this process in float32; on a GPU, cuDNN's default is TF32.
+
+    The decoders of `onnxruntime` do without TF32 as well, so eager and ONNX Runtime agree on a GPU as they do on a CPU.
+    """
+    # Not by `allow_tf32`, which is deprecated: torch warns about it.
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
+
+
 class StreamingDecoder:
     """The decoder's weights, for any number of sessions.
 
@@ -172,11 +189,12 @@ class EagerDecodeState(DecodeState):
 
     def _decode_each(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         for latent in latents.to(self._decoder.device).unbind(0):
-            if self.latent_frames:
-                frames = self._decoder.next.decode(latent.unsqueeze(0), self._cache, first=False)
-            else:
-                frames, filled = self._decoder.first(latent.unsqueeze(0))
-                self._cache = self._with_zeros(filled)
+            with exact_convolutions():  # ends before the caller gets the frames
+                if self.latent_frames:
+                    frames = self._decoder.next.decode(latent.unsqueeze(0), self._cache, first=False)
+                else:
+                    frames, filled = self._decoder.first(latent.unsqueeze(0))
+                    self._cache = self._with_zeros(filled)
             self.latent_frames += 1
             yield frames[0].transpose(0, 1)
 
@@ -228,8 +246,9 @@ def _posterior_mode(vae: Any, signal_T3HW: torch.Tensor) -> torch.Tensor:
     cache: list[Any] = [None] * sum(isinstance(module, nn.Conv3d) for module in vae.encoder.modules())
     starts = [0, *range(1, signal.shape[2], TEMPORAL_SCALE)]
     steps = [signal[:, :, start : start + (TEMPORAL_SCALE if start else 1)] for start in starts]
-    hidden = torch.cat([vae.encoder(step, feat_cache=cache, feat_idx=[0]) for step in steps], dim=2)
-    mode: torch.Tensor = vae.quant_conv(hidden)[0, : vae.config["z_dim"]]
+    with exact_convolutions():
+        hidden = torch.cat([vae.encoder(step, feat_cache=cache, feat_idx=[0]) for step in steps], dim=2)
+        mode: torch.Tensor = vae.quant_conv(hidden)[0, : vae.config["z_dim"]]
     return mode.transpose(0, 1)
 
 

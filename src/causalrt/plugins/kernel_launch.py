@@ -9,7 +9,10 @@ This module does not import Triton, so that the ops can be registered where it i
 import of a plan or a kernel.
 """
 
+import functools
 import importlib.util
+import os
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from typing import Any
 
 import torch
 
-from causalrt.errors import KernelError
+from causalrt.errors import ExecutorError, KernelError
 
 TRITON_TYPES = {
     torch.float32: "fp32",
@@ -29,16 +32,43 @@ TRITON_TYPES = {
 
 
 def require_triton() -> None:
-    """Raise unless Triton can be imported.
+    """Raise unless Triton is installed.
 
     Raises:
         KernelError: Triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
         raise KernelError(
-            "the fused kernels need Triton, which is not installed: `pip install 'triton>=3.6,<3.8'` "
-            "on Linux, or run without plugins"
+            "the fused kernels, and executor inductor on a GPU, need Triton, which is not installed: `pip install "
+            "'triton>=3.6,<3.8'` on Linux, or run executor eager without plugins"
         )
+
+
+def require_triton_launches() -> None:
+    """Raise unless Triton can launch kernels on a GPU; it compiles a launcher in C for that.
+
+    Raises:
+        KernelError: Triton is not installed.
+        ExecutorError: there is no C compiler.
+    """
+    require_triton()
+    if c_compiler() is None:
+        named = os.environ.get("CC")
+        missing = "neither gcc nor clang is here" if named is None else f"CC is {named!r}, which is no program here"
+        raise ExecutorError(
+            f"Triton needs a C compiler to launch kernels on a GPU, and {missing}; install gcc, set CC to the path of a "
+            "compiler, or run executor eager without plugins"
+        )
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton would use (`triton/runtime/build.py`); None if there is none."""
+    named = os.environ.get("CC")
+    return shutil.which("gcc") or shutil.which("clang") if named is None else shutil.which(named)
+
+
+launches_checked = functools.cache(require_triton_launches)
+"""A launch must not search the folders of PATH; an error is not kept, so a compiler installed later is found."""
 
 
 def pointer_to(dtype: torch.dtype) -> str:
@@ -92,6 +122,7 @@ class KernelLaunch:
 
         Raises:
             KernelError: tensors on a CPU in a process that does not interpret, or on several devices.
+            ExecutorError: the launch needs a C compiler, and there is none.
         """
         devices = {argument.device for argument in arguments if isinstance(argument, torch.Tensor)}
         on: AbstractContextManager[object] = nullcontext()
@@ -101,6 +132,7 @@ class KernelLaunch:
                     f"{self.kernel.__name__} is given tensors on {', '.join(sorted(map(str, devices)))}, and runs on one CUDA "
                     "device; to interpret it on a CPU, start the process with TRITON_INTERPRET=1"
                 )
+            launches_checked()
             on = torch.cuda.device(next(iter(devices)))  # Triton launches on the current device
         named = dict(zip(self.signature, arguments, strict=True))
         with on:

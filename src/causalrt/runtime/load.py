@@ -6,7 +6,7 @@ from causalrt.engines.bundle import open_bundle
 from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import BundleError, ExecutorError, Faults, RequestError
-from causalrt.plugins.kernel_launch import require_triton
+from causalrt.plugins.kernel_launch import require_triton_launches
 from causalrt.runtime.engine import Engine
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -99,8 +99,8 @@ def load(
         from causalrt.engines.inductor import check_can_compile
 
         check_can_compile()
-    if fused and where == "cuda" and not kind.compiled:
-        require_triton()
+    if where == "cuda" and (chosen == "inductor" or (fused and not kind.compiled)):
+        require_triton_launches()
     if where == "cpu" and chosen == "onnxruntime" and opened.config.build.precision != "float32":
         raise ExecutorError(
             f"onnxruntime on a CPU runs float32 only, and {bundle} is {opened.config.build.precision}; load it with "

@@ -532,6 +532,52 @@ def test_a_state_that_broke_half_way_says_so(vae, monkeypatch):
     assert torch.equal(state.decode_float(latents[1:]), whole(vae, latents)[1:])
 
 
+# ---- TF32
+
+
+@pytest.fixture(params=["tf32", "ieee"])
+def precision(request):
+    """What convolutions of this process compute in before and after the VAE is used, as cuDNN would on a GPU."""
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, request.param
+    yield request.param
+    convolutions.fp32_precision = before
+
+
+@pytest.mark.filterwarnings("error")
+def test_convolutions_are_exact_and_the_process_keeps_its_precision(vae, precision):
+    seen = []
+
+    def look(module, inputs):
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+
+    state = StreamingDecoder(vae).open()
+    between = []
+    with torch.nn.modules.module.register_module_forward_pre_hook(look):
+        for latent in random_latents(2).split(1):
+            state.decode_float(latent)
+            between.append(torch.backends.cudnn.conv.fp32_precision)
+        decoding = len(seen)
+        encode(vae, torch.zeros(5, 8 * HEIGHT, 8 * WIDTH, 3, dtype=torch.uint8))
+    assert set(seen) == {"ieee"}
+    assert 0 < decoding < len(seen)
+    assert between == [precision] * 2
+    assert torch.backends.cudnn.conv.fp32_precision == precision
+
+
+def test_precision_is_given_back_when_decoding_fails(vae, precision, monkeypatch):
+    decoder = StreamingDecoder(vae)
+
+    def fail(latent):
+        raise MemoryError
+
+    monkeypatch.setattr(decoder.first, "forward", fail)
+    with pytest.raises(MemoryError):
+        decoder.open().decode(random_latents(1))
+    assert torch.backends.cudnn.conv.fp32_precision == precision
+
+
 # ---- memory
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from causalrt.tools.bench.report import comparisons, full_chunks, row, steady_ch
 from causalrt.tools.bench.samples import ChunkSample, FirstSample, Measured
 from causalrt.tools.bench.show import sentences
 from causalrt.tools.bench.sides import Side
+from causalrt.tools.doctor import examine
+from causalrt.tools.gpus import Gpu, Gpus
 from causalrt.tools.plan.micro_ops import _onnx_runner, attention_op, random_tensors, standard_attention_op
 from causalrt.tools.plan.work import Attention
 
@@ -256,6 +259,24 @@ def test_what_is_said_of_the_machine() -> None:
     assert machine["cores"] == len(os.sched_getaffinity(0))
     assert machine["versions"]["torch"] == torch.__version__
     json.dumps([machine, describe_moment("cpu")])
+
+
+def test_gpus_are_named_without_starting_cuda_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("CUDA was started in the process that measures")
+
+    for name in ("init", "get_device_name", "get_device_properties", "get_device_capability", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = Gpus(
+        counted=2,
+        found=[Gpu(index=index, name=f"card {index}", target="sm90", total_bytes=2**37) for index in range(2)],
+    )
+    child = f"print({json.dumps(asdict(found))!r})"
+    monkeypatch.setattr("causalrt.tools.gpus.python_command", lambda module: [sys.executable, "-c", child])
+    assert describe_machine("cuda")["gpus"] == ["card 0", "card 1"]
+    assert examine()["machine"]["torch"] == torch.__version__
+    assert not torch.cuda.is_initialized()
 
 
 def test_peak_memory_is_read_by_process() -> None:

@@ -2,26 +2,22 @@
 
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from causalrt.engines.bundle import toolchain_versions
 from causalrt.runtime.control_groups import cpu_quota
+from causalrt.tools.gpus import find_gpus, output_of, query_nvidia_smi
 
 GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
-PROBE_S = 10.0
 KIB = 1024
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What stays the same while a benchmark runs."""
-    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    """What stays the same while a benchmark runs; CUDA is not started in this process."""
     return {
         "device": device,
-        "gpus": [torch.cuda.get_device_name(index) for index in range(gpus)],
+        "gpus": [gpu.name for gpu in find_gpus().found] if device == "cuda" else [],
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "cpu_quota": cpu_quota(),
@@ -38,7 +34,7 @@ def describe_moment(device: str) -> dict[str, Any]:
         "load_average": os.getloadavg(),
         "cpu_mhz": [round(float(value)) for value in _cpu_field("cpu MHz")],
         "cpu_governor": governor.strip() if governor else None,
-        "gpus": _gpu_state() if device == "cuda" else None,
+        "gpus": query_nvidia_smi(*GPU_FIELDS) if device == "cuda" else None,
     }
 
 
@@ -66,27 +62,9 @@ def _cpu_model() -> str:
     return next(iter(_cpu_field("model name")), platform.machine())
 
 
-def _output(*command: str) -> str | None:
-    """What a program says; None if it is not there, or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def _commit() -> str | None:
     """Of the checkout that this package lies in, with `-dirty` where files differ from it; None for an installed one."""
     root = Path(__file__).resolve().parents[4]
     if not (root / ".git").exists():
         return None
-    return _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def _gpu_state() -> list[dict[str, str]] | None:
-    said = _output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits")
-    if said is None:
-        return None
-    return [
-        dict(zip(GPU_FIELDS, (field.strip() for field in line.split(",")), strict=False)) for line in said.splitlines()
-    ]
+    return output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
