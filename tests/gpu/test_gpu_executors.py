@@ -29,6 +29,7 @@ from causalrt.tools.replay import Outputs, recorded_outputs, replay
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+    pytest.mark.usefixtures("exact_float32"),
 ]
 FUSED = "A"
 """The recording for TensorRT: its heads have 32 channels, and for the 8 of B there is no fused kernel."""
@@ -46,13 +47,6 @@ def own_stream():
     with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
         yield
         torch.cuda.synchronize()
-
-
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="module")
