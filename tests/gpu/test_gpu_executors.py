@@ -120,7 +120,7 @@ def test_fused_kernels_in_low_precision(cases, kind, precision):
 def test_onnxruntime_on_cuda(cases, name):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("needs onnxruntime with CUDA: pip install onnxruntime-gpu in onnxruntime's place")
+        pytest.skip("needs ONNX Runtime with CUDA: see `causalrt doctor`")
     case = cases("float32", "onnxruntime", name=name)
     executor = make_executor(
         "onnxruntime", case.bundle, LocalCollectives(), num_threads=1, device=DEVICE, plugins=False

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from causalrt.errors import KernelError
+from causalrt.install_hint import install_package
 
 TRITON_TYPES = {
     torch.float32: "fp32",
@@ -36,8 +37,8 @@ def require_triton() -> None:
     """
     if importlib.util.find_spec("triton") is None:
         raise KernelError(
-            "the fused kernels need Triton, which is not installed: `pip install 'triton>=3.6,<3.8'` "
-            "on Linux, or run without plugins"
+            f"the fused kernels need Triton, which is not installed: `{install_package('triton')}` on Linux, or run without "
+            "plugins"
         )
 
 

@@ -5,15 +5,16 @@ import importlib.util
 import os
 import platform
 import sys
-from importlib import metadata
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from causalrt.engines.inductor import check_can_compile
+from causalrt.engines.kinds import onnxruntime_gpu_fault
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour, device_target
 from causalrt.errors import ExecutorError
+from causalrt.install_hint import install_extra, install_package
 from causalrt.runtime.control_groups import available_cpus, cpu_quota, memory_limits
 from causalrt.runtime.memory import available_bytes
 
@@ -72,7 +73,7 @@ def _answer(ok: bool, detail: str) -> dict[str, Any]:
 
 def _inductor(gpu: bool) -> dict[str, Any]:
     if gpu and not importlib.util.find_spec("triton"):
-        return _answer(False, "triton is not installed; `pip install triton`")
+        return _answer(False, f"triton is not installed; `{install_package('triton')}`")
     try:
         return _answer(True, check_can_compile())
     except ExecutorError as error:
@@ -81,13 +82,13 @@ def _inductor(gpu: bool) -> dict[str, Any]:
 
 def _onnxruntime() -> dict[str, Any]:
     ok, detail = _probe("onnxruntime")
-    names = {found.metadata["Name"] for found in metadata.distributions()}
-    if {"onnxruntime", "onnxruntime-gpu"} <= names:
-        detail += " (onnxruntime and onnxruntime-gpu are both installed; they overwrite each other)"
-    if ok:
-        providers = importlib.import_module("onnxruntime").get_available_providers()
-        detail += ", on GPUs" if "CUDAExecutionProvider" in providers else ", on the CPU only"
-    return _answer(ok, detail)
+    try:
+        fault = onnxruntime_gpu_fault()
+    except ExecutorError as error:
+        return _answer(False, str(error))
+    if not torch.cuda.device_count():
+        return _answer(ok, f"{detail}, on the CPU only")
+    return _answer(ok, f"{detail}, on GPUs" if fault is None else f"{detail}, on the CPU only: {fault}")
 
 
 def _tensorrt(flavour: Flavour, gpu: bool) -> dict[str, Any]:
@@ -112,5 +113,5 @@ def _run_tensorrt(flavour: Flavour, gpu: bool) -> dict[str, Any]:
 
 def _torch_tensorrt() -> dict[str, Any]:
     if importlib.util.find_spec("torch_tensorrt") is None:
-        return _answer(False, "torch_tensorrt is not installed; it comes with `pip install 'causalrt[gpu]'`")
+        return _answer(False, f"torch_tensorrt is not installed; `{install_extra('torch-tensorrt')}`")
     return _answer(*_probe("torch_tensorrt"))
