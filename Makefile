@@ -26,3 +26,8 @@ fresh:
 bench:  # engines of full size: see benchmarks/engine_build.py
 	causalrt bench --executors eager,onnxruntime
 	python benchmarks/precision.py
+
+constraints:  # the versions that CI installs; torch brings its own CUDA libraries
+	{ echo "# What CI installs, for Python 3.11: made by \`make constraints\`." && \
+	  uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform linux --extra dev \
+	    pyproject.toml | grep -Ev '^(nvidia|cuda)-'; } > .ci/constraints.txt
