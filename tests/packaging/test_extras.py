@@ -90,7 +90,6 @@ def test_constraints_meet_the_requirements():
     constraints = {
         canonicalize_name(Requirement(line).name): Requirement(line).specifier
         for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
-        if not line.startswith("#")
     }
     for name, specifiers in declared("dev").items():
         (pinned,) = constraints[name]
