@@ -1,5 +1,8 @@
 # Recipes for people and for CI. `make check` wants `pip install '.[dev]'`.
-.PHONY: check lint types test fresh bench
+.PHONY: check lint types test fresh lowest bench constraints
+
+COMPILE = --quiet --no-header --no-annotate
+LOWEST_TESTS = tests/unit tests/numerics/test_golden.py
 
 check: lint types test
 
@@ -23,6 +26,20 @@ fresh:
 	. .venv/bin/activate && pytest -m slow
 	. .venv/bin/activate && pip install -q '.[dev]' && $(MAKE) lint types
 
+# The lowest versions of what pyproject.toml names, in an environment of their own. `fresh` comes first: it brings uv.
+lowest:
+	python3 -m venv --clear .lowest
+	.venv/bin/uv pip compile $(COMPILE) --resolution lowest-direct --python .lowest/bin/python --extra test pyproject.toml \
+	    > .lowest/constraints.txt
+	. .lowest/bin/activate && export PIP_CONSTRAINT=$$PWD/.lowest/constraints.txt && \
+	    pip install -q 'torch>=2.13,<2.14' && pip install -q '.[test]'
+	. .lowest/bin/activate && causalrt demo --out .lowest/demo
+	. .lowest/bin/activate && pytest $(LOWEST_TESTS)
+
 bench:  # engines of full size: see benchmarks/engine_build.py
 	causalrt bench --executors eager,onnxruntime
 	python benchmarks/precision.py
+
+constraints:  # what CI installs; the libraries of CUDA are left to torch, of which CI takes the CPU build
+	uv pip compile $(COMPILE) --python-version 3.11 --python-platform linux --extra dev pyproject.toml > .ci/constraints.txt
+	sed -Ei '/^(nvidia|cuda)-/d' .ci/constraints.txt

@@ -5,7 +5,7 @@
 
 Half of the clients ask for a file, half of them stream. Each is served, or refused with 429 or 503 and a time to come back;
 one that is neither is lost, and the exit code is 1. So it is if a reader that stalls (`--stall`) is not ended as `stalled`.
-Wants `pip install 'causalrt[test]'`.
+Wants `pip install '.[test]'`.
 """
 
 import argparse

@@ -461,7 +461,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _say(json.dumps(found))
     else:
-        print_page(found, PrintableConsole())
+        print_page(found, PrintableConsole(), version=__version__)
     return 0 if found["next"]["gpus_usable"] else EXIT_FAILED
 
 

@@ -22,7 +22,7 @@ LOST_CONNECTION = re.compile(
 
 @pytest.fixture(scope="module")  # not for the session: while it is open, its event loop runs in this thread
 def playwright() -> Iterator[object]:
-    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'causalrt[test]'")
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install '.[test]'")
     with api.sync_playwright() as playwright:
         yield playwright
 

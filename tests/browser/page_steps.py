@@ -32,7 +32,7 @@ def accessibility_violations(page) -> list[str]:
     """What axe-core finds wrong with the page as it is now."""
     package = importlib.util.find_spec("axe_playwright_python")
     if package is None or package.origin is None:
-        pytest.skip("needs axe-core: pip install 'causalrt[test]'")
+        pytest.skip("needs axe-core: pip install '.[test]'")
     page.evaluate((Path(package.origin).parent / "axe.min.js").read_text())
     found = page.evaluate("axe.run({resultTypes: ['violations']})")
     return [

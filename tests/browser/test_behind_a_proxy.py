@@ -7,7 +7,7 @@ from page_steps import PLAYED, wait_for
 from proxy import running_proxy
 
 for library in ("fastapi", "av", "prometheus_client"):
-    pytest.importorskip(library, reason="needs the server: pip install 'causalrt[test]'")
+    pytest.importorskip(library, reason="needs the server: pip install '.[test]'")
 
 pytestmark = pytest.mark.browser
 

@@ -4,7 +4,7 @@ import pytest
 from page_steps import accessibility_violations, start
 
 for library in ("fastapi", "av", "prometheus_client"):
-    pytest.importorskip(library, reason="needs the server: pip install 'causalrt[test]'")
+    pytest.importorskip(library, reason="needs the server: pip install '.[test]'")
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

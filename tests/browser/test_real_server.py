@@ -13,7 +13,7 @@ from small_bundles import bundle_factory
 from small_encoders import write_text_encoder, write_vae
 
 for library in ("diffusers", "transformers", "fastapi", "av", "prometheus_client"):
-    pytest.importorskip(library, reason="needs the server and the VAE: pip install 'causalrt[test]'")
+    pytest.importorskip(library, reason="needs the server and the VAE: pip install '.[test]'")
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 TOKEN = "a-token-for-this-test"

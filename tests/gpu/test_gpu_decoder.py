@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
 ]
-pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 SAME_PIXELS = 2
 """Of 255: float32 convolutions may run in TF32, and what is rounded to a pixel differs."""
 

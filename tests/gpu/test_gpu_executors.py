@@ -29,6 +29,7 @@ from causalrt.tools.replay import Outputs, recorded_outputs, replay
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+    pytest.mark.usefixtures("exact_float32"),
 ]
 FUSED = "A"
 """The recording for TensorRT: its heads have 32 channels, and for the 8 of B there is no fused kernel."""
@@ -46,13 +47,6 @@ def own_stream():
     with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
         yield
         torch.cuda.synchronize()
-
-
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +120,7 @@ def test_fused_kernels_in_low_precision(cases, kind, precision):
 def test_onnxruntime_on_cuda(cases, name):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("needs onnxruntime with CUDA: pip install onnxruntime-gpu in onnxruntime's place")
+        pytest.skip("needs ONNX Runtime with CUDA: see `causalrt doctor`")
     case = cases("float32", "onnxruntime", name=name)
     executor = make_executor(
         "onnxruntime", case.bundle, LocalCollectives(), num_threads=1, device=DEVICE, plugins=False

@@ -172,9 +172,7 @@ def test_override_names_all_that_is_wrong_at_once():
 
 
 def test_build_for_tensorrt_is_bfloat16_unless_a_type_is_named(checkpoint, tmp_path, capsys):
-    pytest.importorskip(
-        "tensorrt_rtx", reason="engines are built with tensorrt_rtx: pip install 'causalrt[tensorrt-rtx]'"
-    )
+    pytest.importorskip("tensorrt_rtx", reason="engines are built with tensorrt_rtx: pip install '.[tensorrt-rtx]'")
     flags = ["--recipe", "tiny", "--checkpoint", str(checkpoint), "--executor", "tensorrt_rtx", "--target", "sm80"]
     assert main(["build", *flags, "--out", str(tmp_path / "b")]) == 0
     assert "in bfloat16" in capsys.readouterr().out

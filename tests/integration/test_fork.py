@@ -68,7 +68,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Chunks of it last some tenths of a second."""
     folder, vae = tmp_path_factory.mktemp("fork"), None
     if request.param == "frames":
-        pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+        pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
         from small_encoders import write_vae
 
         vae = write_vae(folder / "vae")

@@ -26,7 +26,7 @@ from causalrt.model.decode_state import pixels_from_signal
 from causalrt.model.vae import encode
 from causalrt.model.vae_checkpoint import load_vae
 
-pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 PARTS = ("eager", "onnxruntime")
 
 

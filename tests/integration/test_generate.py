@@ -12,7 +12,7 @@ from small_encoders import write_text_encoder, write_vae
 from causalrt import write_video
 from causalrt.cli import main
 
-pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 STAGES = ["text", "queue", "denoise", "gather", "decode", "hand_over", "other"]
 
 

@@ -69,7 +69,7 @@ def equal(chunks: list[causalrt.Chunk], wanted: list[causalrt.Chunk]) -> bool:
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     folder, vae = tmp_path_factory.mktemp("interrupts"), None
     if request.param == "frames":
-        pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+        pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
         from small_encoders import write_vae
 
         vae = write_vae(folder / "vae")

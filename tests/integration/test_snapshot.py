@@ -17,7 +17,7 @@ from causalrt.engines.bundle import file_digest, record_digest, tensor_digest
 from causalrt.errors import RequestError
 from causalrt.runtime.snapshot import DECODER_FILE, SESSION_FILE, rank_file, save_tensors
 
-pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 
 
 @pytest.fixture(scope="module")

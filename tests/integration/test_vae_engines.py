@@ -15,7 +15,7 @@ from causalrt.errors import ExecutorError
 from causalrt.export.random_encoders import random_vae
 from causalrt.export.vae import write_vae
 
-pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 HEIGHT, WIDTH = 4, 6
 FLAVOUR = STAND_INS["tensorrt_rtx"]
 

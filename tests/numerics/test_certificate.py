@@ -26,6 +26,7 @@ from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
 from causalrt.errors import BundleError, CheckpointError, ExecutorError, OutOfMemoryError, RequestError
 from causalrt.export.build import build
 from causalrt.export.checkpoint import DIGESTS
+from causalrt.install_hint import install_extra
 from causalrt.layout import layout_from_config
 from causalrt.tools.certificate import numerics
 from causalrt.tools.certificate.certify import certify
@@ -529,7 +530,7 @@ def test_what_cannot_be_certified_is_refused(bundles, tmp_path, arguments, error
 
 def test_without_polygraphy_it_says_what_to_install(bundles, monkeypatch):
     monkeypatch.setitem(sys.modules, "polygraphy", None)
-    with pytest.raises(ExecutorError, match=re.escape("pip install 'causalrt[proof]'")):
+    with pytest.raises(ExecutorError, match=re.escape(install_extra("proof"))):
         certified(bundles(RANKS))
 
 

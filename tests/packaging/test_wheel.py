@@ -2,17 +2,31 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
+from email import message_from_bytes
+from importlib import metadata
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from causalrt.install_hint import install_extra, install_package
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ("checkpoint.safetensors", "codec.safetensors", "words.safetensors", "README.md")
 
 
-def test_wheel_holds_the_package_once(tmp_path):
-    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder), "."]
     subprocess.run(wheel, cwd=ROOT, check=True, timeout=300)
-    (built,) = tmp_path.glob("causalrt-*.whl")
+    (wheel,) = folder.glob("causalrt-*.whl")
+    return wheel
+
+
+def test_wheel_holds_the_package_once(built):
     with zipfile.ZipFile(built) as archive:
         names = set(archive.namelist())
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
@@ -27,6 +41,21 @@ def test_wheel_holds_the_package_once(tmp_path):
     assert sum(sizes[name] for name in demo) < 6_000_000
     assert "causalrt.cli:main" in entry_points
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_hints_of_an_installed_wheel(built, monkeypatch):
+    """They name what the extras require, and not this package, which is on no index."""
+    with zipfile.ZipFile(built) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        requires = message_from_bytes(archive.read(name)).get_all("Requires-Dist")
+    monkeypatch.setattr(metadata, "requires", {"causalrt": requires}.get)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in ("video", "proof", "gpu", "gpu-cu12", "torch-tensorrt", "tensorrt-rtx"):
+        hint = install_extra(extra)
+        assert [Requirement(text) for text in hint.split("'")[1::2]] == [Requirement(text) for text in extras[extra]]
+    assert install_extra("serve").startswith(install_extra("video"))
+    assert "fastapi" in install_extra("serve")
+    assert Requirement(install_package("onnxruntime-gpu").split("'")[1]).specifier == ">=1.31,<1.32"
 
 
 def test_root_folders_are_links_into_the_package():

@@ -1,12 +1,15 @@
 """The executors that there are, and the device that one of them will run on."""
 
+import importlib.util
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 
 from causalrt.errors import ExecutorError
+from causalrt.install_hint import install_package
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def choose_device(name: str, *, asked: str | None, world_size: int) -> str:
     """`cuda` or `cpu` for the ranks of executor `name`; without a wish, GPUs where there is one for each rank.
 
     Raises:
-        ExecutorError: the executor does not run on the device asked for, or there are too few GPUs.
+        ExecutorError: the executor does not run on the device asked for, there are too few GPUs, or ONNX Runtime is missing.
     """
     kind, gpus = executor_kind(name), torch.cuda.device_count()
     if asked not in (None, "cuda", "cpu"):
@@ -59,10 +62,18 @@ def choose_device(name: str, *, asked: str | None, world_size: int) -> str:
     if asked is not None and asked not in kind.devices:
         raise ExecutorError(f"{name} runs on {' or '.join(kind.devices)}, not on {asked}")
     wanted = asked or next((device for device in kind.devices if device == "cpu" or gpus >= world_size), "cuda")
-    if wanted == "cuda" and name == "onnxruntime" and not _onnxruntime_has_cuda():
-        if asked == "cuda":
-            raise ExecutorError("the onnxruntime installed here has no CUDA; install onnxruntime-gpu in its place")
-        wanted = "cpu"
+    if name == "onnxruntime":
+        spec = importlib.util.find_spec("onnxruntime")
+        if spec is None or spec.origin is None:  # None: a folder that the removal of one of two distributions has left
+            raise ExecutorError(
+                _onnxruntime_is_missing("not found" if spec is None else "only a part of its files is left")
+            )
+        fault = onnxruntime_gpu_fault() if wanted == "cuda" else None
+        if fault and asked == "cuda":
+            raise ExecutorError(fault)
+        if fault:
+            logger.warning("%d GPU(s) are left unused, for onnxruntime runs on the CPU: %s", gpus, fault)
+            wanted = "cpu"
     if wanted == "cuda" and gpus < world_size:
         others = [other for other, its in EXECUTORS.items() if "cpu" in its.devices]
         raise ExecutorError(
@@ -73,7 +84,37 @@ def choose_device(name: str, *, asked: str | None, world_size: int) -> str:
     return wanted
 
 
-def _onnxruntime_has_cuda() -> bool:
-    import onnxruntime
+def onnxruntime_gpu_fault() -> str | None:
+    """Why the ONNX Runtime that is installed here cannot use a GPU, and what to do about it; None if nothing is in the way.
 
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    Several distributions bring the module `onnxruntime` and overwrite each other's files. Where that happened and CUDA is
+    still there, a warning is logged.
+
+    Raises:
+        ExecutorError: ONNX Runtime cannot be imported.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExecutorError(_onnxruntime_is_missing(str(error))) from error
+    mixed, reinstall = _onnxruntime_owners()
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return f"the onnxruntime installed here has no CUDA; {mixed}`{reinstall}`"
+    if mixed:
+        logger.warning("%s`%s`", mixed, reinstall)
+    theirs, ours = onnxruntime.cuda_version.partition(".")[0], (torch.version.cuda or "").partition(".")[0]
+    if theirs and ours and theirs != ours:
+        return f"onnxruntime is for CUDA {theirs}, torch for CUDA {ours}; install a torch for CUDA {theirs}, or take inductor"
+    return None
+
+
+def _onnxruntime_owners() -> tuple[str, str]:
+    owners = sorted(set(metadata.packages_distributions().get("onnxruntime", ())))
+    mixed = f"{' and '.join(owners)} overwrite each other's files; " if len(owners) > 1 else ""
+    remove = f"pip uninstall -y {' '.join(owners)} && " if owners else ""
+    return mixed, remove + install_package("onnxruntime-gpu")
+
+
+def _onnxruntime_is_missing(reason: str) -> str:
+    mixed, reinstall = _onnxruntime_owners()
+    return f"onnxruntime cannot be imported here ({reason}); {mixed}`{reinstall}`"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from causalrt.errors import ExecutorError
+from causalrt.install_hint import install_extra
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +50,7 @@ class Flavour:
         except Exception as error:  # a missing shared library is whatever the loader makes of it
             raise ExecutorError(
                 f"{self.name} needs the Python module {self.module}, which does not import here "
-                f"({type(error).__name__}: {error}); install it with `pip install 'causalrt[{self.extra}]'`"
+                f"({type(error).__name__}: {error}); install it with `{install_extra(self.extra)}`"
             ) from error
 
     def check_target(self, target: str | None) -> str:

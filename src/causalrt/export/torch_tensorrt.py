@@ -29,6 +29,7 @@ from causalrt.export.onnx import cross_kv_names, step_names
 from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
 from causalrt.export.options import Progress
 from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
+from causalrt.install_hint import install_extra
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.user_cache import keep_in_cache
 
@@ -47,8 +48,8 @@ def load_torch_tensorrt() -> Any:
     except Exception as error:  # whatever its libraries, or a torch without CUDA, make of it
         raise ExecutorError(
             f"--frontend torch-tensorrt needs the Python module torch_tensorrt, which does not import here "
-            f"({type(error).__name__}: {error}); install it with `pip install 'causalrt[gpu]'` on a machine with a GPU and a "
-            "CUDA build of torch, or leave the option out: the ONNX front end makes the same engines"
+            f"({type(error).__name__}: {error}); install it with `{install_extra('torch-tensorrt')}` on a machine with a GPU "
+            "and a CUDA build of torch, or leave the option out: the ONNX front end makes the same engines"
         ) from error
 
 

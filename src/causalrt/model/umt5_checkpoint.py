@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from causalrt.errors import CheckpointError, ExecutorError
+from causalrt.install_hint import install_extra
 from causalrt.model.stored_tensors import check_tensors, map_tensors
 from causalrt.model.umt5_files import EncoderFiles, EncoderLayout, StoredTensor, open_weights
 
@@ -52,7 +53,7 @@ def video_library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ExecutorError(
-            f"encoding text needs {name}, which cannot be imported ({error}); pip install 'causalrt[video]'"
+            f"encoding text needs {name}, which cannot be imported ({error}); {install_extra('video')}"
         ) from error
 
 

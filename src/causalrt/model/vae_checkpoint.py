@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from causalrt.errors import CheckpointError, ExecutorError
+from causalrt.install_hint import install_extra
 from causalrt.model.block_dct import CLASS_NAME, CONFIG_KEY, BlockDctConfig, block_dct_from_tensors
 from causalrt.model.stored_tensors import check_tensors, map_tensors
 
@@ -251,7 +252,7 @@ def _diffusers(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ExecutorError(
-            f"the VAE needs {module}, which cannot be imported ({error}); pip install 'causalrt[video]'"
+            f"the VAE needs {module}, which cannot be imported ({error}); {install_extra('video')}"
         ) from error
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from causalrt.errors import ExecutorError, KernelError
+from causalrt.install_hint import install_package
 
 TRITON_TYPES = {
     torch.float32: "fp32",
@@ -39,8 +40,8 @@ def require_triton() -> None:
     """
     if importlib.util.find_spec("triton") is None:
         raise KernelError(
-            "the fused kernels, and executor inductor on a GPU, need Triton, which is not installed: `pip install "
-            "'triton>=3.6,<3.8'` on Linux, or run executor eager without plugins"
+            "the fused kernels, and executor inductor on a GPU, need Triton, which is not installed: "
+            f"`{install_package('triton')}` on Linux, or run executor eager without plugins"
         )
 
 

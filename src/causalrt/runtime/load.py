@@ -104,7 +104,7 @@ def load(
     if where == "cpu" and chosen == "onnxruntime" and opened.config.build.precision != "float32":
         raise ExecutorError(
             f"onnxruntime on a CPU runs float32 only, and {bundle} is {opened.config.build.precision}; load it with "
-            "executor='eager', run it on a GPU with onnxruntime-gpu, or build it again with `--dtype float32`"
+            "executor='eager', run it on a GPU, or build it again with `--dtype float32`"
         )
     decoder_executor = (vae_executor or (chosen if where == "cuda" else "eager")) if decodes else None
     if decoder_executor is not None and where not in executor_kind(decoder_executor).devices:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from causalrt.errors import ExecutorError
+from causalrt.install_hint import install_package
 
 
 def pyav() -> Any:
@@ -17,6 +18,6 @@ def pyav() -> Any:
         import av.video.reformatter
     except ImportError as error:
         raise ExecutorError(
-            f"video files need PyAV, which cannot be imported ({error}); pip install 'av>=18.1,<19'"
+            f"video files need PyAV, which cannot be imported ({error}); {install_package('av')}"
         ) from error
     return av

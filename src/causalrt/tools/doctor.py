@@ -18,8 +18,10 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from causalrt.engines.kinds import onnxruntime_gpu_fault
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 from causalrt.errors import CausalRTError
+from causalrt.install_hint import install_extra
 from causalrt.plugins.kernel_launch import c_compiler, require_triton_launches
 from causalrt.runtime.control_groups import available_cpus, cpu_quota, memory_limits
 from causalrt.runtime.memory import available_bytes
@@ -168,14 +170,15 @@ def _answer_of(check: Callable[[], str]) -> dict[str, Any]:
 
 def _onnxruntime(gpu: bool) -> dict[str, Any]:
     ok, detail = _probe("onnxruntime")
-    if _is_installed("onnxruntime") and _is_installed("onnxruntime-gpu"):
-        detail += " (onnxruntime and onnxruntime-gpu are both installed; they overwrite each other)"
-    if ok:
-        providers = _tried(lambda: importlib.import_module("onnxruntime").get_available_providers()) or []
-        has_cuda = "CUDAExecutionProvider" in providers
-        detail += ", on GPUs" if has_cuda and gpu else ", on the CPU only"
-        detail += ": it has no CUDA; install onnxruntime-gpu in its place" if gpu and not has_cuda else ""
-    return _answer(ok, detail)
+    try:
+        fault = onnxruntime_gpu_fault()
+    except CausalRTError as error:
+        return _answer(False, str(error))
+    except Exception as error:
+        return _answer(False, _reason(error))
+    if not gpu:
+        return _answer(ok, f"{detail}, on the CPU only")
+    return _answer(ok, f"{detail}, on GPUs" if fault is None else f"{detail}, on the CPU only: {fault}")
 
 
 def _tensorrt(flavour: Flavour, gpu: bool) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def _run_tensorrt(flavour: Flavour, gpus: Sequence[Gpu]) -> dict[str, Any]:
 
 def _torch_tensorrt() -> dict[str, Any]:
     if importlib.util.find_spec("torch_tensorrt") is None:
-        return _answer(False, "torch_tensorrt is not installed; it comes with `pip install 'causalrt[gpu]'`")
+        return _answer(False, f"torch_tensorrt is not installed; `{install_extra('torch-tensorrt')}`")
     return _answer(*_probe("torch_tensorrt"))
 
 

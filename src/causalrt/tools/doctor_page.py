@@ -8,19 +8,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from causalrt import __version__
-
 INDENT = (0, 0, 0, 2)
 
 
-def print_page(found: Mapping[str, Any], console: Console) -> None:
+def print_page(found: Mapping[str, Any], console: Console, *, version: str) -> None:
     """Print all sections; the last one says what to do next.
 
     Args:
         found: of `doctor.examine`.
         console: where to print, at its width.
+        version: of CausalRT.
     """
-    console.print(f"CausalRT {__version__} on this machine", style="bold", highlight=False)
+    console.print(f"CausalRT {version} on this machine", style="bold", highlight=False)
     _section(console, "Machine", _machine_rows(found["machine"], found["extras"]))
     _section(console, "GPUs", _gpu_rows(found["gpus"], found["machine"]["torch"]))
     answers = found["can"].items()
@@ -48,7 +47,7 @@ def _section(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> N
 
 
 def _paragraph(console: Console, text: str) -> None:
-    console.print(Padding(console.render_str(text, highlight=False), INDENT, expand=False))
+    console.print(Padding(Text(text), INDENT, expand=False))
 
 
 def _machine_rows(machine: Mapping[str, Any], extras: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -8,7 +8,7 @@ from running import Running
 
 from causalrt.runtime.server.auth import Tokens
 
-schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: pip install 'causalrt[test]'")
+schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: pip install '.[test]'")
 hypothesis = pytest.importorskip("hypothesis")
 
 

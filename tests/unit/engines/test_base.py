@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import onnxruntime
@@ -71,11 +73,88 @@ def test_too_few_gpus_are_refused(gpus, name, asked):
         choose_device(name, asked=asked, world_size=2)
 
 
-def test_onnxruntime_without_cuda(gpus):
+REINSTALL = r"`pip uninstall -y onnxruntime.* && pip install 'onnxruntime-gpu.*'`$"
+
+
+@pytest.fixture
+def distributions(monkeypatch):
+    """`distributions("onnxruntime", ...)`: those that bring the module onnxruntime, as far as anyone asks."""
+
+    def pretend(*names):
+        monkeypatch.setattr(metadata, "packages_distributions", lambda: {"onnxruntime": list(names)})
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        (["onnxruntime"], r"has no CUDA; `pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu"),
+        (
+            ["onnxruntime-gpu", "onnxruntime"],
+            "has no CUDA; onnxruntime and onnxruntime-gpu overwrite each other's files; ",
+        ),
+    ],
+)
+def test_gpus_that_onnxruntime_cannot_use(gpus, distributions, caplog, installed, said):
     gpus(1, onnxruntime_cuda=False)
+    distributions(*installed)
     assert choose_device("onnxruntime", asked=None, world_size=1) == "cpu"
-    with pytest.raises(ExecutorError, match="has no CUDA; install onnxruntime-gpu in its place"):
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert re.search(rf"^1 GPU\(s\) are left unused, .*{said}.*", warning)
+    assert re.search(REINSTALL, warning)
+    with pytest.raises(ExecutorError, match=said) as caught:
         choose_device("onnxruntime", asked="cuda", world_size=1)
+    assert re.search(REINSTALL, str(caught.value))
+
+
+def test_two_distributions_that_still_have_cuda(gpus, distributions, caplog):
+    gpus(1)
+    distributions("onnxruntime", "onnxruntime-gpu")
+    assert choose_device("onnxruntime", asked="cuda", world_size=1) == "cuda"
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert warning.startswith("onnxruntime and onnxruntime-gpu overwrite each other's files; `pip uninstall -y ")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_is_said_where_onnxruntime_is_as_it_should_be(gpus, distributions, caplog, count):
+    gpus(count)
+    distributions("onnxruntime-gpu")
+    assert choose_device("onnxruntime", asked=None, world_size=1) == ("cuda" if count else "cpu")
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+@pytest.mark.parametrize(("ours", "device"), [("13.0", "cuda"), ("12.6", "cpu")])
+def test_onnxruntime_for_another_cuda_than_torch(gpus, distributions, monkeypatch, ours, device):
+    gpus(1)
+    distributions("onnxruntime-gpu")
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", ours)
+    assert choose_device("onnxruntime", asked=None, world_size=1) == device
+    if device == "cpu":
+        with pytest.raises(ExecutorError, match="is for CUDA 13, torch for CUDA 12; install a torch for CUDA 13"):
+            choose_device("onnxruntime", asked="cuda", world_size=1)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_onnxruntime_that_is_missing(gpus, distributions, monkeypatch, count):
+    gpus(count)
+    distributions()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ExecutorError, match=r"cannot be imported here \(not found\); `pip install 'onnxruntime-gpu"):
+        choose_device("onnxruntime", asked=None, world_size=1)
+
+
+def test_onnxruntime_of_which_a_part_is_left(gpus, distributions, monkeypatch, tmp_path):
+    (tmp_path / "onnxruntime" / "capi").mkdir(parents=True)
+    gpus(0)
+    distributions("onnxruntime-gpu")
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(
+        ExecutorError, match=r"only a part of its files is left\); `pip uninstall -y onnxruntime-gpu && pip"
+    ):
+        choose_device("onnxruntime", asked=None, world_size=1)
 
 
 @pytest.mark.parametrize("asked", ["gpu", "cuda:0", "CPU", ""])
@@ -93,7 +172,7 @@ def test_library_that_is_missing_is_named(name, monkeypatch):
     record = FlavourEngines(collectives="engine", frontend="onnx", targets={"sm80": files})
     config = SimpleNamespace(build=SimpleNamespace(precision="bfloat16", world_size=1))
     bundle = SimpleNamespace(engines={name: record}, config=config)
-    with pytest.raises(ExecutorError, match=rf"{name} needs the Python module {name}, .*pip install 'causalrt\["):
+    with pytest.raises(ExecutorError, match=rf"{name} needs the Python module {name}, .*`pip install '"):
         make_executor(name, bundle, None, num_threads=1, device=torch.device("cpu"), plugins=False)
 
 

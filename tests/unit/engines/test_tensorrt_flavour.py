@@ -9,9 +9,10 @@ from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError
 from causalrt.export.engine_files import default_timing_cache
+from causalrt.install_hint import install_extra
 
 RTX, FULL = FLAVOURS["tensorrt_rtx"], FLAVOURS["tensorrt"]
-NEEDS_RTX = "what TensorRT-RTX itself says: pip install 'causalrt[tensorrt-rtx]'"
+NEEDS_RTX = "what TensorRT-RTX itself says: pip install '.[tensorrt-rtx]'"
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_module_that_does_not_import(flavour, body, said, monkeypatch, tmp_path)
     with pytest.raises(ExecutorError, match=said) as caught:
         flavour.load()
     assert f"{flavour.name} needs the Python module {flavour.module}, which does not import here" in str(caught.value)
-    assert f"pip install 'causalrt[{flavour.extra}]'" in str(caught.value)
+    assert f"`{install_extra(flavour.extra)}`" in str(caught.value)
 
 
 # What is asked of TensorRT

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -29,12 +30,11 @@ from causalrt.export.engine_files import build_engines, kv_lengths
 from causalrt.export.engine_worker import EngineRequest, build_engine, parse
 from causalrt.export.onnx import cross_kv_names, step_names
 from causalrt.export.random_weights import random_weights
+from causalrt.install_hint import install_extra
 from causalrt.model.rope import rope_tables
 from causalrt.tools.inspect import inspect_bundle
 
-trt = pytest.importorskip(
-    "tensorrt_rtx", reason="engines are built with tensorrt_rtx: pip install 'causalrt[tensorrt-rtx]'"
-)
+trt = pytest.importorskip("tensorrt_rtx", reason="engines are built with tensorrt_rtx: pip install '.[tensorrt-rtx]'")
 
 RTX = FLAVOURS["tensorrt_rtx"]
 DTYPES = {"bfloat16": "BF16", "float16": "HALF"}
@@ -320,7 +320,7 @@ def test_other_flavour_is_not_installed_here(tmp_path):
 
         pytest.skip("tensorrt is installed here")
     checkpoint = write_checkpoint(tiny(), tmp_path / "checkpoint.safetensors")
-    said = r"needs the Python module tensorrt, which does not import here .*pip install 'causalrt\[gpu\]'"
+    said = rf"needs the Python module tensorrt, which does not import here .*{re.escape(install_extra('gpu'))}"
     with pytest.raises(ExecutorError, match=said):
         build(tiny(), checkpoint=checkpoint, out=tmp_path / "place" / "bundle", executors=["tensorrt"])
     assert not (tmp_path / "place").exists()

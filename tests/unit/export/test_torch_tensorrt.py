@@ -24,6 +24,7 @@ from causalrt.export.onnx import cross_kv_names, step_names
 from causalrt.export.random_weights import random_weights
 from causalrt.export.torch_tensorrt import build_with_torch_tensorrt, check_torch_tensorrt, tensor_names
 from causalrt.export.trace import trace_prompt, trace_step, trace_time
+from causalrt.install_hint import install_extra
 from causalrt.model.wan import Wan
 from causalrt.tools.inspect import inspect_bundle
 
@@ -132,7 +133,7 @@ def test_runtime_collectives_are_refused():
 
 def test_a_missing_torch_tensorrt_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
-    with pytest.raises(ExecutorError, match=re.escape("`pip install 'causalrt[gpu]'` on a machine with a GPU")):
+    with pytest.raises(ExecutorError, match=re.escape(f"`{install_extra('torch-tensorrt')}` on a machine with a GPU")):
         check_torch_tensorrt(("tensorrt",), "engine")
 
 
@@ -162,9 +163,9 @@ def test_the_other_tensorrt_is_refused(monkeypatch, rtx, flavours, told):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--executor", "tensorrt"], "pip install 'causalrt[gpu]'"),
+        (["--executor", "tensorrt"], install_extra("torch-tensorrt")),
         (["--executor", "tensorrt", "--collectives", "runtime"], "--collectives runtime"),
-        (["--executor", "tensorrt_rtx", "--target", "sm80"], "pip install 'causalrt[gpu]'"),
+        (["--executor", "tensorrt_rtx", "--target", "sm80"], install_extra("torch-tensorrt")),
         ([], "--frontend"),
     ],
 )

@@ -18,14 +18,14 @@ from causalrt.model.decode_state import cache_name
 from causalrt.model.vae import StreamingDecoder, cache_slots
 from causalrt.model.vae_checkpoint import VaeConfig, load_vae
 
-diffusers = pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+diffusers = pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 
 HEIGHT, WIDTH = 3, 5
 TOLERANCE = 1e-5
 GRAPHS = (FIRST_GRAPH, NEXT_GRAPH)
 needs_rtx = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None,
-    reason="engines are built with tensorrt_rtx: pip install 'causalrt[tensorrt-rtx]'",
+    reason="engines are built with tensorrt_rtx: pip install '.[tensorrt-rtx]'",
 )
 
 

@@ -224,7 +224,7 @@ def test_nothing_half_written(tmp_path):
         write_block_dct(tmp_path / "file" / "c.safetensors", mean=MEAN, std=STD)
 
 
-@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install 'causalrt[tensorrt-rtx]'")
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install '.[tensorrt-rtx]'")
 def test_tensorrt_rtx_builds_the_graphs(file, tmp_path):
     write_vae(
         load_vae(file, dtype=torch.bfloat16), tmp_path, lambda *told: None, latent_height=HEIGHT, latent_width=WIDTH

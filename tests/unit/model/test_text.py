@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from causalrt.errors import CheckpointError, ConfigError, ExecutorError, PromptError
+from causalrt.install_hint import install_extra
 from causalrt.model.prompt_cache import PromptCache
 from causalrt.model.text import MAX_PROMPT_CHARS, TextEncoder, clean_prompt
 from causalrt.model.umt5_checkpoint import empty_encoder, infer_sizes, stored_key
@@ -603,7 +605,7 @@ def test_settings_that_cannot_be(wan_folder, options, error, message):
 @pytest.mark.parametrize("library", ["transformers", "tokenizers", "ftfy"])
 def test_libraries_of_the_extra(wan_folder, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ExecutorError, match=rf"needs {library}.*pip install 'causalrt\[video\]'"):
+    with pytest.raises(ExecutorError, match=rf"needs {library}.*{re.escape(install_extra('video'))}"):
         TextEncoder.from_folder(wan_folder)
 
 

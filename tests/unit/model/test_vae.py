@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from causalrt.errors import CheckpointError, ExecutorError, RequestError
+from causalrt.install_hint import install_extra
 from causalrt.model import vae_checkpoint
 from causalrt.model.decode_state import cache_name, pixels_from_signal
 from causalrt.model.vae import (
@@ -25,7 +26,7 @@ from causalrt.model.vae import (
 )
 from causalrt.model.vae_checkpoint import CONFIG_KEY, DIFFUSERS_FILE, WAN_FILE, VaeConfig, empty_vae, load_vae
 
-diffusers = pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install 'causalrt[video]'")
+diffusers = pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 
 HEIGHT, WIDTH = 3, 5
 """Of a latent: odd, and different."""
@@ -280,7 +281,7 @@ def test_without_diffusers_it_says_what_to_install(vae, tmp_path, monkeypatch):
     folder = write_wan(vae, tmp_path / "wan")
     for name in ("diffusers", "diffusers.loaders.single_file_utils"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ExecutorError, match=r"pip install 'causalrt\[video\]'"):
+    with pytest.raises(ExecutorError, match=re.escape(install_extra("video"))):
         load_vae(folder)
 
 

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +47,7 @@ def cards(number: int, name: str = "NVIDIA A100-SXM4-80GB", target: str = "sm80"
 
 def page(found: dict, width: int = 100) -> str:
     text = io.StringIO()
-    doctor_page.print_page(found, Console(file=text, width=width, markup=False))
+    doctor_page.print_page(found, Console(file=text, width=width, markup=False), version="1.2.3")
     return text.getvalue()
 
 
@@ -313,11 +314,14 @@ def test_tensorrt_whose_plugins_break_under_this_numpy(machine, imports, monkeyp
 @pytest.mark.parametrize(
     ("providers", "said_so"), [(["CPUExecutionProvider"], True), (["CUDAExecutionProvider"], False)]
 )
-def test_onnxruntime_that_leaves_gpus_unused(machine, imports, providers, said_so):
+def test_onnxruntime_that_leaves_gpus_unused(machine, imports, monkeypatch, providers, said_so):
     machine(cards(1))
-    imports("onnxruntime", SimpleNamespace(__version__="1.31.1", get_available_providers=lambda: providers))
+    library = SimpleNamespace(__version__="1.31.1", cuda_version="13.0", get_available_providers=lambda: providers)
+    monkeypatch.setitem(sys.modules, "onnxruntime", library)
+    imports("onnxruntime", library)
     _, said = examined()
-    assert ("install onnxruntime-gpu in its place" in said) == said_so
+    assert ("the onnxruntime installed here has no CUDA" in said) == said_so
+    assert ("pip install 'onnxruntime-gpu" in said) == said_so
     assert ("It runs eager, inductor and onnxruntime" in said) == (not said_so)
 
 

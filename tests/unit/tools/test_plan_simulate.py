@@ -122,5 +122,5 @@ def test_a_picture(tmp_path: Path) -> None:
 
 def test_a_picture_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ExecutorError, match="pip install matplotlib"):
+    with pytest.raises(ExecutorError, match="pip install 'matplotlib"):
         draw_timeline(simulate(a_forecast("none"), chunks=1), tmp_path / "timeline.png", title="")

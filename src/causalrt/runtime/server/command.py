@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from causalrt.errors import ExecutorError, Faults
+from causalrt.install_hint import install_extra
 from causalrt.runtime.server.settings import ServerSettings
 from causalrt.terminal import printable_handler
 
@@ -175,5 +176,5 @@ def _check_libraries() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ExecutorError(
-                f"the server needs {name}, which cannot be imported ({error}); pip install 'causalrt[serve]'"
+                f"the server needs {name}, which cannot be imported ({error}); {install_extra('serve')}"
             ) from None

@@ -4,6 +4,7 @@ import io
 from typing import Any
 
 from causalrt.errors import ExecutorError
+from causalrt.install_hint import install_package
 
 STAGES = ("start", "load", "open", "queue", "denoise", "exchange", "gather", "decode", "hand_over")
 COLOURS = ("0.55", "0.75", "tab:olive", "tab:pink", "tab:blue", "tab:red", "tab:purple", "tab:orange", "tab:green")
@@ -21,7 +22,7 @@ def figure_class() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ExecutorError(
-            f"a picture wants matplotlib ({error}); `pip install matplotlib`, or leave it out with --no-picture"
+            f"a picture wants matplotlib ({error}); `{install_package('matplotlib')}`, or leave it out with --no-picture"
         ) from error
     return Figure
 

@@ -17,6 +17,7 @@ from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ExecutorError
 from causalrt.export.options import Progress
+from causalrt.install_hint import install_extra
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.tools.certificate.attempt import attempt
 from causalrt.tools.certificate.record import Certificate, Check, NotChecked
@@ -111,7 +112,7 @@ def _require_proof() -> None:
         import polygraphy  # noqa: F401
     except ImportError as error:
         raise ExecutorError(
-            f"a certificate wants Polygraphy and matplotlib ({error}); pip install 'causalrt[proof]'"
+            f"a certificate wants Polygraphy and matplotlib ({error}); {install_extra('proof')}"
         ) from error
 
 

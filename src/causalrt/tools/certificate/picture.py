@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from causalrt.errors import ExecutorError
+from causalrt.install_hint import install_extra
 from causalrt.tools.certificate.record import Certificate
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
@@ -21,7 +22,7 @@ def draw(certificate: Certificate, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ExecutorError(f"a certificate wants matplotlib ({error}); pip install 'causalrt[proof]'") from error
+        raise ExecutorError(f"a certificate wants matplotlib ({error}); {install_extra('proof')}") from error
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     ax = figure.subplots()
     shown = [series for series in certificate.series if series.errors]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from causalrt.errors import ExecutorError
+from causalrt.install_hint import install_package
 from causalrt.tools.plan.simulate import Simulation
 
 COLOURS = {"step": "tab:blue", "refresh": "tab:cyan", "decode": "tab:orange"}
@@ -21,7 +22,7 @@ def draw_timeline(simulation: Simulation, path: Path, *, title: str, chunks: int
         from matplotlib.patches import Patch
     except ImportError as error:
         raise ExecutorError(
-            f"a picture wants matplotlib ({error}); pip install matplotlib, or leave --timeline out"
+            f"a picture wants matplotlib ({error}); {install_package('matplotlib')}, or leave --timeline out"
         ) from error
     ranks = max((len(job.busy_s) for job in simulation.jobs), default=1)
     figure = Figure(figsize=(11, 1.6 + 0.32 * (ranks + 2)), layout="constrained")
