@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from causalrt import Config, Engine, build, load, override, recipe
+from causalrt.control_groups import available_cpus
 from causalrt.export.random_weights import random_weights
-from causalrt.runtime.control_groups import available_cpus
 from causalrt.tools.plan.calibrate import calibrate
 from causalrt.tools.plan.calibration import CalibratedMachine, Calibration, Runtime, read_calibration
 from causalrt.tools.plan.predict import forecast

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: written beside their place under hidden names, and renamed at the end.
 
-What a killed writer leaves behind is removed by the next one that writes to the same place (see `owned_paths.py`).
+What a killed writer leaves behind is removed by the next one that writes to the same place (see `owned_paths.py`), unless
+that leaves it to somebody else.
 """
 
 import contextlib
@@ -25,19 +26,22 @@ _CHANGED = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
+def whole_file(path: Path, *, private: bool = False, sweeps: bool = True) -> Iterator[Path]:
     """Where to write what `path` is to hold: renamed to it if the block ends well, and removed if not.
 
     Args:
         path: the file; what is there until then stays as it is.
         private: readable by its owner alone, rather than by whom the umask lets.
+        sweeps: remove what killed writers of this file have left, which lists the folder. A folder of many files is better
+            swept once, by whoever opens it.
 
     Raises:
         OSError: it cannot be made or renamed; its folder is not there, say.
     """
     path = path.absolute()
     prefix = f".{path.name}."
-    sweep(path.parent, prefix=re.escape(prefix), suffix=r"\.partial")
+    if sweeps:
+        sweep(path.parent, prefix=re.escape(prefix), suffix=r"\.partial")
     with own(path.parent, prefix=prefix, suffix=".partial", folder=False) as partial:
         try:
             yield partial

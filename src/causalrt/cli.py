@@ -18,11 +18,11 @@ from rich.table import Table
 
 from causalrt import __version__
 from causalrt.config import RECIPES, Config, TimeIndex, override, recipe
+from causalrt.control_groups import available_cpus
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import CausalRTError, ConfigError, Faults
 from causalrt.export.options import Progress
-from causalrt.runtime.control_groups import available_cpus
 from causalrt.terminal import PrintableConsole, PrintableFormatter, printable
 from causalrt.tools.progress import shown_progress
 

@@ -82,13 +82,23 @@ def kept_folder(kind: str, key: str, *, complete: Callable[[Path], None], most: 
         yield path
 
 
+def remove_unused(path: Path) -> None:
+    """Remove a folder of the cache that no process uses.
+
+    Raises:
+        OSError: a process uses it, or it is no folder, or cannot be removed.
+    """
+    with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        shutil.rmtree(path)
+
+
 def _remove_oldest(folder: Path, most: int) -> None:
     """Remove all folders but those that were used last or are in use, and what killed builders have left."""
     sweep(folder, prefix=r"\..*\.", suffix=r"\.(partial|old)")
     kept = [path for path in folder.iterdir() if not path.name.startswith(".")]
     for path in sorted(kept, key=lambda path: path.stat().st_mtime_ns, reverse=True)[most:]:
-        with contextlib.suppress(OSError), _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_unused(path)
 
 
 @contextlib.contextmanager

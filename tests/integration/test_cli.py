@@ -21,12 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import causalrt
+from causalrt import control_groups
 from causalrt.child_python import python_environment
 from causalrt.cli import main
 from causalrt.config import recipe
 from causalrt.errors import ConfigError
 from causalrt.export.random_weights import random_weights
-from causalrt.runtime import control_groups
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 

@@ -1,7 +1,9 @@
 """`causalrt demo`, whole: the shipped files, bundles, rows, parity, and what is written; and what it refuses."""
 
+import fcntl
 import io
 import json
+import os
 
 import av
 import numpy as np
@@ -78,6 +80,26 @@ def test_bundles_are_kept_and_built_again_if_damaged(shown, cache, monkeypatch, 
             assert {file.name: file.read_bytes() for file in bundle.iterdir()} == before
         assert "is built again" in caplog.text
         caplog.clear()
+
+
+def test_damaged_bundle_that_another_process_uses_is_left_alone(shown, cache, caplog):
+    kept = sorted(cache.iterdir())[0]
+    weights = kept / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"\0" * len(whole))
+    user = os.open(kept, os.O_RDONLY)
+    try:
+        fcntl.flock(user, fcntl.LOCK_SH)
+        with demo.kept_demo_bundle(world_size=1) as bundle:
+            assert bundle != kept
+            assert (bundle / "weights.safetensors").read_bytes() == whole
+        assert "in a temporary folder" in caplog.text
+        assert weights.read_bytes() == b"\0" * len(whole)
+    finally:
+        os.close(user)
+    with demo.kept_demo_bundle(world_size=1) as bundle:
+        assert bundle == kept
+        assert weights.read_bytes() == whole
 
 
 def test_other_code_or_libraries_want_another_bundle(monkeypatch):

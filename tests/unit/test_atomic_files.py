@@ -120,6 +120,14 @@ def test_what_is_open_in_a_replaced_folder_can_be_read_on(tmp_path):
         assert file.read() == "old"
 
 
+def test_a_file_may_be_written_without_looking_for_leftovers(tmp_path):
+    left = tmp_path / ".file.0123456789ab.partial"
+    left.touch()
+    with whole_file(tmp_path / "file", sweeps=False) as partial:
+        partial.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == [left.name, "file"]
+
+
 def test_what_killed_writers_have_left_is_removed(tmp_path):
     (tmp_path / ".file.0123456789ab.partial").write_text("half")
     with whole_file(tmp_path / "file") as partial:

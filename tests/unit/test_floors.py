@@ -21,6 +21,7 @@ FLOORS = (
         "demo_model",
         "user_cache",
         "child_python",
+        "control_groups",
         "install_hint",
     ),
     ("plugins",),

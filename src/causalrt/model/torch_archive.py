@@ -6,12 +6,12 @@ have no checksums.)
 
 import bisect
 import logging
-import os
 import struct
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from causalrt.control_groups import available_cpus
 from causalrt.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class TorchArchive:
         Raises:
             CheckpointError: the contents of one have changed since it was written.
         """
-        with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(min(_MAX_THREADS, available_cpus())) as pool:
             list(pool.map(lambda member: self._check(*member), self._members))
 
     def _data_offset(self, info: zipfile.ZipInfo) -> int:

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from causalrt.config import Config
+from causalrt.control_groups import available_cpus
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, unchanged
 from causalrt.engines.kinds import executor_kind
 from causalrt.errors import CapacityError, PromptError, RequestError
 from causalrt.model.words import WORDS_FILE, WordEncoder
 from causalrt.runtime import interrupts
 from causalrt.runtime.canary import ExchangeCheck
-from causalrt.runtime.control_groups import available_cpus
 from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.memory import (
     UNLIMITED,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from causalrt.config import Config
+from causalrt.control_groups import memory_limits
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
 from causalrt.engines.kinds import executor_kind
@@ -18,7 +19,6 @@ from causalrt.layout import layout_from_config
 from causalrt.model.vae import TEMPORAL_SCALE, cache_bytes
 from causalrt.model.vae_checkpoint import AnyVaeConfig
 from causalrt.model.wan import num_parameters
-from causalrt.runtime.control_groups import memory_limits
 
 UNLIMITED = sys.maxsize
 """Sessions on a host that does not say what is free."""

@@ -39,7 +39,16 @@ class Mp4Writer:
     discarded by an exception.
     """
 
-    def __init__(self, path: Path, *, height: int, width: int, fps: int | Fraction, private: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        height: int,
+        width: int,
+        fps: int | Fraction,
+        private: bool = False,
+        sweeps: bool = True,
+    ) -> None:
         """Begin beside `path`.
 
         Args:
@@ -48,6 +57,7 @@ class Mp4Writer:
             width: of the frames, in pixels.
             fps: frames a second.
             private: readable by its owner alone, rather than by whom the umask lets.
+            sweeps: remove what killed writers of this file have left; see `whole_file`.
 
         Raises:
             RequestError: odd or impossible sizes or rate, or `path` cannot be written.
@@ -58,7 +68,7 @@ class Mp4Writer:
         pyav()
         self._file = contextlib.ExitStack()
         try:
-            partial = self._file.enter_context(whole_file(self.path, private=private))
+            partial = self._file.enter_context(whole_file(self.path, private=private, sweeps=sweeps))
         except OSError as error:
             raise RequestError(f"cannot write {path}: {error}; choose a file in an existing, writable folder") from None
         with self._or_nothing():

@@ -16,7 +16,7 @@ GPU_DAY = "causalrt gpu-day --budget 570 --out gpu-day"
 
 
 def recommended_executor(target: str) -> str:
-    """The executor for a GPU architecture, such as `tensorrt` for `sm80`; `inductor` where neither TensorRT is documented."""
+    """The executor for a GPU architecture, for example `tensorrt` for `sm80`; `inductor` if neither TensorRT is documented."""
     return next((name for name, targets in DOCUMENTED_TARGETS.items() if target in targets), "inductor")
 
 

@@ -9,7 +9,6 @@ rank, is what the others are compared with.
 import contextlib
 import logging
 import platform
-import shutil
 import statistics
 import textwrap
 import time
@@ -37,7 +36,7 @@ from causalrt.tools.contact_sheet import SheetRow, contact_sheet, enlarged
 from causalrt.tools.demo_request import ABOUT, EXAMPLES, DemoRequest
 from causalrt.tools.files import check_writable_in, make_folder, write_whole
 from causalrt.tools.generate import check_switches, parsed_switches
-from causalrt.user_cache import kept_folder
+from causalrt.user_cache import kept_folder, remove_unused
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +123,8 @@ def demo_bundle(out: Path, *, world_size: int = 2, on_progress: Progress | None 
 def kept_demo_bundle(*, world_size: int = 2, on_progress: Progress | None = None) -> Iterator[Path]:
     """The demo's bundle in the user's cache, built first if it is missing or damaged.
 
-    If there can be no cache, the bundle is built in a temporary folder, which is removed at the end of the block.
+    If there can be no cache, or another process uses the damaged bundle, the bundle is built in a temporary folder, which is
+    removed at the end of the block.
     """
 
     def complete(path: Path) -> None:
@@ -133,7 +133,7 @@ def kept_demo_bundle(*, world_size: int = 2, on_progress: Progress | None = None
         except BundleError as error:
             if path.exists():
                 logger.warning("the demo's bundle is built again: %s", error)
-                shutil.rmtree(path)
+                remove_unused(path)
             demo_bundle(path, world_size=world_size, on_progress=on_progress)
 
     with contextlib.ExitStack() as stack:

@@ -18,12 +18,12 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from causalrt.control_groups import available_cpus, cpu_quota, memory_limits
 from causalrt.engines.kinds import onnxruntime_gpu_fault
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 from causalrt.errors import CausalRTError
 from causalrt.install_hint import install_extra
 from causalrt.plugins.kernel_launch import c_compiler, require_triton_launches
-from causalrt.runtime.control_groups import available_cpus, cpu_quota, memory_limits
 from causalrt.runtime.memory import available_bytes
 from causalrt.tools.advice import advise
 from causalrt.tools.gpus import Gpu, driver_version, find_gpus, first_sentence, mps_state, needed_driver

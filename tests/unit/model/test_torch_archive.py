@@ -1,6 +1,7 @@
 """A bit that has changed in a torch file is noticed wherever such files are read."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -104,3 +105,19 @@ def test_what_is_no_archive(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(CheckpointError, match=r"x\.pt is damaged: its table of members cannot be read"):
         TorchArchive(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (64, 4)])
+def test_members_are_checked_by_as_many_threads_as_a_quota_allows(tmp_path, monkeypatch, cpus, threads):
+    torch.save(STATE, tmp_path / "x.pt")
+    asked = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers):
+            asked.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr("causalrt.model.torch_archive.ThreadPoolExecutor", Pool)
+    monkeypatch.setattr("causalrt.model.torch_archive.available_cpus", lambda: cpus)
+    TorchArchive(tmp_path / "x.pt").check_all()
+    assert asked == [threads]

@@ -51,7 +51,9 @@ class _JobOutput:
 
     def started(self, *, text_ms: float) -> None:
         offer = self._offer
-        self._writer = Mp4Writer(self._path, height=offer.height, width=offer.width, fps=offer.fps, private=True)
+        self._writer = Mp4Writer(
+            self._path, height=offer.height, width=offer.width, fps=offer.fps, private=True, sweeps=False
+        )
 
     def write(self, frames: torch.Tensor) -> float:
         assert self._writer is not None

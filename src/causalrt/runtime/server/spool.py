@@ -138,7 +138,7 @@ class Spool:
             OSError: a full disk, say.
         """
         path = self.folder / f"{job.id}.json"
-        with whole_file(path, private=True) as partial:
+        with whole_file(path, private=True, sweeps=False) as partial:  # `load` sweeps
             partial.write_text(json.dumps({"schema": SCHEMA, **asdict(job)}))
 
     def remove(self, job_id: str) -> None:

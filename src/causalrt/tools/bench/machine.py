@@ -5,8 +5,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from causalrt.control_groups import cpu_quota
 from causalrt.engines.bundle import toolchain_versions
-from causalrt.runtime.control_groups import cpu_quota
 from causalrt.tools.gpus import find_gpus, output_of, query_nvidia_smi
 
 GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")

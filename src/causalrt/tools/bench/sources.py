@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from causalrt.config import BuildConfig, Config, override
+from causalrt.control_groups import available_cpus
 from causalrt.engines.bundle import VAE_WEIGHTS, WEIGHTS, Bundle, open_bundle
 from causalrt.engines.kinds import executor_kind
 from causalrt.errors import BundleError, ConfigError
 from causalrt.export.build import build, fused_ops_wanted
 from causalrt.export.options import PluginsMode, Progress
 from causalrt.export.random_weights import random_weights
-from causalrt.runtime.control_groups import available_cpus
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,11 +20,11 @@ from onnx import TensorProto, helper
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.logger import G_LOGGER
 
+from causalrt.control_groups import available_cpus
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
-from causalrt.runtime.control_groups import available_cpus
 from causalrt.tools.certificate.errors import Comparison, TensorError, as_tensors
 from causalrt.tools.certificate.runners import compared, forwards_at, results_of
 from causalrt.tools.certificate.watch import Forward, Place, Tape, exchange_name, residual_name

@@ -8,10 +8,10 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 
+from causalrt.control_groups import available_cpus
 from causalrt.engines.base import Executor, make_executor
 from causalrt.engines.bundle import WEIGHTS, Bundle
 from causalrt.layout import layout_from_config
-from causalrt.runtime.control_groups import available_cpus
 from causalrt.tools.certificate.ranks import meet, run_threads
 from causalrt.tools.certificate.watch import WatchedCollectives, WatchedExecutor
 

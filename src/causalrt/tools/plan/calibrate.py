@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 from causalrt.child_python import python_command, python_environment
+from causalrt.control_groups import available_cpus
 from causalrt.errors import ExecutorError
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.collectives import join_ranks
-from causalrt.runtime.control_groups import available_cpus
 from causalrt.tools.plan.calibration import Calibration, Entry, Runtime, Sample, exchange_features, fit_costs
 from causalrt.tools.plan.micro_ops import gemm_op, micro_ops, random_tensors, runner
 from causalrt.tools.plan.work import Exchange, Gemm

@@ -115,6 +115,21 @@ def test_what_a_killed_server_leaves_is_removed(spool):
     assert contents(spool) == before
 
 
+def test_a_record_is_saved_without_a_look_at_the_rest_of_the_folder(spool, monkeypatch):
+    before = contents(spool)
+
+    def refuse(*arguments, **named):
+        raise AssertionError("the folder was listed")
+
+    opened = Spool(spool)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refuse)
+        patched.setattr(os, "listdir", refuse)
+        opened.save(job(TWO))
+    opened.close()
+    assert set(contents(spool)) - set(before) == {f"{TWO}.json"}
+
+
 def test_a_spool_whose_lock_file_was_lost_or_is_of_an_earlier_version_is_used_again(spool):
     (spool / ".lock").unlink()
     assert opened_and_closed(spool) == [job()]

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from causalrt.runtime import control_groups
-from causalrt.runtime.control_groups import available_cpus, cpu_quota, memory_limits
+from causalrt import control_groups
+from causalrt.control_groups import available_cpus, cpu_quota, memory_limits
 
 VERSION_2 = "30 23 0:26 {top} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 VERSION_1 = (
