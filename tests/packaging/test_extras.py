@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from itertools import combinations
 from pathlib import Path
@@ -114,15 +115,9 @@ def resolve(tmp_path_factory):
     def run(requirements: str, *options: str) -> subprocess.CompletedProcess[str]:
         command = [
             uv.find_uv_bin(),
-            "pip",
-            "compile",
-            "--quiet",
-            "--no-header",
-            "--no-annotate",
-            "--python-platform",
-            PLATFORM,
+            *f"pip compile --quiet --no-header --no-annotate --python-platform {PLATFORM}".split(),
         ]
-        command += ["--config-file", str(folder / "uv.toml"), *options, requirements]
+        command += ["--config-file", str(folder / "uv.toml"), "--python", sys.executable, *options, requirements]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
     (folder / "one.txt").write_text("packaging")

@@ -40,7 +40,16 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 PROMPT_GRAPH, TIME_GRAPH = "prompt.onnx", "time.onnx"
 FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS = "vae-first.onnx", "vae-next.onnx", "vae.safetensors"
-TOOLCHAIN = ("causalrt", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt-rtx", "tensorrt")
+TOOLCHAIN: Mapping[str, tuple[str, ...]] = {
+    "causalrt": ("causalrt",),
+    "torch": ("torch",),
+    "onnx": ("onnx",),
+    "onnxscript": ("onnxscript",),
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+    "tensorrt-rtx": ("tensorrt-rtx",),
+    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
+}
+"""The distributions that bring each package, the preferred one first."""
 REBUILD = "build the bundle again with `causalrt build`"
 
 
@@ -90,11 +99,13 @@ class Bundle:
 def toolchain_versions() -> dict[str, str]:
     """Versions of the packages that a bundle is tied to; a missing one is left out."""
     found = {}
-    for name in TOOLCHAIN:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    for name, distributions in TOOLCHAIN.items():
+        for distribution in distributions:
+            try:
+                found[name] = metadata.version(distribution)
+            except metadata.PackageNotFoundError:
+                continue
+            break
     return found
 
 

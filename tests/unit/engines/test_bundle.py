@@ -8,6 +8,7 @@ import shutil
 import stat
 import time
 from collections import namedtuple
+from importlib import metadata
 
 import pytest
 
@@ -23,6 +24,7 @@ from causalrt.engines.bundle import (
     new_bundle,
     open_bundle,
     reopen_bundle,
+    toolchain_versions,
     unchanged,
     write_manifest,
 )
@@ -83,6 +85,27 @@ def names(folder):
 
 
 # ---- writing
+
+
+@pytest.mark.parametrize(
+    ("name", "distributions", "version"),
+    [
+        ("onnxruntime", {"onnxruntime-gpu": "1.31.1"}, "1.31.1"),
+        ("onnxruntime", {"onnxruntime": "1.31.0"}, "1.31.0"),
+        ("tensorrt", {"tensorrt-cu13": "11.4.0"}, "11.4.0"),
+        ("tensorrt", {"tensorrt-cu12": "11.2.1"}, "11.2.1"),
+        ("tensorrt", {}, None),
+    ],
+)
+def test_a_version_is_that_of_the_distribution_that_is_installed(monkeypatch, name, distributions, version):
+    def installed(distribution):
+        try:
+            return distributions[distribution]
+        except KeyError:
+            raise metadata.PackageNotFoundError(distribution) from None
+
+    monkeypatch.setattr(metadata, "version", installed)
+    assert toolchain_versions().get(name) == version
 
 
 def test_written_and_opened(made):
