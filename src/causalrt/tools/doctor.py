@@ -235,10 +235,7 @@ def _is_installed(distribution: str) -> bool:
 
 
 def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+    return _tried(lambda: metadata.version(distribution))
 
 
 def _probe(module: str) -> tuple[bool, str]:

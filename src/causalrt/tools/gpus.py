@@ -133,9 +133,7 @@ def _tried(index: int) -> Gpu:
         free = torch.cuda.mem_get_info(index)[0]
         two = add_ones(device)
         fault = None if two == 2 else f"1 + 1 is {two} on it"
-    except (
-        Exception
-    ) as error:  # no kernels for its architecture, memory that is full, a mode that admits one process, ...
+    except Exception as error:  # no kernels for this GPU, full memory, a mode that admits one process, and so on
         fault = first_sentence(error)
     return Gpu(index=index, name=name, target=target, total_bytes=total, free_bytes=free, fault=fault)
 
@@ -162,12 +160,11 @@ def driver_version() -> str | None:
     """The version of NVIDIA's driver, for example `580.65.06`; None if there is none."""
     try:
         found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER_FILE.read_text())
-    except OSError:
-        found = None
-    if found:
-        return found[1]
-    states = query_nvidia_smi("driver_version")  # WSL has no such file
-    return states[0].get("driver_version") if states else None
+    except OSError:  # WSL has no such file
+        found = re.match(
+            r"(\d+\.[\d.]+)", output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or ""
+        )
+    return found[1] if found else None
 
 
 def needed_driver(cuda: str | None) -> int | None:

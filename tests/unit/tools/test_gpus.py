@@ -184,8 +184,12 @@ def test_driver_version_by_its_file(monkeypatch, tmp_path, text, version):
 
 @pytest.mark.parametrize(
     ("script", "version"),
-    [("echo 535.161.08; echo 535.161.08", "535.161.08"), ("echo 'NVIDIA-SMI has failed'; exit 9", None)],
-    ids=["answers", "fails"],
+    [
+        ("echo 535.161.08; echo 535.161.08", "535.161.08"),
+        ("echo 'NVIDIA-SMI has failed'; exit 9", None),
+        ("echo '[N/A]'", None),
+    ],
+    ids=["answers", "fails", "does not know"],
 )
 def test_driver_version_by_nvidia_smi(monkeypatch, tmp_path, script, version):
     program = tmp_path / "nvidia-smi"
