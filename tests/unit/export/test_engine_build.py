@@ -176,12 +176,11 @@ def test_the_builder_says_what_memory_engines_take(built):
     """In the record, in `inspect`, and in the prediction of memory, in the place of an estimate."""
     memories = [built.networks[name]["memory"] for name in built.record.engine_files]
     assert all(memory["weights_bytes"] > 0 for memory in memories[:2])
-    step = built.networks[built.record.step[-1]]["memory"]
-    assert step["activation_bytes"] >= step["scratch_bytes"] > 0
+    assert all(memory["activation_bytes"] >= memory["scratch_bytes"] for memory in memories)
 
     (engines,) = inspect_bundle(built.path)["engines"]
     told = engines["builder_memory"]
-    assert told["activation_bytes"] == max(memory["activation_bytes"] for memory in memories)
+    assert told["activation_bytes"] == max(memory["activation_bytes"] for memory in memories) > 0
     assert told["weights_bytes"] == sum(memory["weights_bytes"] for memory in memories)
 
     predicted = rank_memory(built.bundle, "tensorrt_rtx", device="cuda").activation_bytes
@@ -191,7 +190,7 @@ def test_the_builder_says_what_memory_engines_take(built):
 
 def buffer_bytes(built):
     """What the executor allocates for a step: every tensor but slots, staging and the prompt's keys and values."""
-    staged = {name for part in built.parts for name in part["writes"].values()}
+    staged = {name for part in built.parts for name in part["writes"]}
     tensors = {tensor["name"]: tensor for network in built.step for tensor in network["inputs"] + network["outputs"]}
     kept = [
         tensor for name, tensor in tensors.items() if not name.startswith(("k.", "v.", "cross_")) and name not in staged
@@ -199,7 +198,7 @@ def buffer_bytes(built):
     return sum(DTYPE_BYTES[tensor["dtype"]] * math.prod(tensor["shape"]) for tensor in kept)
 
 
-def test_a_bundle_without_the_builders_figures(small, tmp_path, capsys):
+def test_a_bundle_without_the_builders_figures(small, tmp_path, capsys, monkeypatch):
     """Such as an earlier version has made: memory is estimated."""
     networks = {name: {k: v for k, v in n.items() if k != "memory"} for name, n in small.networks.items()}
     copy = dataclasses.replace(small.bundle, path=tmp_path)
@@ -209,6 +208,7 @@ def test_a_bundle_without_the_builders_figures(small, tmp_path, capsys):
         record.write_text(text)
         assert rank_memory(copy, "tensorrt_rtx", device="cuda") == estimate
     assert rank_memory(small.bundle, "tensorrt_rtx", device="cuda") != estimate
+    monkeypatch.setenv("COLUMNS", "300")
     assert main(["inspect", str(small.path)]) == 0
     assert "by its builder" in capsys.readouterr().out
 
