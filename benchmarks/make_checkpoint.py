@@ -6,7 +6,7 @@
 For a trial, `--vae` and `--text-encoder` write small random ones beside it, in the layout of a diffusers folder.
 
 torch.save wants every tensor at once, 5.7 GB for the 1.3B model. So the file is first laid out without data, then
-mapped and filled tensor by tensor.
+mapped and filled tensor by tensor. It has no checksums, since torch would compute them before there is any data.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.serialization import config as serialization_config
 
 from causalrt.config import RECIPES, ModelConfig, override, recipe
 from causalrt.export.checkpoint import model_shapes
@@ -30,7 +31,8 @@ def make_checkpoint(model: ModelConfig, *, seed: int, out: Path) -> None:
     try:
         with FakeTensorMode():
             empty = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
+        without_checksums = serialization_config.patch({"save.compute_crc32": False})
+        with torch.serialization.skip_data(materialize_fake_tensors=True), without_checksums:
             torch.save({"generator_ema": empty}, partial)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(partial, weights_only=True, mmap=True)["generator_ema"]

@@ -182,6 +182,13 @@ def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
         f"MiB a rank, {name}",
         ", ".join(f"{key.replace('_bytes', '')} {value / 2**20:,.1f}" for key, value in sizes.items()),
     )
+    builder = engines["builder_memory"]
+    table.add_row(
+        f"MiB, {name}, by its builder",
+        ", ".join(f"{key.removesuffix('_bytes')} {value / 2**20:,.1f}" for key, value in builder.items())
+        if builder
+        else "not in this bundle",
+    )
     inspector = engines["inspector"]
     table.add_row(f"{name}, inspector", inspector.get("unavailable") or f"see --json ({len(inspector)} engines)")
 

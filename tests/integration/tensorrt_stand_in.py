@@ -84,6 +84,12 @@ class DynamicShapesKernelSpecializationStrategy(enum.Enum):
     NONE = 2
 
 
+class ProfilingVerbosity(enum.Enum):
+    LAYER_NAMES_ONLY = 0
+    NONE = 1
+    DETAILED = 2
+
+
 class LayerInformationFormat(enum.Enum):
     ONELINE = 0
     JSON = 1
@@ -358,6 +364,8 @@ class EngineInspector:
 
 
 class IExecutionContext:
+    nvtx_verbosity = ProfilingVerbosity.DETAILED
+
     def __init__(self, engine: ICudaEngine, config: IRuntimeConfig) -> None:
         self._engine = engine
         self._addresses = dict.fromkeys(engine._values, 0)
@@ -426,6 +434,10 @@ class IExecutionContext:
         found.join()
         self._communicator = found
         return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        assert isinstance(stream, int)
+        return not self._not_ready()
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         assert isinstance(stream_handle, int)
@@ -505,8 +517,8 @@ API: Mapping[str, Any] = {
     made.__name__: made
     for made in (
         *(DataType, TensorIOMode, EngineValidity, EngineInvalidityDiagnostics, ExecutionContextAllocationStrategy),
-        *(CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy, LayerInformationFormat, ILogger, Dims),
-        *(Runtime, ICudaEngine, IRuntimeConfig, EngineInspector, IExecutionContext),
+        *(CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy, LayerInformationFormat, ProfilingVerbosity),
+        *(ILogger, Dims, Runtime, ICudaEngine, IRuntimeConfig, EngineInspector, IExecutionContext),
     )
 }
 """What is TensorRT's."""

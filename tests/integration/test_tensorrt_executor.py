@@ -25,7 +25,7 @@ from stand_in_bundles import CAPABILITY, STAND_INS, TARGET, build_stand_in
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from causalrt.engines import tensorrt_flavour
+from causalrt.engines import tensorrt, tensorrt_flavour
 from causalrt.engines.base import make_executor
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.tensorrt import TensorRTExecutor
@@ -338,6 +338,8 @@ def test_kernels_are_kept_once_everything_has_run(replays: Replays, own_cache: P
 class KeptKeys:
     """In the place of `CudaGraphs`: the keys under which a graph would be captured or replayed."""
 
+    enabled = True
+
     def __init__(self) -> None:
         self.keys: list[tuple[int, ...]] = []
         self.addresses: dict[int, set[tuple[int, ...]]] = {}
@@ -348,6 +350,78 @@ class KeptKeys:
     def run(self, key: tuple[int, ...], work: Callable[[], None]) -> None:
         self.keys.append(key)
         work()
+
+
+def test_rank_0_alone_writes_the_kernels_that_all_ranks_read(
+    replays: Replays, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, bundle = replays("R", 2, "engine")
+    writers: list[EngineLoader] = []
+    keep_kernels = EngineLoader.keep_kernels
+    monkeypatch.setattr(EngineLoader, "keep_kernels", lambda loader: [writers.append(loader), keep_kernels(loader)])
+
+    def start(ranks: ThreadCollectives) -> tuple[EngineLoader, bytes]:
+        executor = make(bundle, ranks)
+        read = executor._engines._kept
+        warm_up(executor, bundle.config, bundle.layout, SessionMemories(executor, bundle.config, bundle.layout))
+        return executor._engines, read
+
+    for kernels in (b"", b"kernels"):
+        (loader_0, read_0), (_, read_1) = run_ranks(2, start)
+        assert (read_0, read_1) == (kernels, kernels)
+        assert writers == [loader_0]
+        writers.clear()
+    assert len(list(own_cache.iterdir())) == 1
+
+
+def test_contexts_do_not_annotate_their_layers(replays: Replays) -> None:
+    _, bundle = replays("R", 1, "runtime")
+    executor = make(bundle, LocalCollectives())
+    engines = executor._engines._loaded
+    verbosities = {context.nvtx_verbosity for engine in engines for context in engine._contexts}
+    assert verbosities == {tensorrt_stand_in.ProfilingVerbosity.NONE}
+
+
+def test_engines_are_asked_whether_a_graph_can_capture_them(replays: Replays, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each context; the error names the engine that cannot, and how to run without graphs."""
+    _, bundle = replays("R", 1, "runtime")
+    asked: list[tensorrt_stand_in.IExecutionContext] = []
+    answer = tensorrt_stand_in.IExecutionContext.is_stream_capturable
+
+    def is_stream_capturable(context: tensorrt_stand_in.IExecutionContext, stream: int) -> bool:
+        asked.append(context)
+        return answer(context, stream) and context._engine is not executor._set.engines[1]._engine
+
+    def chunk() -> None:
+        text = torch.zeros(2, bundle.config.model.text_dim)
+        play(open_session(executor, LocalCollectives(), bundle, text=text, noise=SeededNoise(0)), 0)
+
+    monkeypatch.setattr(tensorrt_stand_in.IExecutionContext, "is_stream_capturable", is_stream_capturable)
+    executor = make(bundle, LocalCollectives())
+    chunk()
+    assert not asked, "nothing is captured on a CPU"
+    executor._graphs = KeptKeys()  # type: ignore[assignment]
+    with pytest.raises(ExecutorError) as caught:
+        chunk()
+    for words in (
+        f"no CUDA graph can capture tensorrt_rtx-{TARGET}-cut-step-001.engine; ",
+        "`--cuda-graphs off` on the command line, `cuda_graphs=False` in `causalrt.load`",
+    ):
+        assert words in str(caught.value)
+    assert len(asked) == 2
+    monkeypatch.setattr(tensorrt_stand_in.IExecutionContext, "is_stream_capturable", answer)
+    chunk()
+
+
+def test_data_centre_tensorrt_is_not_asked(replays: Replays, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no such question."""
+    monkeypatch.delattr(tensorrt_stand_in.IExecutionContext, "is_stream_capturable")
+    _, bundle = replays("D", 1, "engine")
+    executor = make(bundle, LocalCollectives())
+    executor._graphs = graphs = KeptKeys()  # type: ignore[assignment]
+    text = torch.zeros(2, bundle.config.model.text_dim)
+    play(open_session(executor, LocalCollectives(), bundle, text=text, noise=SeededNoise(0)), 0)
+    assert graphs.keys
 
 
 @pytest.mark.parametrize("collectives", LOWERINGS)
@@ -606,6 +680,30 @@ def test_communicator_missing_or_refused(replays: Replays, monkeypatch: pytest.M
         run_ranks(2, step)
 
 
+def test_another_nccl_is_noticed_before_it_is_given_a_communicator(
+    replays: Replays, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """TensorRT would open the first library of that name, which is not torch's here."""
+    _, bundle = replays("R", 2, "engine")
+    maps = tmp_path / "maps"
+    line = "7f00-7f01 r-xp 00000000 fe:00 1 {}/libnccl.so.2\n"
+    maps.write_text(line.format("/torch"))
+
+    def load(name: str) -> None:
+        assert name == "libnccl.so.2"
+        maps.write_text(line.format("/torch") + line.format("/usr/lib"))
+
+    monkeypatch.setattr(tensorrt, "MAPS", maps)
+    monkeypatch.setattr(tensorrt.ctypes, "CDLL", load)
+    given = []
+    monkeypatch.setattr(LoadedEngine, "set_communicator", lambda engine, communicator: given.append(engine))
+    with pytest.raises(
+        ExecutorError, match=r"each loaded an NCCL \(/torch/libnccl\.so\.2, /usr/lib/libnccl\.so\.2\); put"
+    ):
+        run_ranks(2, lambda ranks: make(bundle, ranks))
+    assert not given
+
+
 def test_contexts_that_are_refused(cut: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_context(engine: Any, config: Any) -> None:
         engine._logger.log(tensorrt_stand_in.ILogger.ERROR, "out of memory, say")
@@ -694,6 +792,20 @@ def test_truncated_or_foreign_engine(damaged: tuple[Bundle, Path], damage: Calla
         make(bundle, LocalCollectives())
     for words in (f"cannot open {file.name} here: ", said, "build the bundle again"):
         assert words in str(caught.value)
+
+
+def test_engines_that_are_suboptimal_here_run_with_a_warning(
+    replays: Replays, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning, however many engines there are."""
+    trt = tensorrt_stand_in
+    validity = trt.EngineValidity.SUBOPTIMAL, trt.EngineInvalidityDiagnostics.UNSUPPORTED_CC.value
+    monkeypatch.setattr(trt.Runtime, "get_engine_validity", lambda runtime, buffer: validity)
+    _, bundle = replays("R", 1, "runtime")
+    make(bundle, LocalCollectives())
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    for words in ("suboptimal for this GPU (UNSUPPORTED_CC)", "may be slower", f"`--target {TARGET}`"):
+        assert words in warning
 
 
 def test_made_by_name(whole: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

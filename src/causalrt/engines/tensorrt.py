@@ -6,6 +6,8 @@
 Every tensor has one address for as long as a session is bound, and nothing in a step waits for the device.
 """
 
+import contextlib
+import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,9 @@ from causalrt.engines.tensorrt_flavour import Flavour, device_target
 from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors
 from causalrt.model.wan import sinusoid
+
+NCCL = "libnccl.so.2"
+MAPS = Path("/proc/self/maps")
 
 
 class StepEngines(NamedTuple):
@@ -72,9 +77,11 @@ class TensorRTExecutor:
         self._engines.share_scratch()
         if exchanges and config.build.world_size > 1:
             communicator = collectives.communicator()
+            load_nccl()
+            check_one_nccl(MAPS.read_text())
             for engine in steps:
                 engine.set_communicator(communicator)
-            check_one_nccl(Path("/proc/self/maps").read_text())
+            check_one_nccl(MAPS.read_text())  # in case TensorRT has looked elsewhere
         self._sets = [
             self._make_step(steps[: len(files.step)], bundle.engine_parts, files.step, config.tokens_per_chunk)
         ]
@@ -149,15 +156,24 @@ class TensorRTExecutor:
         return buffers["flow"]
 
     def warmed_up(self) -> None:
-        """Every kind of step has run: what was compiled for them is kept for the next start."""
-        self._engines.keep_kernels()
+        """Every kind of step has run: rank 0 keeps what was compiled, which is the same on all ranks, for the next start."""
+        if self._collectives.rank == 0:
+            self._engines.keep_kernels()
 
     def _run_parts(self) -> None:
         buffers = self._set.buffers
         for engine, part in zip(self._set.engines, self._set.parts, strict=True):
+            if self._graphs.enabled:
+                engine.check_capturable()
             engine.enqueue()
             if part.sent is not None and part.received is not None:
                 self._collectives.all_to_all(buffers[part.received], buffers[part.sent])
+
+
+def load_nccl() -> None:
+    """Load the NCCL that TensorRT will load when it is given a communicator; it is torch's if torch has it under this name."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(NCCL)
 
 
 def check_one_nccl(maps: str) -> None:

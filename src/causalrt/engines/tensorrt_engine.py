@@ -7,7 +7,6 @@ was captured with one stays right when another is used. Contexts run one after a
 import json
 import logging
 import mmap
-import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from causalrt.engines.tensorrt_flavour import Flavour, device_target
+from causalrt.engines.tensorrt_flavour import Flavour, device_file_name, device_target
 from causalrt.errors import ExecutorError
 from causalrt.user_cache import cache_file, keep_in_cache, read_cache
 
@@ -39,13 +38,13 @@ class EngineLoader:
         self._scratch: torch.Tensor | None = None
         self._cache: Any = None
         self._kept = b""
+        self._suboptimal: set[str] = set()
 
     def _open_kernel_cache(self) -> Path | None:
         """The file with the kernels that engines are finished with on this kind of GPU; None if they come finished."""
         if not self.flavour.compiles_late:
             return None
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        device = re.sub(r"\W+", "-", name)  # one kind's kernels do not serve another
+        device = device_file_name(self.device)  # kernels of one model of GPU do not serve another
         return cache_file("kernels", f"{self.flavour.name}-{self.trt.__version__}-{device}{self._kernels_of}.cache")
 
     def make_context(self, engine: Any) -> Any:
@@ -58,7 +57,12 @@ class EngineLoader:
                 if self._kept and not self._cache.deserialize(self._kept):
                     logger.info("%s is of another environment, and is made anew", self.kernels)
             config.set_runtime_cache(self._cache)
-        return engine.create_execution_context(config)
+        context = engine.create_execution_context(config)
+        if (
+            context is not None
+        ):  # engines are built with details for the inspector, whose annotations would slow each run
+            context.nvtx_verbosity = self.trt.ProfilingVerbosity.NONE
+        return context
 
     def keep_kernels(self) -> None:
         """Write what was compiled for the next start, if anything was."""
@@ -79,10 +83,17 @@ class EngineLoader:
         """
         self.messages.clear()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            fault = self.flavour.engine_fault(self.trt, self._runtime, data)
-            engine = None if fault else self._runtime.deserialize_cuda_engine(data)
+            validity, diagnosis = self.flavour.engine_validity(self.trt, self._runtime, data)
+            engine = None if validity == "INVALID" else self._runtime.deserialize_cuda_engine(data)
+        if validity == "SUBOPTIMAL" and diagnosis not in self._suboptimal:
+            self._suboptimal.add(diagnosis)
+            logger.warning(
+                "%s finds %s, and perhaps other engines, suboptimal for this GPU (%s): they run, but may be slower than "
+                "engines that are built for it; build the bundle again with this version and `--target %s`",
+                *(self.flavour.name, path.name, diagnosis, device_target(self.device)),
+            )
         if engine is None:
-            reasons = [fault, *self.messages] if fault else self.messages
+            reasons = [f"invalid engine: {diagnosis}", *self.messages] if validity == "INVALID" else self.messages
             raise ExecutorError(
                 f"{self.flavour.name} {self.trt.__version__} cannot open {path.name} here: "
                 f"{'; '.join(reasons) or 'it gave no reason'}; build the bundle again with this version, for "
@@ -141,6 +152,7 @@ class LoadedEngine:
         self._contexts = [self._make_context(index) for index in range(max(1, engine.num_optimization_profiles))]
         self._profiles = {self._profile_rows(index): index for index in range(len(self._contexts))}
         self._context = self._contexts[0]
+        self._capturable: list[Any] = []
         outputs = {name: own for name, own in self._own.items() if name not in self.inputs}
         aliased = {name: engine.get_aliased_input_tensor(own) for name, own in outputs.items()}
         self._aliases = {name: names.get(source, source) for name, source in aliased.items()}
@@ -218,6 +230,24 @@ class LoadedEngine:
                 )
             if not self._context.set_tensor_address(self._own[name], tensor.data_ptr()):
                 raise ExecutorError(f"{self._file}: address of {name} was refused: {'; '.join(self._loader.messages)}")
+
+    def check_capturable(self) -> None:
+        """Refuse to go on if no CUDA graph can capture this engine with the shapes that are bound.
+
+        Only `tensorrt_rtx` can be asked. Each context is asked once, and so not while a capture runs.
+
+        Raises:
+            ExecutorError: with the way to run without CUDA graphs.
+        """
+        context = self._context
+        if not self._loader.flavour.compiles_late or context in self._capturable:
+            return
+        if not context.is_stream_capturable(self._loader.stream()):
+            raise ExecutorError(
+                f"no CUDA graph can capture {self._file}; build the bundle again with this version, or run without CUDA "
+                "graphs: `--cuda-graphs off` on the command line, `cuda_graphs=False` in `causalrt.load`"
+            )
+        self._capturable.append(context)
 
     def enqueue(self) -> None:
         """Queue one inference on the current stream."""

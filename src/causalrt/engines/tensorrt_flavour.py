@@ -7,6 +7,7 @@
 """
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,23 +78,28 @@ class Flavour:
             raise ExecutorError(f"{self.name} builds for the GPU at hand, which is {here}, not for {target}")
         return here
 
-    def select_target(self, trt: Any, config: Any, target: str) -> None:
-        """Have a builder config build for `target`."""
+    def configure_build(self, trt: Any, config: Any, target: str) -> None:
+        """Set what every engine for `target` needs of a builder config.
+
+        TensorRT-RTX may otherwise allocate memory while an engine runs, which a CUDA graph cannot capture.
+        """
         if self.targets:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
+        if self.compiles_late:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
-    def engine_fault(self, trt: Any, runtime: Any, data: Any) -> str:
-        """Why a serialised engine cannot run here, or nothing; only `tensorrt_rtx` can tell before it tries."""
+    def engine_validity(self, trt: Any, runtime: Any, data: Any) -> tuple[str, str]:
+        """What the runtime says of a serialised engine before it is opened; only `tensorrt_rtx` can be asked.
+
+        Returns:
+            The name of the `EngineValidity`, and the names of the diagnostics behind it.
+        """
         if not self.compiles_late:
-            return ""
+            return "VALID", ""
         validity, found = runtime.get_engine_validity(data)
-        if validity != trt.EngineValidity.INVALID:
-            return ""
         kinds = trt.EngineInvalidityDiagnostics.__members__
-        return "invalid engine: " + (
-            ", ".join(name for name, kind in kinds.items() if found & kind.value) or "no diagnosis"
-        )
+        return validity.name, ", ".join(name for name, kind in kinds.items() if found & kind.value) or "no diagnosis"
 
     def make_runtime_config(self, trt: Any, engine: Any) -> Any:
         """For a context whose scratch memory is the caller's, and whose kernels are compiled before they are wanted again."""
@@ -131,3 +137,9 @@ def device_target(device: torch.device) -> str:
     """The architecture of a GPU, as `sm80`."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
+
+
+def device_file_name(device: torch.device) -> str:
+    """The model of a GPU as a part of a file's name, such as `NVIDIA-H200`; `cpu` for the CPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return re.sub(r"\W+", "-", name)

@@ -26,7 +26,7 @@ from causalrt import errors
 from causalrt.child_python import python_command, python_environment
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH
-from causalrt.engines.tensorrt_flavour import Flavour
+from causalrt.engines.tensorrt_flavour import Flavour, device_file_name
 from causalrt.errors import BuildError
 from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
 from causalrt.export.dist_collective import lower_exchanges_pass
@@ -226,6 +226,7 @@ def _follow(child: "subprocess.Popen[bytes]", target: str, on_progress: Progress
     """Pass progress on until the child has said what came of it."""
     assert child.stdout is not None
     engines, stem = 0, target
+    warnings = set[str]()
     for line in child.stdout:
         message = _message(line)
         if message is None:
@@ -236,7 +237,8 @@ def _follow(child: "subprocess.Popen[bytes]", target: str, on_progress: Progress
             stem = Path(message["name"]).stem.removeprefix("tensorrt_rtx-").removeprefix("tensorrt-")
         elif message["kind"] == "phase" and engines <= 4:
             on_progress(f"{stem}: {message['phase']}", message["done"], message["total"])
-        elif message["kind"] == "warning":
+        elif message["kind"] == "warning" and message["text"] not in warnings:  # each engine has the same to say
+            warnings.add(message["text"])
             logger.warning("%s", message["text"])
         elif message["kind"] in ("done", "error"):
             return message
@@ -244,7 +246,8 @@ def _follow(child: "subprocess.Popen[bytes]", target: str, on_progress: Progress
 
 
 def default_timing_cache(flavour: Flavour, target: str) -> Path | None:
-    """Where measured kernel times are kept between builds; None for a flavour that measures nothing."""
+    """Where kernel times measured on the GPU at hand are kept between builds; None for a flavour that measures nothing."""
     if not flavour.timing_cache:
         return None
-    return cache_file("timing", f"{flavour.name}-{flavour.load().__version__}-{target}.cache")
+    gpu = device_file_name(torch.device("cuda", 0))  # TensorRT refuses times that were measured on another model
+    return cache_file("timing", f"{flavour.name}-{flavour.load().__version__}-{gpu}-{target}.cache")

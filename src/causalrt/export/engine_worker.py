@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 from collections import deque
@@ -17,6 +18,7 @@ from typing import Any
 
 import onnx
 
+from causalrt.engines.network_record import MEMORY_LINES
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 from causalrt.errors import BuildError, CausalRTError
 from causalrt.export.engine_network import check_network, describe_network, finish_attentions
@@ -71,16 +73,35 @@ def _keep_answers_apart() -> None:
     sys.stdout = os.fdopen(answers, "w")
 
 
-def _make_logger(trt: Any) -> tuple[Any, deque[str]]:
-    """A TensorRT logger that keeps the last errors."""
-    kept: deque[str] = deque(maxlen=KEPT_MESSAGES)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildLog:
+    """What is kept of TensorRT's messages during one build.
+
+    Attributes:
+        logger: the `ILogger` to hand to the builder.
+        errors: the last error messages.
+        memory: the memory figures of the builder's INFO lines, in bytes; with several optimisation profiles, the largest.
+    """
+
+    logger: Any
+    errors: deque[str]
+    memory: dict[str, int]
+
+
+def _make_log(trt: Any) -> BuildLog:
+    errors: deque[str] = deque(maxlen=KEPT_MESSAGES)
+    memory: dict[str, int] = {}
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                kept.append(message)
+                errors.append(message)
+            elif found := re.fullmatch(r"(.+): (\d+) bytes", message):
+                field = MEMORY_LINES.get(found[1])
+                if field is not None:
+                    memory[field] = max(memory.get(field, 0), int(found[2]))
 
-    return Logger(), kept
+    return BuildLog(logger=Logger(), errors=errors, memory=memory)
 
 
 def _make_monitor(trt: Any) -> Any:
@@ -164,18 +185,18 @@ def build_engine(
 ) -> dict[str, Any]:
     """Build one engine; returns the description of its network."""
     trt = flavour.load()
-    logger, messages = _make_logger(trt)
+    log = _make_log(trt)
     graph, counts = None, dict[str, int]()
     if plugins is not None:
         graph, counts = graph_with_plugins(trt, folder / request.onnx, plugins)
-    builder, network, parser = parse(trt, logger, folder / request.onnx, graph)
+    builder, network, parser = parse(trt, log.logger, folder / request.onnx, graph)
     finish_attentions(trt, network)
     description = describe_network(trt, network)
     told = request.expected | ({"plugins": sum(counts.values())} if counts else {})
     check_network(description, expected=told, onnx_file=request.onnx)
     description["plugins"] = counts
     config = builder.create_builder_config()
-    flavour.select_target(trt, config, target)
+    flavour.configure_build(trt, config, target)
     if plugins is not None:
         enable_in_place(trt, config)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -189,23 +210,40 @@ def build_engine(
                 shape = tuple(rows if size == -1 else size for size in tensor.shape)
                 profile.set_shape(tensor.name, shape, shape, shape)
         config.add_optimization_profile(profile)
-    if cache is not None:
-        config.set_timing_cache(config.create_timing_cache(read_cache(cache)), False)
+    has_timings = cache is not None and _attach_timing_cache(config, cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BuildError(
             f"{trt.__name__} {trt.__version__} cannot build {request.onnx} for {target}:\n  "
-            + "\n  ".join(messages or ["it gave no reason"])
+            + "\n  ".join(log.errors or ["it gave no reason"])
             + "\nA fused attention kernel may be missing for this target, head size or precision: take bfloat16 or float16, "
             "another --target, or `--executor onnxruntime`"
         )
+    description["memory"] = log.memory if len(log.memory) == len(MEMORY_LINES) else None
     (folder / request.engine).write_bytes(memoryview(engine))
-    if cache is not None:
-        timings = memoryview(config.get_timing_cache().serialize())
-        if not keep_in_cache(cache, timings):
-            _say("warning", text=f"the timing cache {cache} could not be written; the next build measures again")
+    if cache is not None and has_timings:
+        _keep_timing_cache(config, cache)
     del parser
     return description
+
+
+def _attach_timing_cache(config: Any, cache: Path) -> bool:
+    timings = config.create_timing_cache(read_cache(cache))
+    if timings is not None and config.set_timing_cache(timings, False):
+        return True
+    _say(
+        "warning",
+        text=f"TensorRT refuses the timing cache {cache}, which may be of another GPU or driver: this build measures all "
+        "kernels anew and leaves the file as it is; remove it, or name another one with --timing-cache",
+    )
+    return False
+
+
+def _keep_timing_cache(config: Any, cache: Path) -> None:
+    attached = config.get_timing_cache()
+    timings = None if attached is None else attached.serialize()
+    if timings is not None and not keep_in_cache(cache, memoryview(timings)):
+        _say("warning", text=f"the timing cache {cache} could not be written; the next build measures again")
 
 
 def main() -> int:

@@ -39,7 +39,7 @@ from causalrt.runtime.memory import (
     check_memory,
     decoder_memory,
     device_sessions,
-    predict_memory,
+    rank_memory,
 )
 from causalrt.runtime.messages import (
     CheckExchangesCommand,
@@ -126,7 +126,7 @@ class Engine:
         world_size = bundle.config.build.world_size
         cores = available_cpus()
         self.num_threads = num_threads or max(1, cores // world_size)
-        self.memory = predict_memory(bundle.config, executor, device=device)
+        self.memory = rank_memory(bundle, executor, device=device)
         self.decoder_memory = decoder_memory(bundle, decoder_executor) if decoder_executor else None
         fitting = UNLIMITED
         if device == "cpu":

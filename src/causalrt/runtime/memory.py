@@ -13,8 +13,9 @@ from causalrt.control_groups import memory_limits
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
 from causalrt.engines.kinds import executor_kind
+from causalrt.engines.network_record import read_networks, working_bytes
 from causalrt.engines.tensorrt_flavour import FLAVOURS
-from causalrt.errors import OutOfMemoryError
+from causalrt.errors import BundleError, OutOfMemoryError
 from causalrt.layout import layout_from_config
 from causalrt.model.vae import TEMPORAL_SCALE, cache_bytes
 from causalrt.model.vae_checkpoint import AnyVaeConfig
@@ -97,10 +98,32 @@ def predict_decoder_memory(vae: AnyVaeConfig, config: Config, executor: str, *, 
     )
 
 
-def predict_memory(config: Config, executor: str, *, device: str = "cpu") -> Memory:
+def rank_memory(bundle: Bundle, executor: str, *, device: str = "cpu") -> Memory:
+    """Bytes that one rank will hold, with one session open.
+
+    Activations of TensorRT engines are what their builder said, for the target that takes most; where the bundle does not
+    have that, they are estimated.
+    """
+    targets = bundle.engines[executor].targets.values() if executor in bundle.engines else ()
+    found: list[int | None] = []
+    with contextlib.suppress(BundleError):  # a damaged record is no reason to refuse to load
+        found = [working_bytes(read_networks(bundle, files), files, bundle) for files in targets]
+    known = max((size for size in found if size is not None), default=None)
+    return predict_memory(bundle.config, executor, device=device, activation_bytes=known)
+
+
+def predict_memory(
+    config: Config, executor: str, *, device: str = "cpu", activation_bytes: int | None = None
+) -> Memory:
     """Bytes that one rank of `config` will hold under `executor` on a kind of device, with one session open.
 
     A lone first frame's step has the same weights. Engines hold a copy of their own, and so does ONNX Runtime on a GPU.
+
+    Args:
+        config: of the bundle.
+        executor: its name.
+        device: `cpu` or `cuda`.
+        activation_bytes: what the activations take, if that is known; estimated otherwise.
     """
     copies = executor in FLAVOURS or (executor == "onnxruntime" and device == "cuda")
     weight_sets = len(config.video.kinds_of_chunk) if copies else 1
@@ -114,11 +137,13 @@ def predict_memory(config: Config, executor: str, *, device: str = "cpu") -> Mem
         scratch = max(heads * (rows + 2 * slots) * model.head_dim for heads, rows in heads_and_rows)
     else:
         scratch = max(heads * rows * slots for heads, rows in heads_and_rows)
+    if activation_bytes is None:
+        activation_bytes = (layout.local_tokens * widest + exchange) * size
     return Memory(
         weights_bytes=num_parameters(model) * size * weight_sets,
         kv_bytes=2 * model.num_layers * layout.kv_heads * slots * model.head_dim * size,
         cross_kv_bytes=2 * model.num_layers * model.text_len * model.dim * size,
-        activation_bytes=(layout.local_tokens * widest + exchange) * size,
+        activation_bytes=activation_bytes,
         attention_bytes=scratch * size if executor == "onnxruntime" else 0,
     )
 

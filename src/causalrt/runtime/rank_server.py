@@ -13,7 +13,7 @@ from causalrt.engines.kinds import executor_kind
 from causalrt.errors import RequestError
 from causalrt.runtime.canary import check_exchanges
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives, join_ranks
-from causalrt.runtime.memory import check_device_memory, device_free_bytes, predict_memory
+from causalrt.runtime.memory import check_device_memory, device_free_bytes, predict_memory, rank_memory
 from causalrt.runtime.messages import (
     CheckExchangesCommand,
     ChunkCommand,
@@ -117,7 +117,7 @@ class RankServer:
             torch.cuda.set_stream(stream)  # on the default one, TensorRT would wait for the device
         self._bundle = reopen_bundle(command.bundle, command.digest)
         if device.type == "cuda":
-            check_device_memory(predict_memory(self._bundle.config, command.executor, device="cuda"), device)
+            check_device_memory(rank_memory(self._bundle, command.executor, device="cuda"), device)
         if self._world_size > 1:
             join_ranks(
                 self._rendezvous,

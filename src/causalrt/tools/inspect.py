@@ -12,7 +12,7 @@ from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.export.options import Progress
 from causalrt.model.wan import num_parameters
 from causalrt.plugins.ptx import default_cache
-from causalrt.runtime.memory import decoder_memory, predict_memory
+from causalrt.runtime.memory import decoder_memory, rank_memory
 from causalrt.tools.inspect_engines import describe_engines
 from causalrt.tools.inspect_kernels import describe_kernels, targets_from_names
 
@@ -50,7 +50,7 @@ def inspect_bundle(
             "rows_gathered_to_each_rank": layout.gather_rows,
             "shares": [asdict(share) for share in layout.shares],
         },
-        "bytes_per_rank": {name: asdict(predict_memory(config, name)) for name in bundle.executors},
+        "bytes_per_rank": {name: asdict(rank_memory(bundle, name)) for name in bundle.executors},
         "decoder_bytes": {name: asdict(decoder_memory(bundle, name)) for name in bundle.executors if bundle.vae},
         "graphs": _describe_graphs(bundle),
         "engines": describe_engines(bundle),

@@ -1,25 +1,24 @@
 """What is in a bundle's TensorRT engines: told from the networks that they were built from, and, on a GPU, by themselves."""
 
 import hashlib
-import json
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
-from causalrt.engines.bundle import REBUILD, Bundle
-from causalrt.engines.step_record import TargetEngines, expect
+from causalrt.engines.bundle import Bundle
+from causalrt.engines.network_record import NetworkRecord, read_networks, working_bytes
+from causalrt.engines.step_record import TargetEngines
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
-from causalrt.errors import BundleError, ExecutorError
+from causalrt.errors import ExecutorError
 from causalrt.layout import layouts_from_config
 from causalrt.model.relative_rope import RelativeRope
 from causalrt.model.rope import rope_tables
 from causalrt.runtime.memory import predict_memory
-from causalrt.tools.network_record import DTYPE_BYTES, NetworkRecord, parse_network
 
 
 def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
@@ -31,7 +30,7 @@ def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
     found = []
     for flavour, record in bundle.engines.items():
         for target, files in record.targets.items():
-            networks = _read_networks(bundle, files)
+            networks = read_networks(bundle, files)
             found.append(
                 {
                     "flavour": flavour,
@@ -47,21 +46,12 @@ def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
                     "lone_step": describe_step(bundle, [networks[name] for name in files.lone_step], lone=True)
                     if files.lone_step
                     else None,
-                    "bytes_per_rank": _bytes_per_rank(bundle, flavour, networks, files.lone_step),
+                    "bytes_per_rank": _bytes_per_rank(bundle, flavour, files, networks),
+                    "builder_memory": _builder_memory(networks.values()),
                     "inspector": inspect_on_gpu(bundle, flavour, target, files),
                 }
             )
     return found
-
-
-def _read_networks(bundle: Bundle, files: TargetEngines) -> dict[str, NetworkRecord]:
-    """What the build wrote of each engine's network, by engine file."""
-    path = bundle.path / files.networks
-    try:
-        networks = expect(dict, json.loads(path.read_text()), files.networks)
-        return {name: parse_network(networks.get(name), name) for name in files.engine_files}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BundleError(f"{path} does not say what is in the engines: {error}; {REBUILD}") from error
 
 
 def describe_step(bundle: Bundle, networks: list[NetworkRecord], *, lone: bool = False) -> dict[str, Any]:
@@ -125,27 +115,39 @@ def check_constants(bundle: Bundle, networks: list[NetworkRecord], *, lone: bool
     }
 
 
+def _builder_memory(networks: Collection[NetworkRecord]) -> dict[str, int] | None:
+    """What TensorRT's builder said of the engines together, or None if it did not: they share activations and scratch."""
+    told = [asdict(network.memory) for network in networks if network.memory is not None]
+    if len(told) < len(networks):
+        return None
+    shared = ("activation_bytes", "scratch_bytes")
+    return {name: (max if name in shared else sum)(memory[name] for memory in told) for name in told[0]}
+
+
 def _bytes_per_rank(
-    bundle: Bundle, flavour: str, networks: Mapping[str, NetworkRecord], lone_step: Sequence[str]
+    bundle: Bundle, flavour: str, files: TargetEngines, networks: Mapping[str, NetworkRecord]
 ) -> dict[str, int]:
-    """Bytes of one rank with one session; the activations are an estimate, which only a GPU can replace."""
+    """Bytes of one rank with one session; the activations are an estimate where the builder did not say what they take."""
     # A lone frame's step may be bound to less of the slots than a chunk's, never to more.
-    sessions = [network for name, network in networks.items() if name not in lone_step]
+    sessions = [network for name, network in networks.items() if name not in files.lone_step]
     inputs = {entry.name: entry for network in sessions for entry in network.inputs}
     rows = bundle.config.slot_rows
 
     def total(*prefixes: str) -> int:
-        named = [entry for name, entry in inputs.items() if name.startswith(prefixes)]
-        return sum(
-            DTYPE_BYTES[entry.dtype] * math.prod(rows if size < 0 else size for size in entry.shape) for entry in named
-        )
+        return sum(entry.num_bytes(dynamic_size=rows) for name, entry in inputs.items() if name.startswith(prefixes))
 
+    working = working_bytes(networks, files, bundle)
+    activations = (
+        {"activation_bytes_estimated": predict_memory(bundle.config, flavour).activation_bytes}
+        if working is None
+        else {"activation_bytes": working}
+    )
     return {
         "weights_bytes": sum(network.weight_bytes for network in networks.values()),
         "constants_bytes": sum(network.constant_bytes for network in networks.values()),
         "kv_bytes": total("k.", "v."),
         "cross_kv_bytes": total("cross_k.", "cross_v."),
-        "activation_bytes_estimated": predict_memory(bundle.config, flavour).activation_bytes,
+        **activations,
     }
 
 

@@ -84,8 +84,15 @@ def test_timing_is_kept_where_something_is_measured(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
     sys.modules["tensorrt"].__version__ = "11.0.1"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    wanted = tmp_path / "causalrt" / "timing" / "tensorrt-11.0.1-sm90.cache"
-    assert default_timing_cache(FULL, "sm90") == wanted
+    found = []
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):  # of one architecture; each refuses the other's times
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        found.append(default_timing_cache(FULL, "sm90"))
+    folder = tmp_path / "causalrt" / "timing"
+    assert found == [
+        folder / "tensorrt-11.0.1-NVIDIA-H100-80GB-HBM3-sm90.cache",
+        folder / "tensorrt-11.0.1-NVIDIA-H200-sm90.cache",
+    ]
 
 
 # Loading
@@ -128,6 +135,7 @@ TRT = SimpleNamespace(
     CudaGraphStrategy=SimpleNamespace(DISABLED="none"),
     DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
     ComputeCapability=SimpleNamespace(SM80=80, SM120=120),
+    BuilderFlag=SimpleNamespace(REQUIRE_USER_ALLOCATION="no allocation while it runs"),
 )
 
 
@@ -144,13 +152,14 @@ def test_context_has_the_callers_scratch_and_its_kernels_at_once(flavour, late):
     assert kept == (wanted if late else {})
 
 
-def test_target_is_selected_where_there_is_a_choice():
+def test_target_is_selected_and_engines_can_be_captured():
+    """The data-centre flavour builds for the GPU at hand, and its engines never allocate while they run."""
     settings = Settings()
-    RTX.select_target(TRT, settings, "sm120")
+    RTX.configure_build(TRT, settings, "sm120")
     assert vars(settings).pop("num_compute_capabilities") == 1
-    assert settings.calls == [("set_compute_capability", 120, 0)]
+    assert settings.calls == [("set_compute_capability", 120, 0), ("set_flag", "no allocation while it runs")]
     untouched = Settings()
-    FULL.select_target(TRT, untouched, "sm90")
+    FULL.configure_build(TRT, untouched, "sm90")
     assert vars(untouched) == {"calls": []}
 
 
@@ -165,21 +174,19 @@ def test_names_are_those_of_the_real_module():
     assert trt.ILogger.ERROR <= trt.ILogger.WARNING
 
 
-def test_fault_of_an_engine_is_told_by_name():
+def test_validity_of_an_engine_is_told_by_name():
     kinds = {"VERSION_MISMATCH": SimpleNamespace(value=1), "UNSUPPORTED_CC": SimpleNamespace(value=2)}
-    trt = SimpleNamespace(
-        EngineValidity=SimpleNamespace(VALID="valid", SUBOPTIMAL="suboptimal", INVALID="invalid"),
-        EngineInvalidityDiagnostics=SimpleNamespace(__members__=kinds),
-    )
+    trt = SimpleNamespace(EngineInvalidityDiagnostics=SimpleNamespace(__members__=kinds))
 
-    def runtime(*answer):
-        return SimpleNamespace(get_engine_validity=lambda data: answer)
+    def validity(name, found):
+        answer = SimpleNamespace(name=name), found
+        return RTX.engine_validity(trt, SimpleNamespace(get_engine_validity=lambda data: answer), b"")
 
-    assert RTX.engine_fault(trt, runtime("valid", 0), b"") == ""
-    assert RTX.engine_fault(trt, runtime("suboptimal", 2), b"") == ""
-    assert RTX.engine_fault(trt, runtime("invalid", 3), b"") == "invalid engine: VERSION_MISMATCH, UNSUPPORTED_CC"
-    assert RTX.engine_fault(trt, runtime("invalid", 64), b"") == "invalid engine: no diagnosis"
-    assert FULL.engine_fault(trt, None, b"") == "", "it has no such question"
+    assert validity("VALID", 0) == ("VALID", "no diagnosis")
+    assert validity("SUBOPTIMAL", 2) == ("SUBOPTIMAL", "UNSUPPORTED_CC")
+    assert validity("INVALID", 3) == ("INVALID", "VERSION_MISMATCH, UNSUPPORTED_CC")
+    assert validity("INVALID", 64) == ("INVALID", "no diagnosis")
+    assert FULL.engine_validity(trt, None, b"") == ("VALID", ""), "it cannot be asked"
 
 
 def test_engine_that_is_none(monkeypatch, tmp_path, gpus):
@@ -208,7 +215,7 @@ def test_tensorrts_own_words_reach_the_caller(tmp_path, gpus):
         network.add_unary(network.add_input("x", trt.float32, (4,)), trt.UnaryOperation.NEG).get_output(0)
     )
     config = builder.create_builder_config()
-    RTX.select_target(trt, config, "sm80")
+    RTX.configure_build(trt, config, "sm80")
     file = tmp_path / "step.engine"
     file.write_bytes(memoryview(builder.build_serialized_network(network, config)))
     gpus((8, 0))

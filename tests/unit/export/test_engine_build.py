@@ -1,8 +1,10 @@
 """TensorRT engines built by tensorrt_rtx itself, which needs no GPU for it; and the child process that builds them."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -22,7 +24,9 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 from causalrt import build, override, recipe
+from causalrt.cli import main
 from causalrt.engines.bundle import new_bundle, open_bundle
+from causalrt.engines.network_record import DTYPE_BYTES
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, ConfigError, ExecutorError
 from causalrt.export import engine_files, engine_worker
@@ -32,6 +36,7 @@ from causalrt.export.onnx import cross_kv_names, step_names
 from causalrt.export.random_weights import random_weights
 from causalrt.install_hint import install_extra
 from causalrt.model.rope import rope_tables
+from causalrt.runtime.memory import predict_memory, rank_memory
 from causalrt.tools.inspect import inspect_bundle
 
 trt = pytest.importorskip("tensorrt_rtx", reason="engines are built with tensorrt_rtx: pip install '.[tensorrt-rtx]'")
@@ -165,6 +170,47 @@ def test_tables_of_a_window_of_one_chunk_are_found(tmp_path):
 
 
 # What is in the networks
+
+
+def test_the_builder_says_what_memory_engines_take(built):
+    """In the record, in `inspect`, and in the prediction of memory, in the place of an estimate."""
+    memories = [built.networks[name]["memory"] for name in built.record.engine_files]
+    assert all(memory["weights_bytes"] > 0 for memory in memories[:2])
+    assert all(memory["activation_bytes"] >= memory["scratch_bytes"] for memory in memories)
+
+    (engines,) = inspect_bundle(built.path)["engines"]
+    told = engines["builder_memory"]
+    assert told["activation_bytes"] == max(memory["activation_bytes"] for memory in memories) > 0
+    assert told["weights_bytes"] == sum(memory["weights_bytes"] for memory in memories)
+
+    predicted = rank_memory(built.bundle, "tensorrt_rtx", device="cuda").activation_bytes
+    assert predicted == engines["bytes_per_rank"]["activation_bytes"]
+    assert predicted == told["activation_bytes"] + buffer_bytes(built)
+
+
+def buffer_bytes(built):
+    """What the executor allocates for a step: every tensor but slots, staging and the prompt's keys and values."""
+    staged = {name for part in built.parts for name in part["writes"]}
+    tensors = {tensor["name"]: tensor for network in built.step for tensor in network["inputs"] + network["outputs"]}
+    kept = [
+        tensor for name, tensor in tensors.items() if not name.startswith(("k.", "v.", "cross_")) and name not in staged
+    ]
+    return sum(DTYPE_BYTES[tensor["dtype"]] * math.prod(tensor["shape"]) for tensor in kept)
+
+
+def test_a_bundle_without_the_builders_figures(small, tmp_path, capsys, monkeypatch):
+    """Such as an earlier version has made: memory is estimated."""
+    networks = {name: {k: v for k, v in n.items() if k != "memory"} for name, n in small.networks.items()}
+    copy = dataclasses.replace(small.bundle, path=tmp_path)
+    record = tmp_path / small.record.networks
+    estimate = predict_memory(small.config, "tensorrt_rtx", device="cuda")
+    for text in (json.dumps(networks), "{}", "damaged"):
+        record.write_text(text)
+        assert rank_memory(copy, "tensorrt_rtx", device="cuda") == estimate
+    assert rank_memory(small.bundle, "tensorrt_rtx", device="cuda") != estimate
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["inspect", str(small.path)]) == 0
+    assert "by its builder" in capsys.readouterr().out
 
 
 def test_networks_hold_what_the_step_is_made_of(built):
@@ -344,7 +390,7 @@ def test_attention_without_a_fused_kernel(tmp_path):
 
 @pytest.fixture
 def kept_log():
-    return engine_worker._make_logger(trt)
+    return engine_worker._make_log(trt)
 
 
 def write_graph(nodes, path):
@@ -361,7 +407,7 @@ def test_op_that_the_parser_does_not_know(tmp_path, kept_log):
         helper.make_node("Nonesuch", ["a"], ["y"], name="the_odd_one", domain="elsewhere"),
     ]
     with pytest.raises(BuildError) as caught:
-        parse(trt, kept_log[0], write_graph(nodes, tmp_path / "odd.onnx"))
+        parse(trt, kept_log.logger, write_graph(nodes, tmp_path / "odd.onnx"))
     for words in (
         f"tensorrt_rtx {trt.__version__} cannot parse odd.onnx",
         "the_odd_one",
@@ -377,7 +423,7 @@ def test_graph_that_cannot_be_read(tmp_path, kept_log, contents):
     if contents is not None:
         file.write_bytes(contents)
     with pytest.raises(BuildError, match=r"cannot parse step\.onnx"):
-        parse(trt, kept_log[0], file)
+        parse(trt, kept_log.logger, file)
 
 
 @pytest.mark.parametrize("key", ["attentions", "lengths", "collectives", "cache_updates", "plugins"])
@@ -388,6 +434,57 @@ def test_network_that_is_not_what_the_graph_says(tmp_path, key):
     with pytest.raises(BuildError, match=rf"made something else of neg\.onnx than it says.*expected .*'{key}': 1"):
         build_engine(RTX, "sm80", request, tmp_path, None)
     assert not (tmp_path / "neg.engine").exists()
+
+
+@pytest.fixture
+def neg(tmp_path):
+    """Build the engine of a graph of one node, with a timing cache or without; the engine, and what the worker said."""
+    write_graph([helper.make_node("Neg", ["x"], ["y"], name="n")], tmp_path / "neg.onnx")
+    expected = {"attentions": 0, "lengths": 0, "collectives": 0, "cache_updates": 0}
+    request = EngineRequest(onnx="neg.onnx", engine="neg.engine", profiles=(), expected=expected)
+
+    def make(cache=None):
+        build_engine(RTX, "sm80", request, tmp_path, cache)
+        return tmp_path / "neg.engine"
+
+    return make
+
+
+def test_engines_are_built_to_be_captured(neg, monkeypatch):
+    flags = []
+    monkeypatch.setattr(
+        trt.Builder, "build_serialized_network", lambda builder, network, config: flags.append(config.flags)
+    )
+    with pytest.raises(BuildError):
+        neg()
+    assert flags[0] >> int(trt.BuilderFlag.REQUIRE_USER_ALLOCATION) & 1
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache:DeprecationWarning")
+@pytest.mark.parametrize("refused", ["when it is read", "when it is attached"])
+def test_a_refused_timing_cache_costs_its_times_and_not_the_build(neg, tmp_path, monkeypatch, capsys, refused):
+    """As one of another GPU is. It may be somebody's: it stays as it was."""
+    if refused == "when it is read":
+        monkeypatch.setattr(trt.IBuilderConfig, "create_timing_cache", lambda config, data: None)
+    else:
+        monkeypatch.setattr(trt.IBuilderConfig, "set_timing_cache", lambda config, cache, ignore_mismatch: False)
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(b"of another GPU")
+    assert neg(cache).stat().st_size > 0
+    assert cache.read_bytes() == b"of another GPU"
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (warning,) = [message["text"] for message in said if message["kind"] == "warning"]
+    assert warning.startswith(f"TensorRT refuses the timing cache {cache}, which may be of another GPU or driver")
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache:DeprecationWarning")
+@pytest.mark.parametrize("given", [True, False], ids=["times", "no times"])
+def test_a_timing_cache_is_kept_if_there_is_one_after_the_build(neg, tmp_path, monkeypatch, given):
+    if not given:
+        monkeypatch.setattr(trt.IBuilderConfig, "get_timing_cache", lambda config: None)
+    cache = tmp_path / "timing.cache"
+    assert neg(cache).stat().st_size > 0
+    assert cache.exists() == given
 
 
 def test_build_is_cancelled_when_nobody_listens(small, tmp_path, monkeypatch):

@@ -136,6 +136,6 @@ def test_a_changed_graph_finds_its_weights_beside_the_file(tmp_path):
     onnx.save(expand_functions(model), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     graph = onnx.load(path, load_external_data=False)
     graph.graph.output.pop()
-    logger, _ = engine_worker._make_logger(trt)
-    _builder, network, _parser = parse(trt, logger, path, graph.SerializeToString())
+    log = engine_worker._make_log(trt)
+    _builder, network, _parser = parse(trt, log.logger, path, graph.SerializeToString())
     assert network.num_outputs == len(graph.graph.output)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from causalrt.tools.network_record import parse_network
+from causalrt.engines.network_record import EngineMemory, parse_network
 
 NETWORK = {
     "layers": {"CAST": 2},
@@ -15,6 +15,14 @@ NETWORK = {
     "cache_updates": 2,
     "plugins": {"qk_norm_rope": 2},
     "inputs": [{"name": "k.0.0", "shape": [1, -1, 16], "dtype": "BF16"}],
+    "outputs": [{"name": "flow", "shape": [6, 16], "dtype": "BF16"}],
+    "memory": {
+        "activation_bytes": 300,
+        "scratch_bytes": 200,
+        "weights_bytes": 10,
+        "device_persistent_bytes": 0,
+        "host_persistent_bytes": 80,
+    },
 }
 
 
@@ -23,6 +31,11 @@ def test_what_a_build_writes():
     assert (record.weight_bytes, record.constant_bytes, record.collective_ranks) == (10, 4, (8,))
     assert record.attentions[0].has_lengths
     assert record.inputs[0].shape == (1, -1, 16)
+    assert record.inputs[0].num_bytes(dynamic_size=5) == 160
+    assert record.outputs[0].name == "flow"
+    assert record.memory == EngineMemory(**NETWORK["memory"])
+    without = {key: value for key, value in NETWORK.items() if key != "memory"}
+    assert parse_network(without, "step.engine").memory is None, "an earlier version wrote none"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +60,10 @@ def test_what_a_build_writes():
         (("inputs", 0, "shape"), [1.5]),
         (("inputs", 0, "dtype"), "FP8"),
         (("inputs", 0, "name"), 3),
+        (("outputs",), None),
+        (("memory",), 300),
+        (("memory",), {"activation_bytes": 300}),
+        (("memory", "scratch_bytes"), "200"),
     ],
 )
 def test_broken(path, value):
