@@ -81,7 +81,10 @@ class Flavour:
             )
         here = device_target(torch.device("cuda", 0))
         if target not in (None, here):
-            raise ExecutorError(f"{self.name} builds for the GPU at hand, which is {here}, not for {target}")
+            raise ExecutorError(
+                f"{self.name} builds for the GPU at hand, which is {here}, not for {target}; leave the engines to a machine "
+                "that has such a GPU with `--prepare`"
+            )
         return here
 
     def builds_here(self) -> bool:

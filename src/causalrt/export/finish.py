@@ -7,7 +7,6 @@
 Both ways build engines by `build_flavour`.
 """
 
-import contextlib
 import logging
 import os
 import shutil
@@ -96,12 +95,13 @@ def finish_build(
     if in_place:
         _check_nothing_else(source)
     engine_sets = sum(map(len, targets.values())) * len(source.config.video.kinds_of_chunk)
-    needed_bytes = engine_sets * (source.sizes[WEIGHTS] + source.sizes.get(VAE_WEIGHTS, 0))
-    if not in_place:
-        needed_bytes += sum(source.sizes.values())
+    weight_bytes = source.sizes[WEIGHTS] + source.sizes.get(VAE_WEIGHTS, 0)
+    needed_bytes = sum(source.sizes.values()) + engine_sets * weight_bytes
     with new_bundle(target, overwrite=in_place or overwrite, needed_bytes=needed_bytes) as folder, unchanged(source):
         for name in source.sizes:
-            _place_file(source.path / name, folder / name, link=in_place)
+            shutil.copyfile(
+                source.path / name, folder / name
+            )  # onnx reads no weights from a file with a second hard link
         prepared = Prepared(
             folder=folder,
             config=source.config,
@@ -200,17 +200,6 @@ def _check_nothing_else(source: Bundle) -> None:
             f"{source.path} holds files that are not part of the bundle: {', '.join(others)}; move them elsewhere, or finish "
             "it to another folder with `--out`"
         )
-
-
-def _place_file(source: Path, target: Path, *, link: bool) -> None:
-    """Links are only for a folder that replaces the source's: a file of two bundles would be at the mercy of both."""
-    if link:
-        with contextlib.suppress(
-            OSError
-        ):  # a link of the bundle leads to another file system, or to another user's file
-            os.link(os.path.realpath(source), target)
-            return
-    shutil.copyfile(source, target)
 
 
 def build_flavour(

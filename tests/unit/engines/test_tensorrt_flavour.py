@@ -69,7 +69,7 @@ def test_tensorrt_builds_for_the_gpu_at_hand(gpus):
 @pytest.mark.parametrize("target", [None, "sm80"])
 def test_tensorrt_builds_nothing_without_a_gpu(gpus, target):
     gpus()
-    with pytest.raises(ExecutorError, match=r"torch sees none here; build there, or take executor tensorrt_rtx"):
+    with pytest.raises(ExecutorError, match=r"torch sees none here; copy the bundle to a machine that has one"):
         FULL.check_target(target)
 
 
