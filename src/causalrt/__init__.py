@@ -22,6 +22,7 @@ from causalrt.runtime.session import Chunk, Session
 
 if TYPE_CHECKING:
     from causalrt.export.build import build
+    from causalrt.export.finish import finish_build
     from causalrt.runtime.pictures.read import read_frames
     from causalrt.runtime.video_file import write_video
 
@@ -32,6 +33,7 @@ __all__ = [
     "Engine",
     "Session",
     "build",
+    "finish_build",
     "load",
     "override",
     "read_frames",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 _LAZY = {  # imported on first use: a production host needs no exporter, and may need no video library
     "build": "causalrt.export.build",
+    "finish_build": "causalrt.export.finish",
     "read_frames": "causalrt.runtime.pictures.read",
     "write_video": "causalrt.runtime.video_file",
 }

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, get_args
 
@@ -72,7 +72,32 @@ def _config(arguments: argparse.Namespace) -> Config:
     return config
 
 
+_SOURCE = ("recipe", "checkpoint", "out")
+"""Options that a build from a checkpoint needs."""
+_OF_THE_BUNDLE = {
+    **dict.fromkeys(("recipe", "checkpoint", "vae", "world_size", "head_plan", "dtype", "executor")),
+    "target": [],
+    "set": [],
+    "prepare": False,
+    "collectives": "engine",
+    "frontend": "onnx",
+    "plugins": "auto",
+}
+"""Options whose values `build --finish` takes from the bundle, with their defaults."""
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
 def _build(arguments: argparse.Namespace) -> int:
+    if arguments.finish is not None:
+        return _finish_build(arguments)
+    missing = [name for name in _SOURCE if getattr(arguments, name) is None]
+    if missing:
+        raise ConfigError(
+            f"build needs {_flags(missing)}; or give --finish BUNDLE alone, to build the engines that a bundle lacks"
+        )
     from causalrt.export.build import build, check_options
     from causalrt.export.checkpoint import open_checkpoint
 
@@ -88,6 +113,7 @@ def _build(arguments: argparse.Namespace) -> int:
             collectives=arguments.collectives,
             frontend=arguments.frontend,
             timing_cache=arguments.timing_cache,
+            prepare=arguments.prepare,
         )
     with faults:
         open_checkpoint(arguments.checkpoint)
@@ -107,14 +133,47 @@ def _build(arguments: argparse.Namespace) -> int:
             timing_cache=arguments.timing_cache,
             plugins=arguments.plugins,
             vae=arguments.vae,
+            prepare=arguments.prepare,
             overwrite=arguments.overwrite,
             on_progress=progress,
         )
-    seconds = time.perf_counter() - start
-    if arguments.json:
-        _say(json.dumps({"bundle": str(path), "seconds": seconds, "config": config.as_dict()}))
-    else:
-        _say(f"{path}: built in {seconds:.1f} s for {config.build.world_size} rank(s), in {config.build.precision}")
+    return _report_build(path, time.perf_counter() - start, as_json=arguments.json)
+
+
+def _finish_build(arguments: argparse.Namespace) -> int:
+    from causalrt.export.finish import finish_build
+
+    given = [name for name, default in _OF_THE_BUNDLE.items() if getattr(arguments, name) != default]
+    if given:
+        raise ConfigError(f"--finish builds what the bundle was prepared for; leave {_flags(given)} out")
+    start = time.perf_counter()
+    with shown_progress() as progress:
+        path = finish_build(
+            arguments.finish,
+            out=arguments.out,
+            timing_cache=arguments.timing_cache,
+            overwrite=arguments.overwrite,
+            on_progress=progress,
+        )
+    return _report_build(path, time.perf_counter() - start, as_json=arguments.json)
+
+
+def _report_build(path: Path, seconds: float, *, as_json: bool) -> int:
+    from causalrt.engines.bundle import how_to_finish, open_bundle
+
+    bundle = open_bundle(path, verify=False)
+    size, config = sum(bundle.sizes.values()), bundle.config
+    if as_json:
+        found = {"bundle": str(path), "seconds": seconds, "bytes": size, "config": config.as_dict()}
+        _say(json.dumps(found | {"unfinished": list(bundle.unfinished)}))
+        return 0
+    done = "prepared" if bundle.unfinished else "built"
+    _say(
+        f"{path}: {done} in {seconds:.1f} s for {config.build.world_size} rank(s), in {config.build.precision}, "
+        f"{size / 2**20:,.1f} MiB"
+    )
+    if bundle.unfinished:
+        _say(f"its {' and '.join(bundle.unfinished)} engines are not built: copy the folder, and {how_to_finish(path)}")
     return 0
 
 
@@ -159,6 +218,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for kernel in found.get("kernels", ()):
         table.add_row(*_kernel_row(kernel))
     table.add_row("toolchain", ", ".join(f"{key} {value}" for key, value in found["toolchain"].items()))
+    for name, unfinished in found["unfinished"].items():
+        targets = f" for {', '.join(unfinished['targets'])}" if unfinished["targets"] else ""
+        table.add_row(name, f"engines{targets}: not built; {unfinished['to_do']}")
     table.add_row("files", f"{len(found['files'])}, {sum(found['files'].values()) / 2**20:,.1f} MiB")
     PrintableConsole().print(table)
     return code
@@ -498,16 +560,31 @@ def _parser() -> argparse.ArgumentParser:
         "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --vae Wan2.1_VAE.pth \\\n"
         "      --world-size 8 --out bundle\n"
         "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --world-size 8 \\\n"
-        "      --executor tensorrt_rtx --target sm80 --out bundle\n"
+        "      --executor tensorrt --out bundle\n"
+        "  causalrt build --finish bundle\n"
+        "  causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --executor tensorrt_rtx --target sm89 \\\n"
+        "      --out bundle\n"
         "  causalrt build --recipe wan_1_3b_480p --checkpoint wan/ --set video.window_frames=12 \\\n"
         "      --set video.sink_frames=3 --set sampler.steps=1000,500 --out bundle",
     )
-    made.add_argument("--recipe", required=True, help=f"one of {', '.join(RECIPES)}")
-    made.add_argument("--checkpoint", required=True, type=Path, help="Self-Forcing .pt, Wan or diffusers layout")
+    made.add_argument("--recipe", help=f"one of {', '.join(RECIPES)}")
+    made.add_argument("--checkpoint", type=Path, help="Self-Forcing .pt, Wan or diffusers layout")
+    made.add_argument(
+        "--finish",
+        type=Path,
+        metavar="BUNDLE",
+        help="instead of a checkpoint: build the TensorRT engines that this bundle lacks, for the GPU at hand; it takes the "
+        "bundle's place, or goes to --out",
+    )
+    made.add_argument(
+        "--prepare",
+        action="store_true",
+        help="leave TensorRT engines to --finish, on the machine that runs them; without a GPU, those of tensorrt always are",
+    )
     made.add_argument(
         "--vae", type=Path, help="Wan2.1's VAE, its .pth or the diffusers layout; without it, latents only"
     )
-    made.add_argument("--out", required=True, type=Path, help="folder of the bundle")
+    made.add_argument("--out", type=Path, help="folder of the bundle")
     made.add_argument("--world-size", type=int, help="ranks")
     made.add_argument("--head-plan", choices=plans, help="how attention is divided over ranks")
     made.add_argument(

@@ -1,8 +1,10 @@
-"""Bundles with stand-in engines: what `build` writes for TensorRT, in float32 and without TensorRT."""
+"""Bundles with stand-in engines: prepared and finished as for TensorRT, without TensorRT, and in float32."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +14,14 @@ import tensorrt_stand_in
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS, new_bundle, write_manifest
+from causalrt.engines import tensorrt_flavour
+from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH
 from causalrt.engines.tensorrt_flavour import FLAVOURS
-from causalrt.export import engine_files
-from causalrt.export.checkpoint import open_checkpoint, write_weights
-from causalrt.export.onnx import write_small_graphs
+from causalrt.export import build as build_module
+from causalrt.export import engine_files, onnx, vae
+from causalrt.export.build import EnginePlan, build
+from causalrt.export.finish import finish_build
 from causalrt.export.options import CollectivesMode
-from causalrt.export.trace import wan_from_file
 
 TARGET, CAPABILITY = "sm80", (8, 0)
 GPU = SimpleNamespace(multi_processor_count=108)
@@ -37,58 +40,51 @@ def build_stand_in(
 ) -> Path:
     """A bundle; its prompt and time graph are those of another bundle of the same weights, if there is one."""
 
-    def quiet(stage: str, done: int, total: int) -> None:
-        pass
+    def copy_small_graphs(wan: object, config: Config, folder: Path, on_progress: object) -> None:
+        assert small_graphs is not None
+        for name in (PROMPT_GRAPH, TIME_GRAPH):
+            shutil.copy(small_graphs / name, folder / name)
 
-    with new_bundle(out, overwrite=False, needed_bytes=0) as folder:
-        weights = folder / WEIGHTS
-        write_weights(
-            open_checkpoint(checkpoint),
-            config.model,
-            dtype=torch.float32,
-            out=weights,
-            on_progress=lambda done, total: None,
+    with contextlib.ExitStack() as patches:
+        if small_graphs is not None:
+            patches.enter_context(mock.patch.object(onnx, "write_small_graphs", copy_small_graphs))
+        # A real build refuses float32, which the comparisons with recordings need.
+        plans = {flavour: EnginePlan((TARGET,), later=True)}
+        patches.enter_context(mock.patch.object(build_module, "check_options", return_value=plans))
+        build(
+            config,
+            checkpoint=checkpoint,
+            out=out,
+            executors=[flavour],
+            targets=[TARGET],
+            collectives=collectives,
+            plugins="on" if fused else "auto",
+            prepare=True,
         )
-        wan = wan_from_file(config, weights)
-        if small_graphs is None:
-            write_small_graphs(wan, config, folder, quiet)
-        else:
-            for name in (PROMPT_GRAPH, TIME_GRAPH):
-                shutil.copy(small_graphs / name, folder / name)
-        parts, lone_parts = (
-            engine_files.write_engine_graphs(
-                wan, config, folder, quiet, collectives=collectives, segmented=None, fused=fused, lone=lone
-            )
-            if lone in config.video.kinds_of_chunk
-            else []
-            for lone in (False, True)
-        )
-        with (
-            mock.patch.object(engine_files, "run_child", _write_engines),
-            mock.patch.object(torch.cuda, "get_device_properties", return_value=GPU),
-        ):
-            record = engine_files.build_engines(
-                config,
-                folder,
-                parts,
-                quiet,
-                flavour=STAND_INS[flavour],
-                target=TARGET,
-                timing_cache=None,
-                fused=fused,
-                lone_parts=lone_parts,
-            )
-        engines = {flavour: {"collectives": collectives, "frontend": "onnx", "targets": {TARGET: record}}}
-        executors, graphs = ("eager", flavour), {"tensorrt": parts, "lone_tensorrt": lone_parts}
-        write_manifest(folder, config=config, plugins=fused, executors=executors, graphs=graphs, engines=engines)
-    return out
+    with stand_in_builder():
+        return finish_build(out)
+
+
+@contextlib.contextmanager
+def stand_in_builder(capability: tuple[int, int] | None = CAPABILITY) -> Iterator[None]:
+    """A machine with both TensorRTs and a GPU of this capability, or none, as far as a build of engines goes."""
+    # Only what chooses the target sees the GPU: torch itself would try to use it.
+    cuda = SimpleNamespace(is_available=lambda: capability is not None, get_device_capability=lambda device: capability)
+    with (
+        mock.patch.dict(tensorrt_flavour.FLAVOURS, STAND_INS),
+        mock.patch.object(engine_files, "run_child", _write_engines),
+        mock.patch.object(vae, "run_child", _write_engines),
+        mock.patch.object(tensorrt_flavour, "torch", SimpleNamespace(cuda=cuda, device=torch.device)),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=GPU),
+    ):
+        yield
 
 
 def _write_engines(request: str, target: str, on_progress: object) -> dict[str, Any]:
     """In the place of the child process that runs TensorRT."""
     wanted = json.loads(request)
     folder = Path(wanted["folder"])
-    device = {"capability": 10 * CAPABILITY[0] + CAPABILITY[1], "num_multiprocessors": GPU.multi_processor_count}
+    device = {"capability": int(target.removeprefix("sm")), "num_multiprocessors": GPU.multi_processor_count}
     assert wanted["plugins"] in (None, device)
     for entry in wanted["engines"]:
         tensorrt_stand_in.write_engine(

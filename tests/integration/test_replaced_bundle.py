@@ -20,7 +20,7 @@ from causalrt.runtime import load as load_module
 from causalrt.runtime import ranks
 from causalrt.runtime.messages import LoadCommand
 
-REPLACED = r"bundle was replaced or changed while it was being loaded; load it again"
+REPLACED = r"bundle was replaced or changed while it was being read; try again"
 
 
 class Bundles:

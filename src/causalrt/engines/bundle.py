@@ -6,6 +6,9 @@
     *.onnx                graphs; their weights are references into weights.safetensors
     *.engine              TensorRT engines by flavour and target, the same for every rank; *-networks.json says what is in them
 
+A bundle may lack engines that only the GPU that runs them can build. It is then unfinished for that executor; others run it.
+No file holds a path, so a bundle may be copied between machines.
+
 Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none. Its files may be
 links to regular files anywhere, as in the cache of the Hugging Face hub: what they point to is hashed.
 """
@@ -14,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +29,7 @@ import torch
 
 from causalrt.atomic_files import whole_folder
 from causalrt.config import Config, config_from_dict
-from causalrt.engines.kinds import EXECUTORS
+from causalrt.engines.kinds import EXECUTORS, executor_kind
 from causalrt.engines.step_record import FlavourEngines, StepPart, files_of, parse_engines, parse_parts
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
@@ -69,7 +73,7 @@ class Bundle:
         lone_segments: those of a lone first frame's step; none where there is no such frame.
         engine_parts: the parts of the step that TensorRT's engines were built from; none if no ONNX file was.
         lone_engine_parts: those of a lone first frame's step.
-        engines: TensorRT's engines by flavour.
+        engines: TensorRT's engines by flavour, those that are still to be built among them (`unfinished`).
         digest: sha256 of the manifest, which lists every file with its sha256; bundles with equal digests are the same.
         hashes: sha256 of every file.
         sizes: bytes of every file.
@@ -94,6 +98,24 @@ class Bundle:
     sizes: Mapping[str, int]
     modified_ns: Mapping[str, int | None] = field(compare=False)
     toolchain: Mapping[str, str]
+
+    @property
+    def unfinished(self) -> tuple[str, ...]:
+        """TensorRT flavours whose engines are still to be built, on a GPU."""
+        return tuple(name for name, record in self.engines.items() if not record.targets)
+
+    def why_not(self, executor: str) -> str | None:
+        """Why the bundle does not hold what `executor` runs, and what to do about it; None if it does."""
+        if not executor_kind(executor).compiled or executor in self.executors:
+            return None
+        if executor in self.unfinished:
+            return f"the {executor} engines of {self.path} are not built; {how_to_finish(self.path)}"
+        return f"{self.path} was built for {', '.join(self.executors)}; build again with `--executor {executor}`"
+
+
+def how_to_finish(path: Path) -> str:
+    """What to do with a bundle that lacks engines."""
+    return f"finish the bundle on the GPU that will run it with `causalrt build --finish {shlex.quote(str(path))}`"
 
 
 def toolchain_versions() -> dict[str, str]:
@@ -210,14 +232,14 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     engines = parse_engines(manifest["engines"], engine_parts, lone_engine_parts, lone=lone)
     runs_segments = "onnxruntime" in executors
     if (
-        {name for name in executors if name in FLAVOURS} != set(engines)
+        {name for name in executors if name in FLAVOURS} != {name for name, record in engines.items() if record.targets}
         or bool(segments) != runs_segments
         or bool(lone_segments) != (runs_segments and lone)
     ):
         raise TypeError(f"executors {executors} do not fit the graphs and engines")
     needed = [WEIGHTS, *(part.file for part in (*segments, *lone_segments))]
     needed += files_of(engines, (*engine_parts, *lone_engine_parts))
-    if segments:
+    if segments or not all(record.targets for record in engines.values()):
         needed += [PROMPT_GRAPH, TIME_GRAPH]
     if vae is not None:
         needed += [VAE_WEIGHTS, *((FIRST_GRAPH, NEXT_GRAPH) if segments or engines else ())]
@@ -261,8 +283,12 @@ def write_manifest(
     graphs: Mapping[str, Any],
     engines: Mapping[str, Any],
     vae: AnyVaeConfig | None = None,
+    toolchain: Mapping[str, str] | None = None,
 ) -> None:
-    """Hash every file in `folder` and write the manifest; the last act of a build."""
+    """Hash every file in `folder` and write the manifest, as the last act of a build.
+
+    `toolchain` is by default what is installed.
+    """
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(folder.iterdir())
@@ -277,7 +303,7 @@ def write_manifest(
         "executors": list(executors),
         "graphs": dict(graphs),
         "engines": dict(engines),
-        "toolchain": toolchain_versions(),
+        "toolchain": toolchain_versions() if toolchain is None else dict(toolchain),
         "files": files,
     }
     manifest["digest"] = record_digest(manifest)
@@ -347,7 +373,7 @@ def _check_unchanged(bundle: Bundle) -> None:
 
 
 def _replaced(path: Path) -> str:
-    return f"{path} was replaced or changed while it was being loaded; load it again when it is complete"
+    return f"{path} was replaced or changed while it was being read; try again when it is complete"
 
 
 def _modified_ns(file: Path) -> int | None:

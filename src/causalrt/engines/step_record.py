@@ -3,13 +3,14 @@
 graphs.segments    onnxruntime's parts of the step, in order
 graphs.tensorrt    the parts that TensorRT's engines were built from, in order (torch-tensorrt leaves none)
 engines            {flavour: {collectives, frontend, targets: {target: {version, prompt, time, step, vae, networks, names}}}}
+                   or, until a GPU has finished the bundle, {flavour: {collectives, frontend, targets: {}, wanted: [target]}}
 
 A lone first frame has parts and engines of its own: graphs.lone_segments, graphs.lone_tensorrt, lone_step beside step.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from causalrt.engines.tensorrt_flavour import FLAVOURS
@@ -66,17 +67,25 @@ class TargetEngines:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlavourEngines:
-    """Engines of one flavour.
+    """Engines of one flavour, or what they are to be built for.
 
     Attributes:
         collectives: who exchanges between ranks, `engine` or `runtime`.
         frontend: what handed the step to TensorRT, `onnx` or `torch-tensorrt`.
-        targets: engines by architecture, as `sm80`.
+        targets: engines by architecture, as `sm80`; none if they are not built yet.
+        wanted: the architectures that engines are still to be built for; if none is named, any GPU will do.
     """
 
     collectives: str
     frontend: str
     targets: Mapping[str, TargetEngines]
+    wanted: tuple[str, ...] = ()
+
+    def as_record(self) -> dict[str, Any]:
+        """What the manifest says of them."""
+        targets = {target: asdict(engines) for target, engines in self.targets.items()}
+        wanted = {} if targets else {"wanted": list(self.wanted)}
+        return {"collectives": self.collectives, "frontend": self.frontend, "targets": targets, **wanted}
 
 
 def parse_parts(plain: Any, where: str) -> tuple[StepPart, ...]:
@@ -122,13 +131,18 @@ def parse_engines(
             target: _parse_target(files, f"{at}.targets.{target}", counts, lone=lone)
             for target, files in expect(dict, entry.get("targets"), f"{at}.targets").items()
         }
-        wrong = [target for target in targets if not re.fullmatch(r"sm\d{2,3}", target)]
-        if wrong or not targets:
-            raise TypeError(f"{at}.targets must be architectures as sm80, got {wrong or 'none'}")
+        wanted = tuple(
+            expect(str, target, f"{at}.wanted") for target in expect(list, entry.get("wanted", []), f"{at}.wanted")
+        )
+        wrong = [target for target in (*targets, *wanted) if not re.fullmatch(r"sm\d{2,3}", target)]
+        if wrong or bool(targets) == ("wanted" in entry):
+            raise TypeError(f"{at}.targets must be architectures as sm80, got {wrong or list(targets) or 'none'}")
+        if not targets and (not counts[0] or bool(counts[1]) != lone):
+            raise TypeError(f"{at}: graphs.tensorrt has no parts of the step to build engines of")
         cut = any(part.sent or part.writes for part in (*parts, *lone_parts))
         if collectives == "engine" and (counts != (1, int(lone)) or cut):
             raise TypeError(f"{at}: the whole step is one engine, and graphs.tensorrt says otherwise")
-        found[flavour] = FlavourEngines(collectives=collectives, frontend=frontend, targets=targets)
+        found[flavour] = FlavourEngines(collectives=collectives, frontend=frontend, targets=targets, wanted=wanted)
     return found
 
 

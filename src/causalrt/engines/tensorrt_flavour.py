@@ -4,6 +4,12 @@
 |----------------|--------------------------------------------|------------------------------|--------------|---------|
 | `tensorrt_rtx` | anywhere, without a GPU, for named targets | the targets it was built for | none needed  | no      |
 | `tensorrt`     | on a GPU, for GPUs of that kind            | that kind                    | yes          | yes     |
+
+NVIDIA lists these GPU architectures (`Flavour.listed`):
+
+- TensorRT-RTX: the support matrices of 1.0 to 1.4 have compute capabilities 7.5, 8.6, 8.9 and 12.0, and that of 1.5 adds 12.1.
+  Never 8.0, although the builder of 1.7 accepts it, and never 9.0 or 10.0.
+- TensorRT: DistCollective, which exchanges between ranks, needs 8.0 or later (Multi-Device Inference, TensorRT 11.0 and 11.1).
 """
 
 import importlib
@@ -27,6 +33,7 @@ class Flavour:
         module: what is imported.
         extra: the extra of this package that brings it.
         targets: GPU architectures that it builds for without having one; none means that it builds for the GPU at hand.
+        listed: GPU architectures that NVIDIA lists as supported.
         timing_cache: measured kernel times can be kept for the next build.
         plugins: it has a plugin registry.
         compiles_late: engines are finished on the GPU that runs them; its runtime has settings for that.
@@ -36,6 +43,7 @@ class Flavour:
     module: str
     extra: str
     targets: tuple[str, ...]
+    listed: tuple[str, ...]
     timing_cache: bool
     plugins: bool
     compiles_late: bool
@@ -70,13 +78,41 @@ class Flavour:
             return target
         if not torch.cuda.is_available():
             raise ExecutorError(
-                f"{self.name} builds only on a machine with the target GPU, and torch sees none here; build there, or take "
-                "executor tensorrt_rtx, which builds anywhere"
+                f"{self.name} builds engines only on the GPU that runs them, and torch sees none here; copy the bundle to a "
+                "machine that has one, and finish it there"
             )
         here = device_target(torch.device("cuda", 0))
         if target not in (None, here):
-            raise ExecutorError(f"{self.name} builds for the GPU at hand, which is {here}, not for {target}")
+            raise ExecutorError(
+                f"{self.name} builds for the GPU at hand, which is {here}, not for {target}; leave the engines to a machine "
+                "that has such a GPU with `--prepare`"
+            )
         return here
+
+    def builds_here(self) -> bool:
+        """Whether this machine has the GPU that a build of engines needs, if it needs one."""
+        return bool(self.targets) or torch.cuda.is_available()
+
+    def check_later_target(self, target: str) -> str:
+        """The architecture to build for on another machine.
+
+        Raises:
+            ExecutorError: it cannot be built for there either.
+        """
+        if self.targets:
+            return self.check_target(target)
+        if target not in self.listed:
+            raise ExecutorError(f"{self.name} builds for {', '.join(self.listed)}, and {target} is not among them")
+        return target
+
+    def unlisted(self, target: str) -> str | None:
+        """What there is to say of an architecture that engines are built for although NVIDIA does not list it."""
+        if target in self.listed:
+            return None
+        return (
+            f"NVIDIA does not list {target} as supported by {self.name}, so the GPU may refuse the engines; the documented way "
+            f"is `--executor {recommended_executor(target)}`"
+        )
 
     def configure_build(self, trt: Any, config: Any, target: str) -> None:
         """Set what every engine for `target` needs of a builder config.
@@ -117,6 +153,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         module="tensorrt_rtx",
         extra="tensorrt-rtx",
         targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+        listed=("sm75", "sm86", "sm89", "sm120", "sm121"),
         timing_cache=False,
         plugins=False,
         compiles_late=True,
@@ -126,11 +163,20 @@ FLAVOURS: Mapping[str, Flavour] = {
         module="tensorrt",
         extra="gpu",
         targets=(),
+        listed=("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "sm121"),
         timing_cache=True,
         plugins=True,
         compiles_late=False,
     ),
 }
+
+
+def recommended_executor(target: str) -> str:
+    """The executor to build for a GPU architecture, as `sm80`.
+
+    It is `inductor`, which needs no build, where NVIDIA lists neither TensorRT.
+    """
+    return next((name for name, flavour in FLAVOURS.items() if target in flavour.listed), "inductor")
 
 
 def device_target(device: torch.device) -> str:

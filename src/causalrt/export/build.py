@@ -5,15 +5,17 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import WEIGHTS, new_bundle, write_manifest
 from causalrt.engines.kinds import EXECUTORS, executor_kind
+from causalrt.engines.step_record import FlavourEngines
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError, Faults
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
+from causalrt.export.finish import Prepared, build_flavour, check_timing_cache, warn_of_unlisted
 from causalrt.export.options import CollectivesMode, FrontEnd, PluginsMode, Progress
 from causalrt.model.vae_checkpoint import load_vae, vae_config_from_mapping
 from causalrt.plugins.plugin_specs import MAX_HEAD_DIM
@@ -22,6 +24,18 @@ logger = logging.getLogger(__name__)
 
 GRAPH_BYTES = 64 * 2**20
 """Disk that the graph files may take beside the weights; they hold tables and structure only."""
+
+
+class EnginePlan(NamedTuple):
+    """What engines of a flavour are to be built for, and where.
+
+    Attributes:
+        targets: GPU architectures; of engines that are built later, none means any.
+        later: they are left to `finish_build`, on another machine.
+    """
+
+    targets: tuple[str, ...]
+    later: bool
 
 
 def build(
@@ -36,10 +50,14 @@ def build(
     timing_cache: str | Path | None = None,
     plugins: PluginsMode = "auto",
     vae: str | Path | None = None,
+    prepare: bool = False,
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> Path:
     """Compile a checkpoint into a bundle.
+
+    `tensorrt` builds its engines on the GPU that runs them. Without a GPU the bundle is written with everything but these
+    engines, with a warning, and `finish_build` adds them on the machine that has the GPU. Other executors run it as it is.
 
     Args:
         config: a recipe's config, overrides applied.
@@ -55,6 +73,7 @@ def build(
             them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
         vae: Wan2.1's VAE, in its own layout or diffusers' (file or folder), or the file of a cosine transform
             (`model/block_dct.py`), so that the bundle makes pixels; None for latents.
+        prepare: leave all TensorRT engines to `finish_build`, although there is a GPU here: of another kind, say.
         overwrite: replace a bundle that is there already.
         on_progress: told of each stage.
 
@@ -69,25 +88,34 @@ def build(
     """
     faults = Faults()
     with faults:
-        flavours = check_options(
+        plans = check_options(
             config.build.precision,
             executors=executors,
             targets=targets,
             collectives=collectives,
             frontend=frontend,
             timing_cache=timing_cache,
+            prepare=prepare,
         )
     with faults:
         fused = fused_ops_wanted(plugins, config, [name for name in executors if name in FLAVOURS], frontend)
     faults.report()
     progress = on_progress or (lambda stage, done, total: None)
+    warn_of_unlisted({name: plan.targets for name, plan in plans.items()})
+    later = [name for name, plan in plans.items() if plan.later]
+    if later and not prepare:
+        logger.warning(
+            "torch sees no GPU here, so the %s engines are left for `causalrt build --finish` on the GPU that will run them",
+            " and ".join(later),
+        )
     opened = open_checkpoint(Path(checkpoint))
     check_checkpoint(opened, config.model)
     dtype = TORCH_DTYPES[config.build.precision]
     decoder = None if vae is None else _opened_vae(Path(vae), config)
     weight_bytes = sum(dtype.itemsize * math.prod(shape) for shape in opened.shapes.values())
     chosen = tuple(name for name in EXECUTORS if name == "eager" or name in executors)
-    engine_sets = sum(len(found) for found in flavours.values()) * len(config.video.kinds_of_chunk)
+    here = {name: plan.targets for name, plan in plans.items() if not plan.later}
+    engine_sets = sum(map(len, here.values())) * len(config.video.kinds_of_chunk)
     if decoder is not None:
         weight_bytes += sum(parameter.nbytes for parameter in decoder.parameters())
     needed_bytes = weight_bytes * (1 + engine_sets) + GRAPH_BYTES
@@ -100,9 +128,8 @@ def build(
             on_progress=lambda done, total: progress("weights", done, total),
         )
         graphs: dict[str, Any] = {}
-        engines: dict[str, Any] = {}
         if any(executor_kind(name).compiled for name in chosen):
-            graphs = _write_graphs(config, folder, chosen, bool(flavours), collectives, frontend, progress, fused)
+            graphs = _write_graphs(config, folder, chosen, bool(plans), collectives, frontend, progress, fused)
         if decoder is not None:
             from causalrt.export.vae import write_vae
 
@@ -115,21 +142,24 @@ def build(
                 latent_width=video.latent_width,
                 graphs=any(executor_kind(name).compiled for name in chosen),
             )
-        for name, found in flavours.items():
-            engines[name] = {"collectives": collectives, "frontend": frontend, "targets": {}}
-            for target in found:
-                engines[name]["targets"][target] = _build_target(
-                    config, folder, graphs, name, target, frontend, timing_cache, progress, fused, decoder is not None
-                )
+        records = {
+            name: FlavourEngines(collectives=collectives, frontend=frontend, targets={}, wanted=plan.targets)
+            for name, plan in plans.items()
+        }
+        prepared = Prepared(folder=folder, config=config, graphs=graphs, fused=fused, has_vae=decoder is not None)
+        built = {
+            name: build_flavour(prepared, name, records[name], found, timing_cache, progress)
+            for name, found in here.items()
+        }
         progress("hashes", 0, 1)
         write_manifest(
             folder,
             config=config,
             plugins=fused,
             vae=None if decoder is None else vae_config_from_mapping(decoder.config),
-            executors=chosen,
+            executors=tuple(name for name in chosen if name not in later),
             graphs=graphs,
-            engines=engines,
+            engines={name: record.as_record() for name, record in records.items()} | built,
         )
         progress("hashes", 1, 1)
     logger.info("bundle written to %s", out)
@@ -152,7 +182,8 @@ def check_options(
     collectives: str,
     frontend: str,
     timing_cache: str | Path | None,
-) -> dict[str, list[str]]:
+    prepare: bool = False,
+) -> dict[str, EnginePlan]:
     """Check the options of a build; one error names everything that is wrong with them.
 
     Args:
@@ -162,9 +193,10 @@ def check_options(
         collectives: whether the `engine` or the `runtime` exchanges data between ranks.
         frontend: what makes TensorRT's network, `onnx` or `torch-tensorrt`.
         timing_cache: file of measured kernel times.
+        prepare: leave all engines to `finish_build`.
 
     Returns:
-        The targets to build for, by TensorRT flavour.
+        What to build engines for, by TensorRT flavour.
 
     Raises:
         ConfigError: options do not go together, or several things are wrong.
@@ -177,16 +209,18 @@ def check_options(
     flavours = {name: FLAVOURS[name] for name in executors if name in FLAVOURS}
     if not flavours:
         faults.report()
-        if targets or frontend != "onnx" or collectives != "engine" or timing_cache is not None:
+        if targets or frontend != "onnx" or collectives != "engine" or timing_cache is not None or prepare:
             raise ConfigError(
-                "--target, --frontend, --collectives and --timing-cache are for TensorRT; add `--executor tensorrt_rtx` or "
-                "`--executor tensorrt`"
+                "--target, --frontend, --collectives, --timing-cache and --prepare are for TensorRT; add "
+                "`--executor tensorrt_rtx` or `--executor tensorrt`"
             )
         return {}
+    here = tuple(name for name, flavour in flavours.items() if not prepare and flavour.builds_here())
     with faults:
-        if timing_cache is not None and not any(flavour.timing_cache for flavour in flavours.values()):
+        check_timing_cache(timing_cache, tuple(flavours))
+        if timing_cache is not None and "tensorrt" not in here:
             raise ConfigError(
-                "--timing-cache is for `--executor tensorrt`: tensorrt_rtx measures nothing while it builds"
+                "--timing-cache is for the machine that builds the engines; give it to `causalrt build --finish` there"
             )
     for option, value, choices in (
         ("collectives", collectives, ("engine", "runtime")),
@@ -205,17 +239,21 @@ def check_options(
         from causalrt.export.torch_tensorrt import check_torch_tensorrt
 
         with faults:
-            check_torch_tensorrt(tuple(flavours), collectives)
-    wanted: list[str | None] = list(dict.fromkeys(target.lower() for target in targets)) or [None]
+            check_torch_tensorrt(here, collectives)
+    named = list(dict.fromkeys(target.lower() for target in targets))
     checked: dict[str, list[str]] = {name: [] for name in flavours}
     for name, flavour in flavours.items():
         with faults:
-            flavour.load()
-            for target in wanted:
+            if name in here:
+                flavour.load()
+            for target in named:
                 with faults:
-                    checked[name].append(flavour.check_target(target))
+                    check = flavour.check_target if name in here else flavour.check_later_target
+                    checked[name].append(check(target))
+            if not named and (name in here or flavour.targets):
+                checked[name].append(flavour.check_target(None))
     faults.report()
-    return checked
+    return {name: EnginePlan(tuple(found), later=name not in here) for name, found in checked.items()}
 
 
 def fused_ops_wanted(mode: str, config: Config, flavours: Sequence[str], frontend: str) -> bool:
@@ -294,42 +332,3 @@ def _write_graphs(
     del wan
     gc.collect()
     return graphs
-
-
-def _build_target(
-    config: Config,
-    folder: Path,
-    graphs: dict[str, Any],
-    name: str,
-    target: str,
-    frontend: FrontEnd,
-    timing_cache: str | Path | None,
-    progress: Progress,
-    fused: bool,
-    has_vae: bool,
-) -> dict[str, Any]:
-    from causalrt.export.engine_files import build_engines, default_timing_cache
-    from causalrt.export.vae import build_vae_engines
-
-    flavour = FLAVOURS[name]
-    cache = Path(timing_cache) if timing_cache is not None else default_timing_cache(flavour, target)
-    if frontend == "torch-tensorrt":
-        from causalrt.export.torch_tensorrt import build_with_torch_tensorrt
-
-        built = build_with_torch_tensorrt(config, folder, progress, flavour=flavour, target=target, timing_cache=cache)
-    else:
-        built = build_engines(
-            config,
-            folder,
-            graphs["tensorrt"],
-            progress,
-            lone_parts=graphs.get("lone_tensorrt", ()),
-            flavour=flavour,
-            target=target,
-            timing_cache=cache if flavour.timing_cache else None,
-            fused=fused,
-        )
-    if has_vae:
-        kept = cache if flavour.timing_cache else None
-        built["vae"] = build_vae_engines(folder, progress, flavour=flavour, target=target, timing_cache=kept)
-    return built

@@ -61,6 +61,10 @@ def driven_flavour(torch_tensorrt: Any) -> str:
 def check_torch_tensorrt(flavours: tuple[str, ...], collectives: str) -> None:
     """Refuse what this front end cannot build, before work begins.
 
+    Args:
+        flavours: of the engines that are built on this machine; for others nothing needs to be installed here.
+        collectives: who exchanges between ranks.
+
     Raises:
         ConfigError: all-to-alls at runtime are asked for.
         ExecutorError: torch_tensorrt cannot be imported, or drives another TensorRT than the one asked for.
@@ -70,6 +74,8 @@ def check_torch_tensorrt(flavours: tuple[str, ...], collectives: str) -> None:
             f"--frontend torch-tensorrt makes one engine of the whole step, and --collectives {collectives} cuts the step, "
             "which is done on ONNX; leave out one of the two options"
         )
+    if not flavours:
+        return
     driven = driven_flavour(load_torch_tensorrt())
     refused = [name for name in flavours if name != driven]
     if refused:

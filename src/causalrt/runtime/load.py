@@ -71,10 +71,8 @@ def load(
         )
     chosen = executor or opened.executors[-1]
     kind = executor_kind(chosen)
-    if kind.compiled and chosen not in opened.executors:
-        raise BundleError(
-            f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {chosen}` to run it so"
-        )
+    if (lacking := opened.why_not(chosen)) is not None:
+        raise BundleError(lacking)
     if plugins not in (None, True, False):
         raise RequestError(f"plugins must be True, False, or None (as the bundle was built), got {plugins!r}")
     fused = opened.plugins if plugins is None else plugins
@@ -90,10 +88,8 @@ def load(
     decodes = opened.vae is not None if vae is None else vae
     if decodes:
         check_has_vae(opened)
-    if vae_executor is not None and executor_kind(vae_executor).compiled and vae_executor not in opened.executors:
-        raise BundleError(
-            f"{bundle} was built for {', '.join(opened.executors)}; build again with `--executor {vae_executor}` to decode so"
-        )
+    if vae_executor is not None and (lacking := opened.why_not(vae_executor)) is not None:
+        raise BundleError(f"vae_executor: {lacking}")
     where = choose_device(chosen, asked=device, world_size=built_for)
     if chosen == "inductor" and where == "cpu":
         from causalrt.engines.inductor import check_can_compile

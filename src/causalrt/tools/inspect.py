@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.engines.bundle import Bundle, how_to_finish, open_bundle
 from causalrt.export.options import Progress
 from causalrt.model.wan import num_parameters
 from causalrt.plugins.ptx import default_cache
@@ -54,6 +54,10 @@ def inspect_bundle(
         "decoder_bytes": {name: asdict(decoder_memory(bundle, name)) for name in bundle.executors if bundle.vae},
         "graphs": _describe_graphs(bundle),
         "engines": describe_engines(bundle),
+        "unfinished": {
+            name: {"targets": list(bundle.engines[name].wanted), "to_do": how_to_finish(bundle.path)}
+            for name in bundle.unfinished
+        },
         "toolchain": dict(bundle.toolchain),
         "files": {file.name: file.stat().st_size for file in sorted(bundle.path.iterdir())},
     }

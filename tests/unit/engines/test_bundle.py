@@ -419,7 +419,7 @@ def test_all_damage_is_listed_at_once(made):
         open_bundle(made)
 
 
-REPLACED = "b was replaced or changed while it was being loaded; load it again when it is complete"
+REPLACED = "b was replaced or changed while it was being read; try again when it is complete"
 
 
 def test_a_verified_bundle_is_opened_again_and_no_other(made):

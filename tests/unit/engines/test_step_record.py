@@ -1,6 +1,7 @@
 """Hostile and broken records of engines: one TypeError that says where, which opening a bundle turns into a BundleError."""
 
 import copy
+import json
 
 import pytest
 
@@ -33,6 +34,36 @@ def test_what_a_build_writes():
     assert set(files_of(engines, parts)) == {
         *("cut-000.onnx", "cut-001.onnx", "prompt.engine", "time.engine", "a.engine", "b.engine", "networks.json")
     }
+
+
+UNFINISHED = {"tensorrt": {"collectives": "runtime", "frontend": "onnx", "targets": {}, "wanted": ["sm90"]}}
+
+
+@pytest.mark.parametrize("record", [ENGINES, UNFINISHED])
+def test_a_record_is_read_as_it_is_written(record):
+    parts = parse_parts(PARTS, "graphs.tensorrt")
+    parsed = parse_engines(record, parts)
+    written = {name: engines.as_record() for name, engines in parsed.items()}
+    assert parse_engines(json.loads(json.dumps(written)), parts) == parsed
+    assert ("wanted" in written[next(iter(record))]) == (record is UNFINISHED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts", "lone"),
+    [
+        ({"wanted": "sm90"}, PARTS, False),
+        ({"wanted": [90]}, PARTS, False),
+        ({"wanted": ["90"]}, PARTS, False),
+        ({"targets": {"sm80": TARGET}}, PARTS, False),
+        ({}, [], False),
+        ({}, PARTS, True),
+        ({"collectives": "engine"}, PARTS, False),
+    ],
+)
+def test_broken_records_of_engines_that_are_not_built(changes, parts, lone):
+    record = {"tensorrt": UNFINISHED["tensorrt"] | changes}
+    with pytest.raises(TypeError, match=r"engines\.tensorrt"):
+        parse_engines(record, parse_parts(parts, "graphs.tensorrt"), lone=lone)
 
 
 LONE_PARTS = [{"file": "lone-cut-000.onnx", "writes": {"k_new": "k.0.0.written"}}]

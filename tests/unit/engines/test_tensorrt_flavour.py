@@ -6,7 +6,7 @@ import torch
 
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.tensorrt_engine import EngineLoader
-from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
+from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target, recommended_executor
 from causalrt.errors import ExecutorError
 from causalrt.export.engine_files import default_timing_cache
 from causalrt.install_hint import install_extra
@@ -70,8 +70,39 @@ def test_tensorrt_builds_for_the_gpu_at_hand(gpus):
 @pytest.mark.parametrize("target", [None, "sm80"])
 def test_tensorrt_builds_nothing_without_a_gpu(gpus, target):
     gpus()
-    with pytest.raises(ExecutorError, match=r"torch sees none here; build there, or take executor tensorrt_rtx"):
+    with pytest.raises(ExecutorError, match=r"torch sees none here; copy the bundle to a machine that has one"):
         FULL.check_target(target)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "target", "executor"),
+    [
+        ("RTX 4090", "sm89", "tensorrt_rtx"),
+        ("RTX 5090", "sm120", "tensorrt_rtx"),
+        ("A100 and A800", "sm80", "tensorrt"),
+        ("H100 and H200", "sm90", "tensorrt"),
+        ("B200", "sm100", "tensorrt"),
+        ("V100", "sm70", "inductor"),
+    ],
+)
+def test_executor_to_build_for(gpu, target, executor):
+    assert recommended_executor(target) == executor, gpu
+
+
+def test_unlisted_gpus_are_told():
+    assert [target for target in RTX.targets if RTX.unlisted(target)] == ["sm80"]
+    assert "the documented way is `--executor tensorrt`" in RTX.unlisted("sm80")
+    assert FULL.unlisted("sm90") is None
+
+
+@pytest.mark.parametrize("here", [(), ((9, 0),)])
+def test_targets_on_another_machine_do_not_depend_on_this_one(gpus, here):
+    gpus(*here)
+    assert FULL.check_later_target("sm80") == RTX.check_later_target("sm80") == "sm80"
+    with pytest.raises(ExecutorError, match=r"tensorrt builds for sm80, .*, and sm79 is not among them"):
+        FULL.check_later_target("sm79")
+    with pytest.raises(ExecutorError, match="sm90 is not among them"):
+        RTX.check_later_target("sm90")
 
 
 def test_target_of_a_device(gpus):

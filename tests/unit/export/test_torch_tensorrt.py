@@ -14,7 +14,7 @@ import torch
 from network_from_program import network_from_program
 from safetensors.torch import save_file
 
-from causalrt import build, override, recipe
+from causalrt import build, finish_build, override, recipe
 from causalrt.cli import main
 from causalrt.engines.bundle import open_bundle
 from causalrt.engines.tensorrt_engine import EngineLoader
@@ -118,6 +118,7 @@ def torch_tensorrt(monkeypatch):
     stand_in = TorchTensorRT(trt)
     stand_in.install(monkeypatch)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(Flavour, "builds_here", lambda self: True)
     monkeypatch.setattr(Flavour, "check_target", lambda self, target: target or "sm80")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     return stand_in
@@ -170,6 +171,7 @@ def test_the_other_tensorrt_is_refused(monkeypatch, rtx, flavours, told):
     ],
 )
 def test_the_command_leaves_nothing_behind(monkeypatch, checkpoint, tmp_path, capsys, flags, told):
+    monkeypatch.setattr(Flavour, "builds_here", lambda self: True)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     base = [
         "build",
@@ -257,6 +259,17 @@ def test_a_kept_timing_cache_is_read(torch_tensorrt, checkpoint, tmp_path):
     _, cache, _ = build_tiny(checkpoint, tmp_path)
     assert torch_tensorrt.calls[0]["cache"] == b"earlier"
     assert cache.read_bytes() == b"earlier+++"
+
+
+def test_build_in_two_steps(torch_tensorrt, checkpoint, tmp_path):
+    """The step is traced where the engines are built: what is prepared is the weights."""
+    options = {"checkpoint": checkpoint, "executors": ["tensorrt"], "frontend": "torch-tensorrt"}
+    at_once = build(tiny(), out=tmp_path / "at-once", **options)
+    later = build(tiny(), out=tmp_path / "later", prepare=True, **options)
+    assert open_bundle(later).unfinished == ("tensorrt",)
+    finish_build(later)
+    assert [path.name for path in sorted(later.iterdir())] == [path.name for path in sorted(at_once.iterdir())]
+    assert open_bundle(later).engines == open_bundle(at_once).engines
 
 
 @pytest.mark.slow

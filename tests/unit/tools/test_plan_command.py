@@ -46,6 +46,22 @@ def test_json_is_the_same_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found["simulation"]["chunk_ms"]) == {"p50", "p95", "p99"}
 
 
+@pytest.mark.parametrize(
+    ("gpu", "built"),
+    [
+        *(
+            (gpu, "`--executor tensorrt`; or build so on any other, and finish")
+            for gpu in ("a100", "a800", "h200", "b200")
+        ),
+        ("rtx5090", "build on any machine with `--executor tensorrt_rtx --target sm120`"),
+    ],
+)
+def test_the_executor_to_build_is_named(capsys: pytest.CaptureFixture[str], gpu: str, built: str) -> None:
+    arguments = ("--gpu", gpu, "--world-size", "1", "--head-plan", "shares")
+    assert built in said(capsys, *arguments)
+    assert built in json.loads(said(capsys, *arguments, "--json"))["verdict"][-1]
+
+
 def test_a_table_over_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "--gpu", "h100", "--head-plan", "shares", "--collectives", "runtime")
     assert "PREDICTED, not measured" in out

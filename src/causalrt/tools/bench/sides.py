@@ -78,7 +78,7 @@ def choose_sides(
             reason = why_not(executor, source, wishes.chosen_device, can)
             if reason is None:
                 sides += _sides_of(executor, source, wishes)
-            elif wishes.executors is not None and (wishes.world_sizes is not None or source.executors is not None):
+            elif wishes.executors is not None and (wishes.world_sizes is not None or source.bundle is not None):
                 raise ExecutorError(f"{executor} on {ranks} rank(s): {reason}")
             else:
                 left_out.append(LeftOut(executor=executor, world_size=ranks, reason=reason))
@@ -91,13 +91,12 @@ def choose_sides(
 
 def why_not(executor: str, source: Source, device: str, can: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Why an executor cannot run a bundle on the device; None if it can."""
-    kind, build_config = executor_kind(executor), source.config.build
-    if source.executors is not None and kind.compiled and executor not in source.executors:
-        built = ", ".join(source.executors)
-        return f"{source.path.name} was built for {built}; build it again with `--executor {executor}`"
+    build_config = source.config.build
+    if source.bundle is not None and (lacking := source.bundle.why_not(executor)) is not None:
+        return lacking
     needs = {"eager": ["run eager"], "inductor": ["run inductor"], "onnxruntime": ["build and run onnxruntime"]}
     wanted = list(needs.get(executor, [f"run {executor} engines"]))
-    if executor in FLAVOURS and source.executors is None:
+    if executor in FLAVOURS and source.bundle is None:
         wanted.append(f"build {executor} engines")
     if build_config.world_size > 1:
         wanted.append("run several ranks on GPUs" if device == "cuda" else "run several ranks on CPUs")

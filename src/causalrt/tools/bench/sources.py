@@ -25,13 +25,13 @@ class Source:
         path: its folder.
         config: of it.
         plugins: what its step is made of.
-        executors: that it holds everything for; None if it will be built for those that are wanted.
+        bundle: the opened bundle; None if it will be built for the executors that are wanted.
     """
 
     path: Path
     config: Config
     plugins: bool
-    executors: tuple[str, ...] | None
+    bundle: Bundle | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,7 @@ def bundles_of(paths: Sequence[Path], wishes: Wishes) -> list[Source]:
                 f"`--world-size {ranks}`, or leave it out of --world-sizes"
             )
     return [
-        Source(path=bundle.path, config=bundle.config, plugins=bundle.plugins, executors=bundle.executors)
+        Source(path=bundle.path, config=bundle.config, plugins=bundle.plugins, bundle=bundle)
         for bundle in opened
         if wishes.world_sizes is None or bundle.config.build.world_size in wishes.world_sizes
     ]
@@ -118,7 +118,7 @@ def sources_of(config: Config, wishes: Wishes, folder: Path) -> list[Source]:
             path=folder / f"ranks{ranks}",
             config=override(config, {"build.world_size": str(ranks)}),
             plugins=fused,
-            executors=None,
+            bundle=None,
         )
         for ranks in dict.fromkeys(wishes.world_sizes or usual)
     ]

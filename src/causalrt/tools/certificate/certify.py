@@ -119,10 +119,10 @@ def _require_proof() -> None:
 def _where(bundle: Bundle, executor: str, *, emulate: bool, device: str | None) -> str:
     """The device to run on, everything that cannot be done here having been refused."""
     kind = executor_kind(executor)
-    if kind.compiled and executor not in bundle.executors:
-        raise BundleError(
-            f"{bundle.path} was built for {', '.join(bundle.executors)}; build again with `--executor {executor}` to certify it"
-        )
+    lacking = bundle.why_not(executor)
+    if lacking is not None and not (emulate and executor in bundle.unfinished):
+        emulation = ". Here, `--emulate` compares the graphs that the engines will be built from"
+        raise BundleError(lacking + (emulation if executor in bundle.unfinished else ""))
     if emulate:
         if executor not in FLAVOURS:
             raise ExecutorError(f"--emulate is for {' and '.join(FLAVOURS)}; {executor} runs here as it is")
@@ -161,7 +161,7 @@ def _check_files(certificate: Certificate, bundle: Bundle, checkpoint: Path | No
     if bundle.segments or bundle.engine_parts:
         add("tables", "constants of graphs equal the tables of this version, bit for bit", lambda: _tables(bundle))
         add("references", "references of graphs to weights", lambda: check_references(bundle))
-    if bundle.engines:
+    if len(bundle.unfinished) < len(bundle.engines):
         _check_engine_tables(certificate, bundle)
     if not add("weights", "weights are finite, and what the build wrote of them", lambda: check_digests(bundle)):
         why = "the weight file holds no digests (it was built by an earlier version)"

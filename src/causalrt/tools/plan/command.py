@@ -9,12 +9,13 @@ from rich import box
 from rich.table import Table
 
 from causalrt.config import Config
+from causalrt.engines.tensorrt_flavour import FLAVOURS, recommended_executor
 from causalrt.errors import ConfigError, Faults
 from causalrt.terminal import PrintableConsole
 from causalrt.tools.files import check_writable
 from causalrt.tools.plan.arguments import WORLD_SIZES
 from causalrt.tools.plan.calibration import CalibratedMachine, Runtime, read_calibration
-from causalrt.tools.plan.hardware import VaePlace, gpu_by_name
+from causalrt.tools.plan.hardware import Gpu, VaePlace, gpu_by_name
 from causalrt.tools.plan.head_layouts import LAYOUTS, LayoutName
 from causalrt.tools.plan.predict import Forecast, Machine, forecast
 from causalrt.tools.plan.published import compare_published
@@ -48,6 +49,8 @@ def run(
     if arguments.timeline:
         draw_timeline(simulation, arguments.timeline, title=f"{chosen.world_size} x {chosen.machine}, {chosen.layout}")
     said = verdict(forecasts)
+    if arguments.gpu:
+        said = [*said, _how_to_build(gpu_by_name(arguments.gpu))]
     if arguments.json:
         found = {
             "predicted_not_measured": True,
@@ -103,6 +106,16 @@ def check_arguments(arguments: argparse.Namespace, config: Config | None) -> Non
     faults.report()
 
 
+def _how_to_build(gpu: Gpu) -> str:
+    name = recommended_executor(gpu.target)
+    if FLAVOURS[name].targets:
+        return f"{gpu.name} ({gpu.target}): build on any machine with `--executor {name} --target {gpu.target}`"
+    return (
+        f"{gpu.name} ({gpu.target}): build on that machine with `--executor {name}`; or build so on any other, and finish the "
+        "bundle there with `causalrt build --finish`"
+    )
+
+
 def _jitter(arguments: argparse.Namespace) -> Jitter:
     return Jitter(straggler=arguments.straggler, seed=arguments.seed)
 
@@ -119,7 +132,7 @@ def plan(
         )
         sizes = (arguments.world_size,) if arguments.world_size else WORLD_SIZES
         machines: dict[int, Machine] = dict.fromkeys(sizes, machine)
-        executor, vae = "tensorrt", arguments.vae or "own"
+        executor, vae = recommended_executor(machine.gpu.target), arguments.vae or "own"
     else:
         machines = _measured(arguments, config, on_progress)
         executor, vae = arguments.executor, arguments.vae or "none"

@@ -48,6 +48,11 @@ class Gpu:
     network_gbs: float
     source: str
 
+    @property
+    def target(self) -> str:
+        """Its architecture, as `sm80`."""
+        return f"sm{self.capability}"
+
 
 GPUS: Mapping[str, Gpu] = {
     "a800": Gpu(
