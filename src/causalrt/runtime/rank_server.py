@@ -1,5 +1,6 @@
 """What a rank does: it holds an executor and the sessions' memory, and executes the commands that every rank gets."""
 
+import contextlib
 import logging
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -10,6 +11,7 @@ import torch
 from causalrt.engines.base import TORCH_DTYPES, Executor, make_executor
 from causalrt.engines.bundle import Bundle, reopen_bundle
 from causalrt.engines.kinds import executor_kind
+from causalrt.engines.streams import own_stream
 from causalrt.errors import RequestError
 from causalrt.runtime.canary import check_exchanges
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives, join_ranks
@@ -112,8 +114,7 @@ class RankServer:
         device = torch.device(command.device, self._rank) if command.device == "cuda" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            torch.cuda.set_stream(stream)  # on the default one, TensorRT would wait for the device
+        contextlib.ExitStack().enter_context(own_stream(device))  # until the process ends
         self._bundle = reopen_bundle(command.bundle, command.digest)
         if device.type == "cuda":
             check_device_memory(predict_memory(self._bundle.config, command.executor, device="cuda"), device)

@@ -4,6 +4,7 @@ A process of its own, so that frames are decoded while the ranks refresh (or go 
 free for it, and so that what goes wrong in it is told and ended like a rank's failure.
 """
 
+import contextlib
 import logging
 import time
 from multiprocessing.connection import Connection
@@ -13,6 +14,7 @@ import torch
 
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, reopen_bundle
+from causalrt.engines.streams import own_stream
 from causalrt.engines.vae import Vae, make_vae
 from causalrt.errors import CausalRTError, RequestError
 from causalrt.model.decode_state import DecodeState
@@ -101,7 +103,7 @@ class VaeServer:
         self._device = torch.device(command.device)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        contextlib.ExitStack().enter_context(own_stream(self._device))  # until the process ends
         self._bundle = reopen_bundle(command.bundle, command.digest)
         self._weights = map_tensors(self._bundle.path / VAE_WEIGHTS)
         self._vae = make_vae(self._bundle, command.executor, device=self._device, num_threads=command.num_threads)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from causalrt.engines.base import Executor, make_executor
 from causalrt.engines.bundle import WEIGHTS, Bundle
+from causalrt.engines.streams import own_stream
 from causalrt.layout import layout_from_config
 from causalrt.runtime.control_groups import available_cpus
 from causalrt.tools.certificate.ranks import meet, run_threads
@@ -50,7 +51,8 @@ class Side:
 
         def on_rank(rank: int) -> Result:
             torch.set_num_threads(threads)
-            return work(rank)
+            with own_stream(self.executors[rank].device):  # the thread is new
+                return work(rank)
 
         try:
             return run_threads(self.meeting, on_rank)
@@ -75,6 +77,11 @@ def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device) -
         return make_executor(executor, bundle, collectives, num_threads=cores, device=device, plugins=bundle.plugins)
 
     return Side(name, bundle, make, watches_residuals=executor == "eager")
+
+
+def ranks_device(kind: str) -> torch.device:
+    """The one device of all ranks of this process."""
+    return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
 
 
 def ranks_text(world_size: int) -> str:

@@ -10,7 +10,7 @@ from causalrt.engines.bundle import Bundle
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.tools.certificate.record import Certificate, NotChecked
 from causalrt.tools.certificate.rollouts import Played, RolloutPlan
-from causalrt.tools.certificate.sides import Side, in_float32, on_one_rank, ranks_text, side_of
+from causalrt.tools.certificate.sides import Side, in_float32, on_one_rank, ranks_device, ranks_text, side_of
 from causalrt.tools.emulate import EngineGraphs, emulated_executor, rollout_view
 
 
@@ -64,7 +64,7 @@ class Stage:
 
 def make_sides(stage: Stage, scratch: Path) -> None:
     """The reference, eager in this precision on one rank and on all, and the executor."""
-    device = torch.device("cuda", 0) if stage.device == "cuda" else torch.device("cpu")
+    device = ranks_device(stage.device)
     kind = f", {stage.bundle.config.build.precision}" if stage.low else ""
     one = on_one_rank(stage.bundle)
     if stage.low:
