@@ -198,6 +198,10 @@ class OnnxRuntimeExecutor:
     def warmed_up(self) -> None:
         """Nothing to keep."""
 
+    def graph_bytes(self) -> int:
+        """See `Executor.graph_bytes`."""
+        return 0
+
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         buffers = self._buffers

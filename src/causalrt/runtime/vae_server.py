@@ -19,7 +19,7 @@ from causalrt.engines.vae import Vae, make_vae
 from causalrt.errors import CausalRTError, RequestError
 from causalrt.model.decode_state import DecodeState
 from causalrt.model.stored_tensors import map_tensors
-from causalrt.runtime.memory import device_free_bytes
+from causalrt.runtime.memory import device_free_bytes, is_out_of_memory
 from causalrt.runtime.messages import (
     CloseCommand,
     DecodeCommand,
@@ -33,6 +33,7 @@ from causalrt.runtime.messages import (
     ResumeCommand,
     SaveCommand,
     VaeCommand,
+    out_of_memory,
     send,
 )
 from causalrt.runtime.snapshot import DECODER_FILE, load_tensors, save_tensors
@@ -97,6 +98,13 @@ class VaeServer:
             return None
         except CausalRTError as error:
             return Refused(kind=type(error).__name__, message=str(error))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("out of memory: %s", error)
+            if isinstance(command, DecodeCommand):
+                self._states.pop(command.session, None)
+            return out_of_memory("the decoder", error)
 
     def _load(self, command: LoadVaeCommand) -> Done:
         torch.set_num_threads(command.num_threads)

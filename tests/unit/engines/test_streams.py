@@ -1,4 +1,4 @@
-"""The stream that executors run on, told by a recorder in the place of `torch.cuda`; and what ONNX Runtime is given on a GPU."""
+"""The stream that executors run on, as a recorder in place of `torch.cuda`; and what ONNX Runtime is given on a GPU."""
 
 import contextlib
 import threading
