@@ -24,6 +24,7 @@ from causalrt.errors import CausalRTError, ConfigError, Faults
 from causalrt.export.options import Progress
 from causalrt.runtime.control_groups import available_cpus
 from causalrt.terminal import PrintableConsole, PrintableFormatter, printable
+from causalrt.tools.load_arguments import add_cuda_graphs
 from causalrt.tools.progress import shown_progress
 
 DTYPES = {
@@ -247,6 +248,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         executor=arguments.executor,
         device=arguments.device,
         plugins=None if arguments.plugins is None else arguments.plugins == "on",
+        cuda_graphs=arguments.cuda_graphs == "on",
         threads=arguments.threads,
         timeout_s=arguments.timeout,
     )
@@ -296,6 +298,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                 head_plan=arguments.head_plan or "shares",
                 plugins=arguments.plugins == "on",
                 time_index=arguments.time_index,
+                cuda_graphs=arguments.cuda_graphs == "on",
                 on_progress=progress,
             )
     if arguments.json:
@@ -609,6 +612,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--plugins", choices=("on", "off"), help="fused ops in eager and inductor (as the bundle was built)"
     )
+    add_cuda_graphs(made)
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
     made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
 
@@ -637,6 +641,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=get_args(TimeIndex),
         help="with --recorded: what rotary angles count time by; relative rotates keys when they are read (global)",
     )
+    add_cuda_graphs(made)
     made.add_argument(
         "--emulate",
         action="store_true",
@@ -664,6 +669,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--text-device", default="cpu", help="where it computes: cpu or cuda:N (cpu)")
     made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")
     made.add_argument("--device", choices=("cuda", "cpu"), help="by default GPUs, where each rank has one")
+    add_cuda_graphs(made)
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
     made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
     add_arguments(made)

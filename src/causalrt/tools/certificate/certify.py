@@ -41,6 +41,7 @@ def certify(
     bisect: bool = False,
     emulate: bool = False,
     device: str | None = None,
+    cuda_graphs: bool = True,
     processes: bool = True,
     on_progress: Progress = lambda *_: None,
 ) -> Certificate:
@@ -57,6 +58,7 @@ def certify(
             only if something is. It then says where the largest difference arises.
         emulate: TensorRT without a GPU: run the graphs that its engines were built from, all ranks in this process.
         device: `cpu` or `cuda`; by default the CPU, where the executor runs there.
+        cuda_graphs: have inductor and TensorRT capture steps on a GPU.
         processes: run the executor in rank processes too, and the canary in their exchanges.
         on_progress: told of each stage.
 
@@ -93,6 +95,7 @@ def certify(
             plan,
             device=where,
             emulate=emulate,
+            cuda_graphs=cuda_graphs,
             always_bisect=bisect,
             processes=processes,
             scratch=scratch,

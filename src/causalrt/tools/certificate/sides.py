@@ -60,7 +60,7 @@ class Side:
             torch.set_num_threads(before)  # what a thread sets, later threads begin with
 
 
-def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device) -> Side:
+def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device, cuda_graphs: bool = True) -> Side:
     """A side that runs `executor`, by fused ops where the bundle was built so."""
     cores = available_cpus()
     if executor == "inductor" and device.type == "cpu":
@@ -74,7 +74,15 @@ def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device) -
 
             threads = max(1, cores // bundle.config.build.world_size)
             return OnnxRuntimeExecutor(bundle, collectives, num_threads=threads, device=device, own_threads=True)
-        return make_executor(executor, bundle, collectives, num_threads=cores, device=device, plugins=bundle.plugins)
+        return make_executor(
+            executor,
+            bundle,
+            collectives,
+            num_threads=cores,
+            device=device,
+            plugins=bundle.plugins,
+            cuda_graphs=cuda_graphs,
+        )
 
     return Side(name, bundle, make, watches_residuals=executor == "eager")
 
