@@ -491,6 +491,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plans = ("shares", "pad", "mesh")
     dtype: Any = {"type": lambda text: DTYPES.get(text, text), "choices": tuple(dict.fromkeys(DTYPES.values()))}
+    timeout: Any = {"type": float, "help": "seconds after which a silent rank has failed (60 on GPUs, 600 on a CPU)"}
     made = command(
         "build",
         _build,
@@ -614,7 +615,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_cuda_graphs(made)
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
-    made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
+    made.add_argument("--timeout", **timeout)
 
     made = command(
         "compare",
@@ -671,7 +672,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cuda", "cpu"), help="by default GPUs, where each rank has one")
     add_cuda_graphs(made)
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
-    made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
+    made.add_argument("--timeout", **timeout)
     add_arguments(made)
 
     from causalrt.tools.plan.arguments import add_arguments as add_plan_arguments

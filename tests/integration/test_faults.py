@@ -36,6 +36,7 @@ from causalrt.errors import (
     RequestError,
 )
 from causalrt.runtime import engine as engine_module
+from causalrt.runtime import load as load_module
 from causalrt.runtime import memory, ranks
 from causalrt.runtime.messages import ChunkCommand, OpenCommand
 from causalrt.runtime.noise import SeededNoise
@@ -216,6 +217,19 @@ def test_wrong_world_size_and_executor_are_refused(bundles: Bundles, tmp_path: P
 
 
 @pytest.mark.usefixtures("no_processes")
+@pytest.mark.parametrize(("device", "seconds"), [("cuda", 60.0), ("cpu", 600.0)])
+def test_a_silent_rank_on_a_gpu_fails_sooner(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, device: str, seconds: float
+) -> None:
+    """Nothing but this time ends a collective inside an engine; what is slow on GPUs is over once they are loaded."""
+    limits: list[float] = []
+    monkeypatch.setattr(load_module, "choose_device", lambda *arguments, **options: device)
+    monkeypatch.setattr(load_module, "Engine", lambda *arguments, timeout_s, **options: limits.append(timeout_s))
+    load(bundles(1))
+    load(bundles(1), timeout_s=7.0)
+    assert limits == [seconds, 7.0]
+
+
 def test_memory_is_refused_before_anything_is_started(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**10)
     with pytest.raises(OutOfMemoryError, match=r"2 rank\(s\) need 0\.\d\d GiB here and 0\.00 are free"):

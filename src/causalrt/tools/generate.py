@@ -16,7 +16,7 @@ from causalrt.engines.vae import check_has_vae
 from causalrt.errors import Faults, RequestError
 from causalrt.export.options import Progress
 from causalrt.runtime.engine import Engine
-from causalrt.runtime.load import DEFAULT_TIMEOUT_S, check_rank_limits, load
+from causalrt.runtime.load import check_rank_limits, load
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.pictures.read import BACKGROUND, Part, read_frames
 from causalrt.runtime.pyav import pyav
@@ -76,7 +76,7 @@ class Request:
     plugins: bool | None = None
     cuda_graphs: bool = True
     threads: int | None = None
-    timeout_s: float = DEFAULT_TIMEOUT_S
+    timeout_s: float | None = None
 
 
 def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[str, Any]:
