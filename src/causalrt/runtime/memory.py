@@ -175,7 +175,7 @@ def device_free_bytes(device: torch.device) -> int | None:
         return None
     held_back = sum(
         segment["total_size"] - segment["allocated_size"]
-        for segment in torch.cuda.memory_snapshot()
+        for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == _COMMON_POOL
     )
     return torch.cuda.mem_get_info(device)[0] + held_back
