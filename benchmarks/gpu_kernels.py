@@ -32,6 +32,7 @@ from fused_kernels.sections import Bench
 from fused_kernels.verdicts import progress
 
 from causalrt.config import override, recipe
+from causalrt.engines.streams import own_stream
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SECTIONS = ("qk_norm_rope", "rope_attention", "plans", "tune", "kv_splits")
@@ -83,15 +84,13 @@ def main() -> None:
             "on a CPU without TRITON_INTERPRET=1 the references stand in for the kernels; no tiles, no ranges of keys"
         )
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-    bench = Bench(args, config, device)
-    try:
-        with torch.no_grad():
+    with own_stream(device), torch.no_grad():
+        bench = Bench(args, config, device)
+        try:
             for section in args.sections:
                 getattr(bench, section)()
-    finally:
-        args.out.with_suffix(".json").write_text(json.dumps(bench.report, indent=1))
+        finally:
+            args.out.with_suffix(".json").write_text(json.dumps(bench.report, indent=1))
     for line in bench.report["claims"]:
         print(f"{line['verdict']:8}{line['claim']}: {line['figure']}")
     try:

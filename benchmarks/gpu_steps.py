@@ -28,6 +28,7 @@ from causalrt.engines.base import TORCH_DTYPES, Executor
 from causalrt.engines.bundle import WEIGHTS, Bundle, open_bundle, write_manifest
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor
+from causalrt.engines.streams import own_stream
 from causalrt.export.random_weights import random_weights
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
@@ -124,10 +125,8 @@ def main() -> None:
     changes = {"build.precision": DTYPES[args.dtype], **dict(change.split("=", 1) for change in args.set)}
     config = override(recipe(args.recipe), changes)
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory(prefix="causalrt-bench-") as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory(prefix="causalrt-bench-") as folder, torch.no_grad(), own_stream(device):
         bundle = random_bundle(config, Path(folder) / "bundle")
         text = torch.randn(config.model.text_len, config.model.text_dim, generator=generator)
         sessions = {side: Session(side, bundle, device, text) for side in args.executors}

@@ -24,6 +24,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import CausalRTError, ConfigError, Faults
 from causalrt.export.options import Progress
 from causalrt.terminal import PrintableConsole, PrintableFormatter, printable
+from causalrt.tools.load_arguments import add_cuda_graphs
 from causalrt.tools.progress import shown_progress
 
 DTYPES = {
@@ -316,6 +317,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         executor=arguments.executor,
         device=arguments.device,
         plugins=None if arguments.plugins is None else arguments.plugins == "on",
+        cuda_graphs=arguments.cuda_graphs == "on",
         threads=arguments.threads,
         timeout_s=arguments.timeout,
     )
@@ -365,6 +367,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                 head_plan=arguments.head_plan or "shares",
                 plugins=arguments.plugins == "on",
                 time_index=arguments.time_index,
+                cuda_graphs=arguments.cuda_graphs == "on",
                 on_progress=progress,
             )
     if arguments.json:
@@ -553,6 +556,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plans = ("shares", "pad", "mesh")
     dtype: Any = {"type": lambda text: DTYPES.get(text, text), "choices": tuple(dict.fromkeys(DTYPES.values()))}
+    timeout: Any = {"type": float, "help": "seconds after which a silent rank has failed (60 on GPUs, 600 on a CPU)"}
     made = command(
         "build",
         _build,
@@ -689,8 +693,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--plugins", choices=("on", "off"), help="fused ops in eager and inductor (as the bundle was built)"
     )
+    add_cuda_graphs(made)
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
-    made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
+    made.add_argument("--timeout", **timeout)
 
     made = command(
         "compare",
@@ -717,6 +722,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=get_args(TimeIndex),
         help="with --recorded: what rotary angles count time by; relative rotates keys when they are read (global)",
     )
+    add_cuda_graphs(made)
     made.add_argument(
         "--emulate",
         action="store_true",
@@ -744,8 +750,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--text-device", default="cpu", help="where it computes: cpu or cuda:N (cpu)")
     made.add_argument("--executor", choices=EXECUTORS, help="by default the best that the bundle was built for")
     made.add_argument("--device", choices=("cuda", "cpu"), help="by default GPUs, where each rank has one")
+    add_cuda_graphs(made)
     made.add_argument("--threads", type=int, help="CPU threads of each rank")
-    made.add_argument("--timeout", type=float, default=600.0, help="seconds after which a silent rank has failed")
+    made.add_argument("--timeout", **timeout)
     add_arguments(made)
 
     from causalrt.tools.plan.arguments import add_arguments as add_plan_arguments

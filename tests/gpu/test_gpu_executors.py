@@ -17,6 +17,7 @@ from gpu_rollouts import (
 from causalrt.engines.base import make_executor
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor
+from causalrt.engines.streams import own_stream
 from causalrt.engines.tensorrt import TensorRTExecutor
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
@@ -43,8 +44,8 @@ round elsewhere than eager's, which for the graphs themselves makes a ratio of u
 
 
 @pytest.fixture(autouse=True)
-def own_stream():
-    with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+def on_own_stream():
+    with own_stream(DEVICE):
         yield
         torch.cuda.synchronize()
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_faults import run_out_of_memory
 from safetensors.torch import load_file, save_file
 from small_bundles import Bundles, bundle_factory, num_steps, prompt, tiny_config, write_checkpoint
 
@@ -25,6 +26,7 @@ from causalrt.engines import bundle as bundle_module
 from causalrt.errors import (
     BuildError,
     BundleError,
+    CapacityError,
     CheckpointError,
     EngineClosedError,
     ExecutorError,
@@ -34,6 +36,7 @@ from causalrt.errors import (
     RequestError,
 )
 from causalrt.runtime import engine as engine_module
+from causalrt.runtime import load as load_module
 from causalrt.runtime import memory, ranks
 from causalrt.runtime.messages import ChunkCommand, OpenCommand
 from causalrt.runtime.noise import SeededNoise
@@ -214,6 +217,19 @@ def test_wrong_world_size_and_executor_are_refused(bundles: Bundles, tmp_path: P
 
 
 @pytest.mark.usefixtures("no_processes")
+@pytest.mark.parametrize(("device", "seconds"), [("cuda", 60.0), ("cpu", 600.0)])
+def test_a_silent_rank_on_a_gpu_fails_sooner(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, device: str, seconds: float
+) -> None:
+    """Nothing but this time ends a collective inside an engine; what is slow on GPUs is over once they are loaded."""
+    limits: list[float] = []
+    monkeypatch.setattr(load_module, "choose_device", lambda *arguments, **options: device)
+    monkeypatch.setattr(load_module, "Engine", lambda *arguments, timeout_s, **options: limits.append(timeout_s))
+    load(bundles(1))
+    load(bundles(1), timeout_s=7.0)
+    assert limits == [seconds, 7.0]
+
+
 def test_memory_is_refused_before_anything_is_started(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**10)
     with pytest.raises(OutOfMemoryError, match=r"2 rank\(s\) need 0\.\d\d GiB here and 0\.00 are free"):
@@ -538,6 +554,37 @@ def test_caller_killed(bundles: Bundles, when: str) -> None:
     caller.communicate()
     # Their keeper reaps the ranks; the keeper itself is reaped by whoever adopts it, not by us.
     assert wait_until(lambda: not [p for p in processes(group) if ") Z " not in p]), processes(group)
+
+
+@pytest.mark.parametrize(("module", "name"), [("session_memory", "KVSlots"), ("rank_server", "Rollout")])
+def test_one_rank_without_memory_for_a_session_refuses_it(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, name: str
+) -> None:
+    """Before or after it has KV slots. The other rank, which has opened the session, frees it, and all goes on."""
+
+    def latents(session: Session) -> list[torch.Tensor]:
+        return [chunk.latents for chunk in session]
+
+    with load(bundles(2)) as engine:
+        wanted = {seed: latents(engine.session(prompt(), seed=seed)) for seed in (1, 2)}
+    full = run_out_of_memory(monkeypatch, tmp_path, module, name, rank=1)
+    with load(bundles(2)) as engine:
+        open_one = engine.session(prompt(), seed=1)
+        made, pids = [next(open_one).latents], engine.rank_pids
+        full.touch()
+        for _ in range(2):
+            with pytest.raises(
+                CapacityError, match=r"^rank 1 has no memory for a further session \(CUDA out of memory.*GiB\.\)"
+            ):
+                engine.session(prompt(), seed=2)
+            assert engine.open_sessions == 1
+        made.append(next(open_one).latents)
+        full.unlink()
+        assert all(map(torch.equal, latents(engine.session(prompt(), seed=2)), wanted[2]))
+        assert all(map(torch.equal, [*made, *latents(open_one)], wanted[1]))
+        assert all(map(torch.equal, latents(engine.session(prompt(), seed=1)), wanted[1]))
+        assert engine.open_sessions == 0
+        assert engine.rank_pids == pids
 
 
 def test_error_inside_a_rank_arrives_with_its_log(bundles: Bundles) -> None:

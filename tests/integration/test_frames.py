@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from memory_faults import run_out_of_memory
 from small_bundles import bundle_factory, prompt, tiny_config
 from small_encoders import write_text_encoder, write_vae
 
@@ -230,6 +231,36 @@ def test_a_bundle_without_a_vae(tmp_path):
         causalrt.load(path, vae=True)
     with causalrt.load(path, device="cpu") as engine:
         assert not engine.has_vae
+
+
+def test_a_decoder_without_memory_for_a_session_refuses_it(bundles, engine, monkeypatch, tmp_path):
+    """The session ends; the others, and those that come later, have the frames that they should have."""
+
+    def frames(session):
+        return [chunk.frames for chunk in session]
+
+    wanted = {seed: frames(engine.session(prompt(), seed=seed)) for seed in (1, 2)}
+    full = run_out_of_memory(monkeypatch, tmp_path, "vae_server", "VaeServer._state")
+    clip = torch.zeros(9, 32, 48, 3, dtype=torch.uint8)
+    with causalrt.load(bundles(), executor="eager", device="cpu") as engine:
+        open_one, pid = engine.session(prompt(), seed=1), engine.decoder.pid
+        made = [next(open_one).frames]
+        given = engine.encode_frames(clip)
+        full.touch()
+        refused = engine.session(prompt(), seed=2)
+        with pytest.raises(
+            CapacityError, match=r"^the decoder has no memory for a further session \(CUDA out of memory"
+        ):
+            next(refused)
+        with pytest.raises(EngineClosedError):
+            next(refused)
+        with pytest.raises(CapacityError):
+            engine.session(prompt(), given=given)
+        full.unlink()
+        assert all(map(torch.equal, frames(engine.session(prompt(), seed=2)), wanted[2]))
+        assert all(map(torch.equal, [*made, *frames(open_one)], wanted[1]))
+        assert engine.decoder.pid == pid
+        assert engine.open_sessions == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=str)

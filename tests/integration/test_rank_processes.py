@@ -8,6 +8,7 @@ import signal
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,22 @@ def set_temporary_folder(monkeypatch):
         return folder
 
     return set_folder
+
+
+def environment(pid):
+    entries = Path(f"/proc/{pid}/environ").read_text().rstrip("\0").split("\0")
+    return dict(entry.split("=", 1) for entry in entries)
+
+
+def test_what_the_processes_find_in_their_environment(bundle_with_decoder):
+    """NCCL's communicators are complete when an engine is given one; under MPS, rank 0 goes before the decoder."""
+    with causalrt.load(bundle_with_decoder, device="cpu") as engine:
+        ranks, decoder = [environment(pid) for pid in engine.rank_pids], environment(engine.decoder.pid)
+    for found in (*ranks, decoder):
+        assert found["TORCH_NCCL_USE_COMM_NONBLOCKING"] == "0"
+        assert found["GLOO_SOCKET_IFNAME"] == "lo"
+    assert decoder["CUDA_MPS_CLIENT_PRIORITY"] == "1"
+    assert all("CUDA_MPS_CLIENT_PRIORITY" not in found for found in ranks)
 
 
 def wait_until(condition, timeout_s=20.0):

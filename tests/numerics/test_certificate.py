@@ -1,10 +1,13 @@
 """The parity certificate: good bundles pass, and each way of damaging one is caught and named."""
 
+import contextlib
 import json
 import re
 import shlex
 import subprocess
 import sys
+import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,15 @@ from small_bundles import bundle_factory, tiny_config, write_checkpoint
 
 from causalrt.cli import main
 from causalrt.engines.bundle import WEIGHTS, open_bundle
+from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
 from causalrt.errors import BundleError, CheckpointError, ExecutorError, OutOfMemoryError, RequestError
 from causalrt.export.build import build
 from causalrt.export.checkpoint import DIGESTS
 from causalrt.install_hint import install_extra
 from causalrt.layout import layout_from_config
-from causalrt.tools.certificate import numerics
+from causalrt.tools.certificate import certify as certify_module
+from causalrt.tools.certificate import numerics, sides
 from causalrt.tools.certificate.certify import certify
 from causalrt.tools.certificate.record import Certificate
 from causalrt.tools.certificate.watch import WatchedCollectives
@@ -472,6 +477,35 @@ def test_a_refresh_without_the_prompt(bundles, monkeypatch):
     assert rollout.first_wrong.name == "chunk 0 refresh flow"
     assert (found.bisected["chunk"], found.bisected["forward"]) == (0, "refresh")
     assert found.bisected["part"].startswith("layer 1 self-attention")  # the first place after a cross-attention
+
+
+def test_everything_runs_on_the_process_s_own_stream(bundles, monkeypatch):
+    """Whatever opens an executor or has it step does so inside `own_stream`, in whichever thread."""
+    entered = Counter()
+
+    @contextlib.contextmanager
+    def recorded(device):
+        assert device == torch.device("cpu")
+        entered[threading.get_ident()] += 1
+        yield
+        entered[threading.get_ident()] -= 1
+
+    def inside(function):
+        def call(*args, **options):
+            seen.append(entered[threading.get_ident()])
+            return function(*args, **options)
+
+        return call
+
+    seen = []
+    for module in (certify_module, sides):
+        monkeypatch.setattr(module, "own_stream", recorded)
+    monkeypatch.setattr(EagerExecutor, "__init__", inside(EagerExecutor.__init__))
+    for name in ("__init__", "encode_prompt", "embed_time", "bind", "step"):
+        monkeypatch.setattr(OnnxRuntimeExecutor, name, inside(getattr(OnnxRuntimeExecutor, name)))
+    assert certified(bundles(RANKS)).passed
+    assert len(seen) > 50
+    assert min(seen) >= 1
 
 
 def test_ranks_that_send_to_the_wrong_one(bundles, tmp_path, monkeypatch):

@@ -6,24 +6,32 @@ so ranks that decided differently would wait for each other for ever.
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 
+from causalrt.errors import ExecutorError
+
 logger = logging.getLogger(__name__)
-MAX_GRAPHS = 64
 Key = tuple[int, int]
 """Number of the session's memory, and what else tells two graphs apart: the rows of its filled prefix."""
 
 
 class CudaGraphs:
-    """Graphs by key, the least recently used one dropped first. On a CPU, or when switched off, work is simply run."""
+    """Graphs by key. On a CPU, or when switched off, work is simply run.
+
+    Every graph is kept: there are as many as session memories times KV lengths, and the memories are bounded (`max_sessions`).
+
+    Attributes:
+        enabled: work is captured.
+        held_bytes: memory of the GPU that the driver took for the graphs captured so far; the pool is not part of it.
+    """
 
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
         self._device = device
         self.enabled = enabled and device.type == "cuda"
-        self._graphs: OrderedDict[Key, torch.cuda.CUDAGraph] = OrderedDict()
+        self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
+        self.held_bytes = 0
         self._addresses: dict[int, tuple[int, ...]] = {}
         # They run one after another, and can share memory: that of one pool, which torch keeps by the stream it was taken on.
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
@@ -49,19 +57,23 @@ class CudaGraphs:
             return
         graph = self._graphs.get(key)
         if graph is not None:
-            self._graphs.move_to_end(key)
             graph.replay()
             return
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):  # lazy set-up (workspaces, compilation, communicators) must not be captured
             work()
         torch.cuda.current_stream(self._device).wait_stream(side)
+        before = self._driver_bytes()
         graph = self._capture(work, side)
         self._graphs[key] = graph
-        if len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
-        logger.info("captured CUDA graph %d", len(self._graphs))
         graph.replay()
+        self.held_bytes += max(0, self._driver_bytes() - before)
+        logger.info("captured CUDA graph %d, %.1f MiB in all", len(self._graphs), self.held_bytes / 2**20)
+
+    def _driver_bytes(self) -> int:
+        """What is taken of the GPU beside the memory that torch's allocator holds."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free - torch.cuda.memory_reserved(self._device)
 
     def _capture(self, work: Callable[[], None], side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -75,6 +87,12 @@ class CudaGraphs:
                     except BaseException as error:
                         failure = error
                         raise
-            except RuntimeError as error:
-                raise failure or error from None
+            except Exception as error:
+                cause = failure or error
+                if not isinstance(cause, Exception):
+                    raise cause from None
+                raise ExecutorError(
+                    f"the step cannot be captured as a CUDA graph ({type(cause).__name__}: {cause}); run it without: "
+                    "`--cuda-graphs off` on the command line, or `causalrt.load(..., cuda_graphs=False)`"
+                ) from cause
         return graph

@@ -84,6 +84,10 @@ class EagerExecutor:
     def warmed_up(self) -> None:
         """Nothing to keep."""
 
+    def graph_bytes(self) -> int:
+        """See `Executor.graph_bytes`."""
+        return 0
+
     @torch.inference_mode()
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""

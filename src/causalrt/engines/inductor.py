@@ -184,6 +184,10 @@ class InductorExecutor(EagerExecutor):
         self._graphs.bind(memory, tuple(tensor.data_ptr() for tensor in [*tensors, *crossing]))
         self._key = (memory, kv_rows)
 
+    def graph_bytes(self) -> int:
+        """See `Executor.graph_bytes`."""
+        return self._graphs.held_bytes
+
     @torch.no_grad()
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""

@@ -21,7 +21,7 @@ class ExecutorKind:
     Attributes:
         devices: kinds of device that it runs on, the preferred one first.
         compiled: it runs what a build has put into the bundle for it; if not, the weights are all it needs.
-        warms_up: it compiles or captures what it first meets, and is made to meet everything before it serves.
+        warms_up: it compiles or captures what it first meets, and is made to meet everything before it serves, on a CPU too.
     """
 
     devices: tuple[str, ...]
@@ -48,6 +48,11 @@ def executor_kind(name: str) -> ExecutorKind:
     if name not in EXECUTORS:
         raise ExecutorError(f"no executor {name!r}; this version has: {', '.join(EXECUTORS)}")
     return EXECUTORS[name]
+
+
+def warms_up(name: str, device: str) -> bool:
+    """Whether executor `name` runs every kind of step before it serves: on a GPU all do, where kernels are loaded lazily."""
+    return device == "cuda" or executor_kind(name).warms_up
 
 
 def choose_device(name: str, *, asked: str | None, world_size: int) -> str:

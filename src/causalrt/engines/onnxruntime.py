@@ -4,19 +4,20 @@
 
 Every tensor between segments has one buffer for the life of the executor; bindings hold its address. The KV slots are the
 caller's: their filled prefix is bound as input and, under the same address, as output, so that staging is written in place.
-On a CPU all sessions of the process share one pool of threads; on a GPU all share torch's stream, and no run waits for it.
+On a CPU all sessions of the process share one pool of threads; on a GPU all share a stream and an arena of memory
+(`onnxruntime_cuda.py`), and no run waits for the GPU.
 """
 
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import onnxruntime as ort
 import torch
 
 from causalrt.engines.base import ONNX_TYPES, TORCH_DTYPES, Collectives
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, Bundle
+from causalrt.engines.onnxruntime_cuda import CPU, check_cuda, cuda_providers
 from causalrt.engines.tensor_names import KV_ROWS, is_callers
 from causalrt.errors import ExecutorError
 from causalrt.model.step import KVPair, KVTensors
@@ -39,15 +40,6 @@ def _start_thread_pool(num_threads: int) -> None:
 def _version(text: str) -> tuple[int, ...]:
     """Major and minor; a text that is no version counts as older than all."""
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
-
-
-def _providers(device: torch.device) -> list[Any]:
-    """ONNX Runtime's execution providers for a device; what the GPU has no kernel for runs on the CPU."""
-    if device.type == "cpu":
-        return ["CPUExecutionProvider"]
-    stream = torch.cuda.current_stream(device).cuda_stream
-    options = {"device_id": str(device.index), "user_compute_stream": str(stream), "use_tf32": "0"}
-    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 class _Segment:
@@ -73,12 +65,10 @@ class _Segment:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # of many sessions, one runs
         options.log_severity_level = 2
         self._device = device
-        self.session = ort.InferenceSession(path, options, providers=_providers(device))
-        if device.type == "cuda" and "CUDAExecutionProvider" not in self.session.get_providers():
-            raise ExecutorError(
-                "onnxruntime could not start CUDA and fell back to the CPU; its CUDA or cuDNN libraries do not load here: "
-                "install the onnxruntime-gpu that fits this CUDA, or load with device='cpu'"
-            )
+        providers = cuda_providers(options, device) if device.type == "cuda" else [CPU]
+        self.session = ort.InferenceSession(path, options, providers=providers)
+        if device.type == "cuda":
+            check_cuda(self.session)
         self.binding = self.session.io_binding()
         self.sent, self.received = sent, received
         self.inputs = {value.name: value for value in self.session.get_inputs()}
@@ -207,6 +197,10 @@ class OnnxRuntimeExecutor:
 
     def warmed_up(self) -> None:
         """Nothing to keep."""
+
+    def graph_bytes(self) -> int:
+        """See `Executor.graph_bytes`."""
+        return 0
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""

@@ -143,6 +143,10 @@ class TensorRTExecutor:
             engine.select_profile(kv_rows)
             engine.bind({name: buffers[name] if name in buffers else named[name] for name in engine.names})
 
+    def graph_bytes(self) -> int:
+        """See `Executor.graph_bytes`."""
+        return self._graphs.held_bytes
+
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         buffers = self._set.buffers

@@ -9,6 +9,7 @@ import torch
 
 from causalrt.engines.base import ONNX_TYPES
 from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH
+from causalrt.engines.onnxruntime_cuda import CPU, check_cuda, cuda_providers
 from causalrt.engines.vae import GraphTensor, GraphVae, missing_graphs
 from causalrt.errors import BundleError, ExecutorError
 
@@ -62,12 +63,8 @@ def _open(path: Path, device: torch.device, num_threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two graphs, of which one rests
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-        settings = {"device_id": str(device.index or 0), "user_compute_stream": str(stream), "use_tf32": "0"}
-        settings |= {"cudnn_conv_use_max_workspace": "0", "arena_extend_strategy": "kSameAsRequested"}
-        providers.insert(0, ("CUDAExecutionProvider", settings))
+    on_gpu = device.type == "cuda"
+    providers = cuda_providers(options, device, cudnn_conv_use_max_workspace="0") if on_gpu else [CPU]
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime has a class for every status, and no common one
@@ -75,10 +72,8 @@ def _open(path: Path, device: torch.device, num_threads: int) -> Any:
             f"onnxruntime {ort.__version__} cannot run {path.name} on {device}: {str(error).splitlines()[0]}; "
             "on a CPU, build the VAE in float32"
         ) from error
-    if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise ExecutorError(
-            "onnxruntime could not start CUDA: install the onnxruntime-gpu that fits, or take device='cpu'"
-        )
+    if on_gpu:
+        check_cuda(session)
     return session
 
 

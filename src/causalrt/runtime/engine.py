@@ -28,7 +28,7 @@ import torch
 from causalrt.config import Config
 from causalrt.control_groups import available_cpus
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, unchanged
-from causalrt.engines.kinds import executor_kind
+from causalrt.engines.kinds import executor_kind, warms_up
 from causalrt.errors import CapacityError, PromptError, RequestError
 from causalrt.model.words import WORDS_FILE, WordEncoder
 from causalrt.runtime import interrupts
@@ -134,7 +134,7 @@ class Engine:
             fitting = check_memory(
                 self.memory, ranks=world_size, shared_weights=shared_weights, decoder=self.decoder_memory
             )
-        self._start_s = WARM_START_S if executor_kind(executor).warms_up else START_S
+        self._start_s = WARM_START_S if warms_up(executor, device) else START_S
         self._lock = FairLock(interruptible=True)
         self._numbers = itertools.count()
         self._open: set[int] = set()
@@ -186,7 +186,21 @@ class Engine:
                 if device == "cuda":
                     free = [answers[rank].free_bytes or 0 for rank in range(world_size)]
                     decoder_free = self.decoder.free_bytes if self.decoder is not None else None
-                    fitting = device_sessions(self.memory, free, self.decoder_memory, decoder_free, shared=not own_gpu)
+                    graph_bytes = max(answer.graph_bytes for answer in answers.values())
+                    fitting = device_sessions(
+                        self.memory,
+                        free,
+                        self.decoder_memory,
+                        decoder_free,
+                        graph_bytes=graph_bytes,
+                        shared=not own_gpu,
+                    )
+                    logger.info(
+                        "%d sessions fit, each of %.2f GiB a rank and %.1f MiB of CUDA graphs",
+                        fitting,
+                        self.memory.session_bytes / 2**30,
+                        graph_bytes / 2**20,
+                    )
             if_loading_fails.pop_all()
         self.max_sessions = min(fitting, max_sessions or fitting)
         if max_sessions is not None and fitting < max_sessions:
@@ -258,6 +272,7 @@ class Engine:
 
         Raises:
             RequestError: wrong shape, type, number of frames, or values; or the engine has no VAE.
+            CapacityError: the memory of the decoder does not hold them.
             RankError: the decoder's process died, hung or raised.
         """
         self.check_owner()
@@ -305,7 +320,7 @@ class Engine:
             record: keep the flow and x0 of every forward in `Session.records`.
 
         Raises:
-            CapacityError: no further session fits.
+            CapacityError: no further session fits; those that are open go on.
             PromptError: text that cannot be encoded, wrong shape or type, or values that are not finite.
             RequestError: more chunks than the bundle can make (`checked_chunks`), or given frames or noise of a wrong shape.
             ForkError: the engine was loaded by another process, from which this one was forked.
@@ -367,7 +382,7 @@ class Engine:
                 self._run(ResumeCommand(session=session.number, folder=folder, frame=frame, files=files))
                 if self.decoder is not None:
                     self.decoder.resume(session.number, folder, frame=decoder_frame, files=files)
-            except RequestError:
+            except (CapacityError, RequestError):
                 self._close_session(session.number)
                 session.forget()
                 raise
@@ -407,7 +422,12 @@ class Engine:
             )
         ahead = self.makes_ahead if ahead is None else ahead
         session = Session(self, next(self._numbers), num_chunks, record, text, noise, text_ms, ahead, num_given)
-        self._run(OpenCommand(session=session.number, text=text, noise=noise))
+        try:
+            self._run(OpenCommand(session=session.number, text=text, noise=noise))
+        except CapacityError:  # other ranks may have opened it
+            self._run(CloseCommand(session=session.number, opened=False))
+            session.forget()
+            raise
         self._open.add(session.number)
         return session
 
@@ -416,6 +436,7 @@ class Engine:
 
         Raises:
             RequestError: latents that are not finite.
+            CapacityError: the decoder has no memory for the session, whose place in its video is lost.
             RankError: the decoder's process died, hung or raised.
             EngineClosedError: the engine was closed.
         """
@@ -430,7 +451,7 @@ class Engine:
         with self.deferred_interrupts():
             try:
                 yield
-            except RequestError:
+            except (CapacityError, RequestError):
                 raise
             except BaseException:
                 self._end_at_once()

@@ -9,7 +9,8 @@ from causalrt.errors import BundleError, ExecutorError, Faults, RequestError
 from causalrt.plugins.kernel_launch import require_triton_launches
 from causalrt.runtime.engine import Engine
 
-DEFAULT_TIMEOUT_S = 600.0
+TIMEOUT_S = {"cpu": 600.0, "cuda": 60.0}
+"""Before an engine serves on GPUs everything has run there once, and a chunk takes seconds; on a CPU it may take minutes."""
 
 
 def load(
@@ -26,7 +27,7 @@ def load(
     text_device: str = "cpu",
     max_sessions: int | None = None,
     num_threads: int | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> Engine:
     """Verify a bundle, start its rank processes, and keep them warm.
 
@@ -47,8 +48,8 @@ def load(
         text_device: where it computes: `cpu`, where a prompt takes seconds, or `cuda:N`, where it takes 11 GiB.
         max_sessions: how many may be open at once; by default as many as fit in memory.
         num_threads: CPU threads of each rank; by default the cores shared among the ranks.
-        timeout_s: a rank that gives no answer for so long has failed; starting may take two minutes however short it is, and
-            half an hour with an executor that compiles.
+        timeout_s: a rank that gives no answer for so long has failed, by default 60 s on GPUs and 600 s on a CPU. Starting may
+            take two minutes however short it is, and half an hour on GPUs or with an executor that compiles.
 
     Raises:
         BundleError: damaged, or built for another world size or executor, or without the VAE that is asked for.
@@ -116,11 +117,11 @@ def load(
         text_device=text_device,
         max_sessions=max_sessions,
         num_threads=num_threads,
-        timeout_s=timeout_s,
+        timeout_s=TIMEOUT_S[where] if timeout_s is None else timeout_s,
     )
 
 
-def check_rank_limits(*, num_threads: int | None, timeout_s: float) -> None:
+def check_rank_limits(*, num_threads: int | None, timeout_s: float | None) -> None:
     """Check these arguments of `load`, which takes no bundle.
 
     Raises:
@@ -128,7 +129,7 @@ def check_rank_limits(*, num_threads: int | None, timeout_s: float) -> None:
     """
     faults = Faults()
     with faults:
-        if not 0.001 <= timeout_s <= 1e6:
+        if timeout_s is not None and not 0.001 <= timeout_s <= 1e6:
             raise RequestError(f"timeout_s must lie in [0.001, 1e6], got {timeout_s}; give 1e6 for `never`")
     with faults:
         if num_threads is not None and num_threads < 1:

@@ -26,6 +26,17 @@ UNLIMITED = sys.maxsize
 EAGER_ACTIVATIONS, DECODER_ACTIVATIONS = 16, {"onnxruntime": 45}
 """Activations of the decoder alive at once, in units of its widest one: 14 to 18 were seen in eager on a CPU, which others are
 taken to need, and 41 to 52 in ONNX Runtime there, which unfolds each input of a convolution in three dimensions."""
+_COMMON_POOL = (0, 0)
+"""Of torch's allocator. What the pool of CUDA graphs holds is given to no other tensor, used or not."""
+_RAN_OUT = (
+    *(
+        "out of memory",
+        "outofmemory",
+        "alloc_failed",
+        "can't allocate memory",
+    ),  # CUDA, TensorRT, cuBLAS, torch on a CPU
+    *("failed to allocate memory", "is smaller than requested bytes"),  # ONNX Runtime
+)
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -187,8 +198,18 @@ def device_free_bytes(device: torch.device) -> int | None:
     """Memory that a GPU can still give; None for the host, which is shared (`available_bytes`)."""
     if device.type != "cuda":
         return None
-    held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    held_back = sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == _COMMON_POOL
+    )
     return torch.cuda.mem_get_info(device)[0] + held_back
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, ONNX Runtime, TensorRT or a library of CUDA says by this error that memory has run out."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in told for words in _RAN_OUT)
 
 
 def check_device_memory(memory: Memory, device: torch.device) -> None:
@@ -208,6 +229,7 @@ def device_sessions(
     decoder: DecoderMemory | None,
     decoder_free_bytes: int | None,
     *,
+    graph_bytes: int,
     shared: bool,
 ) -> int:
     """How many sessions fit on GPUs whose ranks have loaded.
@@ -217,21 +239,22 @@ def device_sessions(
         free_bytes: of each rank's GPU, when the rank had loaded.
         decoder: what decodes beside them, if anything does.
         decoder_free_bytes: of the decoder's GPU, when the decoder had loaded.
+        graph_bytes: what CUDA graphs of one session take, on the rank where they take most.
         shared: the decoder's GPU is that of rank 0.
 
     Raises:
         OutOfMemoryError: not one does.
     """
-    working = memory.activation_bytes + memory.attention_bytes
-    fitting = [(free - working) // memory.session_bytes for free in free_bytes]
+    working, session = memory.activation_bytes + memory.attention_bytes, memory.session_bytes + graph_bytes
+    fitting = [(free - working) // session for free in free_bytes]
     if decoder is not None and decoder_free_bytes is not None:
         if shared:  # whoever has loaded last has seen both
             free = min(free_bytes[0], decoder_free_bytes) - working - decoder.activation_bytes
-            fitting[0] = free // (memory.session_bytes + decoder.cache_bytes)
+            fitting[0] = free // (session + decoder.cache_bytes)
         elif decoder.cache_bytes:
             fitting.append((decoder_free_bytes - decoder.activation_bytes) // decoder.cache_bytes)
     if min(fitting) < 1:
-        needed = working + memory.session_bytes
+        needed = working + session
         raise OutOfMemoryError(_does_not_fit(memory, "a session needs", needed, min(free_bytes), "GPU", decoder))
     return min(fitting)
 

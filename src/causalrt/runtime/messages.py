@@ -45,7 +45,7 @@ class LoadCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenCommand:
-    """Start a session."""
+    """Start a session; a rank whose memory does not hold it answers `Refused` before `Done`."""
 
     session: int
     text: torch.Tensor
@@ -116,9 +116,10 @@ class UsageCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CloseCommand:
-    """Free a session."""
+    """Free a session; `opened` is False if a rank refused to open it, and then some ranks do not know it."""
 
     session: int
+    opened: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +212,16 @@ class Refused:
         return made
 
 
+def out_of_memory(who: str, error: BaseException) -> Refused:
+    """Refuse a session that does not fit, by the error of the library that found no memory."""
+    reason = str(error).strip().partition("\n")[0]
+    return Refused(
+        kind=errors.CapacityError.__name__,
+        message=f"{who} has no memory for a further session ({reason}); close one that is open, and load with a smaller "
+        "max_sessions",
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
     """The command has ended on this rank.
@@ -221,6 +232,7 @@ class Done:
         records: what the chunk's forwards computed, where that was asked for.
         kv_rows_moved: rows of one head that the session has moved to history.
         free_bytes: what the rank's own device can still give, once it has loaded; None on the host.
+        graph_bytes: what the CUDA graphs of one session take there.
         usage: what the rank has used, where that was asked for.
         exchanges: what the canary found on this rank.
     """
@@ -230,6 +242,7 @@ class Done:
     records: tuple[StepRecord, ...] = ()
     kv_rows_moved: int = 0
     free_bytes: int | None = None
+    graph_bytes: int = 0
     usage: Usage | None = None
     exchanges: tuple[ExchangeCheck, ...] = ()
 

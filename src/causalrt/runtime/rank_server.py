@@ -9,11 +9,18 @@ import torch
 
 from causalrt.engines.base import TORCH_DTYPES, Executor, make_executor
 from causalrt.engines.bundle import Bundle, reopen_bundle
-from causalrt.engines.kinds import executor_kind
+from causalrt.engines.kinds import warms_up
+from causalrt.engines.streams import own_stream
 from causalrt.errors import RequestError
 from causalrt.runtime.canary import check_exchanges
 from causalrt.runtime.collectives import LocalCollectives, TorchCollectives, join_ranks
-from causalrt.runtime.memory import check_device_memory, device_free_bytes, predict_memory, rank_memory
+from causalrt.runtime.memory import (
+    check_device_memory,
+    device_free_bytes,
+    is_out_of_memory,
+    predict_memory,
+    rank_memory,
+)
 from causalrt.runtime.messages import (
     CheckExchangesCommand,
     ChunkCommand,
@@ -29,6 +36,7 @@ from causalrt.runtime.messages import (
     ResumeCommand,
     SaveCommand,
     UsageCommand,
+    out_of_memory,
     send,
 )
 from causalrt.runtime.rollout import Rollout
@@ -60,15 +68,13 @@ class RankServer:
             case LoadCommand():
                 return self._load(command)
             case OpenCommand():
-                self._sessions[command.session] = Rollout(
-                    self._executor,
-                    self._collectives,
-                    self._bundle.config,
-                    self._bundle.layout,
-                    text=command.text,
-                    noise=command.noise,
-                    memory=self._memories.take(),
-                )
+                try:
+                    self._open(command)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    logger.warning("no memory for session %d: %s", command.session, error)
+                    send(self._channel, out_of_memory(f"rank {self._rank}", error))
             case ChunkCommand():
                 rollout = self._sessions[command.session]
                 times, records = rollout.chunk(
@@ -105,16 +111,34 @@ class RankServer:
             case CloseCommand():
                 closed = self._sessions.pop(command.session, None)
                 if closed is not None:
-                    self._memories.give_back(closed.memory)
+                    self._memories.give_back(closed.memory, opened=command.opened)
+                if not command.opened:
+                    del closed
+                    torch.cuda.empty_cache()  # for the decoder, whose process may share the GPU
         return Done()
+
+    def _open(self, command: OpenCommand) -> None:
+        memory = self._memories.take()
+        try:
+            self._sessions[command.session] = Rollout(
+                self._executor,
+                self._collectives,
+                self._bundle.config,
+                self._bundle.layout,
+                text=command.text,
+                noise=command.noise,
+                memory=memory,
+            )
+        except BaseException:
+            self._memories.give_back(memory, opened=False)
+            raise
 
     def _load(self, command: LoadCommand) -> Done:
         torch.set_num_threads(command.num_threads)
         device = torch.device(command.device, self._rank) if command.device == "cuda" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            torch.cuda.set_stream(stream)  # on the default one, TensorRT would wait for the device
+        own_stream(device).__enter__()  # until the process ends
         self._bundle = reopen_bundle(command.bundle, command.digest)
         if device.type == "cuda":
             check_device_memory(rank_memory(self._bundle, command.executor, device="cuda"), device)
@@ -140,13 +164,14 @@ class RankServer:
         )
         self._memories = SessionMemories(self._executor, self._bundle.config, self._bundle.layout)
         self._waits = WaitCounter(device)
-        if executor_kind(command.executor).warms_up:
+        if warms_up(command.executor, device.type):
             warm_up(self._executor, self._collectives, self._bundle.config, self._bundle.layout, self._memories)
         logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
-        free_bytes = device_free_bytes(device)
-        if free_bytes is not None:  # what warming up has left is there for sessions
-            free_bytes += self._memories.num_free * predict_memory(self._bundle.config, command.executor).session_bytes
-        return Done(free_bytes=free_bytes)
+        free_bytes, graph_bytes = device_free_bytes(device), self._executor.graph_bytes()
+        if free_bytes is not None:  # the session that warmed up has left its buffers and its graphs to the next one
+            kept = predict_memory(self._bundle.config, command.executor).session_bytes + graph_bytes
+            free_bytes += self._memories.num_free * kept
+        return Done(free_bytes=free_bytes, graph_bytes=graph_bytes)
 
     def _usage(self, command: UsageCommand) -> Usage:
         device, waits = self._executor.device, self._waits.end()

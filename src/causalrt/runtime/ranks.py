@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any, Literal, NoReturn
 
@@ -35,6 +35,18 @@ WARM_START_S = 1800.0
 """The same with an executor that compiles what it runs."""
 HANG_UP_S = 5.0
 """How long the ranks may take to end by themselves, and the keeper to end them."""
+_ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",  # gloo stays on this host
+    "OMP_WAIT_POLICY": "passive",  # the load command sets the number of threads
+    # An engine is handed NCCL's communicator by its address, and a non-blocking one may not be complete by then. torch decides
+    # for one by itself where a process group is made for a device (torch 2.7.0).
+    "TORCH_NCCL_USE_COMM_NONBLOCKING": "0",
+}
+ENVIRONMENT: Mapping[str, Mapping[str, str]] = {
+    "rank": _ENVIRONMENT,
+    # Under NVIDIA's MPS, kernels of rank 0 go before those of a decoder that shares its GPU; otherwise it means nothing.
+    "decoder": _ENVIRONMENT | {"CUDA_MPS_CLIENT_PRIORITY": "1"},
+}
 CAUSE_S = 0.2
 """How long to look, once a rank has failed, for one that failed before it and took it along."""
 _FAR_ENDS_OPEN = threading.Lock()
@@ -74,7 +86,6 @@ class RankPool:
             self._logs.extend(tempfile.TemporaryFile() for _ in range(1 + world_size))  # noqa: SIM115
             start_log, *rank_logs = self._logs
             channels, logs = [theirs.fileno() for _, theirs in pairs], [log.fileno() for log in rank_logs]
-            # The step's own threads are set by the load command; the environment keeps gloo on this host.
             self._process = subprocess.Popen(
                 [
                     *(*python_command("causalrt.runtime.worker"), "--role", role),
@@ -82,7 +93,7 @@ class RankPool:
                     *("--parent", str(self._owner)),
                 ],
                 pass_fds=[*channels, *logs],
-                env=python_environment(GLOO_SOCKET_IFNAME="lo", OMP_WAIT_POLICY="passive"),
+                env=python_environment(**ENVIRONMENT[role]),
                 stdin=subprocess.DEVNULL,
                 stderr=start_log,
                 start_new_session=True,
@@ -223,7 +234,7 @@ class RankPool:
         self.close(kill=True)
         raise RankError(
             f"{self._name(*ranks)} gave no answer within {timeout_s:g} s (timeout_s); "
-            "all ranks were ended, load the bundle again",
+            "all ranks were ended, load the bundle again, with a longer timeout_s if a chunk takes so long",
             rank=ranks[0] if len(ranks) == 1 else None,
             log_tail=tail,
         )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self, get_args
 import torch
 
 from causalrt.engines.bundle import VAE_WEIGHTS
-from causalrt.errors import EngineClosedError, RequestError
+from causalrt.errors import CapacityError, EngineClosedError, RequestError
 from causalrt.runtime.messages import ChunkCommand, Done, Latents, PromptCommand, Reply, SaveCommand
 from causalrt.runtime.noise import Noise, SeededNoise
 from causalrt.runtime.requests import Embeddings, latents_from_tokens
@@ -129,6 +129,7 @@ class Session:
         Raises:
             RankError: a rank or the decoder died, hung or raised.
             RequestError: the latents are not finite, and cannot be decoded.
+            CapacityError: the decoder has no memory for this session, which is closed.
             EngineClosedError: the session or the engine was closed.
             ForkError: the engine was loaded by another process, from which this one was forked.
         """
@@ -155,7 +156,7 @@ class Session:
         if self._engine.decoder is not None:
             try:
                 decoded = self._engine.decode(self.number, latents)
-            except RequestError:  # the ranks are a chunk ahead of the decoder now
+            except (CapacityError, RequestError):  # the ranks are a chunk ahead of the decoder now
                 self.close()
                 raise
             frames, decode_ms = decoded.frames, decoded.decode_ms

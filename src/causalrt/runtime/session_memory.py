@@ -22,12 +22,14 @@ class SessionMemory:
 
     Attributes:
         number: of this memory, the same on every rank.
+        is_new: no session has been open in it on all ranks.
         slots: KV slots.
         cross_kv: the prompt's keys and values, by layer.
     """
 
     def __init__(self, number: int, slots: KVSlots) -> None:
         self.number = number
+        self.is_new = True
         self.slots = slots
         self.cross_kv: Sequence[KVPair] = ()
 
@@ -66,11 +68,16 @@ class SessionMemories:
         if self._free:
             return self._free.pop()
         executor, dtype = self._executor, TORCH_DTYPES[self._config.build.precision]
+        self._made += 1  # also on a rank that runs out of memory below: the next number must be the same on all ranks
         slots = KVSlots(self._config, self._layout, dtype, whole_slots=executor.whole_slots, device=executor.device)
-        self._made += 1
         return SessionMemory(self._made - 1, slots)
 
-    def give_back(self, memory: SessionMemory) -> None:
-        """The session has ended."""
-        if self._executor.device.type == "cuda":
+    def give_back(self, memory: SessionMemory, *, opened: bool = True) -> None:
+        """The session has ended, or was not `opened` because some rank ran out of memory.
+
+        Memory that was made for a session that was not opened is freed: a rank that has none of it could not give it to the
+        next session when the others do.
+        """
+        memory.is_new = memory.is_new and not opened
+        if self._executor.device.type == "cuda" and not memory.is_new:
             self._free.append(memory)

@@ -95,6 +95,7 @@ class VaeDecoder:
 
         Raises:
             RequestError: values that are not finite; the session's place in its video is as it was.
+            CapacityError: no memory for the session, whose place in its video is lost.
             RankError: the process died, hung or raised.
             EngineClosedError: it has ended.
         """
@@ -110,6 +111,7 @@ class VaeDecoder:
 
         Raises:
             RequestError: wrong shape, type, number of frames, or values.
+            CapacityError: no memory for them.
             RankError: the process died, hung or raised.
             EngineClosedError: it has ended.
         """
@@ -133,6 +135,7 @@ class VaeDecoder:
 
         Raises:
             RequestError: the snapshot is damaged, or of another VAE.
+            CapacityError: no memory for the session.
             RankError: the process died, hung or raised.
         """
         with self._turn():

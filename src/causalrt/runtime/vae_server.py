@@ -13,11 +13,12 @@ import torch
 
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, reopen_bundle
+from causalrt.engines.streams import own_stream
 from causalrt.engines.vae import Vae, make_vae
 from causalrt.errors import CausalRTError, RequestError
 from causalrt.model.decode_state import DecodeState
 from causalrt.model.stored_tensors import map_tensors
-from causalrt.runtime.memory import device_free_bytes
+from causalrt.runtime.memory import device_free_bytes, is_out_of_memory
 from causalrt.runtime.messages import (
     CloseCommand,
     DecodeCommand,
@@ -31,6 +32,7 @@ from causalrt.runtime.messages import (
     ResumeCommand,
     SaveCommand,
     VaeCommand,
+    out_of_memory,
     send,
 )
 from causalrt.runtime.snapshot import DECODER_FILE, load_tensors, save_tensors
@@ -95,13 +97,20 @@ class VaeServer:
             return None
         except CausalRTError as error:
             return Refused(kind=type(error).__name__, message=str(error))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("out of memory: %s", error)
+            if isinstance(command, DecodeCommand):
+                self._states.pop(command.session, None)
+            return out_of_memory("the decoder", error)
 
     def _load(self, command: LoadVaeCommand) -> Done:
         torch.set_num_threads(command.num_threads)
         self._device = torch.device(command.device)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        own_stream(self._device).__enter__()  # until the process ends
         self._bundle = reopen_bundle(command.bundle, command.digest)
         self._weights = map_tensors(self._bundle.path / VAE_WEIGHTS)
         self._vae = make_vae(self._bundle, command.executor, device=self._device, num_threads=command.num_threads)

@@ -51,6 +51,7 @@ def compare_recorded(
     head_plan: HeadPlanName = "shares",
     plugins: bool = False,
     time_index: TimeIndex = "global",
+    cuda_graphs: bool = True,
     num_threads: int | None = None,
     tolerance: float = TOLERANCE,
     on_progress: Progress = lambda *_: None,
@@ -85,7 +86,7 @@ def compare_recorded(
             on_progress=on_progress,
         )
         on_progress("replay", 0, 1)
-        with load(bundle, executor=executor, num_threads=num_threads) as engine:
+        with load(bundle, executor=executor, cuda_graphs=cuda_graphs, num_threads=num_threads) as engine:
             errors = largest_errors(replay(recording, engine), recorded_outputs(recording))
         on_progress("replay", 1, 1)
     return {

@@ -211,7 +211,14 @@ def _generate(
 ) -> Made:
     on_progress(stage, 0, request.chunks)
     start = time.perf_counter()
-    with load(bundle, executor=executor, vae_executor=executor, device="cpu", text_encoder=model.words) as engine:
+    with load(
+        bundle,
+        executor=executor,
+        vae_executor=executor,
+        device="cpu",
+        cuda_graphs=request.cuda_graphs,
+        text_encoder=model.words,
+    ) as engine:
         ready = time.perf_counter()
         chunks, first_ms = [], 0.0
         with engine.session(request.prompt, seed=request.seed, num_chunks=request.chunks) as session:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from causalrt.tools.load_arguments import add_cuda_graphs
+
 PROMPT = "a red circle bounces sideways quickly"
 EXAMPLES = (
     PROMPT,
@@ -32,6 +34,7 @@ class DemoRequest:
         chunks: how many, at most as many as the horizon holds.
         seed: of the noise.
         switches: `CHUNK=TEXT`, other prompts from these chunks on.
+        cuda_graphs: capture steps, where an executor can.
         rows: executors and numbers of ranks; the first one is what the others are compared with.
     """
 
@@ -40,6 +43,7 @@ class DemoRequest:
     chunks: int = CHUNKS
     seed: int = 0
     switches: Sequence[str] = field(default=())
+    cuda_graphs: bool = True
     rows: Sequence[tuple[str, int]] = ROWS
 
 
@@ -52,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--switch", action="append", default=[], metavar="CHUNK=TEXT", help="another prompt from this chunk on"
     )
+    add_cuda_graphs(parser)
 
 
 def request_from_arguments(arguments: argparse.Namespace) -> DemoRequest:
@@ -62,4 +67,5 @@ def request_from_arguments(arguments: argparse.Namespace) -> DemoRequest:
         chunks=arguments.chunks,
         seed=arguments.seed,
         switches=arguments.switch,
+        cuda_graphs=arguments.cuda_graphs == "on",
     )

@@ -136,6 +136,10 @@ class _AllRanks:
     def warmed_up(self) -> None:
         """Nothing to keep."""
 
+    def graph_bytes(self) -> int:
+        """See `Executor.graph_bytes`."""
+        return 0
+
     def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
         """See `Executor.encode_prompt`."""
         named = {name: torch.from_numpy(value) for name, value in self._prompt.run({"text": text.numpy()}).items()}

@@ -16,7 +16,7 @@ from causalrt.engines.vae import check_has_vae
 from causalrt.errors import Faults, RequestError
 from causalrt.export.options import Progress
 from causalrt.runtime.engine import Engine
-from causalrt.runtime.load import DEFAULT_TIMEOUT_S, check_rank_limits, load
+from causalrt.runtime.load import check_rank_limits, load
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.pictures.read import BACKGROUND, Part, read_frames
 from causalrt.runtime.pyav import pyav
@@ -53,6 +53,7 @@ class Request:
         executor: as for `load`, like what follows.
         device: `cuda` or `cpu`.
         plugins: fused ops.
+        cuda_graphs: capture steps.
         threads: of each rank, on a CPU.
         timeout_s: of a silent rank.
     """
@@ -73,8 +74,9 @@ class Request:
     executor: str | None = None
     device: str | None = None
     plugins: bool | None = None
+    cuda_graphs: bool = True
     threads: int | None = None
-    timeout_s: float = DEFAULT_TIMEOUT_S
+    timeout_s: float | None = None
 
 
 def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
         executor=request.executor,
         device=request.device,
         plugins=request.plugins,
+        cuda_graphs=request.cuda_graphs,
         vae=as_video or encodes,
         text_encoder=request.text_encoder,
         text_device=request.text_device,

@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto
 
 from causalrt.engines.base import ONNX_TYPES, make_executor
-from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind
+from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind, warms_up
 from causalrt.engines.step_record import FlavourEngines, TargetEngines
 from causalrt.errors import ExecutorError
 
@@ -51,6 +51,13 @@ def test_a_cpu_will_do_where_there_are_too_few(gpus, name):
     gpus(2)
     assert choose_device(name, asked=None, world_size=3) == "cpu"
     assert choose_device(name, asked="cpu", world_size=1) == "cpu"
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_every_executor_warms_up_on_a_gpu(name):
+    """What it takes has been taken when free memory is counted. On a CPU, only what compiles warms up."""
+    assert warms_up(name, "cuda")
+    assert warms_up(name, "cpu") == (name not in ("eager", "onnxruntime"))
 
 
 @pytest.mark.parametrize("name", GPU_ONLY)

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from causalrt.engines import cuda_graphs
-from causalrt.engines.cuda_graphs import MAX_GRAPHS, CudaGraphs
+from causalrt.config import override, recipe
+from causalrt.engines.cuda_graphs import CudaGraphs
+from causalrt.errors import ExecutorError
+from causalrt.layout import chunk_starts, slots_from_config
 
 GPU = torch.device("cuda", 0)
 POOL = 7
+TOTAL_BYTES, GRAPH_BYTES, POOL_BYTES = 2**40, 3 * 2**20, 5 * 2**20
 
 
 class Recorder:
@@ -76,6 +79,8 @@ class Recorder:
             "graph": graph,
             "current_stream": lambda device: Main(),
             "graph_pool_handle": lambda: POOL,
+            "mem_get_info": lambda device: (TOTAL_BYTES - len(self.alive) * (GRAPH_BYTES + POOL_BYTES), TOTAL_BYTES),
+            "memory_reserved": lambda device: len(self.alive) * POOL_BYTES,
         }
 
     def work(self) -> None:
@@ -151,28 +156,32 @@ def test_all_are_captured_on_one_stream(recorder: Recorder) -> None:
     assert captured == ["side 0"] * 3
 
 
-def test_the_least_recently_used_graph_is_dropped(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 3)
+@pytest.mark.parametrize(("world_size", "sessions"), [(1, 12), (8, 68)])
+def test_every_session_keeps_its_graphs(recorder: Recorder, world_size: int, sessions: int) -> None:
+    """As many sessions as 80 GiB hold of the released model: each has a graph for each KV length, captured once."""
+    config = override(recipe("wan_1_3b_480p"), {"build.world_size": str(world_size)})
+    plan = slots_from_config(config)
+    lengths = {plan.valid_frames(first) * config.tokens_per_frame for first in chunk_starts(config)}
+    assert len(lengths) == 7
     graphs = CudaGraphs(GPU)
-    for key in "abc":
-        graphs.run(key, recorder.work)
-    graphs.run("a", recorder.work)
-    graphs.run("d", recorder.work)
-    assert recorder.alive == {0, 2, 3}, "b is gone, and its memory with it"
-    recorder.take()
-    for key in "acd":
-        graphs.run(key, recorder.work)
-    assert [what for _, what, _ in recorder.take()] == ["replays"] * 3
-    graphs.run("b", recorder.work)
-    assert ("side 0", "captures into 4", "work") in recorder.take()
-    assert recorder.alive == {2, 3, 4}
+    keys = list(itertools.product(range(sessions), lengths))
+    for _ in range(3):
+        for key in keys:
+            graphs.run(key, recorder.work)
+    assert len(recorder.alive) == len(keys) == 7 * sessions
+    done = [what for _, what, _ in recorder.take()]
+    assert done.count("runs") == len(keys)
+    assert done.count("replays") == 3 * len(keys)
 
 
-def test_as_many_are_kept_as_is_said(recorder: Recorder) -> None:
+def test_what_the_driver_takes_for_graphs_is_counted(recorder: Recorder) -> None:
+    """Memory that torch's allocator takes meanwhile is its own: the pool that all graphs share."""
     graphs = CudaGraphs(GPU)
-    for key in range(MAX_GRAPHS + 5):
-        graphs.run(key, recorder.work)
-    assert recorder.alive == set(range(5, MAX_GRAPHS + 5))
+    for memory in range(3):
+        graphs.run((memory, 7), recorder.work)
+    assert graphs.held_bytes == 3 * GRAPH_BYTES
+    graphs.run((0, 7), recorder.work)
+    assert graphs.held_bytes == 3 * GRAPH_BYTES
 
 
 @pytest.mark.parametrize("fails_on", [1, 2], ids=["warm-up", "capture"])
@@ -189,6 +198,44 @@ def test_work_that_fails_leaves_no_graph(recorder: Recorder, fails_on: int) -> N
     assert not any(what == "replays" for _, what, _ in recorder.take())
     graphs.run("a", recorder.work)
     assert [what for _, what, _ in recorder.take()][-2:] == [f"captures into {fails_on - 1}", "replays"]
+
+
+@pytest.mark.parametrize("ending", [None, "operation failed due to a previous error during capture"])
+def test_a_capture_that_fails_says_how_to_do_without(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, ending: str | None
+) -> None:
+    """torch may end the capture with an error of its own, which hides the first; the first is what is told."""
+
+    def fail() -> None:
+        if recorder.capturing is not None:
+            raise ValueError("stage 3 synchronises")
+
+    right = torch.cuda.graph
+
+    @contextlib.contextmanager
+    def ends_badly(*arguments: Any, **options: Any) -> Iterator[None]:
+        try:
+            with right(*arguments, **options):
+                yield
+        except ValueError:
+            if ending is not None:
+                raise RuntimeError(ending) from None
+            raise
+
+    monkeypatch.setattr(torch.cuda, "graph", ends_badly)
+    with pytest.raises(
+        ExecutorError, match=r"\(ValueError: stage 3 synchronises\).*`--cuda-graphs off`.*cuda_graphs=False"
+    ):
+        CudaGraphs(GPU).run("a", fail)
+
+
+def test_an_interrupt_of_a_capture_stays_one(recorder: Recorder) -> None:
+    def interrupted() -> None:
+        if recorder.capturing is not None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        CudaGraphs(GPU).run("a", interrupted)
 
 
 @pytest.mark.parametrize(("device", "enabled"), [(torch.device("cpu"), True), (GPU, False)])

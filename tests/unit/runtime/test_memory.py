@@ -7,7 +7,7 @@ import torch
 
 from causalrt.config import RECIPES, override, recipe
 from causalrt.engines.bundle import VAE_WEIGHTS
-from causalrt.errors import OutOfMemoryError
+from causalrt.errors import ExecutorError, OutOfMemoryError
 from causalrt.export.checkpoint import model_shapes
 from causalrt.layout import layout_from_config
 from causalrt.model.vae_checkpoint import VaeConfig
@@ -22,7 +22,9 @@ from causalrt.runtime.memory import (
     available_bytes,
     check_memory,
     decoder_memory,
+    device_free_bytes,
     device_sessions,
+    is_out_of_memory,
     predict_memory,
 )
 
@@ -187,14 +189,58 @@ def test_a_decoder_that_does_not_fit_is_named(monkeypatch):
 def test_sessions_on_gpus():
     working = SMALL.activation_bytes + SMALL.attention_bytes
     free = [working + 5 * SMALL.session_bytes, working + 4 * SMALL.session_bytes]
-    assert device_sessions(SMALL, free, None, None, shared=True) == 4
+    assert device_sessions(SMALL, free, None, None, graph_bytes=0, shared=True) == 4
     own = DECODER.activation_bytes + 3 * DECODER.cache_bytes
-    assert device_sessions(SMALL, free, DECODER, own, shared=False) == 3
+    assert device_sessions(SMALL, free, DECODER, own, graph_bytes=0, shared=False) == 3
     beside = working + DECODER.activation_bytes + 2 * (SMALL.session_bytes + DECODER.cache_bytes)
     for first, second in ((beside, 2 * beside), (2 * beside, beside)):  # either may have loaded last
-        assert device_sessions(SMALL, [first, *free], DECODER, second, shared=True) == 2
+        assert device_sessions(SMALL, [first, *free], DECODER, second, graph_bytes=0, shared=True) == 2
     with pytest.raises(OutOfMemoryError, match="a session needs"):
-        device_sessions(SMALL, [working, *free], None, None, shared=True)
+        device_sessions(SMALL, [working, *free], None, None, graph_bytes=0, shared=True)
+
+
+def test_graphs_of_a_session_count_on_gpus():
+    working, graphs = SMALL.activation_bytes + SMALL.attention_bytes, SMALL.session_bytes // 2
+    free = [working + 6 * SMALL.session_bytes, working + 7 * SMALL.session_bytes]
+    assert device_sessions(SMALL, free, None, None, graph_bytes=graphs, shared=True) == 4
+
+
+def test_a_pool_of_cuda_graphs_is_not_free_memory(monkeypatch):
+    """torch keeps what a graph's pool holds for graphs, used or not; another GPU's segments are nobody's business."""
+
+    def segment(device, pool, total, allocated):
+        return {"device": device, "segment_pool_id": pool, "total_size": total, "allocated_size": allocated}
+
+    segments = [
+        segment(1, (0, 0), 100, 60),  # 40 are free for the next tensor
+        segment(1, (0, 0), 30, 0),
+        segment(1, (0, 7), 5000, 1),  # of the graphs
+        segment(0, (0, 0), 900, 0),
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 80_000))
+    assert device_free_bytes(torch.device("cuda", 1)) == 10_000 + 40 + 30
+    assert device_free_bytes(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("bfc_arena.cc:376 AllocateRawInternal Failed to allocate memory for requested buffer of size 64"),
+        ExecutorError("enqueueV3: Error Code 2: OutOfMemory (Requested size was 64 bytes.)"),
+    ],
+    ids=lambda error: f"{type(error).__name__}: {error}"[:40],
+)
+def test_errors_of_memory_that_has_run_out(error):
+    assert is_out_of_memory(error)
+
+
+def test_other_errors_are_not_of_memory():
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied (8x5 and 24x48)"))
 
 
 def test_caches_of_the_released_vae():

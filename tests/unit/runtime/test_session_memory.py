@@ -12,6 +12,7 @@ from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import layout_from_config
+from causalrt.runtime import session_memory
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.rollout import Rollout
@@ -21,8 +22,6 @@ from causalrt.runtime.warm_up import warm_up
 
 def make(device: str, monkeypatch: pytest.MonkeyPatch) -> SessionMemories:
     """Memories of an executor on `device`, their tensors on the CPU."""
-    from causalrt.runtime import session_memory
-
     right = session_memory.KVSlots
     monkeypatch.setattr(
         session_memory, "KVSlots", lambda *args, **options: right(*args, **{**options, "device": "cpu"})
@@ -30,6 +29,10 @@ def make(device: str, monkeypatch: pytest.MonkeyPatch) -> SessionMemories:
     config = recipe("tiny")
     executor = SimpleNamespace(device=torch.device(device), whole_slots=True)
     return SessionMemories(executor, config, layout_from_config(config))
+
+
+def raise_out_of_memory(*args: object, **options: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def addresses(memory: SessionMemory) -> list[int]:
@@ -52,6 +55,38 @@ def test_on_a_gpu_the_memory_closed_last_is_taken_first(monkeypatch):
     assert memories.take() is one
     assert memories.take() is two
     assert memories.take().number == 2
+
+
+@pytest.mark.parametrize("fails_in", ["slots", "prompt"])
+def test_ranks_number_alike_after_one_of_them_has_run_out_of_memory(monkeypatch, fails_in):
+    """A session that one rank cannot open leaves all ranks with the same numbers, and with memory for no session more."""
+    ranks = [make("cuda", monkeypatch), make("cuda", monkeypatch)]
+    kept = [memories.take() for memories in ranks]
+    (opened,) = [memories.take() for memories in ranks[:1]]
+    if fails_in == "prompt":
+        ranks[1].give_back(ranks[1].take(), opened=False)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(session_memory, "KVSlots", raise_out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                ranks[1].take()
+    ranks[0].give_back(opened, opened=False)
+    assert [memories.num_free for memories in ranks] == [0, 0]
+    for memories, memory in zip(ranks, kept, strict=True):
+        memories.give_back(memory)
+    numbers = [[memories.take().number for _ in range(3)] for memories in ranks]
+    assert numbers[0] == numbers[1]
+    assert len(set(numbers[0])) == 3
+
+
+def test_kept_memory_stays_when_a_session_in_it_is_not_opened(monkeypatch):
+    """Its graphs stay right, and every rank has it."""
+    memories = make("cuda", monkeypatch)
+    memory = memories.take()
+    memories.give_back(memory)
+    assert memories.take() is memory
+    memories.give_back(memory, opened=False)
+    assert memories.take() is memory
 
 
 def test_on_a_cpu_memory_is_freed(monkeypatch):

@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
             arguments.bundle,
             executor=arguments.executor,
             device=arguments.device,
+            cuda_graphs=arguments.cuda_graphs == "on",
             num_threads=arguments.threads,
             timeout_s=arguments.timeout,
             vae=True,

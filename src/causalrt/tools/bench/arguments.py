@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from causalrt.tools.load_arguments import add_cuda_graphs
+
 REPEATS = 5
 """The fewest whose ratios can show a difference (`verdicts.py`)."""
 
@@ -34,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugins", choices=("on", "off", "both"), help="fused ops in eager and inductor (as the bundle was built)"
     )
-    parser.add_argument(
-        "--cuda-graphs", choices=("on", "off", "both"), default="on", help="in inductor and TensorRT on a GPU (on)"
-    )
+    add_cuda_graphs(parser, both=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="of all ranks (GPUs where there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads, divided among the ranks of a side (all cores)")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"that count, after one that does not ({REPEATS})")

@@ -14,6 +14,7 @@ from typing import Any
 
 from causalrt.engines.bundle import Bundle, open_bundle, unchanged
 from causalrt.engines.kinds import choose_device, executor_kind
+from causalrt.engines.streams import own_stream
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ExecutorError
 from causalrt.export.options import Progress
@@ -23,6 +24,7 @@ from causalrt.tools.certificate.attempt import attempt
 from causalrt.tools.certificate.record import Certificate, Check, NotChecked
 from causalrt.tools.certificate.report import new_folder, write_report
 from causalrt.tools.certificate.rollouts import plan_rollout
+from causalrt.tools.certificate.sides import ranks_device
 from causalrt.tools.certificate.subject import describe_subject
 from causalrt.tools.certificate.tables import check_references, check_tables
 from causalrt.tools.certificate.weights import check_against_checkpoint, check_digests
@@ -40,6 +42,7 @@ def certify(
     bisect: bool = False,
     emulate: bool = False,
     device: str | None = None,
+    cuda_graphs: bool = True,
     processes: bool = True,
     on_progress: Progress = lambda *_: None,
 ) -> Certificate:
@@ -56,6 +59,7 @@ def certify(
             only if something is. It then says where the largest difference arises.
         emulate: TensorRT without a GPU: run the graphs that its engines were built from, all ranks in this process.
         device: `cpu` or `cuda`; by default the CPU, where the executor runs there.
+        cuda_graphs: have inductor and TensorRT capture steps on a GPU.
         processes: run the executor in rank processes too, and the canary in their exchanges.
         on_progress: told of each stage.
 
@@ -81,6 +85,7 @@ def certify(
         folder = stack.enter_context(new_folder(out)) if out is not None else None
         scratch = stack.enter_context(TemporaryFolder("certificate"))
         stack.enter_context(unchanged(bundle))
+        stack.enter_context(own_stream(ranks_device(where)))
         on_progress("files", 0, 1)
         _check_files(certificate, bundle, checkpoint)
         on_progress("files", 1, 1)
@@ -91,6 +96,7 @@ def certify(
             plan,
             device=where,
             emulate=emulate,
+            cuda_graphs=cuda_graphs,
             always_bisect=bisect,
             processes=processes,
             scratch=scratch,

@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace, *, on_progress: Progress) -> tuple[int, s
         bisect=arguments.bisect,
         emulate=arguments.emulate,
         device=arguments.device,
+        cuda_graphs=arguments.cuda_graphs == "on",
         processes=not arguments.no_processes,
         on_progress=on_progress,
     )

@@ -26,6 +26,7 @@ def compare_sides(
     *,
     device: str,
     emulate: bool,
+    cuda_graphs: bool,
     always_bisect: bool,
     processes: bool,
     scratch: Path,
@@ -45,7 +46,15 @@ def compare_sides(
             f"a certificate keeps about {needed / 2**30:.1f} GiB of tensors of {len(plan.places)} forwards, and "
             f"{available / 2**30:.1f} GiB are free; certify with fewer chunks (--chunks 1), or on a machine with more memory"
         )
-    stage = Stage(certificate=certificate, bundle=bundle, executor=executor, plan=plan, device=device, emulate=emulate)
+    stage = Stage(
+        certificate=certificate,
+        bundle=bundle,
+        executor=executor,
+        plan=plan,
+        device=device,
+        emulate=emulate,
+        cuda_graphs=cuda_graphs,
+    )
     if plan.evicted_chunk is None or plan.evicted_chunk >= plan.num_chunks:
         why = "the window holds the whole horizon" if plan.evicted_chunk is None else "too few chunks; add --chunks"
         certificate.not_checked.append(NotChecked(what="a chunk after eviction", why=why))

@@ -12,7 +12,13 @@ from causalrt.tools.certificate.rollouts import RolloutPlan, outputs_of_chunk
 
 
 def play_in_processes(
-    bundle: Path, executor: str, plan: RolloutPlan, prompts: Mapping[str, torch.Tensor], *, device: str | None
+    bundle: Path,
+    executor: str,
+    plan: RolloutPlan,
+    prompts: Mapping[str, torch.Tensor],
+    *,
+    device: str | None,
+    cuda_graphs: bool,
 ) -> tuple[dict[str, torch.Tensor], list[ExchangeCheck]]:
     """What leaves the ranks, named as `rollouts.play` names it, and what the canary found on each rank.
 
@@ -21,7 +27,7 @@ def play_in_processes(
     """
     first, second = prompts.values()
     latents: list[torch.Tensor] = []
-    with load(bundle, executor=executor, device=device, vae=False) as engine:
+    with load(bundle, executor=executor, device=device, cuda_graphs=cuda_graphs, vae=False) as engine:
         checks = engine.check_exchanges()
         with engine.session(first, seed=plan.seed, num_chunks=plan.num_chunks, record=True) as session:
             for chunk in range(plan.num_chunks):

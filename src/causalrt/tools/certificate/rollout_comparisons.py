@@ -66,7 +66,14 @@ def compare_processes(stage: Stage, on_progress: Progress, *, processes: bool) -
     on_progress("rank processes", 0, 1)
     result, fault = attempt(
         "the rank processes' rollout",
-        lambda: play_in_processes(stage.bundle.path, stage.executor, stage.plan, stage.prompts, device=stage.device),
+        lambda: play_in_processes(
+            stage.bundle.path,
+            stage.executor,
+            stage.plan,
+            stage.prompts,
+            device=stage.device,
+            cuda_graphs=stage.cuda_graphs,
+        ),
     )
     on_progress("rank processes", 1, 1)
     name = f"{stage.executor}, {ranks_text(stage.world_size)}, processes"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from causalrt.control_groups import available_cpus
 from causalrt.engines.base import Executor, make_executor
 from causalrt.engines.bundle import WEIGHTS, Bundle
+from causalrt.engines.streams import own_stream
 from causalrt.layout import layout_from_config
 from causalrt.tools.certificate.ranks import meet, run_threads
 from causalrt.tools.certificate.watch import WatchedCollectives, WatchedExecutor
@@ -50,7 +51,8 @@ class Side:
 
         def on_rank(rank: int) -> Result:
             torch.set_num_threads(threads)
-            return work(rank)
+            with own_stream(self.executors[rank].device):  # the thread is new
+                return work(rank)
 
         try:
             return run_threads(self.meeting, on_rank)
@@ -58,7 +60,7 @@ class Side:
             torch.set_num_threads(before)  # what a thread sets, later threads begin with
 
 
-def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device) -> Side:
+def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device, cuda_graphs: bool = True) -> Side:
     """A side that runs `executor`, by fused ops where the bundle was built so."""
     cores = available_cpus()
     if executor == "inductor" and device.type == "cpu":
@@ -72,9 +74,22 @@ def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device) -
 
             threads = max(1, cores // bundle.config.build.world_size)
             return OnnxRuntimeExecutor(bundle, collectives, num_threads=threads, device=device, own_threads=True)
-        return make_executor(executor, bundle, collectives, num_threads=cores, device=device, plugins=bundle.plugins)
+        return make_executor(
+            executor,
+            bundle,
+            collectives,
+            num_threads=cores,
+            device=device,
+            plugins=bundle.plugins,
+            cuda_graphs=cuda_graphs,
+        )
 
     return Side(name, bundle, make, watches_residuals=executor == "eager")
+
+
+def ranks_device(kind: str) -> torch.device:
+    """The one device of all ranks of this process."""
+    return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
 
 
 def ranks_text(world_size: int) -> str:

@@ -10,7 +10,7 @@ from causalrt.engines.bundle import Bundle
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.tools.certificate.record import Certificate, NotChecked
 from causalrt.tools.certificate.rollouts import Played, RolloutPlan
-from causalrt.tools.certificate.sides import Side, in_float32, on_one_rank, ranks_text, side_of
+from causalrt.tools.certificate.sides import Side, in_float32, on_one_rank, ranks_device, ranks_text, side_of
 from causalrt.tools.emulate import EngineGraphs, emulated_executor, rollout_view
 
 
@@ -25,6 +25,7 @@ class Stage:
         plan: of every rollout.
         device: `cpu` or `cuda`.
         emulate: run the graphs of TensorRT's engines.
+        cuda_graphs: capture steps on a GPU.
         sides: by name, the reference first.
         played: the rollouts of sides that could make one.
         reference: name of the side that is right: eager on one rank, in float32.
@@ -39,6 +40,7 @@ class Stage:
     plan: RolloutPlan
     device: str
     emulate: bool
+    cuda_graphs: bool
     sides: dict[str, Side] = field(default_factory=dict)
     played: dict[str, Played] = field(default_factory=dict)
     reference: str = ""
@@ -64,7 +66,7 @@ class Stage:
 
 def make_sides(stage: Stage, scratch: Path) -> None:
     """The reference, eager in this precision on one rank and on all, and the executor."""
-    device = torch.device("cuda", 0) if stage.device == "cuda" else torch.device("cpu")
+    device = ranks_device(stage.device)
     kind = f", {stage.bundle.config.build.precision}" if stage.low else ""
     one = on_one_rank(stage.bundle)
     if stage.low:
@@ -87,7 +89,9 @@ def make_sides(stage: Stage, scratch: Path) -> None:
     if stage.emulate:
         stage.sides[stage.candidate] = emulated_side(stage.candidate, stage.bundle, stage.executor)
     else:
-        stage.sides[stage.candidate] = side_of(stage.candidate, stage.bundle, stage.executor, device=device)
+        stage.sides[stage.candidate] = side_of(
+            stage.candidate, stage.bundle, stage.executor, device=device, cuda_graphs=stage.cuda_graphs
+        )
 
 
 def _no_threads(stage: Stage) -> str | None:

@@ -158,6 +158,10 @@ class WatchedExecutor:
         """See `Executor.warmed_up`."""
         self._executor.warmed_up()
 
+    def graph_bytes(self) -> int:
+        """See `Executor.graph_bytes`."""
+        return self._executor.graph_bytes()
+
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         self._collectives.exchanges = 0
