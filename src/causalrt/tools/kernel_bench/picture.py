@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fused_kernels.rope_attention import FORMS
-from fused_kernels.sections import SDPA_RATIO
+from causalrt.tools.kernel_bench.rope_attention import FORMS
+from causalrt.tools.kernel_bench.sections import SDPA_RATIO
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
