@@ -139,7 +139,7 @@ class Book:
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Go on after an error in the block, which is written down; an error that has broken the GPU's context ends the part."""
+        """Write an error in the block down and go on, unless it has broken the GPU's context: that ends the part."""
         try:
             yield
         except SkippedError as reason:

@@ -9,7 +9,7 @@ from causalrt.tools.kernel_bench.sections import SDPA_RATIO
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Write it; what the run left out stays empty."""
+    """Write a PNG; what the run left out stays empty."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 10), layout="constrained")
@@ -27,7 +27,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     _curves(ratios, rates, report.get("rope_attention", ()))
     options, found = report["options"], report["machine"]
     figure.suptitle(f"{options['recipe']}, {options['dtype']}, {found['device']}, torch {found['torch']}")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
 
 
 def _bars(ax: Any, times: Mapping[str, Mapping[str, float]], title: str) -> None:

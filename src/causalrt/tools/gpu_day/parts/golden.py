@@ -73,7 +73,9 @@ def run(book: Book) -> None:
     if not cases:
         raise SkippedError(book.record.notes[-1])
     if book.dry_run:
-        book.note("CUDA graphs cannot be tried on a CPU; steps that are captured are left out, as are compiled J and R.")
+        book.note(
+            "CUDA graphs cannot be tried on a CPU; steps that are captured are left out, as are compiled J and R."
+        )
         book.note("On a CPU the fused ops are their references: Triton's kernels run on GPUs alone.")
     worst, count = 0.0, 0
     for way in WAYS:
@@ -91,9 +93,7 @@ def run(book: Book) -> None:
 def _replay(book: Book, name: str, way: Way, case: Case) -> float:
     start = time.perf_counter()
     with way.stance():
-        player = Player(
-            executor=way.executor(case, book.device), config=case.bundle.config, layout=case.bundle.layout
-        )
+        player = Player(executor=way.executor(case, book.device), config=case.bundle.config, layout=case.bundle.layout)
         outputs = replay_here(case.recording, player)
     errors = largest_errors(outputs, recorded_outputs(case.recording))
     worst = max(errors.values(), key=lambda error: error.largest)
