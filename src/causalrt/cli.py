@@ -472,7 +472,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _gpu_day(arguments: argparse.Namespace) -> int:
     from causalrt.tools.gpu_day.command import run
 
-    passed = run(arguments, version=__version__, write=_say, on_stage=PrintableConsole(stderr=True).print)
+    console = PrintableConsole(stderr=True)
+    passed = run(arguments, version=__version__, write=_say, on_stage=lambda line: console.print(line, soft_wrap=True))
     return 0 if passed else EXIT_FAILED
 
 

@@ -67,6 +67,7 @@ def run(
         check_writable_in(arguments.out, (JSON_FILE, TEXT_FILE))
     faults.report()
     make_folder(arguments.out)
+    _remove_earlier(arguments.out)
     report = run_day(
         chosen,
         out=arguments.out,
@@ -81,6 +82,18 @@ def run(
     else:
         write(f"{arguments.out / TEXT_FILE}")
     return not report.failed
+
+
+def _remove_earlier(out: Path) -> None:
+    """Remove the files that an earlier report in this folder names, so that nobody takes them for this one's."""
+    try:
+        parts = json.loads((out / JSON_FILE).read_text())["parts"]
+        names = [name for part in parts for name in part["record"].get("files", ())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    for name in names:
+        if isinstance(name, str) and Path(name).name == name:
+            (out / name).unlink(missing_ok=True)
 
 
 def run_day(

@@ -63,7 +63,7 @@ def run_part(
     on_change()
     start = time.monotonic()
     environment = python_environment(
-        PYTHONUNBUFFERED="1", PYTHONFAULTHANDLER="1", **(part.dry_environment if settings.dry_run else {})
+        PYTHONUNBUFFERED="1", PYTHONFAULTHANDLER="1", **(part.dry_environment() if settings.dry_run else {})
     )
     try:
         with log.open("wb") as output:

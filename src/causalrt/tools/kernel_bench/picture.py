@@ -9,7 +9,7 @@ from causalrt.tools.kernel_bench.sections import SDPA_RATIO
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG; what the run left out stays empty."""
+    """Write a PNG; what the run left out is left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 10), layout="constrained")
@@ -25,6 +25,8 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     sides = report.get("plans", {}).get("sides", {})
     _bars(plans, {name: side["ms"] for name, side in sides.items() if "ms" in side}, "head plans, all slots filled")
     _curves(ratios, rates, report.get("rope_attention", ()))
+    for ax in figure.axes:
+        ax.set_visible(ax.has_data())
     options, found = report["options"], report["machine"]
     figure.suptitle(f"{options['recipe']}, {options['dtype']}, {found['device']}, torch {found['torch']}")
     figure.savefig(path, format="png", dpi=110)

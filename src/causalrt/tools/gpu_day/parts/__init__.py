@@ -1,7 +1,8 @@
 """The parts of a GPU day, the most telling first. Each is a module here with a function `run(book)`."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,7 +15,7 @@ class Part:
         summary: what it tells.
         wish_s: seconds that it may take.
         least_s: seconds below which it is not started.
-        dry_environment: environment variables of its process in a dry run.
+        dry_environment: tells the environment variables of its process in a dry run.
     """
 
     name: str
@@ -22,19 +23,26 @@ class Part:
     summary: str
     wish_s: float
     least_s: float
-    dry_environment: Mapping[str, str] = field(default_factory=dict)
+    dry_environment: Callable[[], Mapping[str, str]] = dict
 
 
-def _part(
-    name: str, summary: str, *, wish_s: float, least_s: float, dry_environment: Mapping[str, str] | None = None
-) -> Part:
+def interpreting() -> Mapping[str, str]:
+    """The environment in which Triton interprets kernels; empty where its interpreter does not work."""
+    try:
+        triton, numpy = (tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    except metadata.PackageNotFoundError:
+        return {}
+    return {} if triton < (3, 7) and numpy >= (2, 4) else {"TRITON_INTERPRET": "1"}
+
+
+def _part(name: str, summary: str, *, wish_s: float, least_s: float) -> Part:
     return Part(
         name=name,
         module=f"{__name__}.{name}",
         summary=summary,
         wish_s=wish_s,
         least_s=least_s,
-        dry_environment=dry_environment or {},
+        dry_environment=interpreting if name == "kernels" else dict,
     )
 
 
@@ -63,7 +71,6 @@ PARTS = (
         "the fused kernels: errors against float64, times beside SDPA and copies",
         wish_s=100,
         least_s=20,
-        dry_environment={"TRITON_INTERPRET": "1"},
     ),
     _part(
         "steps",

@@ -1,15 +1,15 @@
 """The fused kernels at the 1.3B model's sizes: right against float64 first, then timed beside SDPA and copies."""
 
 import argparse
-import os
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from causalrt.config import Config, override, recipe
-from causalrt.tools.gpu_day.book import Book
+from causalrt.errors import KernelError
+from causalrt.plugins.kernel_launch import require_triton
+from causalrt.tools.gpu_day.book import Book, SkippedError
 from causalrt.tools.gpu_day.predictions import Planner, columns, planner_for
 
 SECTIONS = ("qk_norm_rope", "rope_attention")
@@ -17,10 +17,22 @@ ROWS, ATTENTION = SECTIONS
 
 
 def run(book: Book) -> None:
-    """Measure section by section and number of ranks by number of ranks; a kernel that is wrong ends its own section only."""
-    if book.dry_run:
-        _interpret_if_possible(book)
-    from causalrt.tools.kernel_bench.sections import Bench  # imports the kernels, which are interpreted or not for good
+    """Measure section by section and number of ranks by number of ranks; a kernel that is wrong ends its own section only.
+
+    Raises:
+        SkippedError: Triton is missing.
+    """
+    try:
+        require_triton()
+    except KernelError as error:
+        raise SkippedError(str(error)) from error
+    from causalrt.tools.kernel_bench.operands import interpreted
+    from causalrt.tools.kernel_bench.sections import Bench
+
+    if book.dry_run and interpreted():
+        book.note("The kernels are interpreted by Triton, over as few rows as there can be.")
+    elif book.dry_run:
+        book.note("References stand in for the kernels: Triton 3.6's interpreter fails with numpy 2.4 and newer.")
 
     planner, config = planner_for(book), _config(book)
     merged: dict[str, Any] = {"claims": [], **{section: [] for section in SECTIONS}}
@@ -39,20 +51,6 @@ def run(book: Book) -> None:
                     getattr(bench, section)()
                     merged["claims"] += bench.report["claims"]
                     _write(book, merged, config, planner)
-
-
-def _interpret_if_possible(book: Book) -> None:
-    """Say what runs in the place of the kernels on a CPU; this comes before Triton is imported."""
-    triton, numpy = (_version(name) for name in ("triton", "numpy"))
-    if triton < (3, 7) and numpy >= (2, 4):
-        os.environ.pop("TRITON_INTERPRET", None)
-        book.note("References stand in for the kernels: Triton 3.6's interpreter fails with numpy 2.4 and newer.")
-    else:
-        book.note("The kernels are interpreted by Triton, over as few rows as there can be.")
-
-
-def _version(name: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in metadata.version(name).split(".")[:2])
 
 
 def _config(book: Book) -> Config:
