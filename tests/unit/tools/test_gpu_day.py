@@ -14,9 +14,9 @@ import torch
 
 from causalrt import cli
 from causalrt.tools.gpu_day import command, runner
-from causalrt.tools.gpu_day.book import Settings
+from causalrt.tools.gpu_day.book import Book, Settings, SkippedError
 from causalrt.tools.gpu_day.command import run_day
-from causalrt.tools.gpu_day.parts import PARTS, Part
+from causalrt.tools.gpu_day.parts import PARTS, Part, golden, ranks
 from causalrt.tools.gpu_day.predictions import Planner, columns, known_gpu
 from causalrt.tools.gpu_day.report import Report, as_markdown, markdown_table
 from causalrt.tools.gpu_day.runner import Outcome
@@ -266,6 +266,55 @@ def test_files_of_an_earlier_report_go_and_others_stay(tmp_path, monkeypatch):
     assert not (tmp_path / "steps.png").exists()
     assert (tmp_path / "mine.png").exists()
     assert outside.exists()
+
+
+# ---- parts whose results would be wrong
+
+
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
+
+
+def book_at(tmp_path, golden=GOLDEN):
+    return Book(Settings(out=tmp_path, work=tmp_path, golden=golden, dry_run=True), tmp_path / "record.json")
+
+
+def test_rank_threads_replay_a_recording_and_a_wrong_exchange_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "WORLD_SIZES", (2,))
+    book = book_at(tmp_path)
+    ranks.run(book)
+    assert [(row["way"], row["exchange"], row["ok"]) for row in book.record.tables[ranks.TABLE]] == [
+        ("eager", "ok", True),
+        ("fused ops", "ok", True),
+    ]
+    assert book.record.wrong == []
+
+    def own_block_only(self, received, sent):
+        received.copy_(sent)
+
+    monkeypatch.setattr(ranks.ThreadCollectives, "all_to_all", own_block_only)
+    book = book_at(tmp_path)
+    ranks.run(book)
+    assert not any(row["ok"] for row in book.record.tables[ranks.TABLE])
+    assert any("rank 0 expected row 0" in text for text in book.record.wrong)
+    assert any("allowed 5e-05" in text for text in book.record.wrong)
+
+
+def test_a_replay_that_is_off_is_wrong(tmp_path, monkeypatch):
+    exact = golden.replay_here
+    monkeypatch.setattr(golden, "WAYS", golden.WAYS[:1])
+    monkeypatch.setattr(golden, "RECORDINGS", ("J",))
+    monkeypatch.setattr(golden, "replay_here", lambda *given: {k: v + 1e-3 for k, v in exact(*given).items()})
+    book = book_at(tmp_path)
+    golden.run(book)
+    assert len(book.record.wrong) == 1
+    assert "J, eager: 1.0" in book.record.wrong[0]
+    assert not book.record.tables[golden.TABLE][0]["ok"]
+
+
+@pytest.mark.parametrize("part", [golden, ranks])
+def test_without_recordings_a_part_is_skipped_and_says_where_they_are(tmp_path, part):
+    with pytest.raises(SkippedError, match=r"there is no .*[BR]\.safetensors; .* name it with --golden"):
+        part.run(book_at(tmp_path, golden=tmp_path))
 
 
 # ---- the report and its predictions
