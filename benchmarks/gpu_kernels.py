@@ -6,9 +6,9 @@
     TRITON_INTERPRET=1 python benchmarks/gpu_kernels.py --device cpu --recipe tiny --dtype fp32 --repeats 2 --no-compile
 
 One rank's work at the recipe's sizes, for each number of ranks. Every result is compared with float64 before its time is taken,
-and a kernel that is wrong ends the run. All sides of a case take turns, round by round (`fused_kernels/timing.py`). A verdict
-goes by the ratio of two sides in the same round; a difference from the limit that is smaller than the spread (p90 - p10) is
-none.
+and a kernel that is wrong ends the run. All sides of a case take turns, round by round (`tools/kernel_bench/timing.py`).
+A verdict goes by the ratio of two sides in the same round; a difference from the limit that is smaller than the spread
+(p90 - p10) is none.
 
 | section          | claim                                                                                                   |
 |------------------|---------------------------------------------------------------------------------------------------------|
@@ -24,15 +24,15 @@ import json
 from pathlib import Path
 
 import torch
-from fused_kernels.dry_run import dry_run
-from fused_kernels.operands import interpreted
-from fused_kernels.picture import plot
-from fused_kernels.rope_attention import FORMS
-from fused_kernels.sections import Bench
-from fused_kernels.verdicts import progress
 
 from causalrt.config import override, recipe
 from causalrt.engines.streams import own_stream
+from causalrt.tools.kernel_bench.dry_run import planned_lines
+from causalrt.tools.kernel_bench.operands import interpreted
+from causalrt.tools.kernel_bench.picture import plot
+from causalrt.tools.kernel_bench.rope_attention import FORMS
+from causalrt.tools.kernel_bench.sections import Bench
+from causalrt.tools.kernel_bench.verdicts import progress
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SECTIONS = ("qk_norm_rope", "rope_attention", "plans", "tune", "kv_splits")
@@ -74,7 +74,8 @@ def main() -> None:
     changes = {"build.precision": DTYPES[args.dtype], **dict(change.split("=", 1) for change in args.set)}
     config = override(recipe(args.recipe), changes)
     if args.dry_run:
-        dry_run(args, config)
+        for line in planned_lines(args, config):
+            print(line)
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device: add --dry-run, or `--device cpu` to try it out")

@@ -537,6 +537,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if found["next"]["gpus_usable"] else EXIT_FAILED
 
 
+def _gpu_day(arguments: argparse.Namespace) -> int:
+    from causalrt.tools.gpu_day.command import run
+
+    console = PrintableConsole(stderr=True)
+    passed = run(arguments, version=__version__, write=_say, on_stage=lambda line: console.print(line, soft_wrap=True))
+    return 0 if passed else EXIT_FAILED
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="causalrt", description="Causal video diffusion, compiled and in real time.")
     parser.add_argument("--version", action="version", version=f"causalrt {__version__}")
@@ -800,6 +808,17 @@ def _parser() -> argparse.ArgumentParser:
     from causalrt.tools.demo_request import add_arguments as add_demo_arguments
 
     add_demo_arguments(made)
+    from causalrt.tools.gpu_day.arguments import add_arguments as add_gpu_day_arguments
+
+    made = command(
+        "gpu-day",
+        _gpu_day,
+        "Try everything on a GPU that nobody has tried, within a time budget: one report, rewritten after each part.",
+        "  causalrt gpu-day --budget 570 --out report\n"
+        "  causalrt gpu-day --parts golden ranks\n"
+        "  causalrt gpu-day --dry-run",
+    )
+    add_gpu_day_arguments(made)
     command(
         "doctor",
         _doctor,

@@ -13,12 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_kernels
-from fused_kernels import operands, qk_norm_rope, rope_attention
-from fused_kernels.sections import Bench
-from fused_kernels.timing import Captured, Facts, Spread, Timer, Work, ratio
-from fused_kernels.verdicts import judge, judge_all
 
 from causalrt.config import override, recipe
+from causalrt.tools.kernel_bench import operands, qk_norm_rope, rope_attention
+from causalrt.tools.kernel_bench.sections import Bench
+from causalrt.tools.kernel_bench.timing import Captured, Facts, Spread, Timer, Work, ratio
+from causalrt.tools.kernel_bench.verdicts import judge, judge_all
 
 SCRIPT = Path(gpu_kernels.__file__)
 TINY = [

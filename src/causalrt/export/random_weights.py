@@ -14,17 +14,19 @@ from causalrt.config import ModelConfig
 from causalrt.export.checkpoint import model_shapes
 
 
-def random_weights(model: ModelConfig, *, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+def random_weights(
+    model: ModelConfig, *, seed: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (reference name, float32 tensor) for every tensor of the model.
 
     Each tensor has a generator of its own, seeded from `seed` and its name, so that its values depend on neither the
-    order of the tensors nor the number of layers.
+    order of the tensors nor the number of layers. They do depend on the kind of `device` that they are drawn on.
     """
     for name, shape in model_shapes(model).items():
         mean, std = _mean_and_std(name, shape)
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        yield name, torch.randn(shape, generator=generator).mul_(std).add_(mean)
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        yield name, torch.randn(shape, generator=generator, device=device).mul_(std).add_(mean)
 
 
 def _mean_and_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -16,7 +16,6 @@ from causalrt.export.build import build, fused_ops_wanted
 from causalrt.export.options import CollectivesMode, PluginsMode, Progress
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.load import load
-from causalrt.tools.emulate import write_graphs
 from causalrt.tools.recording import open_recording
 from causalrt.tools.replay import Outputs, eager_player, emulated_player, recorded_outputs, replay, replay_here
 
@@ -127,6 +126,8 @@ def compare_emulated(
         RecordingError: the recording cannot be replayed.
         ConfigError: no build for `executor` has such plugins.
     """
+    from causalrt.tools.emulate import write_graphs  # needs ONNX Runtime, which may be missing
+
     recording = open_recording(path, world_size=world_size, head_plan=head_plan)
     config = replace(
         recording.config,

@@ -73,7 +73,8 @@ def run_demo(request: DemoRequest, *, on_progress: Progress, on_stage: Callable[
         on_stage: told in words what comes next.
 
     Returns:
-        `rows` (executor, world_size, load_s, first_frame_ms, chunk_ms, frames_per_s, latent_error, grey_levels), `passed`,
+        `rows` (executor, world_size, load_s, first_frame_ms, chunk_ms, frames_per_s, latent_error, grey_levels,
+        mean_grey_levels), `passed`,
         `most_grey_levels`, `build_s`, `total_s`, `prompt`, `files`.
 
     Raises:
@@ -96,10 +97,15 @@ def run_demo(request: DemoRequest, *, on_progress: Progress, on_stage: Callable[
         on_stage(f"Generating {request.chunks} chunks: {request.prompt!r}")
         made = {}
         for executor, world_size in request.rows:
-            made[executor, world_size] = _generate(
-                request, switches, bundles[world_size], executor, model, on_progress, row_name(executor, world_size)
+            made[executor, world_size] = make_video(
+                request,
+                switches,
+                bundles[world_size],
+                executor,
+                on_progress=on_progress,
+                stage=row_name(executor, world_size),
             )
-    rows = [_compared(row, video, made[request.rows[0]]) for row, video in made.items()]
+    rows = [compared(row, video, made[request.rows[0]]) for row, video in made.items()]
     files = _write(request, config, switches, made, rows)
     return {
         "prompt": request.prompt,
@@ -200,24 +206,39 @@ def _checked(request: DemoRequest, config: Config, model: DemoFiles) -> Mapping[
     return switches
 
 
-def _generate(
+def make_video(
     request: DemoRequest,
     switches: Mapping[int, str],
     bundle: Path,
     executor: str,
-    model: DemoFiles,
+    *,
+    device: str = "cpu",
+    plugins: bool | None = None,
     on_progress: Progress,
     stage: str,
 ) -> Made:
+    """Generate the video of a request.
+
+    Args:
+        request: what to show; its rows and folder are not looked at.
+        switches: other prompts, by the chunk from which on they count.
+        bundle: of the demo model.
+        executor: of the ranks and of the decoder.
+        device: `cpu` or `cuda`.
+        plugins: see `load`.
+        on_progress: told of (`stage`, chunks done, chunks in all).
+        stage: what this is called.
+    """
     on_progress(stage, 0, request.chunks)
     start = time.perf_counter()
     with load(
         bundle,
         executor=executor,
         vae_executor=executor,
-        device="cpu",
+        device=device,
+        plugins=plugins,
         cuda_graphs=request.cuda_graphs,
-        text_encoder=model.words,
+        text_encoder=demo_files().words,
     ) as engine:
         ready = time.perf_counter()
         chunks, first_ms = [], 0.0
@@ -231,8 +252,17 @@ def _generate(
         return Made(chunks=chunks, load_s=ready - start, first_ms=first_ms, total_s=time.perf_counter() - ready)
 
 
-def _compared(row: tuple[str, int], made: Made, wanted: Made) -> dict[str, Any]:
-    """A row of the table: its times, and its largest differences from what is wanted."""
+def compared(row: tuple[str, int], made: Made, wanted: Made) -> dict[str, Any]:
+    """Compare a video with the one that it should equal.
+
+    Args:
+        row: executor and number of ranks.
+        made: the video.
+        wanted: what it should be.
+
+    Returns:
+        A row of `run_demo`, and `mean_grey_levels`.
+    """
     executor, world_size = row
     latency = [chunk.latency_ms for chunk in made.chunks]
     pairs = list(zip(made.chunks, wanted.chunks, strict=True))
@@ -247,6 +277,7 @@ def _compared(row: tuple[str, int], made: Made, wanted: Made) -> dict[str, Any]:
         "frames_per_s": sum(map(len, made.frames)) / made.total_s,
         "latent_error": max(float((one.latents - other.latents).abs().max()) for one, other in pairs),
         "grey_levels": max(int(level.max()) for level in levels),
+        "mean_grey_levels": statistics.mean(float(level.float().mean()) for level in levels),
     }
 
 

@@ -5,8 +5,9 @@ Whatever runs it, a replay gives every forward's outputs under the recording's o
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,14 +17,16 @@ from causalrt.engines.bundle import open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
 from causalrt.layout import Layout
-from causalrt.runtime.collectives import LocalCollectives
+from causalrt.runtime.collectives import CountingCollectives, LocalCollectives
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.requests import checked_given, checked_text, tokens_from_latents
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord, SwitchPolicy
 from causalrt.runtime.session_memory import SessionMemories
-from causalrt.tools.emulate import EngineGraphs, emulated_executor, rollout_view
 from causalrt.tools.recording import Recording
+
+if TYPE_CHECKING:
+    from causalrt.tools.emulate import EngineGraphs
 
 Outputs = dict[tuple[int, str], torch.Tensor]
 """By batch element and the recording's own name (`out.c0.s1.flow`, `out.c0.s1.x0`, `out.c0`: latents): `[N, 64]`."""
@@ -61,15 +64,19 @@ class Player:
         executor: of all rows of a chunk, whatever number of ranks it stands for.
         config: that the rollout sees; its precision is that of the KV slots.
         layout: that the rollout sees; its shares are those whose KV slots are bound.
+        collectives: of the rank that plays, where several play together.
     """
 
     executor: Executor
     config: Config
     layout: Layout
+    collectives: CountingCollectives = field(default_factory=LocalCollectives)
 
 
-def emulated_player(graphs: EngineGraphs, *, num_threads: int = 1) -> Player:
+def emulated_player(graphs: "EngineGraphs", *, num_threads: int = 1) -> Player:
     """The graphs that TensorRT parses, all ranks of them."""
+    from causalrt.tools.emulate import emulated_executor, rollout_view  # needs ONNX Runtime, which may be missing
+
     config, layout = rollout_view(graphs.config)
     return Player(executor=emulated_executor(graphs, num_threads=num_threads), config=config, layout=layout)
 
@@ -83,14 +90,17 @@ def eager_player(config: Config, *, checkpoint: Path, folder: Path) -> Player:
 
 
 def replay_here(recording: Recording, player: Player, *, policy: SwitchPolicy = "keep") -> Outputs:
-    """`replay` in this process; `policy` is what becomes of history where the prompt changes (the reference keeps it)."""
+    """`replay` in this process; `policy` is what becomes of history where the prompt changes (the reference keeps it).
+
+    Where several ranks play, each in a thread of its own, rank 0's call returns the outputs, and the others' return none.
+    """
     outputs: Outputs = {}
     memories = SessionMemories(player.executor, player.config, player.layout)
     for element in range(recording.batch_size):
         noise, text = RecordedNoise(recording.noise(element)), checked_text(player.config, recording.prompt(element))
         session = Rollout(
             player.executor,
-            LocalCollectives(),
+            player.collectives,
             player.config,
             player.layout,
             text=text,
@@ -98,15 +108,16 @@ def replay_here(recording: Recording, player: Player, *, policy: SwitchPolicy = 
             memory=memories.take(),
         )
         for index, rows in enumerate(checked_given(player.config, recording.given(element))):
-            (record,) = session.take_given(rows, record=True)
-            outputs[element, f"out.g{index}.ctx.flow"] = record.flow
+            for record in session.take_given(rows, record=True):
+                outputs[element, f"out.g{index}.ctx.flow"] = record.flow
         for index in range(recording.num_chunks):
             if index == recording.switch_chunk:
                 session.switch_prompt(checked_text(player.config, recording.second_prompt(element)), policy)
             latents: list[torch.Tensor] = []
             deliver = functools.partial(_keep, latents)
             _, records = session.chunk(index, refresh=True, record=True, deliver=deliver)
-            (outputs[element, f"out.c{index}"],) = latents
+            for rows in latents:
+                outputs[element, f"out.c{index}"] = rows
             outputs |= _outputs_of_chunk(element, index, records)
     return outputs
 

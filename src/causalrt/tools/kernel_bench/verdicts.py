@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Collection
 
-from fused_kernels.timing import Spread
+from causalrt.tools.kernel_bench.timing import Spread
 
 
 def judge(share_of_limit: Spread) -> str:
@@ -24,4 +24,5 @@ def judge_all(verdicts: Collection[str]) -> str:
 
 def progress(line: str) -> None:
     """On stderr."""
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

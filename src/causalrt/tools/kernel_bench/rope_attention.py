@@ -20,8 +20,8 @@ from causalrt.plugins.rope_attention import query_tokens, rope_attention_in_plac
 from causalrt.plugins.rope_attention_launch import RopeAttentionPlan, Tiles, plan, tiles_for
 from causalrt.plugins.rotate import rotate_pairs_real
 from causalrt.plugins.share_blocks import ShareBlocks, blocks_from_shares
-from fused_kernels.operands import OTHERS, Random, WrongResultError, element_bytes, interpreted, require
-from fused_kernels.timing import Call, Captured, Facts, Output, Work
+from causalrt.tools.kernel_bench.operands import OTHERS, Random, WrongResultError, element_bytes, interpreted, require
+from causalrt.tools.kernel_bench.timing import Call, Captured, Facts, Output, Work
 
 OUTPUT_ERRORS = {torch.float32: 6e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Worst error relative to the largest value."""

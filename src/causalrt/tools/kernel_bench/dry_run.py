@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 from causalrt.config import Config, override
 from causalrt.plugins.rope_attention_launch import MAX_KV_SPLITS
-from fused_kernels.qk_norm_rope import QkNormRope
-from fused_kernels.rope_attention import BACKENDS, RopeAttention
-from fused_kernels.sections import PLANS, TILES, kv_lengths
-from fused_kernels.timing import Facts, Work
+from causalrt.tools.kernel_bench.qk_norm_rope import QkNormRope
+from causalrt.tools.kernel_bench.rope_attention import BACKENDS, RopeAttention
+from causalrt.tools.kernel_bench.sections import PLANS, TILES, kv_lengths
+from causalrt.tools.kernel_bench.timing import Facts, Work
 
 FLUSH_MS = 0.3
 FACTS = Facts()
@@ -51,17 +51,17 @@ def planned_cases(args: argparse.Namespace, config: Config) -> Iterator[Line]:
             yield name, attention.work, 1 + len(BACKENDS)
 
 
-def dry_run(args: argparse.Namespace, config: Config) -> None:
-    """Print every case with its size, and the time that they take at the least."""
+def planned_lines(args: argparse.Namespace, config: Config) -> Iterator[str]:
+    """A line for each case with its size, and one for the time that they all take at least."""
     total_ms = 0.0
     for name, work, sides in planned_cases(args, config):
         if work is None:
-            print(name)
+            yield name
             continue
         calls = work.num_calls(FACTS)
         total_ms += args.repeats * sides * (calls * work.floor_ms + FLUSH_MS)
-        print(
+        yield (
             f"{name}: {work.num_bytes / 1e6:.1f} MB, {work.flops / 1e9:.1f} GFLOP, at least {1e3 * work.floor_ms:.1f} us; "
             f"{sides} sides, {work.num_sets(FACTS)} sets, {calls} calls a graph"
         )
-    print(f"at least {total_ms / 1e3:.0f} s of timing on an H200, beside compilation and checks")
+    yield f"at least {total_ms / 1e3:.0f} s of timing on an H200, beside compilation and checks"

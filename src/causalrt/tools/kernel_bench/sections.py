@@ -15,11 +15,11 @@ from causalrt.engines.base import TORCH_DTYPES
 from causalrt.errors import KernelError
 from causalrt.plugins.ptx import compile_kernel, default_cache
 from causalrt.plugins.rope_attention_launch import MAX_KV_SPLITS, RopeAttentionPlan, Tiles
-from fused_kernels.operands import Random
-from fused_kernels.qk_norm_rope import QkNormRope
-from fused_kernels.rope_attention import BACKENDS, RopeAttention, Slots
-from fused_kernels.timing import Call, Captured, Samples, Spread, Timer, Work, machine, ratio
-from fused_kernels.verdicts import judge, judge_all, progress
+from causalrt.tools.kernel_bench.operands import Random
+from causalrt.tools.kernel_bench.qk_norm_rope import QkNormRope
+from causalrt.tools.kernel_bench.rope_attention import BACKENDS, RopeAttention, Slots
+from causalrt.tools.kernel_bench.timing import Call, Captured, Samples, Spread, Timer, Work, machine, ratio
+from causalrt.tools.kernel_bench.verdicts import judge, judge_all, progress
 
 PLANS = ("shares", "pad", "mesh")
 COPY_FRACTION = 0.8
@@ -73,8 +73,23 @@ def kv_lengths(args: argparse.Namespace, config: Config) -> list[int]:
 class Bench:
     """One run: its report, and a method for each section."""
 
-    def __init__(self, args: argparse.Namespace, config: Config, device: torch.device) -> None:
-        self.args, self.base, self.device = args, config, device
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        config: Config,
+        device: torch.device,
+        *,
+        keep: Callable[[Mapping[str, Any]], None] = lambda report: None,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            args: the options of `benchmarks/gpu_kernels.py`.
+            config: the recipe.
+            device: where the kernels run.
+            keep: called with the report after each case.
+        """
+        self.args, self.base, self.device, self._keep = args, config, device, keep
         self.timer = Timer(device, repeats=args.repeats)
         self.report: dict[str, Any] = {
             "machine": machine(device),
@@ -87,7 +102,10 @@ class Bench:
 
     def qk_norm_rope(self) -> None:
         """The fused op, the unfused ones, and copies."""
-        self.report["qk_norm_rope"] = [self._rows_of_a_rank(world_size) for world_size in self.args.world_sizes]
+        self.report["qk_norm_rope"] = entries = []
+        for world_size in self.args.world_sizes:
+            entries.append(self._rows_of_a_rank(world_size))
+            self._keep(self.report)
 
     def _rows_of_a_rank(self, world_size: int) -> dict[str, Any]:
         case = QkNormRope(self._config(world_size))
@@ -131,6 +149,7 @@ class Bench:
             for kv_rows in kv_lengths(self.args, self.base):
                 entry, ratios = self._attention_of_a_rank(RopeAttention(self._config(world_size), kv_rows))
                 entries.append(entry)
+                self._keep(self.report)
                 for form, spread in ratios.items():
                     by_form.setdefault(form, {})[kv_rows] = spread
             for form, found in by_form.items():

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fused_kernels.rope_attention import FORMS
-from fused_kernels.sections import SDPA_RATIO
+from causalrt.tools.kernel_bench.rope_attention import FORMS
+from causalrt.tools.kernel_bench.sections import SDPA_RATIO
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Write it; what the run left out stays empty."""
+    """Write a PNG; what the run left out is left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 10), layout="constrained")
@@ -25,9 +25,11 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     sides = report.get("plans", {}).get("sides", {})
     _bars(plans, {name: side["ms"] for name, side in sides.items() if "ms" in side}, "head plans, all slots filled")
     _curves(ratios, rates, report.get("rope_attention", ()))
+    for ax in figure.axes:
+        ax.set_visible(ax.has_data())
     options, found = report["options"], report["machine"]
     figure.suptitle(f"{options['recipe']}, {options['dtype']}, {found['device']}, torch {found['torch']}")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
 
 
 def _bars(ax: Any, times: Mapping[str, Mapping[str, float]], title: str) -> None:

@@ -1,0 +1,190 @@
+"""Chunk steps of several executors side by side in one process, with random weights at a recipe's own size.
+
+Executors and their sessions take turns chunk by chunk, so that clocks and neighbours hit all of them alike. First their flows
+are compared with the first one's on the same inputs; then come, for every number of filled KV rows, the median milliseconds of
+a step, and how often torch waited for the device in one (TensorRT and NCCL are not watched).
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from causalrt.config import Config
+from causalrt.engines.base import TORCH_DTYPES, Executor
+from causalrt.engines.bundle import WEIGHTS, Bundle, new_bundle, open_bundle, write_manifest
+from causalrt.engines.eager import EagerExecutor
+from causalrt.engines.inductor import InductorExecutor
+from causalrt.export.random_weights import random_weights
+from causalrt.runtime.collectives import LocalCollectives
+from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.usage import WaitCounter
+
+MakeExecutor = Callable[[Bundle, torch.device], Executor]
+TIME = 500.0
+
+
+def eager(*, plugins: bool = False) -> MakeExecutor:
+    """Eager, by the fused ops or not."""
+    return lambda bundle, device: EagerExecutor(bundle, LocalCollectives(), device=device, plugins=plugins)
+
+
+def inductor(*, plugins: bool = False, cuda_graphs: bool = True) -> MakeExecutor:
+    """Inductor, by the fused ops or not, captured or not."""
+    return lambda bundle, device: InductorExecutor(
+        bundle, LocalCollectives(), device=device, plugins=plugins, cuda_graphs=cuda_graphs
+    )
+
+
+def random_state(config: Config, *, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random weights by name, in the config's precision, on the CPU; they are drawn on `device`, which may be much faster."""
+    dtype = TORCH_DTYPES[config.build.precision]
+    return {name: tensor.to("cpu", dtype) for name, tensor in random_weights(config.model, seed=0, device=device)}
+
+
+def random_bundle(config: Config, path: Path, *, device: torch.device) -> Bundle:
+    """A bundle of random weights and nothing else, which is what eager and inductor need; one that is there is taken."""
+    if not path.exists():
+        shapes = {"patch_embedding.weight": (config.model.dim, config.model.patch_features)}
+        state = random_state(config, device=device)
+        weights = {name: tensor.reshape(shapes.get(name, tensor.shape)) for name, tensor in state.items()}
+        size = sum(tensor.nbytes for tensor in weights.values())
+        with new_bundle(path, overwrite=False, needed_bytes=size) as folder:
+            save_file(weights, folder / WEIGHTS)
+            write_manifest(folder, config=config, plugins=False, executors=("eager",), graphs={}, engines={})
+    return open_bundle(path, verify=False)
+
+
+class StepSession:
+    """One executor with its KV slots; history is what it wrote itself.
+
+    Attributes:
+        executor: that steps.
+    """
+
+    def __init__(self, make: MakeExecutor, bundle: Bundle, device: torch.device) -> None:
+        config = bundle.config
+        self.executor, self._device = make(bundle, device), device
+        dtype = TORCH_DTYPES[config.build.precision]
+        whole = self.executor.whole_slots
+        self._slots = KVSlots(config, bundle.layout, dtype, whole_slots=whole, device=device)
+        generator = torch.Generator().manual_seed(0)
+        text = torch.randn(config.model.text_len, config.model.text_dim, generator=generator)
+        self._cross_kv = self.executor.encode_prompt(text)
+        self._time = self.executor.embed_time(TIME)
+
+    def bind(self, first_frame: int) -> int:
+        """Take up the chunk that begins at this frame; the number of filled KV rows."""
+        rows = self._slots.filled_rows(first_frame)
+        self.executor.bind(self._slots.filled(first_frame), self._cross_kv, kv_rows=rows, memory=0)
+        return rows
+
+    def step(self, x: torch.Tensor, first_frame: int) -> torch.Tensor:
+        """One chunk step."""
+        return self.executor.step(x, *self._time, first_frame)
+
+    def timed_step(self, x: torch.Tensor, first_frame: int) -> float:
+        """Milliseconds of one chunk step, from its first call to an idle device."""
+        self._wait()
+        start = time.perf_counter()
+        self.step(x, first_frame)
+        self._wait()
+        return 1e3 * (time.perf_counter() - start)
+
+    def count_waits(self, x: torch.Tensor, first_frame: int) -> int | None:
+        """How often torch waits for the device in one step; None on a CPU."""
+        counter = WaitCounter(self._device)
+        counter.begin()
+        try:
+            self.step(x, first_frame)
+        finally:
+            waits = counter.end()
+        return waits
+
+    def commit(self, first_frame: int) -> None:
+        """Make the chunk history."""
+        self._slots.commit(first_frame)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def noise_of(bundle: Bundle, device: torch.device) -> torch.Tensor:
+    """What a step is given: `[S, 64]`."""
+    generator = torch.Generator().manual_seed(1)
+    shape = bundle.layout.local_tokens, bundle.config.model.patch_features
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def compare_steps(
+    sessions: Mapping[str, StepSession], config: Config, x: torch.Tensor, *, repeats: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Step all sessions through the chunks of the horizon.
+
+    Args:
+        sessions: by name of the side; the first one is what the others are compared with.
+        config: of all of them.
+        x: `[S, 64]`.
+        repeats: rounds of which medians are taken.
+
+    Yields:
+        For each number of filled KV rows, a row for each side: `side`, `KV rows`, `ms`, `of eager` (the first side), `error`
+        (of the flow, relative to the first side's), `waits`.
+    """
+    frames = config.video.chunk_frames
+    seen: set[int] = set()
+    for first in range(0, config.video.horizon_frames - frames + 1, frames):
+        flows: dict[str, torch.Tensor] = {}
+        rows = 0
+        for side, session in sessions.items():
+            rows = session.bind(first)
+            flows[side] = session.step(x, first).float().clone()
+            session.step(x, first)
+        if rows not in seen:
+            seen.add(rows)
+            yield _compared(sessions, flows, x, first, rows=rows, repeats=repeats)
+        for session in sessions.values():
+            session.commit(first)
+
+
+def _compared(
+    sessions: Mapping[str, StepSession],
+    flows: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    first: int,
+    *,
+    rows: int,
+    repeats: int,
+) -> list[dict[str, Any]]:
+    times: dict[str, list[float]] = {side: [] for side in sessions}
+    order = list(sessions.items())
+    for number in range(repeats):
+        for side, session in order if number % 2 else order[::-1]:
+            times[side].append(session.timed_step(x, first))
+    reference, base = next(iter(flows.values())), next(iter(times.values()))
+    return [
+        {
+            "side": side,
+            "KV rows": rows,
+            "ms": round(statistics.median(times[side]), 3),
+            "of eager": round(_median_ratio(times[side], base), 4),
+            "error": _relative(flows[side], reference),
+            "waits": session.count_waits(x, first),
+        }
+        for side, session in order
+    ]
+
+
+def _median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, others, strict=True))
+
+
+def _relative(flow: torch.Tensor, reference: torch.Tensor) -> float:
+    error = float((flow - reference).norm() / reference.norm())
+    return error if math.isfinite(error) else math.inf
