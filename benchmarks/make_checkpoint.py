@@ -31,7 +31,7 @@ def make_checkpoint(model: ModelConfig, *, seed: int, out: Path) -> None:
     try:
         with FakeTensorMode():
             empty = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
-        without_checksums = serialization_config.patch({"save.compute_crc32": False})
+        without_checksums = serialization_config.patch({"save.compute_crc32": False})  # type: ignore[attr-defined]
         with torch.serialization.skip_data(materialize_fake_tensors=True), without_checksums:
             torch.save({"generator_ema": empty}, partial)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):

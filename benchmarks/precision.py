@@ -72,6 +72,10 @@ class Forced:
         """See `Executor.warmed_up`."""
         self._executor.warmed_up()
 
+    def graph_bytes(self) -> int:
+        """See `Executor.graph_bytes`."""
+        return self._executor.graph_bytes()
+
     def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
         """See `Executor.bind`."""
         self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, lone=lone)

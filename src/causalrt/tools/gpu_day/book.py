@@ -44,9 +44,8 @@ class Settings:
     def from_text(cls, text: str) -> "Settings":
         """See `as_text`."""
         plain = json.loads(text)
-        return cls(
-            **{name: Path(value) if name != "dry_run" else value for name, value in plain.items()},
-        )
+        dry_run = plain.pop("dry_run")
+        return cls(**{name: Path(value) for name, value in plain.items()}, dry_run=dry_run)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -46,7 +46,8 @@ class Way:
         """In the block, compiled functions are compiled, or run as they are written."""
         if self.compiled or not self.captured:
             return nullcontext()
-        return torch.compiler.set_stance("force_eager")
+        eagerly: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return eagerly
 
 
 WAYS = (

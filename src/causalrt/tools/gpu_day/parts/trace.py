@@ -1,10 +1,12 @@
 """torch's profile of one chunk step: the kernels that take its time, and a trace for a viewer."""
 
+import functools
 import gzip
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from causalrt.tools.gpu_day.book import Book
@@ -35,7 +37,7 @@ def run(book: Book) -> None:
                 session.commit(first)
             session.bind(last)
             session.step(x, last)
-            _profile(book, name, lambda session=session, last=last: session.timed_step(x, last))
+            _profile(book, name, functools.partial(session.timed_step, x, last))
             del session
 
 
@@ -70,4 +72,4 @@ def _profile(book: Book, name: str, step: Callable[[], float]) -> None:
 
 def _device_us(event: Any) -> float:
     """Microseconds on the GPU of a kernel itself; ops of the host, which contain kernels, count nothing."""
-    return float(event.self_device_time_total) if event.device_type == torch.autograd.DeviceType.CUDA else 0.0
+    return float(event.self_device_time_total) if event.device_type == DeviceType.CUDA else 0.0
