@@ -2,7 +2,7 @@
 .PHONY: check lint types test fresh lowest bench constraints
 
 COMPILE = --quiet --no-header --no-annotate
-LOWEST_TESTS = tests/unit tests/numerics/test_golden.py
+LOWEST_TESTS = tests/unit/engines tests/unit/export tests/unit/model tests/unit/runtime tests/numerics/test_golden.py
 
 check: lint types test
 
