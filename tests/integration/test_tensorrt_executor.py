@@ -358,7 +358,12 @@ def test_rank_0_alone_writes_the_kernels_that_all_ranks_read(
     _, bundle = replays("R", 2, "engine")
     writers: list[EngineLoader] = []
     keep_kernels = EngineLoader.keep_kernels
-    monkeypatch.setattr(EngineLoader, "keep_kernels", lambda loader: [writers.append(loader), keep_kernels(loader)])
+
+    def noted(loader: EngineLoader) -> None:
+        writers.append(loader)
+        keep_kernels(loader)
+
+    monkeypatch.setattr(EngineLoader, "keep_kernels", noted)
 
     def start(ranks: ThreadCollectives) -> tuple[EngineLoader, bytes]:
         executor = make(bundle, ranks)
@@ -694,7 +699,7 @@ def test_another_nccl_is_noticed_before_it_is_given_a_communicator(
         maps.write_text(line.format("/torch") + line.format("/usr/lib"))
 
     monkeypatch.setattr(tensorrt, "MAPS", maps)
-    monkeypatch.setattr(tensorrt.ctypes, "CDLL", load)
+    monkeypatch.setattr("ctypes.CDLL", load)
     given = []
     monkeypatch.setattr(LoadedEngine, "set_communicator", lambda engine, communicator: given.append(engine))
     with pytest.raises(
