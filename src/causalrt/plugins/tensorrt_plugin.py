@@ -86,7 +86,7 @@ def plugin_api(trt: Any) -> Any:
         raise ExecutorError(f"{trt.__name__} has no plugin API ({error}); {advice}") from error
     if not hasattr(api, "aot_impl") or not hasattr(api, "KernelLaunchParams"):
         raise ExecutorError(f"{trt.__name__} {trt.__version__} cannot compile plugins ahead of time; {advice}")
-    if TorchVersion(trt.__version__) < (11, 2) and TorchVersion(np.__version__) >= (2, 4):
+    if TorchVersion(trt.__version__) < "11.2" and TorchVersion(np.__version__) >= "2.4":
         raise ExecutorError(
             f"the plugin API of TensorRT {trt.__version__} fails under NumPy {np.__version__}: before 11.2 it converts "
             "attributes in a way that NumPy refuses since 2.4; `pip install 'tensorrt-cu13>=11.2,<12'`, or build with "
