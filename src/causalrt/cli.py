@@ -279,6 +279,7 @@ def _kernel_row(kernel: dict[str, Any]) -> tuple[str, str]:
     name = f"{kernel['target']} {kernel['kernel']}" + (
         ", rotating" if kernel["rotate"] and kernel["kernel"] != "combine_splits" else ""
     )
+    name += ", small tiles" if kernel["small_tiles"] else ""
     if "unavailable" in kernel:
         return name, f"unavailable: {kernel['unavailable'].splitlines()[0]}"
     blocks, splits = kernel["blocks_per_multiprocessor"], kernel["kv_splits"]

@@ -23,7 +23,7 @@ from qk_norm_rope_cases import check as check_qk
 from qk_norm_rope_cases import operands
 from rope_attention_cases import CUT_CASES, KERNEL_ERRORS, LAYOUTS, make_arguments, make_layout, run
 
-from causalrt.plugins.plugin_specs import DTYPE_FROM_ONNX, SPECS
+from causalrt.plugins.plugin_specs import DTYPE_FROM_ONNX, LARGE_TILES, SMALL_TILES, SPECS
 from causalrt.plugins.qk_norm_rope import qk_norm_rope, write_rows
 from causalrt.plugins.rope_attention import rope_attention, rope_attention_in_place
 from causalrt.plugins.share_blocks import blocks_from_shares
@@ -160,11 +160,11 @@ def plugin(monkeypatch, tmp_path):
         register_plugins(trt, target=10 * major + minor, cache=tmp_path)
     loaded = []
 
-    def running(name, tensors, attributes):
+    def running(name, tensors, attributes, tactic=None):
         (spec,) = [spec for spec in SPECS if spec.name == name]
         inputs = [tensors[name] for name in spec.inputs]
         descs = [(trt.DataType[TYPES[x.dtype][0]], list(x.shape)) for x in inputs]
-        built = double.build_with_small(trt, api, name, descs, attributes)
+        built = double.build_with_small(trt, api, name, descs, attributes, tactic)
         outputs = []
         for kind, shape, alias in zip(built.dtypes, built.shapes, built.aliases, strict=True):
             (dtype,) = [dtype for dtype, (member, _) in TYPES.items() if trt.DataType[member] == kind]
@@ -200,10 +200,11 @@ def test_qk_norm_rope_of_an_engine(plugin, case, dtype):
     assert_same_bits(out, qk_norm_rope(*tensors.values(), *attributes.values()))
 
 
+@pytest.mark.parametrize("tactic", [LARGE_TILES, SMALL_TILES])
 @pytest.mark.parametrize("kv_splits", [1, 3])
 @pytest.mark.parametrize("name", ENGINES)
-def test_rope_attention_of_an_engine(plugin, name, kv_splits):
-    from causalrt.plugins.rope_attention_launch import plan, tiles_for
+def test_rope_attention_of_an_engine(plugin, name, kv_splits, tactic):
+    from causalrt.plugins.rope_attention_launch import plan, small_tiles_for, tiles_for
 
     *sizes, history, head_dim, dtype = ENGINES[name]
     layout = make_layout(*sizes)
@@ -215,13 +216,14 @@ def test_rope_attention_of_an_engine(plugin, name, kv_splits):
 
     blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=heads, splits=splits)
     major, minor = torch.cuda.get_device_capability(DEVICE)
+    large = tiles_for(10 * major + minor, dtype=dtype, head_dim=head_dim, rotate=False)
     launches = plan(
         blocks,
         dtype=dtype,
         slot_rows=slots[0].shape[2],
         whole_slots=True,
         rotate=False,
-        tiles=tiles_for(10 * major + minor, dtype=dtype, head_dim=head_dim, rotate=False),
+        tiles=large if tactic == LARGE_TILES else small_tiles_for(dtype),
         num_multiprocessors=1,
         kv_splits=kv_splits,
     )
@@ -233,10 +235,10 @@ def test_rope_attention_of_an_engine(plugin, name, kv_splits):
     attributes = {"num_tokens": num_tokens, "gather_rows": blocks.gather_rows}
     attributes |= {f"split_{number}": split for number, split in enumerate(splits)}
     if kv_splits == 1:
-        out, *after = plugin(f"rope_attention_{len(heads)}", tensors, attributes)
+        out, *after = plugin(f"rope_attention_{len(heads)}", tensors, attributes, tactic)
     else:
         several = attributes | {"kv_splits": kv_splits}
-        parts, log_sums, *after = plugin(f"rope_attention_split_{len(heads)}", tensors, several)
+        parts, log_sums, *after = plugin(f"rope_attention_split_{len(heads)}", tensors, several, tactic)
         (number,) = [number for number, kind in DTYPE_FROM_ONNX.items() if kind == dtype]
         (out,) = plugin("combine_splits", {"parts": parts, "log_sums": log_sums}, {"dtype": number})
     assert_same_bits(out, wanted)

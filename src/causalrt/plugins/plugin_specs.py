@@ -35,6 +35,10 @@ RESERVED_NAMES = frozenset({"aot", "outputs", "stream", "tactic"})
 DTYPE_FROM_ONNX = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}
 """Types of an output that no input has, by their number in ONNX."""
 
+LARGE_TILES, SMALL_TILES = 1, 2
+"""Tactics of the attention plugins. The small tiles fit into the shared memory that needs no permission: if TensorRT launches
+plugins without raising their limit, the large ones cannot be launched, and lose."""
+
 MAX_SHARES = 2
 """Shares that the attention kernel takes at once."""
 
@@ -74,7 +78,8 @@ class PluginSpec:
         outputs: the kernel's other parameters.
         in_place: inputs that are outputs too; they come after `outputs`.
         attributes: names and types, in the order in which they are handed over.
-        launch: the launch, from inputs, attributes and compute capability.
+        launch: the launch, from inputs, attributes, compute capability and tactic.
+        tactics: positive numbers of the ways to compute it, among which TensorRT takes the fastest; none where there is one.
 
     Raises:
         KernelError: TensorRT would not take it.
@@ -85,7 +90,8 @@ class PluginSpec:
     outputs: tuple[OutputSpec, ...]
     in_place: tuple[str, ...]
     attributes: Mapping[str, type]
-    launch: Callable[[Tensors, Attributes, int], KernelLaunch]
+    launch: Callable[[Tensors, Attributes, int, int], KernelLaunch]
+    tactics: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         names = [*self.inputs, *(output.name for output in self.outputs), *self.attributes]
@@ -105,19 +111,28 @@ class PluginSpec:
                 wanted = ", ".join(allowed.__name__ for allowed in ATTRIBUTE_TYPES)
                 raise KernelError(f"plugin {self.name!r}: attribute {name!r} is of type {kind}; take one of {wanted}")
 
+        if any(tactic < 1 for tactic in self.tactics):
+            raise KernelError(f"plugin {self.name!r}: tactics are {self.tactics}; take positive numbers")
+
     @property
     def num_outputs(self) -> int:
         """Outputs as the engine counts them."""
         return len(self.outputs) + len(self.in_place)
 
-    def plan(self, inputs: Tensors, attributes: Attributes, capability: int) -> KernelLaunch:
+    def plan(self, inputs: Tensors, attributes: Attributes, capability: int, tactic: int = 0) -> KernelLaunch:
         """The launch, whose parameters are the inputs, then the outputs that are written anew.
+
+        Args:
+            inputs: by name.
+            attributes: by name.
+            capability: compute capability, such as 80.
+            tactic: one of `tactics`; 0 where there are none, or for the first.
 
         Raises:
             OperandError: shapes or types do not fit together.
             KernelError: the kernel does not take them.
         """
-        launch = self.launch(inputs, attributes, capability)
+        launch = self.launch(inputs, attributes, capability, tactic)
         assert list(launch.signature) == [*self.inputs, *(output.name for output in self.outputs)], launch.signature
         dtypes = {name: tensor.dtype for name, tensor in inputs.items()}
         dtypes |= {output.name: output.dtype(dtypes, attributes) for output in self.outputs}
@@ -138,7 +153,7 @@ def _float32(dtypes: Mapping[str, torch.dtype], attributes: Attributes) -> torch
 # ---- qk_norm_rope
 
 
-def _launch_qk_norm_rope(inputs: Tensors, attributes: Attributes, capability: int) -> KernelLaunch:
+def _launch_qk_norm_rope(inputs: Tensors, attributes: Attributes, capability: int, tactic: int) -> KernelLaunch:
     from causalrt.plugins.qk_norm_rope_launch import plan
 
     q, destinations = inputs["q"], inputs["destinations"]
@@ -180,8 +195,10 @@ QK_NORM_ROPE = PluginSpec(
 # ---- rope_attention
 
 
-def _launch_attend(inputs: Tensors, attributes: Attributes, capability: int, slots: Sequence[str]) -> KernelLaunch:
-    from causalrt.plugins.rope_attention_launch import plan, tiles_for
+def _launch_attend(
+    inputs: Tensors, attributes: Attributes, capability: int, tactic: int, slots: Sequence[str]
+) -> KernelLaunch:
+    from causalrt.plugins.rope_attention_launch import plan, small_tiles_for, tiles_for
 
     received = inputs["received"]
     first = inputs[slots[0]]
@@ -202,13 +219,17 @@ def _launch_attend(inputs: Tensors, attributes: Attributes, capability: int, slo
     blocks = blocks_from_shares(received.shape, num_tokens=attributes["num_tokens"], num_heads=heads, splits=splits)
     if attributes["gather_rows"] != blocks.gather_rows:
         raise OperandError(f"gather_rows is {attributes['gather_rows']}, and these shares have {blocks.gather_rows}")
+    if tactic == SMALL_TILES:
+        tiles = small_tiles_for(received.dtype)
+    else:
+        tiles = tiles_for(capability, dtype=received.dtype, head_dim=blocks.head_dim, rotate=False)
     return plan(
         blocks,
         dtype=received.dtype,
         slot_rows=first.shape[2],
         whole_slots=True,
         rotate=False,
-        tiles=tiles_for(capability, dtype=received.dtype, head_dim=blocks.head_dim, rotate=False),
+        tiles=tiles,
         num_multiprocessors=1,
         kv_splits=_kv_splits(attributes["kv_splits"]) if "kv_splits" in attributes else 1,
     ).attend
@@ -241,11 +262,12 @@ def rope_attention_spec(*, num_shares: int, split: bool) -> PluginSpec:
         outputs=(parts, log_sums) if split else (out,),
         in_place=slots,
         attributes=dict.fromkeys([*numbers, "kv_splits"] if split else numbers, int),
-        launch=lambda inputs, given, capability: _launch_attend(inputs, given, capability, slots),
+        launch=lambda inputs, given, capability, tactic: _launch_attend(inputs, given, capability, tactic, slots),
+        tactics=(LARGE_TILES, SMALL_TILES),
     )
 
 
-def _launch_combine(inputs: Tensors, attributes: Attributes, capability: int) -> KernelLaunch:
+def _launch_combine(inputs: Tensors, attributes: Attributes, capability: int, tactic: int) -> KernelLaunch:
     from causalrt.plugins.rope_attention_launch import plan, tiles_for
 
     parts, log_sums = inputs["parts"], inputs["log_sums"]

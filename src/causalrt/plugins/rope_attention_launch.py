@@ -24,6 +24,8 @@ COUNT = "*i64"
 COPY_ROWS = 64
 POINTERS = ("k_slots_1", "v_slots_1", "rank", "cos", "sin", "log_sums")
 """Arguments that a launch can do without."""
+UNRAISED_SHARED_BYTES = 48 * 1024
+"""Shared memory that CUDA gives to a kernel whose limit has not been raised."""
 SPLIT_COST_BLOCKS = 4
 """What a key range costs beside its keys (reading q, leaving and adding up a partial output), in key blocks: a guess."""
 
@@ -45,6 +47,10 @@ class Tiles:
     num_stages: int
 
 
+FLOAT32_TILES = Tiles(block_m=64, block_n=16, num_warps=8, num_stages=1)
+"""No tensor cores: for comparisons, not for speed."""
+
+
 def tiles_for(capability: int, *, dtype: torch.dtype, head_dim: int, rotate: bool) -> Tiles:
     """Tiles for a compute capability (80, 90, 120).
 
@@ -52,8 +58,8 @@ def tiles_for(capability: int, *, dtype: torch.dtype, head_dim: int, rotate: boo
     128 channels; on no GPU have they been tuned. Rotation holds a block of keys and its table rows in registers, so it takes
     fewer queries or keys where operands of a product come from registers too.
     """
-    if dtype == torch.float32:  # no tensor cores: for comparisons, not for speed
-        return Tiles(block_m=64, block_n=16, num_warps=8, num_stages=1)
+    if dtype == torch.float32:
+        return FLOAT32_TILES
     hopper = 90 <= capability < 100
     if rotate and not hopper and head_dim <= 64:
         return Tiles(block_m=128, block_n=32, num_warps=8, num_stages=2)
@@ -63,6 +69,15 @@ def tiles_for(capability: int, *, dtype: torch.dtype, head_dim: int, rotate: boo
         num_warps=8,
         num_stages=3 if hopper or (capability < 90 and not rotate) else 2,
     )
+
+
+def small_tiles_for(dtype: torch.dtype) -> Tiles:
+    """Tiles for a kernel without rotation that is launched by somebody who may not raise its limit of shared memory.
+
+    They need at most `UNRAISED_SHARED_BYTES` on every GPU, with heads of any size that the kernel takes. The query rows are
+    those of the partial outputs too, which are float32 and pass through shared memory.
+    """
+    return FLOAT32_TILES if dtype == torch.float32 else Tiles(block_m=64, block_n=32, num_warps=4, num_stages=2)
 
 
 def choose_kv_splits(*, num_tiles: int, key_blocks: int, num_multiprocessors: int) -> int:

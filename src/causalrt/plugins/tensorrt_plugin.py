@@ -1,7 +1,7 @@
 """TensorRT's quick-deployable plugins out of `plugin_specs`, with kernels compiled ahead of time: no Python runs in an engine.
 
     PluginSpec --> descriptor   shapes and types of the outputs, which of them are inputs written in place
-               --> combination  the network's own types, linear
+               --> combination  the network's own types, linear; the tactics
                --> kernel       PTX for one GPU architecture, a constant grid, no arguments but pointers
                --> register, autotune, aot_impl under `causalrt::NAME`
 
@@ -9,9 +9,9 @@ TensorRT hands a kernel its inputs, then its extra arguments (there are none), t
 input written in place is counted among them: its pointer, a second time, comes last, so the kernel's entry is given a
 parameter for it that nothing reads. All shapes must be static. Attributes are compiled into the kernel.
 
-No engine with a plugin has been run: only TensorRT's own Python has been, over stand-ins. Two things are taken on trust, that
-it counts outputs in place as above, and that it raises a kernel's limit of shared memory past 48 KiB (attention wants 64 to
-128 KiB), which is left to whoever launches.
+No engine with a plugin has been run: only TensorRT's own Python has been, over its bindings. That it counts outputs in place as
+above is taken on trust. Whether it raises a kernel's limit of shared memory past 48 KiB is not documented: attention, whose
+tiles want 64 to 128 KiB, has a second tactic that needs no more than that. The builder times both and takes the faster one.
 
 For whoever builds: `enable_in_place(trt, config)`. An output in place must be an output of the network, bound to the address
 of its input: TensorRT may put a copy before the plugin, and only such an output brings it back.
@@ -86,7 +86,7 @@ def plugin_api(trt: Any) -> Any:
         raise ExecutorError(f"{trt.__name__} has no plugin API ({error}); {advice}") from error
     if not hasattr(api, "aot_impl") or not hasattr(api, "KernelLaunchParams"):
         raise ExecutorError(f"{trt.__name__} {trt.__version__} cannot compile plugins ahead of time; {advice}")
-    if TorchVersion(trt.__version__) < (11, 2) and TorchVersion(np.__version__) >= (2, 4):
+    if TorchVersion(trt.__version__) < "11.2" and TorchVersion(np.__version__) >= "2.4":
         raise ExecutorError(
             f"the plugin API of TensorRT {trt.__version__} fails under NumPy {np.__version__}: before 11.2 it converts "
             "attributes in a way that NumPy refuses since 2.4; `pip install 'tensorrt-cu13>=11.2,<12'`, or build with "
@@ -138,13 +138,14 @@ def _descriptor(trt: Any, api: Any, spec: PluginSpec) -> Callable[..., Any]:
 
 
 def _combination(trt: Any, api: Any, spec: PluginSpec) -> Callable[..., Any]:
-    """What the plugin takes: the types that the network has, and nothing but linear tensors."""
+    """What the plugin takes: the types that the network has, and nothing but linear tensors; and its tactics."""
 
     def combine(*given: Any) -> list[Any]:
         *inputs, outputs = given
         names = [*spec.inputs, *(output.name for output in spec.outputs), *spec.in_place]
         found = [_torch_type(trt, spec, name, desc) for name, desc in zip(names, [*inputs, *outputs], strict=True)]
-        return [api.AutoTuneCombination(", ".join(TYPES[dtype][1] for dtype in found), "LINEAR")]
+        io_types = ", ".join(TYPES[dtype][1] for dtype in found)
+        return [api.AutoTuneCombination(io_types, "LINEAR", list(spec.tactics))]
 
     names = [*spec.inputs, "outputs"]
     return _with_signature(combine, names, [inspect.Parameter.empty] * len(names), list[api.AutoTuneCombination])
@@ -154,10 +155,10 @@ def _kernel(trt: Any, api: Any, spec: PluginSpec, target: int, cache: Path) -> C
     """Name, PTX, launch parameters and extra arguments, from descriptors with shapes."""
 
     def compile_plugin(*given: Any) -> tuple[str, str, Any, Any]:
-        *rest, _outputs, _tactic = given
+        *rest, _outputs, tactic = given
         inputs, values = rest[: len(spec.inputs)], rest[len(spec.inputs) :]
         tensors = {name: _without_data(trt, spec, name, desc) for name, desc in zip(spec.inputs, inputs, strict=True)}
-        launch = spec.plan(tensors, dict(zip(spec.attributes, values, strict=True)), target)
+        launch = spec.plan(tensors, dict(zip(spec.attributes, values, strict=True)), target, tactic)
         compiled = compile_kernel(launch, target=target, cache=cache)
         grid_x, grid_y, grid_z = launch.grid
         params = api.KernelLaunchParams(

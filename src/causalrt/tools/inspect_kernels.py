@@ -10,7 +10,8 @@
 
 Names are those of the plugins (`plugin_specs`), and so are the launches: KV slots are bound whole. (Eager and inductor
 bind what is filled of them, token by token: strides differ, and the ranges of keys are chosen for fewer rows.) With
-`video.time_index=relative`, attention rotates what it reads.
+`video.time_index=relative`, attention rotates what it reads, which no plugin does. Where it does not, its plugin has a second
+tactic, with smaller tiles; TensorRT takes the faster one, and nothing else launches it.
 
 How many ranges of keys are best depends on the number of multiprocessors, which a target leaves open: `GPUS` names one
 GPU for each, and the GPU at hand takes its place where it is of that target.
@@ -86,6 +87,7 @@ class PlannedKernel:
         gpu: what it is planned for.
         kv_splits: ranges of keys.
         rotate: whether it rotates what it reads.
+        small_tiles: it is the second tactic of its plugin.
         launch: the launch; or why there is none.
     """
 
@@ -94,6 +96,7 @@ class PlannedKernel:
     kv_splits: int
     rotate: bool
     launch: KernelLaunch | KernelError
+    small_tiles: bool = False
 
 
 def targets_from_names(names: Sequence[str]) -> tuple[int, ...]:
@@ -183,7 +186,7 @@ def _plan_qk_norm_rope(config: Config, layout: Layout) -> KernelLaunch:
 
 
 def _plan_rope_attention(config: Config, layout: Layout, gpu: Gpu, *, rotate: bool) -> list[PlannedKernel]:
-    from causalrt.plugins.rope_attention_launch import plan, tiles_for
+    from causalrt.plugins.rope_attention_launch import RopeAttentionPlan, Tiles, plan, small_tiles_for, tiles_for
 
     shares, dtype = layout.shares, TORCH_DTYPES[config.build.precision]
     blocks = blocks_from_shares(
@@ -193,30 +196,44 @@ def _plan_rope_attention(config: Config, layout: Layout, gpu: Gpu, *, rotate: bo
         splits=[share.split for share in shares],
     )
 
-    def planned(name: str, kv_splits: int, launch: KernelLaunch | KernelError) -> PlannedKernel:
-        return PlannedKernel(name=name, gpu=gpu, kv_splits=kv_splits, rotate=rotate, launch=launch)
+    large = tiles_for(gpu.target, dtype=dtype, head_dim=blocks.head_dim, rotate=rotate)
+    small = small_tiles_for(dtype)
+    tactics = [large] if rotate or small == large else [large, small]
+
+    def with_tiles(tiles: Tiles, kv_splits: int | None) -> RopeAttentionPlan:
+        return plan(
+            blocks,
+            dtype=dtype,
+            slot_rows=config.slot_rows,
+            whole_slots=True,
+            rotate=rotate,
+            tiles=tiles,
+            num_multiprocessors=gpu.num_multiprocessors,
+            kv_splits=kv_splits,
+        )
+
+    def planned(
+        name: str, kv_splits: int, launch: KernelLaunch | KernelError, tiles: Tiles | None = None
+    ) -> PlannedKernel:
+        return PlannedKernel(
+            name=name,
+            gpu=gpu,
+            kv_splits=kv_splits,
+            rotate=rotate,
+            launch=launch,
+            small_tiles=tiles is not None and tiles != large,
+        )
 
     whole, split = (rope_attention_spec(num_shares=len(shares), split=split).name for split in (False, True))
     try:
-        one_range, best = (
-            plan(
-                blocks,
-                dtype=dtype,
-                slot_rows=config.slot_rows,
-                whole_slots=True,
-                rotate=rotate,
-                tiles=tiles_for(gpu.target, dtype=dtype, head_dim=blocks.head_dim, rotate=rotate),
-                num_multiprocessors=gpu.num_multiprocessors,
-                kv_splits=kv_splits,
-            )
-            for kv_splits in (1, None)
-        )
+        best = with_tiles(large, None)
     except KernelError as error:
         return [planned(whole, 1, error)]
-    found = [planned(whole, 1, one_range.attend)]
+    found = [planned(whole, 1, with_tiles(tiles, 1).attend, tiles) for tiles in tactics]
     if best.combine is not None:
-        found.append(planned(split, best.kv_splits, best.attend))
-        found.append(planned(COMBINE_SPLITS.name, best.kv_splits, best.combine))
+        kv_splits = best.kv_splits
+        found += [planned(split, kv_splits, with_tiles(tiles, kv_splits).attend, tiles) for tiles in tactics]
+        found.append(planned(COMBINE_SPLITS.name, kv_splits, best.combine))
     return found
 
 
@@ -247,6 +264,7 @@ def _entry(kernel: PlannedKernel, compiled: CompiledKernel | KernelError, *, cac
         "multiprocessors": gpu.num_multiprocessors,
         "kv_splits": kernel.kv_splits,
         "rotate": kernel.rotate,
+        "small_tiles": kernel.small_tiles,
     }
     if isinstance(compiled, KernelError):
         return entry | {"unavailable": str(compiled)}

@@ -110,8 +110,9 @@ class _Reader:
         """Whether a test that holds is a guard, and whether one that fails is."""
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             return self.guard_of(test.operand)[::-1]
-        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
-            return any(self.guard_of(part)[0] for part in test.values), False
+        if isinstance(test, ast.BoolOp):
+            positive, negative = zip(*map(self.guard_of, test.values), strict=True)
+            return (any(positive), False) if isinstance(test.op, ast.And) else (False, any(negative))
         if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot):
             test = test.left
         return isinstance(test, ast.Attribute) and test.attr in self.guards, False
@@ -221,11 +222,8 @@ class Api:
         if not fitting:
             nearest = max(self.families, key=lambda name: len(names & set(self.families[name])))
             lacking = names - set(self.families[nearest])
-            return [
-                f"{use} is not in {self.version}'s {nearest}, which has the other attributes of {use.receiver}"
-                for use in uses
-                if use.names[0] in lacking
-            ]
+            place = self.version if lacking == names else f"{nearest} of {self.version}"
+            return [f"{use} is not in {place}" for use in uses if use.names[0] in lacking]
         return [fault for use in uses for fault in _call_fault(use, [s for f in fitting for s in f[use.names[0]]])]
 
 

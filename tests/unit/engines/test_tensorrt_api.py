@@ -103,6 +103,8 @@ def test_uses_are_found(uses):
         ("trt.Builder()", "trt.Builder is called with"),
         ("trt.OnnxParser(1, log=2)", "trt.OnnxParser is called with"),
         ("self.trt.CudaGraphStrategy", "trt.CudaGraphStrategy is not in"),
+        ("if flavour.compiles_late or other: trt.CudaGraphStrategy", "trt.CudaGraphStrategy is not in"),
+        ("other.x, other2.is_stream_capturable(1)", "other2.is_stream_capturable is not in 11"),
         ("context.set_devicememory(1, 2)", "context.set_devicememory is not in .*IExecutionContext"),
         ("context.is_stream_capturable(1)", "context.is_stream_capturable is not in .*IExecutionContext"),
         ("context.execute_async_v3()", "context.execute_async_v3 is called with"),
@@ -135,6 +137,7 @@ def test_mistakes_are_found(tensorrt, rtx, others, line, fault):
         "x = trt.CudaGraphStrategy if self.flavour.targets and x else trt.LayerType",
         "if self.kernels is not None: trt.CudaGraphStrategy",
         "if not self.compiles_late: return\n    trt.CudaGraphStrategy",
+        "if not self.compiles_late or other: return\n    trt.CudaGraphStrategy",
     ],
 )
 def test_what_is_right_is_not_a_mistake(tensorrt, rtx, others, line):

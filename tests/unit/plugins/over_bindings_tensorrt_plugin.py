@@ -15,7 +15,7 @@ import torch
 
 from causalrt.errors import OperandError
 from causalrt.layout import Layout, plan_shares
-from causalrt.plugins.plugin_specs import COMBINE_SPLITS, QK_NORM_ROPE, SPECS
+from causalrt.plugins.plugin_specs import COMBINE_SPLITS, LARGE_TILES, QK_NORM_ROPE, SMALL_TILES, SPECS
 from causalrt.plugins.ptx import compile_kernel
 from causalrt.plugins.tensorrt_plugin import enable_in_place, register_plugins
 
@@ -78,23 +78,23 @@ def parameters(built):
     return re.findall(r"\.param \.u64 .*?(\w+_param_\d+)", entry[1])
 
 
-def launch_of(spec, inputs, attributes):
+def launch_of(spec, inputs, attributes, tactic=0):
     types_ = {"BF16": torch.bfloat16, "HALF": torch.float16, "FLOAT": torch.float32}
     types_ |= {"INT32": torch.int32, "INT64": torch.int64}
     tensors = {
         name: torch.empty(shape, dtype=types_[dtype.name], device="meta")
         for name, (dtype, shape) in zip(spec.inputs, inputs, strict=True)
     }
-    return spec.plan(tensors, attributes, TARGET)
+    return spec.plan(tensors, attributes, TARGET, tactic)
 
 
 def named(name):
     return next(spec for spec in SPECS if spec.name == name)
 
 
-def check_kernel(built, spec, case, cache):
+def check_kernel(built, spec, case, cache, tactic=0):
     """What is launched is what was planned, and its parameters are as many as TensorRT hands over."""
-    launch = launch_of(spec, *case)
+    launch = launch_of(spec, *case, tactic)
     compiled = compile_kernel(launch, target=TARGET, cache=cache)
     count = len(spec.inputs) + spec.num_outputs
     assert built.kernel == compiled.name == launch.kernel.__name__
@@ -124,15 +124,32 @@ def test_qk_norm_rope(build, trt, cache, dtype):
     assert built.launch["grid_x"] == LOCAL_TOKENS
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "HALF"])
-def test_rope_attention(build, trt, cache, dtype):
+@pytest.mark.parametrize(("dtype", "tactic"), [("BF16", 1), ("BF16", 2), ("HALF", 1)])
+def test_rope_attention(build, trt, cache, dtype, tactic):
     case = rope_attention_case(trt, dtype)
-    built = build("rope_attention_2", *case)
+    built = build("rope_attention_2", *case, tactic=tactic)
     slots = [shape for _, shape in case[0][1:5]]
     assert built.shapes == [(WORLD_SIZE, GATHER_ROWS, HEAD_DIM), *slots]
     assert built.dtypes == [getattr(trt.DataType, dtype)] * 5
     assert built.aliases == [-1, 1, 2, 3, 4]
-    check_kernel(built, named("rope_attention_2"), case, cache)
+    check_kernel(built, named("rope_attention_2"), case, cache, tactic)
+
+
+@pytest.mark.parametrize(("name", "kv_splits"), [("rope_attention_2", None), ("rope_attention_split_2", 3)])
+def test_attention_has_a_tactic_that_needs_no_more_shared_memory_than_any_kernel_gets(build, trt, name, kv_splits):
+    case = rope_attention_case(trt, kv_splits=kv_splits)
+    large, small = (build(name, *case, tactic=tactic) for tactic in (LARGE_TILES, SMALL_TILES))
+    assert large.tactics == small.tactics == [LARGE_TILES, SMALL_TILES]
+    assert large.launch["shared_mem"] > 48 * 1024 >= small.launch["shared_mem"]
+    assert large.ptx != small.ptx
+    assert large._replace(ptx="", launch={}) == small._replace(ptx="", launch={})
+
+
+def test_plugins_with_one_kernel_need_no_more_shared_memory_than_any_kernel_gets(build, trt):
+    for name, case in (("qk_norm_rope", qk_norm_rope_case(trt)), ("combine_splits", combine_case(trt))):
+        built = build(name, *case)
+        assert built.tactics == []
+        assert built.launch["shared_mem"] <= 48 * 1024
 
 
 def test_rope_attention_over_ranges_of_keys(build, trt, cache):

@@ -76,7 +76,7 @@ def build_with_small(trt, api, name, inputs, attributes, tactic=None):
     outputs = functions["register"](*given, **attributes)
     for output in outputs:
         output.shape = output.shape_expr
-    ((combination, layout, *tactics),) = functions["autotune"](*given, outputs)
+    ((combination, layout, tactics),) = functions["autotune"](*given, outputs)
     assert layout == "LINEAR"
     assert tactic is None or tactic in tactics
     names = {"FP32": "FLOAT", "FP16": "HALF"}

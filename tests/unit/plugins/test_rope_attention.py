@@ -90,6 +90,18 @@ def test_kernel_against_float64(interpreter, case):
     assert got["error"] <= KERNEL_ERRORS[case["dtype"]], got["worst"]
 
 
+@pytest.mark.parametrize("kv_splits", [1, 2])
+@pytest.mark.parametrize("case", CUT_CASES[:2], ids=["bfloat16", "float16"])
+def test_small_tiles_against_float64(interpreter, case, kv_splits):
+    launch = pytest.importorskip("causalrt.plugins.rope_attention_launch")
+    tiles = launch.small_tiles_for(getattr(torch, case["dtype"]))
+    sizes = {"heads": 2, "ranks": 2, "rank": 1, "tokens": 70, "dim": 16, "rotate": False, "whole": True}
+    sizes |= {"block_m": tiles.block_m, "block_n": tiles.block_n, "kv_splits": kv_splits}
+    got = interpreter.run(case | sizes)
+    assert got["problems"] == []
+    assert got["error"] <= KERNEL_ERRORS[case["dtype"]], got["worst"]
+
+
 # ---- the launch plan
 
 
@@ -120,6 +132,35 @@ def test_nothing_spills_at_1_3b(capability, rotate, tmp_path):
         compiled = ptx.compile_kernel(launch, target=capability, cache=tmp_path)
         assert compiled.spill_bytes == 0
         assert compiled.shared_bytes <= {80: 163, 90: 227}[capability] * 1024
+
+
+SMALL_SIZES = [
+    (dtype, dim) for dtype in KERNEL_ERRORS for dim in (16, 24, 64, 128) if (dtype, dim) != ("bfloat16", 128)
+]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [("bfloat16", 128), *(pytest.param(*size, marks=pytest.mark.slow) for size in SMALL_SIZES)]
+)
+def test_small_tiles_need_48_kib_at_most(dtype, head_dim, capability, tmp_path):
+    launch, ptx = (pytest.importorskip(f"causalrt.plugins.{name}") for name in ("rope_attention_launch", "ptx"))
+    blocks = blocks_from_shares((1, 3 * 192, head_dim), num_tokens=192, num_heads=[1], splits=[1])
+    dtype = getattr(torch, dtype)
+    for kv_splits in (1, 2):
+        plan = launch.plan(
+            blocks,
+            dtype=dtype,
+            slot_rows=500,
+            whole_slots=True,
+            rotate=False,
+            tiles=launch.small_tiles_for(dtype),
+            num_multiprocessors=1,
+            kv_splits=kv_splits,
+        )
+        compiled = ptx.compile_kernel(plan.attend, target=capability, cache=tmp_path)
+        assert compiled.shared_bytes <= launch.UNRAISED_SHARED_BYTES == 48 * 1024
+        assert compiled.spill_bytes == 0
 
 
 def test_one_launch_covers_all_tiles_of_all_shares():

@@ -107,6 +107,7 @@ def test_missing_triton_says_what_to_install(trt, tmp_path, monkeypatch):
         ({"attributes": {"eps": list}}, "'eps' is of type"),
         ({"attributes": {"tactic": int}}, "'tactic' cannot be a name"),
         ({"attributes": {"aot": int}}, "'aot' cannot be a name"),
+        ({"tactics": (0, 1)}, "tactics are .*positive"),
     ],
 )
 def test_specs_that_tensorrt_would_not_take_are_refused(change, message):

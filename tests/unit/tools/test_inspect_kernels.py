@@ -14,7 +14,7 @@ from causalrt.export.random_weights import random_weights
 from causalrt.layout import layout_from_config
 from causalrt.plugins import ptx
 from causalrt.plugins.kernel_launch import KernelLaunch
-from causalrt.plugins.plugin_specs import SPECS
+from causalrt.plugins.plugin_specs import SMALL_TILES, SPECS
 from causalrt.plugins.ptx import TARGETS, CompiledKernel
 from causalrt.plugins.qk_norm_rope import write_rows
 from causalrt.plugins.rope_attention import run_kernel
@@ -79,8 +79,9 @@ def test_launches_are_those_of_the_plugins(name, ranks, head_plan, target):
         spec = specs[kernel.name]
         inputs = {key: tensors[key] for key in spec.inputs}
         given = {key: numbers[key] for key in spec.attributes}
-        assert kernel.launch == spec.plan(inputs, given, target)
-    assert len(planned) == (2 if name == "tiny" else 4)
+        assert kernel.launch == spec.plan(inputs, given, target, SMALL_TILES if kernel.small_tiles else 0)
+    assert len(planned) == (3 if name == "tiny" else 6)
+    assert sum(kernel.small_tiles for kernel in planned) == (1 if name == "tiny" else 2)
 
 
 @pytest.mark.parametrize("time_index", ["global", "relative"])
@@ -129,12 +130,15 @@ def assert_fits_without_spills(found):
 def test_nothing_spills_at_1_3b(target, cache):
     found = describe_kernels(make_config(world_size=2), targets=[target], cache=cache)
     assert_fits_without_spills(found)
-    assert [kernel["kernel"] for kernel in found] == [
-        "qk_norm_rope",
-        "rope_attention_1",
-        "rope_attention_split_1",
-        "combine_splits",
+    assert [(kernel["kernel"], kernel["small_tiles"]) for kernel in found] == [
+        ("qk_norm_rope", False),
+        ("rope_attention_1", False),
+        ("rope_attention_1", True),
+        ("rope_attention_split_1", False),
+        ("rope_attention_split_1", True),
+        ("combine_splits", False),
     ]
+    assert all(kernel["shared_bytes"] <= 48 * 1024 for kernel in found if kernel["small_tiles"])
 
 
 @pytest.mark.slow
@@ -246,7 +250,7 @@ def test_what_triton_refuses_is_unavailable_and_prints_nothing(monkeypatch, tmp_
 
     monkeypatch.setattr("triton.compile", refuse)
     found = describe_kernels(make_config("tiny"), targets=[80, 120], cache=tmp_path)
-    assert len(found) == 4
+    assert len(found) == 6
     assert all(f"for sm_{kernel['target'][2:]}: no such instr" in kernel["unavailable"] for kernel in found)
     assert capsys.readouterr().out == ""
 
@@ -288,13 +292,15 @@ def test_inspect_shows_kernels_if_asked(bundle, monkeypatch, tmp_path, capsys):
     assert main(["inspect", bundle, "--kernels", "--target", "sm80", "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)["kernels"]
-    assert [kernel["kernel"] for kernel in found] == ["qk_norm_rope", "rope_attention_1"]
-    assert "2/2" in printed.err
+    assert [kernel["kernel"] for kernel in found] == ["qk_norm_rope", "rope_attention_1", "rope_attention_1"]
+    assert [kernel["small_tiles"] for kernel in found] == [False, False, True]
+    assert "3/3" in printed.err
 
     monkeypatch.setenv("COLUMNS", "240")
     assert main(["inspect", bundle, "--kernels", "--target", "sm80"]) == 0
     printed = capsys.readouterr()
-    assert "sm80 rope_attention_1" in printed.out
+    assert "sm80 rope_attention_1 " in printed.out
+    assert "sm80 rope_attention_1, small tiles" in printed.out
     assert "no spills" in printed.out
     assert "from the cache" in printed.out
     assert printed.err == ""
@@ -309,7 +315,7 @@ def test_spills_and_what_does_not_fit_are_said_and_no_failure(bundle, monkeypatc
     capsys.readouterr()
     assert main(["inspect", bundle, "--kernels", "--target", "sm80"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("SPILLS 96 bytes") == printed.count("DOES NOT FIT") == 2
+    assert printed.count("SPILLS 96 bytes") == printed.count("DOES NOT FIT") == 3
 
 
 def test_inspect_refuses_an_unknown_target(bundle, capsys):
