@@ -51,6 +51,7 @@ class RankServer:
         self._rendezvous = rendezvous
         self._channel = channel
         self._sessions: dict[int, Rollout] = {}
+        self._stream = contextlib.ExitStack()  # never left: all commands run on the process's own stream
         self._bundle: Bundle
         self._executor: Executor
         self._collectives: LocalCollectives | TorchCollectives
@@ -132,7 +133,7 @@ class RankServer:
         device = torch.device(command.device, self._rank) if command.device == "cuda" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        contextlib.ExitStack().enter_context(own_stream(device))  # until the process ends
+        self._stream.enter_context(own_stream(device))
         self._bundle = reopen_bundle(command.bundle, command.digest)
         if device.type == "cuda":
             check_device_memory(predict_memory(self._bundle.config, command.executor, device="cuda"), device)
@@ -161,10 +162,8 @@ class RankServer:
         if warms_up(command.executor, device.type):
             warm_up(self._executor, self._bundle.config, self._bundle.layout, self._memories)
         logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
-        free_bytes, graph_bytes = (
-            device_free_bytes(device),
-            self._executor.graph_bytes(),
-        )  # of the session of the warm-up
+        free_bytes = device_free_bytes(device)
+        graph_bytes = self._executor.graph_bytes()  # of one session: that of the warm-up
         if free_bytes is not None:  # what warming up has left is there for sessions
             kept = predict_memory(self._bundle.config, command.executor).session_bytes + graph_bytes
             free_bytes += self._memories.num_free * kept

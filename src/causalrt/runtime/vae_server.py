@@ -47,6 +47,7 @@ class VaeServer:
     def __init__(self, channel: "Connection[Any, Any]") -> None:
         self._channel = channel
         self._states: dict[int, DecodeState] = {}
+        self._stream = contextlib.ExitStack()  # never left: all commands run on the process's own stream
         self._device = torch.device("cpu")
         self._bundle: Bundle
         self._vae: Vae
@@ -111,7 +112,7 @@ class VaeServer:
         self._device = torch.device(command.device)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        contextlib.ExitStack().enter_context(own_stream(self._device))  # until the process ends
+        self._stream.enter_context(own_stream(self._device))
         self._bundle = reopen_bundle(command.bundle, command.digest)
         self._weights = map_tensors(self._bundle.path / VAE_WEIGHTS)
         self._vae = make_vae(self._bundle, command.executor, device=self._device, num_threads=command.num_threads)
