@@ -102,25 +102,18 @@ def write_rows(
         KernelError: no Triton here, or CPU tensors in a process that does not interpret.
     """
     check_operands(out, q, k, v, norm_q, norm_k, cos, sin, destinations)
-    _, num_rows, num_heads, num_places = destinations.shape
-    row_strides = q.stride(0), k.stride(0), v.stride(0)
-    launch = _plan(num_rows, num_heads, out.shape[1], num_places, q.dtype, eps, row_strides)
+    launch = _plan(destinations.shape, out.shape[1], q.dtype, eps, (q.stride(0), k.stride(0), v.stride(0)))
     launch.run(q, k, v, norm_q, norm_k, cos, sin, destinations, out)
 
 
 @functools.lru_cache(MAX_PLANS)  # a step calls the op once a layer, with the same shapes
 def _plan(
-    num_rows: int,
-    num_heads: int,
-    head_dim: int,
-    num_places: int,
-    dtype: torch.dtype,
-    eps: float,
-    row_strides: tuple[int, int, int],
+    destinations_shape: torch.Size, head_dim: int, dtype: torch.dtype, eps: float, row_strides: tuple[int, int, int]
 ) -> KernelLaunch:
     require_triton()
     from causalrt.plugins.qk_norm_rope_launch import plan
 
+    _, num_rows, num_heads, num_places = destinations_shape
     return plan(
         num_rows=num_rows,
         num_heads=num_heads,

@@ -40,7 +40,7 @@ def test_qk_norm_rope(launched: Launched) -> None:
     for _ in range(2):
         for dtype, packed, eps in cases:
             qkv = torch.empty(rows, 3 * width, dtype=dtype)
-            q, k, v = (part if packed else part.contiguous() for part in qkv.split(width, dim=1))
+            q, k, v = (part if packed else part.contiguous() for part in qkv.chunk(3, dim=1))
             weight, table = torch.empty(width, dtype=dtype), torch.empty(1, rows, DIM // 2)
             out = torch.empty(2 * LAYOUT.scatter_rows, DIM, dtype=dtype)
             qk_norm_rope.write_rows(out, q, k, v, weight, weight, table, table, destinations, eps)
