@@ -8,6 +8,7 @@ import torch
 from small_bundles import Bundles, bundle_factory, prompt, tiny_config
 
 from causalrt import load
+from causalrt.runtime.messages import ChunkCommand, Command
 
 SAME = 2e-5
 """Between head plans: the order of float32 sums is all that differs."""
@@ -105,3 +106,23 @@ def test_kv_rows_moved(bundles: Bundles, window: str, frames_moved: list[int]) -
     each_chunk = [after - before for before, after in pairwise([*moved, session.kv_rows_moved])]
     assert each_chunk == [frames * config.tokens_per_frame for frames in frames_moved]
     assert max(each_chunk) <= config.video.chunk_frames * config.tokens_per_frame
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_noise_is_drawn_ahead_for_every_chunk_that_follows(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, record: bool
+) -> None:
+    """After the last chunk none is drawn, though a recorded one is refreshed too."""
+    with load(bundles(1)) as engine:
+        sent, real = list[Command](), engine._pool.send
+
+        def send(command: Command) -> None:
+            sent.append(command)
+            real(command)
+
+        monkeypatch.setattr(engine._pool, "send", send)
+        with engine.session(prompt(), num_chunks=CHUNKS, record=record) as session:
+            list(session)
+    chunks = [command for command in sent if isinstance(command, ChunkCommand)]
+    assert [chunk.draw_next for chunk in chunks] == [True, True, False]
+    assert [chunk.refresh for chunk in chunks] == [True, True, record]

@@ -30,6 +30,8 @@ TRITON_TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+MAX_PLANS = 1024
+"""Plans that an op keeps: one for each number of KV rows, kind of step and device, and more than any bundle has."""
 
 
 def require_triton() -> None:

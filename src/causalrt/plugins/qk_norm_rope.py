@@ -11,6 +11,7 @@ loaded). With one rank the rows are those of q, then of k, then of v, unmoved.
 Statistics, weight and rotation are float32 whatever the type of the rows, and each value is rounded once, at the end.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from causalrt.errors import OperandError
-from causalrt.plugins.kernel_launch import require_triton
+from causalrt.plugins.kernel_launch import MAX_PLANS, KernelLaunch, require_triton
 from causalrt.plugins.rotate import rotate_pairs_real
 
 
@@ -100,21 +101,28 @@ def write_rows(
         OperandError: shapes, types or strides do not fit together.
         KernelError: no Triton here, or CPU tensors in a process that does not interpret.
     """
+    check_operands(out, q, k, v, norm_q, norm_k, cos, sin, destinations)
+    launch = _plan(destinations.shape, out.shape[1], q.dtype, eps, (q.stride(0), k.stride(0), v.stride(0)))
+    launch.run(q, k, v, norm_q, norm_k, cos, sin, destinations, out)
+
+
+@functools.lru_cache(MAX_PLANS)  # a step calls the op once a layer, with the same shapes
+def _plan(
+    destinations_shape: torch.Size, head_dim: int, dtype: torch.dtype, eps: float, row_strides: tuple[int, int, int]
+) -> KernelLaunch:
     require_triton()
     from causalrt.plugins.qk_norm_rope_launch import plan
 
-    check_operands(out, q, k, v, norm_q, norm_k, cos, sin, destinations)
-    _, num_rows, num_heads, num_places = destinations.shape
-    launch = plan(
+    _, num_rows, num_heads, num_places = destinations_shape
+    return plan(
         num_rows=num_rows,
         num_heads=num_heads,
-        head_dim=out.shape[1],
+        head_dim=head_dim,
         num_places=num_places,
-        dtype=q.dtype,
+        dtype=dtype,
         eps=eps,
-        row_strides=(q.stride(0), k.stride(0), v.stride(0)),
+        row_strides=row_strides,
     )
-    launch.run(q, k, v, norm_q, norm_k, cos, sin, destinations, out)
 
 
 def check_operands(

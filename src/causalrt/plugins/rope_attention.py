@@ -19,15 +19,18 @@ This module owns the op and its meaning in eager torch. Its ONNX form is in `onn
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from causalrt.errors import OperandError
 from causalrt.plugins.attention import attend
-from causalrt.plugins.kernel_launch import require_triton
+from causalrt.plugins.kernel_launch import MAX_PLANS, require_triton
 from causalrt.plugins.rotate import rotate_pairs_real
 from causalrt.plugins.share_blocks import ShareBlocks, ShareRows, blocks_from_shares
+
+if TYPE_CHECKING:  # it imports Triton
+    from causalrt.plugins.rope_attention_launch import RopeAttentionPlan
 
 
 def share_parts(received: torch.Tensor, blocks: ShareBlocks, share: ShareRows) -> Iterator[torch.Tensor]:
@@ -161,23 +164,40 @@ def run_kernel(
         OperandError: shapes, types or strides do not fit together.
         KernelError: no Triton here, shapes that the kernel does not take, or CPU tensors in a process that does not interpret.
     """
+    blocks = _blocks(received.shape, num_tokens, tuple(num_heads), tuple(splits))
+    check_operands(received, slots, kv_rows, rotation, blocks)
+    whole = slots[0].dim() == 4
+    made = _plan(blocks, received.dtype, received.device, slots[0].shape[2 if whole else 1], whole, bool(rotation))
+    return made.run(received, slots, kv_rows, rotation, made.buffers(received.device))
+
+
+# A step calls the op once a layer: what follows from shapes and types alone is worked out once.
+
+
+@functools.lru_cache(MAX_PLANS)
+def _blocks(
+    received_shape: torch.Size, num_tokens: int, num_heads: tuple[int, ...], splits: tuple[int, ...]
+) -> ShareBlocks:
+    return blocks_from_shares(received_shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan(
+    blocks: ShareBlocks, dtype: torch.dtype, device: torch.device, slot_rows: int, whole_slots: bool, rotate: bool
+) -> "RopeAttentionPlan":
     require_triton()
     from causalrt.plugins.rope_attention_launch import plan, tiles_for
 
-    blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
-    check_operands(received, slots, kv_rows, rotation, blocks)
-    whole = slots[0].dim() == 4
-    capability, multiprocessors = _device_facts(received.device)
-    made = plan(
+    capability, multiprocessors = _device_facts(device)
+    return plan(
         blocks,
-        dtype=received.dtype,
-        slot_rows=slots[0].shape[2 if whole else 1],
-        whole_slots=whole,
-        rotate=bool(rotation),
-        tiles=tiles_for(capability, dtype=received.dtype, head_dim=blocks.head_dim, rotate=bool(rotation)),
+        dtype=dtype,
+        slot_rows=slot_rows,
+        whole_slots=whole_slots,
+        rotate=rotate,
+        tiles=tiles_for(capability, dtype=dtype, head_dim=blocks.head_dim, rotate=rotate),
         num_multiprocessors=multiprocessors,
     )
-    return made.run(received, slots, kv_rows, rotation, made.buffers(received.device))
 
 
 def check_operands(
@@ -212,7 +232,6 @@ def check_operands(
             raise OperandError(f"{name} has strides {tensor.stride()}: hand over a contiguous tensor")
 
 
-@functools.cache
 def _device_facts(device: torch.device) -> tuple[int, int]:
     """Compute capability (80, 90, 120) and multiprocessors; those of an A100 for a CPU that interprets."""
     if device.type != "cuda":
