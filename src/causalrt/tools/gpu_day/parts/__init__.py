@@ -63,7 +63,7 @@ PARTS = (
     _part(
         "ranks",
         "2, 3 and 8 ranks as threads on one GPU: the recorded rollouts, and the exchange's self-test",
-        wish_s=60,
+        wish_s=80,
         least_s=10,
     ),
     _part(

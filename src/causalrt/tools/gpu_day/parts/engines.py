@@ -17,8 +17,10 @@ from causalrt.export.options import CollectivesMode
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.tools.compare import rms_errors
 from causalrt.tools.gpu_day.book import Book, SkippedError
+from causalrt.tools.gpu_day.predictions import columns, planner_for
 from causalrt.tools.gpu_day.rollouts import make_case, recording_file
-from causalrt.tools.gpu_day.steps import StepSession, compare_steps, eager, noise_of, random_state
+from causalrt.tools.gpu_day.steps import MOST_ERROR, StepSession, compare_steps, eager, noise_of, random_state
+from causalrt.tools.plan.roofline import Lowering
 from causalrt.tools.recording import open_recording
 from causalrt.tools.replay import Player, recorded_outputs, replay_here
 
@@ -113,6 +115,14 @@ def _two_layers(book: Book, flavour: Flavour, target: str) -> None:
     sessions = {
         name: StepSession(make, bundle, book.device) for name, make in (("eager", eager()), (flavour.name, engine))
     }
+    planner = planner_for(book)
     for rows in compare_steps(sessions, config, noise_of(bundle, book.device), repeats=5):
         for each in rows:
-            book.row(LAYERS, **each)
+            lowering: Lowering = "eager" if each["side"] == "eager" else "engine"
+            predicted = planner.step(config, kv_rows=each["KV rows"], lowering=lowering, fused_ops=False)
+            book.row(LAYERS, **each, **columns(predicted))
+            if each["error"] > MOST_ERROR:
+                book.wrong(
+                    f"{each['side']} over {each['KV rows']} rows: the flow differs from eager's by {each['error']:.2g}, "
+                    f"allowed {MOST_ERROR:g}"
+                )

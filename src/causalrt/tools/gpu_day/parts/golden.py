@@ -94,6 +94,7 @@ def run(book: Book) -> None:
 
 def _replay(book: Book, name: str, way: Way, case: Case) -> float:
     start = time.perf_counter()
+    torch.compiler.reset()  # it would take the step of another executor for one compiled too often
     with way.stance():
         player = Player(executor=way.executor(case, book.device), config=case.bundle.config, layout=case.bundle.layout)
         outputs = replay_here(case.recording, player)

@@ -26,12 +26,14 @@ def run(book: Book) -> None:
         require_triton()
     except KernelError as error:
         raise SkippedError(str(error)) from error
-    from causalrt.tools.kernel_bench.operands import interpreted
+    from causalrt.tools.kernel_bench.operands import interpreted  # these import Triton
     from causalrt.tools.kernel_bench.sections import Bench
 
+    subject = "The fused kernels"
     if book.dry_run and interpreted():
         book.note("The kernels are interpreted by Triton, over as few rows as there can be.")
     elif book.dry_run:
+        subject = "The references of the fused kernels"
         book.note("References stand in for the kernels: Triton 3.6's interpreter fails with numpy 2.4 and newer.")
 
     planner, config = planner_for(book), _config(book)
@@ -44,13 +46,13 @@ def run(book: Book) -> None:
                 def keep(report: Mapping[str, Any], section: str = section, before: list[Any] = before) -> None:
                     merged.update(machine=report["machine"], options=report["options"])
                     merged[section] = [*before, *report[section]]
-                    _write(book, merged, config, planner)
+                    _write(book, merged, config, planner, subject)
 
                 with book.attempt(f"{section}, {world_size} rank(s)"):
                     bench = Bench(_options(book, config, section, world_size), config, book.device, keep=keep)
                     getattr(bench, section)()
                     merged["claims"] += bench.report["claims"]
-                    _write(book, merged, config, planner)
+                    _write(book, merged, config, planner, subject)
 
 
 def _config(book: Book) -> Config:
@@ -75,7 +77,7 @@ def _options(book: Book, config: Config, section: str, world_size: int) -> argpa
     )
 
 
-def _write(book: Book, merged: Mapping[str, Any], config: Config, planner: Planner) -> None:
+def _write(book: Book, merged: Mapping[str, Any], config: Config, planner: Planner, subject: str) -> None:
     """All tables anew, and what the picture is drawn from."""
     rows = [
         {
@@ -108,7 +110,7 @@ def _write(book: Book, merged: Mapping[str, Any], config: Config, planner: Plann
         book.record.data[name] = value
     errors = [row["error"] for row in (*rows, *attention) if row["side"] in ("kernel", "whole", "prefix")]
     ratios = [row["of fastest SDPA"] for row in attention if row["side"] == "whole" and row["of fastest SDPA"]]
-    said = f"The fused kernels agree with float64 (largest relative error {max(errors):.1e})"
+    said = f"{subject} agree with float64 (largest relative error {max(errors):.1e})"
     if ratios and not book.dry_run:
         said += f" and take {min(ratios):.2f} to {max(ratios):.2f} of the time of the fastest SDPA"
     book.headline("kernels", f"{said}.")

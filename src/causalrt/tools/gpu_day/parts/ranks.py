@@ -21,8 +21,8 @@ def run(book: Book) -> None:
     """Replay the recordings on each number of ranks, in eager and with the fused ops."""
     exact_float32()
     worst, count = 0.0, 0
-    for world_size in WORLD_SIZES:
-        for name in RECORDINGS[: 1 if book.dry_run else None]:
+    for name in RECORDINGS[: 1 if book.dry_run else None]:
+        for world_size in WORLD_SIZES:
             try:
                 case = make_case(book, name, world_size=world_size)
             except SkippedError as reason:
