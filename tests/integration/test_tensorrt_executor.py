@@ -13,6 +13,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -686,19 +687,19 @@ def test_communicator_missing_or_refused(replays: Replays, monkeypatch: pytest.M
 
 
 def test_another_nccl_is_noticed_before_it_is_given_a_communicator(
-    replays: Replays, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    replays: Replays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorRT would open the first library of that name, which is not torch's here."""
     _, bundle = replays("R", 2, "engine")
-    maps = tmp_path / "maps"
-    line = "7f00-7f01 r-xp 00000000 fe:00 1 {}/libnccl.so.2\n"
-    maps.write_text(line.format("/torch"))
+    mapped = ["/torch/libnccl.so.2"]
 
     def load(name: str) -> None:
-        assert name == "libnccl.so.2"
-        maps.write_text(line.format("/torch") + line.format("/usr/lib"))
+        mapped.append(f"/usr/lib/{name}")
 
-    monkeypatch.setattr(tensorrt, "MAPS", maps)
+    def maps() -> str:
+        return "".join(f"7f00-7f01 r-xp 00000000 fe:00 1 {path}\n" for path in mapped)
+
+    monkeypatch.setattr(tensorrt, "MAPS", SimpleNamespace(read_text=maps))
     monkeypatch.setattr("ctypes.CDLL", load)
     given = []
     monkeypatch.setattr(LoadedEngine, "set_communicator", lambda engine, communicator: given.append(engine))
