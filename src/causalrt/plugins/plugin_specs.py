@@ -36,8 +36,8 @@ DTYPE_FROM_ONNX = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}
 """Types of an output that no input has, by their number in ONNX."""
 
 LARGE_TILES, SMALL_TILES = 1, 2
-"""Tactics of the attention plugins. The small tiles fit into the shared memory that needs no permission: if TensorRT launches
-plugins without raising their limit, the large ones cannot be launched, and lose."""
+"""Tactics of the attention plugins. The small tiles fit into the shared memory that every kernel may take: if TensorRT launches
+plugins without raising their limit, the large ones fail when they are timed, which should leave the small ones."""
 
 MAX_SHARES = 2
 """Shares that the attention kernel takes at once."""
