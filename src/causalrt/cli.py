@@ -74,7 +74,7 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 _SOURCE = ("recipe", "checkpoint", "out")
 """Options that a build from a checkpoint needs."""
-_OF_THE_BUNDLE = {
+_OF_THE_BUNDLE: dict[str, Any] = {
     **dict.fromkeys(("recipe", "checkpoint", "vae", "world_size", "head_plan", "dtype", "executor")),
     "target": [],
     "set": [],
