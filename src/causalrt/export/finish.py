@@ -99,9 +99,8 @@ def finish_build(
     needed_bytes = sum(source.sizes.values()) + engine_sets * weight_bytes
     with new_bundle(target, overwrite=in_place or overwrite, needed_bytes=needed_bytes) as folder, unchanged(source):
         for name in source.sizes:
-            shutil.copyfile(
-                source.path / name, folder / name
-            )  # onnx reads no weights from a file with a second hard link
+            # Copied and not linked: onnx reads no weights from a file that has a second hard link.
+            shutil.copyfile(source.path / name, folder / name)
         prepared = Prepared(
             folder=folder,
             config=source.config,
@@ -164,7 +163,7 @@ def _targets_of(source: Bundle, name: str) -> tuple[str, ...]:
 
         check_torch_tensorrt((name,), record.collectives)
     if flavour.targets:
-        return tuple(flavour.check_target(target) for target in record.wanted)
+        return tuple(flavour.check_target(target) for target in record.wanted or (None,))
     here = flavour.check_target(None)
     if record.wanted and here not in record.wanted:
         raise ExecutorError(
