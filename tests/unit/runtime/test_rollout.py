@@ -25,6 +25,7 @@ from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
 from causalrt.runtime.rollout import ChunkTimes, Rollout
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.runtime.warm_up import warm_up
+from causalrt.tools.certificate.ranks import ThreadCollectives, meet, run_threads
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 LONE = {"video.horizon_frames": "13", "video.independent_first_frame": "true"}
@@ -352,3 +353,38 @@ def test_warming_up_meets_every_length_and_plays_a_chunk_of_each_kind(
     memory.begin(executor.encode_prompt(text_of(config, 0)))
     assert memory.number == (device == CPU)
     assert memory.slots.rows_moved == 0
+
+
+@pytest.mark.parametrize("changes", [{}, LONE], ids=["chunks alike", "lone first frame"])
+def test_two_ranks_warm_up_together_and_compute_what_cold_ones_do(
+    bundle_of: Callable[..., Bundle], changes: dict[str, str]
+) -> None:
+    """Ranks that took different steps would wait for each other for ever; here, until their threads give up."""
+    bundle = bundle_of({**changes, "build.world_size": "2"})
+    played = []
+    for warm in (False, True):
+        meeting, collectives = meet(2, ThreadCollectives)
+
+        def on_rank(rank: int, warm: bool = warm, ranks: Sequence[ThreadCollectives] = collectives) -> torch.Tensor:
+            config, executor = bundle.config, EagerExecutor(bundle, ranks[rank], device=CPU)
+            memories = SessionMemories(executor, config, bundle.layout)
+            if warm:
+                warm_up(executor, ranks[rank], config, bundle.layout, memories)
+            rollout = Rollout(
+                executor,
+                ranks[rank],
+                config,
+                bundle.layout,
+                text=text_of(config, 0),
+                noise=SeededNoise(5),
+                memory=memories.take(),
+            )
+            return torch.cat(
+                [torch.empty(0, 64), *(rows for index in range(3) for rows in play(rollout, index, Log()))]
+            )
+
+        played.append(run_threads(meeting, on_rank))
+    (cold, _), (warmed, none) = played
+    assert torch.equal(cold, warmed)
+    assert len(warmed) > 0
+    assert len(none) == 0, "latents go to rank 0"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from causalrt.config import recipe
+from causalrt.config import override, recipe
 from causalrt.engines.bundle import open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
@@ -115,10 +115,13 @@ def test_the_next_session_finds_the_addresses_and_nothing_else(monkeypatch):
     assert all(bool((tensor == 0).all()) for layer in memory.slots.filled(0) for pair in layer for tensor in pair)
 
 
-@pytest.mark.parametrize("plugins", [False, True])
-def test_sessions_one_after_another_in_one_memory(tmp_path, plugins):
+LONE = {"video.horizon_frames": "13", "video.independent_first_frame": "true"}
+
+
+@pytest.mark.parametrize(("plugins", "changes"), [(False, {}), (True, {}), (False, LONE)])
+def test_sessions_one_after_another_in_one_memory(tmp_path, plugins, changes):
     """As on a GPU: warmed up, then two sessions in the memory that the warm-up used; each is what it is alone."""
-    config = recipe("tiny")
+    config = override(recipe("tiny"), changes)
     checkpoint = tmp_path / "checkpoint.safetensors"
     save_file({f"model.{name}": tensor for name, tensor in random_weights(config.model, seed=0)}, checkpoint)
     bundle = open_bundle(build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"]))
