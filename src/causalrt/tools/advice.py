@@ -4,20 +4,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-DOCUMENTED_TARGETS = {
-    "tensorrt_rtx": ("sm75", "sm86", "sm89", "sm120", "sm121"),
-    "tensorrt": ("sm80", "sm90", "sm100", "sm103"),
-}
-"""The TensorRT that NVIDIA documents for GPUs of each architecture: RTX cards, and those of data centres."""
+from causalrt.engines.tensorrt_flavour import FLAVOURS, recommended_executor
+
 ENOUGH_SHARED_MEMORY_GIB = 1.0
 """Containers have 64 MiB unless told otherwise, which NCCL's buffers for several ranks do not fit into."""
 BUILD = "causalrt build --recipe wan_1_3b_480p --checkpoint self_forcing_dmd.pt --vae Wan2.1_VAE.pth"
 GPU_DAY = "causalrt gpu-day --budget 570 --out gpu-day"
-
-
-def recommended_executor(target: str) -> str:
-    """The executor for a GPU architecture, for example `tensorrt` for `sm80`; `inductor` if neither TensorRT is documented."""
-    return next((name for name, targets in DOCUMENTED_TARGETS.items() if target in targets), "inductor")
 
 
 def advise(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +73,7 @@ def _without_gpu(found: Mapping[str, Any], *, has_gpu: bool) -> tuple[str, list[
     if has_gpu:
         return summary, [("causalrt doctor", "looks again, once the problem is solved"), *commands]
     if can["build tensorrt_rtx engines"]["ok"]:
-        targets = ", ".join(DOCUMENTED_TARGETS["tensorrt_rtx"])
+        targets = ", ".join(FLAVOURS["tensorrt_rtx"].listed)
         summary += f" It can also build TensorRT-RTX engines for RTX cards in other machines ({targets})."
         build = f"{BUILD} --executor tensorrt_rtx --target sm89 --out bundle"
         commands.append((build, "builds TensorRT-RTX engines for an RTX 4090"))

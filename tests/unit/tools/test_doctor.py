@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from causalrt.engines.tensorrt_flavour import FLAVOURS
-from causalrt.tools import advice, doctor, doctor_page, gpus
+from causalrt.tools import doctor, doctor_page, gpus
 from causalrt.tools.gpus import Gpu, Gpus
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020)"
@@ -123,25 +122,6 @@ def test_card_that_no_tensorrt_is_for(machine):
     found, said = examined()
     assert "NVIDIA documents neither TensorRT for sm70" in said
     assert "--executor" not in commands(found)[1]
-
-
-@pytest.mark.parametrize(
-    ("target", "name"),
-    [
-        ("sm75", "tensorrt_rtx"),
-        ("sm89", "tensorrt_rtx"),
-        ("sm80", "tensorrt"),
-        ("sm90", "tensorrt"),
-        ("sm70", "inductor"),
-    ],
-)
-def test_flavour_of_an_architecture(target, name):
-    assert advice.recommended_executor(target) == name
-
-
-def test_documented_targets_can_be_built_for():
-    assert set(advice.DOCUMENTED_TARGETS) == set(FLAVOURS)
-    assert set(advice.DOCUMENTED_TARGETS["tensorrt_rtx"]) <= set(FLAVOURS["tensorrt_rtx"].targets)
 
 
 def test_machine_without_a_gpu(machine):
