@@ -369,7 +369,7 @@ def test_rank_0_alone_writes_the_kernels_that_all_ranks_read(
     def start(ranks: ThreadCollectives) -> tuple[EngineLoader, bytes]:
         executor = make(bundle, ranks)
         read = executor._engines._kept
-        warm_up(executor, bundle.config, bundle.layout, SessionMemories(executor, bundle.config, bundle.layout))
+        warm_up(executor, ranks, bundle.config, bundle.layout, SessionMemories(executor, bundle.config, bundle.layout))
         return executor._engines, read
 
     for kernels in (b"", b"kernels"):
