@@ -69,7 +69,11 @@ def build_stand_in(
 def stand_in_builder(capability: tuple[int, int] | None = CAPABILITY) -> Iterator[None]:
     """A machine with both TensorRTs and a GPU of this capability, or none, as far as a build of engines goes."""
     # Only what chooses the target sees the GPU: torch itself would try to use it.
-    cuda = SimpleNamespace(is_available=lambda: capability is not None, get_device_capability=lambda device: capability)
+    cuda = SimpleNamespace(
+        is_available=lambda: capability is not None,
+        get_device_capability=lambda device: capability,
+        get_device_name=lambda device: "stand-in",
+    )
     with (
         mock.patch.dict(tensorrt_flavour.FLAVOURS, STAND_INS),
         mock.patch.object(engine_files, "run_child", _write_engines),

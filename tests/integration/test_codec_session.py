@@ -105,8 +105,11 @@ def test_a_decoder_without_caches_bounds_no_sessions(bundle):
     opened = open_bundle(bundle)
     memory, decoder = predict_memory(opened.config, "eager"), decoder_memory(opened, "eager")
     one = memory.session_bytes + memory.activation_bytes + memory.attention_bytes
-    assert device_sessions(memory, [one, one], decoder, 2**30, shared=False) == 1
-    assert device_sessions(memory, [one + 2**30, one + memory.session_bytes], decoder, 2**30, shared=False) == 2
+    assert device_sessions(memory, [one, one], decoder, 2**30, graph_bytes=0, shared=False) == 1
+    assert (
+        device_sessions(memory, [one + 2**30, one + memory.session_bytes], decoder, 2**30, graph_bytes=0, shared=False)
+        == 2
+    )
 
 
 def test_latents_of_other_channels_are_refused(codec, tmp_path):

@@ -148,15 +148,15 @@ def test_the_files_are_a_video_and_a_picture(shown):
 
 def test_a_row_that_differs_fails(shown, tmp_path, monkeypatch, capsys):
     """The picture, the table and the exit code say so; the files are there all the same."""
-    real = demo._generate
+    real = demo.make_video
 
-    def spoilt(*given):
-        made = real(*given)
-        if "2 ranks" in given[-1]:
+    def spoilt(*given, stage, **named):
+        made = real(*given, stage=stage, **named)
+        if "2 ranks" in stage:
             made.chunks[1].frames[3, 5, 7, 1] ^= 0x40
         return made
 
-    monkeypatch.setattr(demo, "_generate", spoilt)
+    monkeypatch.setattr(demo, "make_video", spoilt)
     said = quiet(DemoRequest(out=tmp_path, chunks=2, rows=(("eager", 2), ("eager", 1))))
     assert [row["grey_levels"] for row in said["rows"]] == [0, 64]
     assert not said["passed"]
@@ -175,7 +175,7 @@ def test_what_lies_in_the_folder_stays(shown, tmp_path, monkeypatch):
     def breaks(*given, **named):
         raise RuntimeError("on the way")
 
-    monkeypatch.setattr(demo, "_generate", breaks)
+    monkeypatch.setattr(demo, "make_video", breaks)
     with pytest.raises(RuntimeError, match="on the way"):
         quiet(DemoRequest(out=tmp_path, chunks=1, rows=(("eager", 1),)))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
