@@ -347,7 +347,7 @@ def test_profiles_are_the_lengths_that_occur():
             {},
             {"executors": ["onnxruntime"]},
             ConfigError,
-            "--target, --frontend, --collectives and --timing-cache are for TensorRT",
+            "--target, --frontend, --collectives, --timing-cache and --prepare are for TensorRT",
         ),
         ({}, {"collectives": "both"}, ConfigError, "collectives must be engine or runtime, got 'both'"),
     ],

@@ -121,6 +121,7 @@ def torch_tensorrt(monkeypatch):
     monkeypatch.setattr(Flavour, "builds_here", lambda self: True)
     monkeypatch.setattr(Flavour, "check_target", lambda self, target: target or "sm80")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "stand-in")
     return stand_in
 
 
