@@ -214,7 +214,8 @@ def test_table_says_what_the_chart_draws(new_page, server, expect):
     words = page.get_by_role("img").get_attribute("aria-label")
     assert re.search(r"chunks 0 to 2; the latest took \d+ ms: queue", words)
     bars = page.evaluate(
-        "[...document.querySelectorAll('.bar')].map((bar) => [bar.querySelectorAll('rect').length, !!bar.querySelector('.cut')])"
+        "[...document.querySelectorAll('.bar')]"
+        ".map((bar) => [bar.querySelectorAll('rect').length, bar.querySelector('.cut') !== null])"
     )
     wanted = [9, 8, 8]  # the text encoder is in the first alone
     # A chunk that took much longer than the others is cut off at the top, and its last stages with it.
