@@ -73,6 +73,11 @@ def register_plugins(trt: Any, *, target: int, cache: Path) -> None:
         _register(trt, api, spec, target, cache)
 
 
+def numpy_breaks_plugins(version: str) -> bool:
+    """Whether the plugin API of this version of TensorRT fails under the NumPy that is installed."""
+    return TorchVersion(version) < "11.2" and TorchVersion(np.__version__) >= "2.4"
+
+
 def plugin_api(trt: Any) -> Any:
     """The module with the plugin API of a TensorRT.
 
@@ -86,7 +91,7 @@ def plugin_api(trt: Any) -> Any:
         raise ExecutorError(f"{trt.__name__} has no plugin API ({error}); {advice}") from error
     if not hasattr(api, "aot_impl") or not hasattr(api, "KernelLaunchParams"):
         raise ExecutorError(f"{trt.__name__} {trt.__version__} cannot compile plugins ahead of time; {advice}")
-    if TorchVersion(trt.__version__) < "11.2" and TorchVersion(np.__version__) >= "2.4":
+    if numpy_breaks_plugins(trt.__version__):
         raise ExecutorError(
             f"the plugin API of TensorRT {trt.__version__} fails under NumPy {np.__version__}: before 11.2 it converts "
             "attributes in a way that NumPy refuses since 2.4; `pip install 'tensorrt-cu13>=11.2,<12'`, or build with "

@@ -29,13 +29,12 @@ taken to need, and 41 to 52 in ONNX Runtime there, which unfolds each input of a
 _COMMON_POOL = (0, 0)
 """Of torch's allocator. What the pool of CUDA graphs holds is given to no other tensor, used or not."""
 _RAN_OUT = (
-    *(
-        "out of memory",
-        "outofmemory",
-        "alloc_failed",
-        "can't allocate memory",
-    ),  # CUDA, TensorRT, cuBLAS, torch on a CPU
-    *("failed to allocate memory", "is smaller than requested bytes"),  # ONNX Runtime
+    "out of memory",  # CUDA
+    "outofmemory",  # TensorRT
+    "alloc_failed",  # cuBLAS
+    "can't allocate memory",  # torch on a CPU
+    "failed to allocate memory",  # ONNX Runtime, and the next one
+    "is smaller than requested bytes",
 )
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 from causalrt.errors import CausalRTError
 from causalrt.install_hint import install_extra
 from causalrt.plugins.kernel_launch import c_compiler, require_triton_launches
+from causalrt.plugins.tensorrt_plugin import numpy_breaks_plugins
 from causalrt.runtime.memory import available_bytes
 from causalrt.tools.advice import advise
 from causalrt.tools.gpus import Gpu, driver_version, find_gpus, first_sentence, mps_state, needed_driver
@@ -36,8 +36,6 @@ EXTRAS = {
 }
 """The distributions of optional extras that no entry of `can` stands for."""
 SHARED_MEMORY = "/dev/shm"
-PLUGIN_PYTHON = ((11, 2), (2, 4))
-"""TensorRT before the first version cannot make plugins under numpy from the second version on."""
 
 
 def examine() -> dict[str, Any]:
@@ -188,7 +186,7 @@ def _tensorrt(flavour: Flavour, gpu: bool) -> dict[str, Any]:
         return _answer(False, str(error))
     except AttributeError:  # a folder of that name, without the library
         return _answer(False, f"the module {flavour.module} is incomplete: it has no version")
-    if flavour.plugins and _numbers(version) < PLUGIN_PYTHON[0] and _numbers(numpy.__version__) >= PLUGIN_PYTHON[1]:
+    if flavour.plugins and numpy_breaks_plugins(version):
         version += (
             f", without plugins: before 11.2 it cannot make them under numpy {numpy.__version__}; pip install "
             "'tensorrt-cu13>=11.2,<12'"
@@ -220,10 +218,6 @@ def _nccl_version() -> str | None:
     if not dist.is_nccl_available():
         return None
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _gib(size: int | None) -> float | None:
