@@ -23,8 +23,8 @@ from causalrt.runtime.session import Chunk, Session
 if TYPE_CHECKING:
     from causalrt.export.build import build
     from causalrt.export.finish import finish_build
-    from causalrt.runtime.pictures.read import read_frames
-    from causalrt.runtime.video_file import write_video
+    from causalrt.media.read import read_frames
+    from causalrt.media.video_file import write_video
 
 __all__ = [
     "RECIPES",
@@ -43,8 +43,8 @@ __all__ = [
 _LAZY = {  # imported on first use: a production host needs no exporter, and may need no video library
     "build": "causalrt.export.build",
     "finish_build": "causalrt.export.finish",
-    "read_frames": "causalrt.runtime.pictures.read",
-    "write_video": "causalrt.runtime.video_file",
+    "read_frames": "causalrt.media.read",
+    "write_video": "causalrt.media.video_file",
 }
 __version__ = "0.1.0"
 

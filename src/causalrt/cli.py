@@ -411,7 +411,7 @@ def _compare_emulated(arguments: argparse.Namespace, on_progress: Progress) -> d
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from causalrt.runtime.server.command import checked, run
+    from causalrt.server.command import checked, run
 
     def started(url: str) -> None:
         _say(json.dumps({"url": url}) if arguments.json else f"serving at {url}", flush=True)
@@ -742,7 +742,7 @@ def _parser() -> argparse.ArgumentParser:
         "--collectives", choices=("engine", "runtime"), help="with --emulate: who exchanges between ranks (engine)"
     )
 
-    from causalrt.runtime.server.command import add_arguments
+    from causalrt.server.command import add_arguments
 
     made = command(
         "serve",

@@ -20,8 +20,8 @@ from fastapi import FastAPI, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import FileResponse
 
 import causalrt.runtime
-from causalrt.runtime.server.guard import SECURITY_HEADERS
-from causalrt.runtime.video_file import FragmentWriter
+from causalrt.server.guard import SECURITY_HEADERS
+from causalrt.media.video_file import FragmentWriter
 
 PAGE = Path(causalrt.runtime.__file__).parent / "server" / "page"
 

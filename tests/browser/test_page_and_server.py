@@ -73,7 +73,7 @@ def test_a_prompt_that_was_cut_is_shown_beside_it(new_page, expect, screenshots,
 def test_a_page_that_waits_for_its_token_is_told_that_the_server_ends(new_page, expect, screenshots, tmp_path, engine):
     from running import Running
 
-    from causalrt.runtime.server.auth import Tokens
+    from causalrt.server.auth import Tokens
 
     tokens = tmp_path / "tokens"
     tokens.touch(mode=0o600)

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 from page_steps import PLAYED, accessibility_violations, overflow, start, wait_for
 
-from causalrt.runtime.mp4_boxes import boxes
+from causalrt.media.mp4_boxes import boxes
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

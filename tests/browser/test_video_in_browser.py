@@ -15,7 +15,7 @@ NUM_FRAMES, FPS = 45, 16
 def write_files(folder: Path) -> None:
     from stand_in_server import pictures
 
-    from causalrt.runtime.video_file import FragmentWriter, Mp4Writer
+    from causalrt.media.video_file import FragmentWriter, Mp4Writer
 
     frames = pictures(0, NUM_FRAMES, height=240, width=416, prompt="a")
     with Mp4Writer(folder / "whole.mp4", height=240, width=416, fps=FPS) as whole:

@@ -10,7 +10,7 @@ import torch
 from small_bundles import bundle_factory, prompt, tiny_config, write_checkpoint
 
 import causalrt
-from causalrt.runtime.video_file import Mp4Writer
+from causalrt.media.video_file import Mp4Writer
 
 
 @pytest.mark.parametrize("executor", ["eager", "onnxruntime"])

@@ -35,7 +35,7 @@ def test_wheel_holds_the_package_once(built):
     assert {name for name in names if name.endswith(".py")} == sources
     assert "causalrt/py.typed" in names
     page = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "causalrt").glob("runtime/server/page/*")}
-    assert "causalrt/runtime/server/page/index.html" in page <= names
+    assert "causalrt/server/page/index.html" in page <= names
     demo = {f"causalrt/demo_model/{name}" for name in DEMO_MODEL}
     assert demo <= names
     assert sum(sizes[name] for name in demo) < 6_000_000

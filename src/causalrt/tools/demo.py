@@ -29,9 +29,9 @@ from causalrt.model.words import WordEncoder
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.load import load
 from causalrt.runtime.noise import SeededNoise
-from causalrt.runtime.pyav import pyav
+from causalrt.media.pyav import pyav
 from causalrt.runtime.session import Chunk
-from causalrt.runtime.video_file import Mp4Writer, check_picture
+from causalrt.media.video_file import Mp4Writer, check_picture
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet, enlarged
 from causalrt.tools.demo_request import ABOUT, EXAMPLES, DemoRequest
 from causalrt.tools.files import check_writable_in, make_folder, write_whole

@@ -18,13 +18,13 @@ from causalrt.export.options import Progress
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import check_rank_limits, load
 from causalrt.runtime.noise import SeededNoise
-from causalrt.runtime.pictures.read import BACKGROUND, Part, read_frames
-from causalrt.runtime.pyav import pyav
+from causalrt.media.read import BACKGROUND, Part, read_frames
+from causalrt.media.pyav import pyav
 from causalrt.runtime.requests import checked_chunks, checked_given
 from causalrt.runtime.rollout import SwitchPolicy
 from causalrt.runtime.session import Chunk, Session
 from causalrt.runtime.stopwatch import process_age_s
-from causalrt.runtime.video_file import Mp4Writer, check_picture
+from causalrt.media.video_file import Mp4Writer, check_picture
 from causalrt.tools.files import check_writable, read_latents, read_prompt_embeds, write_latents
 
 LATENTS, VIDEO = ".safetensors", ".mp4"

@@ -12,9 +12,9 @@ from fake_engine import FakeEngine, fake_encode, fake_tokenize
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from causalrt.runtime.server.auth import Tokens
-from causalrt.runtime.server.run import address, listen, serve
-from causalrt.runtime.server.settings import ServerSettings
+from causalrt.server.auth import Tokens
+from causalrt.server.run import address, listen, serve
+from causalrt.server.settings import ServerSettings
 
 DEADLINE_S = 30.0
 

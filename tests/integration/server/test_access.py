@@ -13,10 +13,10 @@ from starlette.testclient import TestClient
 from websockets.exceptions import InvalidStatus
 
 from causalrt.errors import ConfigError
-from causalrt.runtime.server import log_limit
-from causalrt.runtime.server.auth import Tokens
-from causalrt.runtime.server.guard import Guard
-from causalrt.runtime.server.settings import ServerSettings
+from causalrt.server import log_limit
+from causalrt.server.auth import Tokens
+from causalrt.server.guard import Guard
+from causalrt.server.settings import ServerSettings
 
 ALICE, BOB = "alice-0123456789", "bob-9876543210-x"
 TOKENS = Tokens({hashlib.sha256(ALICE.encode()).digest(): "alice"})

@@ -13,9 +13,9 @@ from fake_engine import FakeEngine
 from running import DEADLINE_S, Running, until
 
 from causalrt.errors import ConfigError
-from causalrt.runtime.server import connections
-from causalrt.runtime.server.connections import connection_limit
-from causalrt.runtime.server.settings import ServerSettings
+from causalrt.server import connections
+from causalrt.server.connections import connection_limit
+from causalrt.server.settings import ServerSettings
 
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 

@@ -11,8 +11,8 @@ from small_encoders import write_vae
 
 from causalrt.errors import EngineClosedError, RankError
 from causalrt.runtime.load import load
-from causalrt.runtime.server import engine_host
-from causalrt.runtime.server.engine_host import EngineHost
+from causalrt.server import engine_host
+from causalrt.server.engine_host import EngineHost
 
 
 @pytest.fixture(scope="module")

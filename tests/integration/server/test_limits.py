@@ -9,7 +9,7 @@ import httpx
 from fake_engine import FakeEngine
 from running import Running, until
 
-from causalrt.runtime.server.auth import Tokens
+from causalrt.server.auth import Tokens
 
 ALICE, BOB = "alice-0123456789", "bob-9876543210-x"
 

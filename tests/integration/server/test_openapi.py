@@ -6,7 +6,7 @@ import pytest
 from fake_engine import FakeEngine
 from running import Running
 
-from causalrt.runtime.server.auth import Tokens
+from causalrt.server.auth import Tokens
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: pip install '.[test]'")
 hypothesis = pytest.importorskip("hypothesis")

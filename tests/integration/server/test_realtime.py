@@ -15,9 +15,9 @@ from running import DEADLINE_S, Running, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from causalrt.runtime.mp4_boxes import boxes
-from causalrt.runtime.server import floods, run
-from causalrt.runtime.server.auth import Tokens
+from causalrt.media.mp4_boxes import boxes
+from causalrt.server import floods, run
+from causalrt.server.auth import Tokens
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from websockets.sync.client import connect
 
 from causalrt.cli import main
 from causalrt.install_hint import install_extra
-from causalrt.runtime.server.command import LIBRARIES
+from causalrt.server.command import LIBRARIES
 
 STEPS = num_steps(12)  # a chunk takes long enough to be in the midst of it
 

@@ -13,8 +13,8 @@ from fake_engine import FakeEngine
 from running import Running, until
 
 from causalrt.errors import RequestError
-from causalrt.runtime.server import jobs
-from causalrt.runtime.server.spool import Spool
+from causalrt.server import jobs
+from causalrt.server.spool import Spool
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from causalrt.errors import ExecutorError, RequestError, VideoError
-from causalrt.runtime.mp4_boxes import boxes
-from causalrt.runtime.video_file import FragmentWriter, Mp4Writer, write_video
+from causalrt.media.mp4_boxes import boxes
+from causalrt.media.video_file import FragmentWriter, Mp4Writer, write_video
 
 av = pytest.importorskip("av", reason="needs PyAV: pip install 'av>=18.1,<19'")
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 
 import causalrt
 from causalrt.errors import RequestError
-from causalrt.runtime.pictures.clips import _orientation
+from causalrt.media.clips import _orientation
 
 av = pytest.importorskip("av", reason="needs PyAV: pip install 'av>=18.1,<19'")
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg (Debian package ffmpeg)")

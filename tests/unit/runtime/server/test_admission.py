@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from causalrt.runtime.server.admission import Admission, LeftError, RateLimit
-from causalrt.runtime.server.problems import Problem
+from causalrt.server.admission import Admission, LeftError, RateLimit
+from causalrt.server.problems import Problem
 
 
 def run(test):

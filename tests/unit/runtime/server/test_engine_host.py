@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from causalrt.errors import EngineClosedError, RankError
-from causalrt.runtime.server import engine_host
-from causalrt.runtime.server.engine_host import BundleReplacedError, EngineHost
+from causalrt.server import engine_host
+from causalrt.server.engine_host import BundleReplacedError, EngineHost
 
 CHUNK_S = 0.5
 

@@ -3,7 +3,7 @@
 import logging
 from types import SimpleNamespace
 
-from causalrt.runtime.server.log_limit import LogLimit, limited_logs
+from causalrt.server.log_limit import LogLimit, limited_logs
 
 
 def test_a_message_is_logged_ten_times_a_minute_and_the_rest_is_counted(caplog):

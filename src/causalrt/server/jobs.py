@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 from causalrt.errors import CausalRTError
-from causalrt.runtime.server.admission import Admission, LeftError, Ticket
-from causalrt.runtime.server.generation import Control, Generator, Switch, Wish
-from causalrt.runtime.server.metrics import Metrics
-from causalrt.runtime.server.offer import Offer
-from causalrt.runtime.server.problems import Problem, not_found, not_ready
-from causalrt.runtime.server.settings import ServerSettings
-from causalrt.runtime.server.spool import STATUSES, Job, Spool
-from causalrt.runtime.video_file import Mp4Writer
+from causalrt.server.admission import Admission, LeftError, Ticket
+from causalrt.server.generation import Control, Generator, Switch, Wish
+from causalrt.server.metrics import Metrics
+from causalrt.server.offer import Offer
+from causalrt.server.problems import Problem, not_found, not_ready
+from causalrt.server.settings import ServerSettings
+from causalrt.server.spool import STATUSES, Job, Spool
+from causalrt.media.video_file import Mp4Writer
 
 log = logging.getLogger(__name__)
 

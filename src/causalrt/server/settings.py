@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from causalrt.errors import ConfigError, Faults
-from causalrt.runtime.server.hosts import is_loopback, normal_host, normal_origin
+from causalrt.server.hosts import is_loopback, normal_host, normal_origin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,11 +18,11 @@ from typing import Any
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
-from causalrt.runtime.server.admission import LeftError, Ticket
-from causalrt.runtime.server.auth import bearer_token
-from causalrt.runtime.server.generation import Control, Switch, Wish
-from causalrt.runtime.server.problems import Problem, bad_request, busy, unauthorized
-from causalrt.runtime.server.realtime_messages import (
+from causalrt.server.admission import LeftError, Ticket
+from causalrt.server.auth import bearer_token
+from causalrt.server.generation import Control, Switch, Wish
+from causalrt.server.problems import Problem, bad_request, busy, unauthorized
+from causalrt.server.realtime_messages import (
     Auth,
     Incoming,
     Outgoing,
@@ -31,7 +31,7 @@ from causalrt.runtime.server.realtime_messages import (
     SwitchPrompt,
     parse,
 )
-from causalrt.runtime.server.services import DRAINING, Services
+from causalrt.server.services import DRAINING, Services
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from causalrt.errors import ConfigError
-from causalrt.runtime.server.floods import ChunkLimitedProtocol
-from causalrt.runtime.server.settings import ServerSettings
+from causalrt.server.floods import ChunkLimitedProtocol
+from causalrt.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 

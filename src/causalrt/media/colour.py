@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from causalrt.errors import RequestError
-from causalrt.runtime.pyav import pyav
+from causalrt.media.pyav import pyav
 
 RGB, BT709, UNSPECIFIED, BT2020, DISPLAY_P3, SRGB, PQ, HLG = 0, 1, 2, 9, 12, 13, 16, 18
 

@@ -17,15 +17,15 @@ from websockets.protocol import State
 
 from causalrt.errors import RequestError
 from causalrt.model.text import PromptTokens
-from causalrt.runtime.server.app import make_app
-from causalrt.runtime.server.auth import Tokens
-from causalrt.runtime.server.connections import Acceptor, HttpProtocol, connection_limit
-from causalrt.runtime.server.engine_host import EngineLike
-from causalrt.runtime.server.floods import FloodLimit
-from causalrt.runtime.server.log_limit import limited_logs
-from causalrt.runtime.server.realtime import END
-from causalrt.runtime.server.services import FAREWELL_S, Services, make_services
-from causalrt.runtime.server.settings import ServerSettings
+from causalrt.server.app import make_app
+from causalrt.server.auth import Tokens
+from causalrt.server.connections import Acceptor, HttpProtocol, connection_limit
+from causalrt.server.engine_host import EngineLike
+from causalrt.server.floods import FloodLimit
+from causalrt.server.log_limit import limited_logs
+from causalrt.server.realtime import END
+from causalrt.server.services import FAREWELL_S, Services, make_services
+from causalrt.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse
 
-from causalrt.runtime.server.guard import Owner
-from causalrt.runtime.server.offer import MAX_SEED, Offer, prompt_warnings
-from causalrt.runtime.server.problems import Problem, bad_request, not_found
-from causalrt.runtime.server.services import Services
-from causalrt.runtime.server.spool import Job
+from causalrt.server.guard import Owner
+from causalrt.server.offer import MAX_SEED, Offer, prompt_warnings
+from causalrt.server.problems import Problem, bad_request, not_found
+from causalrt.server.services import Services
+from causalrt.server.spool import Job
 
 POLL_MS = 1000
 SECONDS = r"[0-9]{1,5}(\.[0-9]{1,3})?"

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from causalrt.errors import ExecutorError, Faults
 from causalrt.install_hint import install_extra
-from causalrt.runtime.server.settings import ServerSettings
+from causalrt.server.settings import ServerSettings
 from causalrt.terminal import printable_handler
 
 if TYPE_CHECKING:
     from causalrt.engines.bundle import Bundle
-    from causalrt.runtime.server.auth import Tokens
+    from causalrt.server.auth import Tokens
 
 LIBRARIES = ("fastapi", "uvicorn", "websockets", "prometheus_client", "python_multipart", "av")
 _DEFAULTS = {field.name: field.default for field in ServerSettings.__dataclass_fields__.values()}
@@ -85,8 +85,8 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     from causalrt.engines.bundle import open_bundle
     from causalrt.runtime.engine import Engine, open_text_encoder
     from causalrt.runtime.load import load
-    from causalrt.runtime.server import run as running
-    from causalrt.runtime.server.engine_host import BundleReplacedError
+    from causalrt.server import run as running
+    from causalrt.server.engine_host import BundleReplacedError
 
     handler = printable_handler(sys.stderr, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -158,8 +158,8 @@ def checked(arguments: argparse.Namespace) -> "tuple[ServerSettings, Tokens, Bun
             bundle = open_bundle(arguments.bundle, verify=False)
     with faults:
         _check_libraries()
-        from causalrt.runtime.server.auth import Tokens
-        from causalrt.runtime.server.spool import check_spool
+        from causalrt.server.auth import Tokens
+        from causalrt.server.spool import check_spool
 
         with faults:
             if arguments.spool is not None:

@@ -12,9 +12,9 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from causalrt.runtime.server.hosts import is_loopback, normal_host, normal_origin
-from causalrt.runtime.server.problems import Problem, too_large
-from causalrt.runtime.server.settings import ServerSettings
+from causalrt.server.hosts import is_loopback, normal_host, normal_origin
+from causalrt.server.problems import Problem, too_large
+from causalrt.server.settings import ServerSettings
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 SECURITY_HEADERS = {

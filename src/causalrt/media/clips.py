@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from causalrt.errors import RequestError
-from causalrt.runtime.pictures.colour import image_from_frame
-from causalrt.runtime.pictures.picture import MAX_PIXELS, Colour, Damage, Picture, check_size, over
-from causalrt.runtime.pyav import pyav
+from causalrt.media.colour import image_from_frame
+from causalrt.media.picture import MAX_PIXELS, Colour, Damage, Picture, check_size, over
+from causalrt.media.pyav import pyav
 
 FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,mxf,nut,dv,rm,wtv,h264,hevc,obu,m4v,mjpeg,yuv4mpegpipe"

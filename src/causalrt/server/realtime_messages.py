@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from causalrt.runtime.mp4_boxes import boxes
-from causalrt.runtime.server.generation import Switch, Wish
-from causalrt.runtime.server.offer import MAX_SEED, Offer, prompt_warnings
-from causalrt.runtime.server.problems import Problem, bad_request
-from causalrt.runtime.video_file import FragmentWriter
+from causalrt.media.mp4_boxes import boxes
+from causalrt.server.generation import Switch, Wish
+from causalrt.server.offer import MAX_SEED, Offer, prompt_warnings
+from causalrt.server.problems import Problem, bad_request
+from causalrt.media.video_file import FragmentWriter
 
 Outgoing = dict[str, Any] | list[bytes]
 """A message as JSON, or fragments, each of them a message."""

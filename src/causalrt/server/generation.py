@@ -27,9 +27,9 @@ from causalrt.errors import (
     RequestError,
     VideoError,
 )
-from causalrt.runtime.server.engine_host import EngineHost, EngineLike, SessionLike
-from causalrt.runtime.server.metrics import Metrics
-from causalrt.runtime.server.problems import Problem, bad_request, busy, not_ready
+from causalrt.server.engine_host import EngineHost, EngineLike, SessionLike
+from causalrt.server.metrics import Metrics
+from causalrt.server.problems import Problem, bad_request, busy, not_ready
 
 log = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
-from causalrt.runtime.server.engine_host import EngineStatus
-from causalrt.runtime.server.guard import Guard, Owner
-from causalrt.runtime.server.hosts import normal_origin
-from causalrt.runtime.server.metrics import CONTENT_TYPE
-from causalrt.runtime.server.problems import Problem, bad_request
-from causalrt.runtime.server.realtime import realtime_routes
-from causalrt.runtime.server.services import Services
-from causalrt.runtime.server.videos import video_routes
+from causalrt.server.engine_host import EngineStatus
+from causalrt.server.guard import Guard, Owner
+from causalrt.server.hosts import normal_origin
+from causalrt.server.metrics import CONTENT_TYPE
+from causalrt.server.problems import Problem, bad_request
+from causalrt.server.realtime import realtime_routes
+from causalrt.server.services import Services
+from causalrt.server.videos import video_routes
 
 KINDS = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
@@ -177,7 +177,7 @@ def _add_state_routes(app: FastAPI, services: Services) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
-    folder = Path(str(files("causalrt.runtime.server") / "page"))
+    folder = Path(str(files("causalrt.server") / "page"))
     static = StaticFiles(directory=folder, check_dir=False)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix not in KINDS:

@@ -10,16 +10,16 @@ import torch
 
 from causalrt.errors import RequestError
 from causalrt.model.text import PromptTokens
-from causalrt.runtime.server.admission import Admission, RateLimit
-from causalrt.runtime.server.auth import Tokens
-from causalrt.runtime.server.engine_host import EngineHost, EngineLike
-from causalrt.runtime.server.generation import Control, Generator
-from causalrt.runtime.server.jobs import Jobs
-from causalrt.runtime.server.metrics import Metrics
-from causalrt.runtime.server.offer import Offer
-from causalrt.runtime.server.problems import not_ready
-from causalrt.runtime.server.settings import ServerSettings
-from causalrt.runtime.server.spool import Spool
+from causalrt.server.admission import Admission, RateLimit
+from causalrt.server.auth import Tokens
+from causalrt.server.engine_host import EngineHost, EngineLike
+from causalrt.server.generation import Control, Generator
+from causalrt.server.jobs import Jobs
+from causalrt.server.metrics import Metrics
+from causalrt.server.offer import Offer
+from causalrt.server.problems import not_ready
+from causalrt.server.settings import ServerSettings
+from causalrt.server.spool import Spool
 
 log = logging.getLogger(__name__)
 

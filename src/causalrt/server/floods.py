@@ -8,8 +8,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from causalrt.runtime.server.admission import RateLimit
-from causalrt.runtime.server.problems import Problem
+from causalrt.server.admission import RateLimit
+from causalrt.server.problems import Problem
 
 PER_MINUTE = 3000
 """How many one connection may send, all of them at once if it has been quiet; to parse so many takes about 0.1 s."""

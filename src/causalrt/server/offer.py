@@ -9,9 +9,9 @@ from causalrt.config import Config
 from causalrt.errors import PromptError, RequestError
 from causalrt.model.text import PromptTokens, clean_prompt
 from causalrt.model.vae import TEMPORAL_SCALE
-from causalrt.runtime.server.problems import bad_request
-from causalrt.runtime.server.settings import ServerSettings
-from causalrt.runtime.video_file import FragmentWriter
+from causalrt.server.problems import bad_request
+from causalrt.server.settings import ServerSettings
+from causalrt.media.video_file import FragmentWriter
 
 DEFAULT_SECONDS = 4  # OpenAI's
 ENDLESS = 2**31 - 1

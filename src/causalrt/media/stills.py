@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from causalrt.errors import RequestError
-from causalrt.runtime.pictures.colour import UNSPECIFIED, image_to_srgb
-from causalrt.runtime.pictures.picture import MAX_PIXELS, Colour, Damage, Picture, check_size, over
-from causalrt.runtime.pyav import pyav
+from causalrt.media.colour import UNSPECIFIED, image_to_srgb
+from causalrt.media.picture import MAX_PIXELS, Colour, Damage, Picture, check_size, over
+from causalrt.media.pyav import pyav
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM")
 ANIMATED = ("PNG", "GIF", "WEBP", "AVIF")  # further pages of a TIFF, or pictures of an MPO, are no later moments

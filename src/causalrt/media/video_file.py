@@ -22,8 +22,8 @@ import torch
 from causalrt.atomic_files import whole_file
 from causalrt.config import FRAMES_PER_SECOND
 from causalrt.errors import RequestError, VideoError
-from causalrt.runtime.mp4_boxes import codec_from_header, fragment, sample_from_byte_stream
-from causalrt.runtime.pyav import pyav
+from causalrt.media.mp4_boxes import codec_from_header, fragment, sample_from_byte_stream
+from causalrt.media.pyav import pyav
 
 Frames = torch.Tensor | npt.NDArray[np.uint8]
 
