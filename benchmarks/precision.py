@@ -4,7 +4,7 @@
 
 A rollout of random weights through a rolling window is recorded in float64 (tests/numerics/float64_replay.py). It is then
 replayed in each precision by eager torch, and by the whole-step graph of the TensorRT build under ONNX Runtime, with every
-value rounded as a strongly typed engine rounds it (causalrt/tools/emulated_graph.py). Twice:
+value rounded as a strongly typed engine rounds it (causalrt/proof/emulated_graph.py). Twice:
 
     free-running     each chunk is conditioned on what this replay itself has made: the error of the latents
     teacher-forced   every forward is given the recorded input: the error of the flow, its own and that of its cached keys
@@ -26,9 +26,9 @@ from causalrt.config import Config, Precision
 from causalrt.engines.base import Executor
 from causalrt.model.schedule import schedule_from_config
 from causalrt.model.step import KVPair, KVTensors
-from causalrt.tools.emulate import write_graphs
-from causalrt.tools.recording import Recording, open_recording
-from causalrt.tools.replay import Outputs, Player, eager_player, emulated_player, recorded_outputs, replay_here
+from causalrt.proof.emulate import write_graphs
+from causalrt.proof.recording import Recording, open_recording
+from causalrt.proof.replay import Outputs, Player, eager_player, emulated_player, recorded_outputs, replay_here
 
 ROOT = Path(__file__).parents[1]
 WORLD_SIZES = (1, 8)

@@ -341,7 +341,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if (arguments.bundle is None) == (arguments.recorded is None):
         raise ConfigError("give a bundle, to certify it, or --recorded FILE, to replay a recording; one of the two")
     if arguments.bundle is not None:
-        from causalrt.tools.certificate.command import run
+        from causalrt.proof.command import run
 
         with shown_progress() as progress:
             code, text = run(arguments, on_progress=progress)
@@ -358,7 +358,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             "--dtype and --collectives are for --emulate: recordings are float32, and so are their replays"
         )
     else:
-        from causalrt.tools.compare import compare_recorded
+        from causalrt.proof.compare import compare_recorded
 
         with shown_progress() as progress:
             result = compare_recorded(
@@ -391,7 +391,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _compare_emulated(arguments: argparse.Namespace, on_progress: Progress) -> dict[str, Any]:
-    from causalrt.tools.compare import compare_emulated
+    from causalrt.proof.compare import compare_emulated
 
     if arguments.executor not in FLAVOURS:
         raise ConfigError(
@@ -714,7 +714,7 @@ def _parser() -> argparse.ArgumentParser:
         "  causalrt compare --recorded tests/data/golden/B.safetensors --executor onnxruntime --world-size 8\n"
         "  causalrt compare --recorded tests/data/golden/B.safetensors --executor tensorrt_rtx --world-size 8 --emulate",
     )
-    from causalrt.tools.certificate.command import add_arguments as add_certificate_arguments
+    from causalrt.proof.command import add_arguments as add_certificate_arguments
 
     add_certificate_arguments(made)
     made.add_argument("--recorded", type=Path, help="recorded rollout (safetensors), to replay instead")

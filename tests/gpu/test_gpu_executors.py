@@ -24,8 +24,8 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.load import load
-from causalrt.tools.compare import EAGER_RATIO, TOLERANCE, largest_errors, rms_errors
-from causalrt.tools.replay import Outputs, recorded_outputs, replay
+from causalrt.proof.compare import EAGER_RATIO, TOLERANCE, largest_errors, rms_errors
+from causalrt.proof.replay import Outputs, recorded_outputs, replay
 
 pytestmark = [
     pytest.mark.gpu,

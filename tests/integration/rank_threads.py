@@ -7,8 +7,8 @@ import numpy as np
 from tensorrt_stand_in import communicator_handle
 
 from causalrt.runtime.collectives import CAPSULE_NAME, capsule
-from causalrt.tools.certificate import ranks
-from causalrt.tools.certificate.ranks import Meeting, meet, run_threads
+from causalrt.proof import ranks
+from causalrt.proof.ranks import Meeting, meet, run_threads
 
 Result = TypeVar("Result")
 

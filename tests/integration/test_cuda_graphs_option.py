@@ -11,8 +11,9 @@ from causalrt.cli import main
 from causalrt.errors import ExecutorError
 from causalrt.runtime import engine as engine_module
 from causalrt.runtime import load as load_module
-from causalrt.tools import compare, demo
-from causalrt.tools.certificate import sides
+from causalrt.tools import demo
+from causalrt.proof import compare
+from causalrt.proof import sides
 
 COMMANDS = {
     "generate": "generate {bundle} --prompt-embeds {embeds} --out {folder}/latents.safetensors",

@@ -39,9 +39,9 @@ from causalrt.runtime.requests import checked_given
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.runtime.warm_up import warm_up
-from causalrt.tools.compare import TOLERANCE, largest_errors
-from causalrt.tools.recording import Recording, open_recording
-from causalrt.tools.replay import Outputs, recorded_outputs
+from causalrt.proof.compare import TOLERANCE, largest_errors
+from causalrt.proof.recording import Recording, open_recording
+from causalrt.proof.replay import Outputs, recorded_outputs
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 FLAVOUR_OF_CASE = {"B": "tensorrt_rtx", "D": "tensorrt", "J": "tensorrt_rtx", "J2": "tensorrt", "R": "tensorrt_rtx"}

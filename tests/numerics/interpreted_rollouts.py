@@ -20,9 +20,9 @@ from causalrt.plugins.qk_norm_rope import write_rows
 from causalrt.plugins.rope_attention import run_kernel
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.runtime.collectives import LocalCollectives
-from causalrt.tools.compare import largest_errors
-from causalrt.tools.recording import open_recording
-from causalrt.tools.replay import Player, recorded_outputs, replay_here
+from causalrt.proof.compare import largest_errors
+from causalrt.proof.recording import open_recording
+from causalrt.proof.replay import Player, recorded_outputs, replay_here
 
 
 def packed_rows(q: Any, *operands: Any) -> Any:

@@ -32,12 +32,12 @@ from causalrt.export.build import build
 from causalrt.export.checkpoint import DIGESTS
 from causalrt.install_hint import install_extra
 from causalrt.layout import layout_from_config
-from causalrt.tools.certificate import certify as certify_module
-from causalrt.tools.certificate import numerics, sides
-from causalrt.tools.certificate.certify import certify
-from causalrt.tools.certificate.record import Certificate
-from causalrt.tools.certificate.watch import WatchedCollectives
-from causalrt.tools.certificate.weights import check_digests
+from causalrt.proof import certify as certify_module
+from causalrt.proof import numerics, sides
+from causalrt.proof.certify import certify
+from causalrt.proof.record import Certificate
+from causalrt.proof.watch import WatchedCollectives
+from causalrt.proof.weights import check_digests
 
 RANKS = 2
 
@@ -238,7 +238,7 @@ def test_a_full_disk_is_no_fault_of_the_bundle(bundles, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("causalrt.tools.certificate.polygraphy_files.save_json", full)
+    monkeypatch.setattr("causalrt.proof.polygraphy_files.save_json", full)
     with pytest.raises(RequestError, match=r"No space left.*--out"):
         certified(bundles(1), out=tmp_path / "certificate")
     assert list(tmp_path.iterdir()) == []

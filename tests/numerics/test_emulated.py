@@ -14,10 +14,10 @@ import pytest
 from safetensors import safe_open
 
 from causalrt.cli import main
-from causalrt.tools.compare import EAGER_RATIO, EMULATED, TOLERANCE, compare_emulated, rms_errors
-from causalrt.tools.emulate import write_graphs
-from causalrt.tools.recording import open_recording
-from causalrt.tools.replay import eager_player, emulated_player, recorded_outputs, replay_here
+from causalrt.proof.compare import EAGER_RATIO, EMULATED, TOLERANCE, compare_emulated, rms_errors
+from causalrt.proof.emulate import write_graphs
+from causalrt.proof.recording import open_recording
+from causalrt.proof.replay import eager_player, emulated_player, recorded_outputs, replay_here
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 # `tests/integration/test_tensorrt_executor.py` replays B, D and R on more ranks, through the same graphs.

@@ -11,8 +11,8 @@ import pytest
 
 from causalrt.export.build import build
 from causalrt.runtime.load import load
-from causalrt.tools.compare import TOLERANCE, Outputs, largest_errors, recorded_outputs, replay
-from causalrt.tools.recording import open_recording
+from causalrt.proof.compare import TOLERANCE, Outputs, largest_errors, recorded_outputs, replay
+from causalrt.proof.recording import open_recording
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = ("A", "B", "C", "D", "I", "J", "J2", "K", "L", "N1", "N2", "R")

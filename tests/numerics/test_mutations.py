@@ -27,7 +27,7 @@ from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.requests import latents_from_tokens
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
-from causalrt.tools.recording import Recording, open_recording
+from causalrt.proof.recording import Recording, open_recording
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TOLERANCE = 5e-5

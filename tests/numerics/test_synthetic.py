@@ -7,9 +7,9 @@ import float64_replay
 import pytest
 from safetensors import safe_open
 
-from causalrt.tools.compare import TOLERANCE, compare_recorded, largest_errors
-from causalrt.tools.recording import open_recording
-from causalrt.tools.replay import eager_player, recorded_outputs, replay_here
+from causalrt.proof.compare import TOLERANCE, compare_recorded, largest_errors
+from causalrt.proof.recording import open_recording
+from causalrt.proof.replay import eager_player, recorded_outputs, replay_here
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SMALL = {"dim": 60, "num_heads": 6, "num_layers": 1, "ffn_dim": 50, "freq_dim": 20}

@@ -135,7 +135,7 @@ def test_links_point_into_the_package(link):
         ("engines/base.py", "def f():\n    from causalrt.runtime.noise import Noise"),
         ("runtime/engine.py", "if TYPE_CHECKING:\n    import causalrt.export.build"),
         ("export/build.py", "from causalrt.runtime import memory"),
-        ("export/build.py", "importlib.import_module('causalrt.tools.compare')"),
+        ("export/build.py", "importlib.import_module('causalrt.proof.compare')"),
         ("tools/compare.py", "from causalrt.cli import main"),
     ],
 )

@@ -17,7 +17,7 @@ from causalrt.model.words import WORDS_FILE, WordEncoder
 from causalrt.regular_files import regular_file
 from causalrt.tools.files import read_latents, read_prompt_embeds
 from causalrt.tools.plan.calibration import read_calibration
-from causalrt.tools.recording import open_recording
+from causalrt.proof.recording import open_recording
 from causalrt.user_cache import read_cache
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

@@ -14,7 +14,7 @@ from causalrt.export.scale_queries import scale_queries_pass
 from causalrt.export.segment import cut_exchanges_pass, is_cache_write
 from causalrt.export.split_lone_heads import split_lone_heads_pass
 from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP
-from causalrt.tools.emulated_graph import emulate_precision, emulate_ranks
+from causalrt.proof.emulated_graph import emulate_precision, emulate_ranks
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24, "causalrt" : 1, "elsewhere" : 1]>\n'
 

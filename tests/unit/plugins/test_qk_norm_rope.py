@@ -14,7 +14,7 @@ from torch import nn
 import causalrt.plugins.qk_norm_rope as qk_norm_rope_module
 from causalrt.errors import KernelError, OperandError
 from causalrt.plugins.qk_norm_rope import onnx_qk_norm_rope, qk_norm_rope, qk_norm_rope_rows, write_rows
-from causalrt.tools.emulated_graph import emulate_precision
+from causalrt.proof.emulated_graph import emulate_precision
 
 DTYPES = list(TOLERANCE)
 OPSET = 24

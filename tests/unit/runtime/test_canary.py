@@ -8,7 +8,7 @@ import torch
 from causalrt.config import Config, override, recipe
 from causalrt.runtime.canary import ExchangeCheck, check_exchanges
 from causalrt.runtime.collectives import LocalCollectives
-from causalrt.tools.certificate.ranks import ThreadCollectives, meet, run_threads
+from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
 
 CPU = torch.device("cpu")
 

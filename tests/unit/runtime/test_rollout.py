@@ -25,7 +25,7 @@ from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
 from causalrt.runtime.rollout import ChunkTimes, Rollout
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.runtime.warm_up import warm_up
-from causalrt.tools.certificate.ranks import ThreadCollectives, meet, run_threads
+from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 LONE = {"video.horizon_frames": "13", "video.independent_first_frame": "true"}

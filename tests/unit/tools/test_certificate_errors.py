@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from causalrt.tools.certificate.errors import (
+from causalrt.proof.errors import (
     Comparison,
     TensorError,
     Within,

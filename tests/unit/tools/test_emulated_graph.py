@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from causalrt.tools.emulated_graph import emulate_precision, emulate_ranks
+from causalrt.proof.emulated_graph import emulate_precision, emulate_ranks
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24, "causalrt" : 1]>\n'
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,7 +9,7 @@ from causalrt.config import Precision
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.export.build import build
 from causalrt.tools.gpu_day.book import Book, SkippedError
-from causalrt.tools.recording import Recording, open_recording
+from causalrt.proof.recording import Recording, open_recording
 
 RECORDINGS = ("B", "J", "R")
 

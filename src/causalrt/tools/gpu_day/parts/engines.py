@@ -15,14 +15,14 @@ from causalrt.errors import ExecutorError
 from causalrt.export.build import build
 from causalrt.export.options import CollectivesMode
 from causalrt.runtime.collectives import LocalCollectives
-from causalrt.tools.compare import rms_errors
+from causalrt.proof.compare import rms_errors
 from causalrt.tools.gpu_day.book import Book, SkippedError
 from causalrt.tools.gpu_day.predictions import columns, planner_for
 from causalrt.tools.gpu_day.rollouts import make_case, recording_file
 from causalrt.tools.gpu_day.steps import MOST_ERROR, StepSession, compare_steps, eager, noise_of, random_state
 from causalrt.tools.plan.roofline import Lowering
-from causalrt.tools.recording import open_recording
-from causalrt.tools.replay import Player, recorded_outputs, replay_here
+from causalrt.proof.recording import open_recording
+from causalrt.proof.replay import Player, recorded_outputs, replay_here
 
 RECORDING = "A"
 """Its heads have 32 channels; for the 8 of B TensorRT has no fused attention."""

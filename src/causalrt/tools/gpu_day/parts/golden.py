@@ -10,10 +10,10 @@ from causalrt.engines.base import Executor
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor
 from causalrt.runtime.collectives import LocalCollectives
-from causalrt.tools.compare import TOLERANCE, largest_errors
+from causalrt.proof.compare import TOLERANCE, largest_errors
 from causalrt.tools.gpu_day.book import Book, SkippedError
 from causalrt.tools.gpu_day.rollouts import RECORDINGS, Case, exact_float32, make_case
-from causalrt.tools.replay import Player, recorded_outputs, replay_here
+from causalrt.proof.replay import Player, recorded_outputs, replay_here
 
 TABLE = "largest errors"
 

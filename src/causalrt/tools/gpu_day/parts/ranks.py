@@ -7,11 +7,11 @@ import torch
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.eager import EagerExecutor
 from causalrt.runtime.canary import ExchangeCheck, check_exchanges
-from causalrt.tools.certificate.ranks import ThreadCollectives, meet, run_threads
-from causalrt.tools.compare import TOLERANCE, largest_errors
+from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
+from causalrt.proof.compare import TOLERANCE, largest_errors
 from causalrt.tools.gpu_day.book import Book, SkippedError
 from causalrt.tools.gpu_day.rollouts import RECORDINGS, Case, exact_float32, make_case
-from causalrt.tools.replay import Outputs, Player, recorded_outputs, replay_here
+from causalrt.proof.replay import Outputs, Player, recorded_outputs, replay_here
 
 WORLD_SIZES = (2, 3, 8)
 TABLE = "largest errors"

@@ -13,7 +13,7 @@ from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from causalrt.errors import RequestError
-from causalrt.tools.certificate.segments import EAGER, Fed
+from causalrt.proof.segments import EAGER, Fed
 
 FOLDER = "polygraphy"
 BUDGET_BYTES = 64 * 2**20

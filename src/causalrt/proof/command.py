@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace, *, on_progress: Progress) -> tuple[int, s
         CausalRTError: see `certify`; ConfigError for options that are a recording's.
     """
     from causalrt.export.checkpoint import open_checkpoint
-    from causalrt.tools.certificate.certify import certify
-    from causalrt.tools.certificate.report import as_plain, as_text, check_target
-    from causalrt.tools.certificate.rollouts import plan_rollout
+    from causalrt.proof.certify import certify
+    from causalrt.proof.report import as_plain, as_text, check_target
+    from causalrt.proof.rollouts import plan_rollout
 
     faults = Faults()
     with faults:

@@ -25,9 +25,9 @@ from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
-from causalrt.tools.certificate.errors import Comparison, TensorError, as_tensors
-from causalrt.tools.certificate.runners import compared, forwards_at, results_of
-from causalrt.tools.certificate.watch import Forward, Place, Tape, exchange_name, residual_name
+from causalrt.proof.errors import Comparison, TensorError, as_tensors
+from causalrt.proof.runners import compared, forwards_at, results_of
+from causalrt.proof.watch import Forward, Place, Tape, exchange_name, residual_name
 
 EAGER = "eager"
 ONNX_TYPES = {

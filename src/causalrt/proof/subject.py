@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from causalrt.engines.bundle import MANIFEST, Bundle, file_digest, toolchain_versions
-from causalrt.tools.certificate.rollouts import RolloutPlan
+from causalrt.proof.rollouts import RolloutPlan
 
 
 def describe_subject(

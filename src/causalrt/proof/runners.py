@@ -20,10 +20,10 @@ from polygraphy.datatype import DataType
 from polygraphy.logger import G_LOGGER
 
 from causalrt.layout import Layout
-from causalrt.tools.certificate.errors import TensorError, Within
-from causalrt.tools.certificate.rollouts import Played, RolloutPlan, play
-from causalrt.tools.certificate.sides import Side
-from causalrt.tools.certificate.watch import Forward, Place, Tape
+from causalrt.proof.errors import TensorError, Within
+from causalrt.proof.rollouts import Played, RolloutPlan, play
+from causalrt.proof.sides import Side
+from causalrt.proof.watch import Forward, Place, Tape
 
 Feed = Mapping[str, torch.Tensor]
 

@@ -32,7 +32,7 @@ from causalrt.export.trace import wan_from_file
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
 from causalrt.model.step import KVPair, KVTensors
 from causalrt.model.wan import sinusoid
-from causalrt.tools.emulated_graph import emulate_precision, emulate_ranks, rank_name
+from causalrt.proof.emulated_graph import emulate_precision, emulate_ranks, rank_name
 
 Arrays = dict[str, npt.NDArray[Any]]
 """Tensors by their name in a graph; float32 or int64."""

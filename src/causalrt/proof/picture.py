@@ -5,7 +5,7 @@ from pathlib import Path
 
 from causalrt.errors import ExecutorError
 from causalrt.install_hint import install_extra
-from causalrt.tools.certificate.record import Certificate
+from causalrt.proof.record import Certificate
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
 MARKERS = ("o", "s", "^", "D")

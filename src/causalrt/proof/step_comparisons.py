@@ -4,16 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from causalrt.export.options import Progress
-from causalrt.tools.certificate.attempt import attempt
-from causalrt.tools.certificate.bisect import bisect_eager, bisect_step
-from causalrt.tools.certificate.errors import Comparison, TensorError
-from causalrt.tools.certificate.polygraphy_files import SavedSegments, command_line
-from causalrt.tools.certificate.record import Check, NotChecked
-from causalrt.tools.certificate.runners import StepRunner, compared, forwards_at, run, step_feed
-from causalrt.tools.certificate.segments import SegmentGraph, compare_segment, explain, run_segments, segment_comparison
-from causalrt.tools.certificate.stage import Stage
-from causalrt.tools.certificate.transport import check_transport
-from causalrt.tools.compare import TOLERANCE
+from causalrt.proof.attempt import attempt
+from causalrt.proof.bisect import bisect_eager, bisect_step
+from causalrt.proof.errors import Comparison, TensorError
+from causalrt.proof.polygraphy_files import SavedSegments, command_line
+from causalrt.proof.record import Check, NotChecked
+from causalrt.proof.runners import StepRunner, compared, forwards_at, run, step_feed
+from causalrt.proof.segments import SegmentGraph, compare_segment, explain, run_segments, segment_comparison
+from causalrt.proof.stage import Stage
+from causalrt.proof.transport import check_transport
+from causalrt.proof.compare import TOLERANCE
 
 
 def compare_exchanges(stage: Stage) -> None:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from causalrt.engines.base import Executor
 from causalrt.model.step import KVPair, KVTensors
-from causalrt.tools.certificate.ranks import Meeting, ThreadCollectives
+from causalrt.proof.ranks import Meeting, ThreadCollectives
 
 Place = tuple[int, str]
 """Chunk and forward: `(1, "step 0")`, `(1, "refresh")`."""

@@ -13,8 +13,8 @@ from causalrt.engines.base import Executor, make_executor
 from causalrt.engines.bundle import WEIGHTS, Bundle
 from causalrt.engines.streams import own_stream
 from causalrt.layout import layout_from_config
-from causalrt.tools.certificate.ranks import meet, run_threads
-from causalrt.tools.certificate.watch import WatchedCollectives, WatchedExecutor
+from causalrt.proof.ranks import meet, run_threads
+from causalrt.proof.watch import WatchedCollectives, WatchedExecutor
 
 Result = TypeVar("Result")
 MakeExecutor = Callable[[WatchedCollectives], Executor]

@@ -23,10 +23,10 @@ from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.requests import checked_given, checked_text, tokens_from_latents
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord, SwitchPolicy
 from causalrt.runtime.session_memory import SessionMemories
-from causalrt.tools.recording import Recording
+from causalrt.proof.recording import Recording
 
 if TYPE_CHECKING:
-    from causalrt.tools.emulate import EngineGraphs
+    from causalrt.proof.emulate import EngineGraphs
 
 Outputs = dict[tuple[int, str], torch.Tensor]
 """By batch element and the recording's own name (`out.c0.s1.flow`, `out.c0.s1.x0`, `out.c0`: latents): `[N, 64]`."""
@@ -75,7 +75,7 @@ class Player:
 
 def emulated_player(graphs: "EngineGraphs", *, num_threads: int = 1) -> Player:
     """The graphs that TensorRT parses, all ranks of them."""
-    from causalrt.tools.emulate import emulated_executor, rollout_view  # needs ONNX Runtime, which may be missing
+    from causalrt.proof.emulate import emulated_executor, rollout_view  # needs ONNX Runtime, which may be missing
 
     config, layout = rollout_view(graphs.config)
     return Player(executor=emulated_executor(graphs, num_threads=num_threads), config=config, layout=layout)

@@ -8,7 +8,7 @@ import torch
 from causalrt.runtime.canary import ExchangeCheck
 from causalrt.runtime.load import load
 from causalrt.runtime.requests import tokens_from_latents
-from causalrt.tools.certificate.rollouts import RolloutPlan, outputs_of_chunk
+from causalrt.proof.rollouts import RolloutPlan, outputs_of_chunk
 
 
 def play_in_processes(

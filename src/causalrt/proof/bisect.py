@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from causalrt.layout import Layout
-from causalrt.tools.certificate.errors import Comparison, TensorError, tensor_error
-from causalrt.tools.certificate.runners import forwards_at
-from causalrt.tools.certificate.segments import describe
-from causalrt.tools.certificate.watch import Place, Tape, residual_name
+from causalrt.proof.errors import Comparison, TensorError, tensor_error
+from causalrt.proof.runners import forwards_at
+from causalrt.proof.segments import describe
+from causalrt.proof.watch import Place, Tape, residual_name
 
 
 def bisect_eager(

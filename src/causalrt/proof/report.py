@@ -9,9 +9,9 @@ from typing import Any
 
 from causalrt.atomic_files import whole_folder
 from causalrt.errors import RequestError
-from causalrt.tools.certificate.errors import Comparison, TensorError
-from causalrt.tools.certificate.picture import draw
-from causalrt.tools.certificate.record import Certificate
+from causalrt.proof.errors import Comparison, TensorError
+from causalrt.proof.picture import draw
+from causalrt.proof.record import Certificate
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "certificate.json", "certificate.md", "certificate.png"
 SCHEMA = 1

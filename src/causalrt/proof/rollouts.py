@@ -22,8 +22,8 @@ from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord
 from causalrt.runtime.session_memory import SessionMemories
-from causalrt.tools.certificate.sides import Side
-from causalrt.tools.certificate.watch import Place, Tape
+from causalrt.proof.sides import Side
+from causalrt.proof.watch import Place, Tape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

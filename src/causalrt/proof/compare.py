@@ -16,8 +16,8 @@ from causalrt.export.build import build, fused_ops_wanted
 from causalrt.export.options import CollectivesMode, PluginsMode, Progress
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.load import load
-from causalrt.tools.recording import open_recording
-from causalrt.tools.replay import Outputs, eager_player, emulated_player, recorded_outputs, replay, replay_here
+from causalrt.proof.recording import open_recording
+from causalrt.proof.replay import Outputs, eager_player, emulated_player, recorded_outputs, replay, replay_here
 
 TOLERANCE = 5e-5
 """Largest difference from a float32 recording: golden data agree with a float64 replay within 5e-6, and the smallest
@@ -126,7 +126,7 @@ def compare_emulated(
         RecordingError: the recording cannot be replayed.
         ConfigError: no build for `executor` has such plugins.
     """
-    from causalrt.tools.emulate import write_graphs  # needs ONNX Runtime, which may be missing
+    from causalrt.proof.emulate import write_graphs  # needs ONNX Runtime, which may be missing
 
     recording = open_recording(path, world_size=world_size, head_plan=head_plan)
     config = replace(

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from causalrt.tools.certificate.runners import forwards_at
-from causalrt.tools.certificate.watch import Place, Tape, exchange_name
+from causalrt.proof.runners import forwards_at
+from causalrt.proof.watch import Place, Tape, exchange_name
 
 
 def check_transport(tapes: Sequence[Tape], places: Sequence[Place], *, num_layers: int) -> tuple[int, list[str]]:

@@ -20,15 +20,15 @@ from causalrt.errors import BundleError, ExecutorError
 from causalrt.export.options import Progress
 from causalrt.install_hint import install_extra
 from causalrt.owned_paths import TemporaryFolder
-from causalrt.tools.certificate.attempt import attempt
-from causalrt.tools.certificate.record import Certificate, Check, NotChecked
-from causalrt.tools.certificate.report import new_folder, write_report
-from causalrt.tools.certificate.rollouts import plan_rollout
-from causalrt.tools.certificate.sides import ranks_device
-from causalrt.tools.certificate.subject import describe_subject
-from causalrt.tools.certificate.tables import check_references, check_tables
-from causalrt.tools.certificate.weights import check_against_checkpoint, check_digests
-from causalrt.tools.compare import TOLERANCE
+from causalrt.proof.attempt import attempt
+from causalrt.proof.record import Certificate, Check, NotChecked
+from causalrt.proof.report import new_folder, write_report
+from causalrt.proof.rollouts import plan_rollout
+from causalrt.proof.sides import ranks_device
+from causalrt.proof.subject import describe_subject
+from causalrt.proof.tables import check_references, check_tables
+from causalrt.proof.weights import check_against_checkpoint, check_digests
+from causalrt.proof.compare import TOLERANCE
 
 
 def certify(
@@ -69,7 +69,7 @@ def certify(
         CheckpointError, RequestError, OutOfMemoryError: as they say.
     """
     _require_proof()
-    from causalrt.tools.certificate.numerics import compare_sides  # needs Polygraphy
+    from causalrt.proof.numerics import compare_sides  # needs Polygraphy
 
     started = time.perf_counter()
     bundle = open_bundle(path)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from causalrt.tools.certificate.errors import Comparison
+from causalrt.proof.errors import Comparison
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
