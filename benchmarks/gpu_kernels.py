@@ -27,12 +27,12 @@ import torch
 
 from causalrt.config import override, recipe
 from causalrt.engines.streams import own_stream
-from causalrt.tools.kernel_bench.dry_run import planned_lines
-from causalrt.tools.kernel_bench.operands import interpreted
-from causalrt.tools.kernel_bench.picture import plot
-from causalrt.tools.kernel_bench.rope_attention import FORMS
-from causalrt.tools.kernel_bench.sections import Bench
-from causalrt.tools.kernel_bench.verdicts import progress
+from causalrt.measure.kernel_bench.dry_run import planned_lines
+from causalrt.measure.kernel_bench.operands import interpreted
+from causalrt.measure.kernel_bench.picture import plot
+from causalrt.measure.kernel_bench.rope_attention import FORMS
+from causalrt.measure.kernel_bench.sections import Bench
+from causalrt.measure.kernel_bench.verdicts import progress
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SECTIONS = ("qk_norm_rope", "rope_attention", "plans", "tune", "kv_splits")

@@ -16,7 +16,7 @@ import torch
 
 from causalrt.config import override, recipe
 from causalrt.engines.streams import own_stream
-from causalrt.tools.gpu_day.steps import StepSession, compare_steps, eager, inductor, noise_of, random_bundle
+from causalrt.measure.gpu_day.steps import StepSession, compare_steps, eager, inductor, noise_of, random_bundle
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SIDES = {

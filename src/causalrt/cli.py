@@ -468,7 +468,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from causalrt.tools.bench.command import run
+    from causalrt.measure.bench.command import run
 
     def read_config() -> Config | None:
         if arguments.bundles:
@@ -539,7 +539,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _gpu_day(arguments: argparse.Namespace) -> int:
-    from causalrt.tools.gpu_day.command import run
+    from causalrt.measure.gpu_day.command import run
 
     console = PrintableConsole(stderr=True)
     passed = run(arguments, version=__version__, write=_say, on_stage=lambda line: console.print(line, soft_wrap=True))
@@ -782,7 +782,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_plan_arguments(made)
 
-    from causalrt.tools.bench.arguments import add_arguments as add_bench_arguments
+    from causalrt.measure.bench.arguments import add_arguments as add_bench_arguments
 
     made = command(
         "bench",
@@ -809,7 +809,7 @@ def _parser() -> argparse.ArgumentParser:
     from causalrt.tools.demo_request import add_arguments as add_demo_arguments
 
     add_demo_arguments(made)
-    from causalrt.tools.gpu_day.arguments import add_arguments as add_gpu_day_arguments
+    from causalrt.measure.gpu_day.arguments import add_arguments as add_gpu_day_arguments
 
     made = command(
         "gpu-day",

@@ -18,7 +18,7 @@ from small_encoders import write_vae
 from causalrt import Engine, Session, build, override, recipe
 from causalrt.cli import _parser, main
 from causalrt.engines.bundle import MANIFEST, file_digest
-from causalrt.tools.bench.rollouts import Rollouts
+from causalrt.measure.bench.rollouts import Rollouts
 
 FILES = ["bench.json", "bench.png"]
 
@@ -172,7 +172,7 @@ def test_rollouts_longer_than_a_session_keeps_times_for(
 def test_a_process_that_does_not_start_ends_the_benchmark(
     bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("causalrt.tools.bench.rollouts.PROCESS_START_S", 0.001)
+    monkeypatch.setattr("causalrt.measure.bench.rollouts.PROCESS_START_S", 0.001)
     assert bench(bundles[0], *short("--out", tmp_path)) == 2
     assert "the start of a process could not be timed" in capsys.readouterr().err
 
@@ -180,7 +180,7 @@ def test_a_process_that_does_not_start_ends_the_benchmark(
 def test_single_ops_that_give_no_answer_end_the_benchmark(
     bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("causalrt.tools.bench.ceilings.ANSWER_S", 0.001)
+    monkeypatch.setattr("causalrt.measure.bench.ceilings.ANSWER_S", 0.001)
     flags = ["--executors", "eager", "--repeats", 1, "--chunks", 1, "--no-picture"]
     assert bench(bundles[0], *flags, "--out", tmp_path) == 2
     assert "no answer within 0.001 s" in capsys.readouterr().err
@@ -256,7 +256,7 @@ def test_refusals_of_bundles(bundles: list[Path], tmp_path: Path, capsys: pytest
 def test_too_little_memory(
     bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("causalrt.tools.bench.sides.available_bytes", lambda: 1000)
+    monkeypatch.setattr("causalrt.measure.bench.sides.available_bytes", lambda: 1000)
     assert bench(*bundles, *short("--out", tmp_path)) == 2
     assert "all sides stay loaded" in capsys.readouterr().err
 
@@ -290,7 +290,7 @@ def test_a_report_is_written_whole_or_not_at_all(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("causalrt.tools.bench.command.measure", lambda *_, **__: {"rows": []})
+    monkeypatch.setattr("causalrt.measure.bench.command.measure", lambda *_, **__: {"rows": []})
     monkeypatch.setattr(os, "replace", full_disk)
     assert bench(bundles[0], *short("--out", tmp_path)) == 2
     assert "No space left" in capsys.readouterr().err

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from causalrt.tools.gpu_day.parts import PARTS
-from causalrt.tools.gpu_day.report import JSON_FILE, TEXT_FILE
+from causalrt.measure.gpu_day.parts import PARTS
+from causalrt.measure.gpu_day.report import JSON_FILE, TEXT_FILE
 
 BUDGET_S = 3000.0
 """Enough for a machine that does other things meanwhile."""

@@ -13,9 +13,9 @@ from causalrt.engines.kinds import EXECUTORS
 from causalrt.errors import BundleError, ConfigError, ExecutorError, OutOfMemoryError
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
-from causalrt.tools.bench import sides as module
-from causalrt.tools.bench.sides import check_all_fit, choose_sides, why_not
-from causalrt.tools.bench.sources import Source, Wishes, bundles_of, sources_of
+from causalrt.measure.bench import sides as module
+from causalrt.measure.bench.sides import check_all_fit, choose_sides, why_not
+from causalrt.measure.bench.sources import Source, Wishes, bundles_of, sources_of
 from causalrt.tools.doctor import examine
 
 CPU = Wishes(device="cpu", threads=4)

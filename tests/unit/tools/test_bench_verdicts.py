@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from causalrt.tools.bench.verdicts import CONFIDENCE, Comparison, compare, median_interval, quantiles
+from causalrt.measure.bench.verdicts import CONFIDENCE, Comparison, compare, median_interval, quantiles
 
 
 def noisy(rng: random.Random, mean: float, count: int, spread: float = 0.05) -> list[float]:

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from causalrt import cli
-from causalrt.tools.gpu_day import command, runner
-from causalrt.tools.gpu_day.book import Book, Settings, SkippedError
-from causalrt.tools.gpu_day.command import run_day
-from causalrt.tools.gpu_day.parts import PARTS, Part, golden, ranks
-from causalrt.tools.gpu_day.predictions import Planner, columns, known_gpu
-from causalrt.tools.gpu_day.report import Report, as_markdown, markdown_table
-from causalrt.tools.gpu_day.runner import Outcome
+from causalrt.measure.gpu_day import command, runner
+from causalrt.measure.gpu_day.book import Book, Settings, SkippedError
+from causalrt.measure.gpu_day.command import run_day
+from causalrt.measure.gpu_day.parts import PARTS, Part, golden, ranks
+from causalrt.measure.gpu_day.predictions import Planner, columns, known_gpu
+from causalrt.measure.gpu_day.report import Report, as_markdown, markdown_table
+from causalrt.measure.gpu_day.runner import Outcome
 
 FAKES = {
     "hanging": """
@@ -51,7 +51,7 @@ FAKES = {
             book.row("results", side="after", ms=4.0)
     """,
     "skipping": """
-        from causalrt.tools.gpu_day.book import SkippedError
+        from causalrt.measure.gpu_day.book import SkippedError
         def run(book):
             raise SkippedError("there is one GPU")
     """,
@@ -162,8 +162,8 @@ DAY = """
     import sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    from causalrt.tools.gpu_day.command import run_day
-    from causalrt.tools.gpu_day.parts import Part
+    from causalrt.measure.gpu_day.command import run_day
+    from causalrt.measure.gpu_day.parts import Part
     parts = [
         Part(name=name, module="gpu_day_hanging", summary=name, wish_s=500.0, least_s=least_s)
         for name, least_s in (("long", 1e6), ("hanging", 1.0), ("last", 1.0))

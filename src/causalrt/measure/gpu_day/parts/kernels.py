@@ -1,0 +1,130 @@
+"""The fused kernels at the 1.3B model's sizes: right against float64 first, then timed beside SDPA and copies."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from causalrt.config import Config, override, recipe
+from causalrt.errors import KernelError
+from causalrt.plugins.kernel_launch import require_triton
+from causalrt.measure.gpu_day.book import Book, SkippedError
+from causalrt.measure.gpu_day.predictions import Planner, columns, planner_for
+
+SECTIONS = ("qk_norm_rope", "rope_attention")
+ROWS, ATTENTION = SECTIONS
+
+
+def run(book: Book) -> None:
+    """Measure section by section and number of ranks by number of ranks; a kernel that is wrong ends its own section only.
+
+    Raises:
+        SkippedError: Triton is missing.
+    """
+    try:
+        require_triton()
+    except KernelError as error:
+        raise SkippedError(str(error)) from error
+    from causalrt.measure.kernel_bench.operands import interpreted  # these import Triton
+    from causalrt.measure.kernel_bench.sections import Bench
+
+    subject = "The fused kernels"
+    if book.dry_run and interpreted():
+        book.note("The kernels are interpreted by Triton, over as few rows as there can be.")
+    elif book.dry_run:
+        subject = "The references of the fused kernels"
+        book.note("References stand in for the kernels: Triton 3.6's interpreter fails with numpy 2.4 and newer.")
+
+    planner, config = planner_for(book), _config(book)
+    merged: dict[str, Any] = {"claims": [], **{section: [] for section in SECTIONS}}
+    with torch.no_grad():
+        for section in SECTIONS:
+            for world_size in (2,) if book.dry_run else (1, 8):
+                before = list(merged[section])
+
+                def keep(report: Mapping[str, Any], section: str = section, before: list[Any] = before) -> None:
+                    merged.update(machine=report["machine"], options=report["options"])
+                    merged[section] = [*before, *report[section]]
+                    _write(book, merged, config, planner, subject)
+
+                with book.attempt(f"{section}, {world_size} rank(s)"):
+                    bench = Bench(_options(book, config, section, world_size), config, book.device, keep=keep)
+                    getattr(bench, section)()
+                    merged["claims"] += bench.report["claims"]
+                    _write(book, merged, config, planner, subject)
+
+
+def _config(book: Book) -> Config:
+    return recipe("tiny") if book.dry_run else override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
+
+
+def _options(book: Book, config: Config, section: str, world_size: int) -> argparse.Namespace:
+    """Those of `benchmarks/gpu_kernels.py`."""
+    chunk, slots = config.tokens_per_chunk, config.slot_rows
+    return argparse.Namespace(
+        recipe="tiny" if book.dry_run else "wan_1_3b_480p",
+        dtype="fp32" if book.dry_run else "bf16",
+        world_sizes=[world_size],
+        sections=[section],
+        forms=["whole", "prefix"],
+        kv_rows=[2 * chunk] if book.dry_run else [chunk, 4 * chunk, slots],
+        repeats=2 if book.dry_run else 20,
+        check=True,
+        compile=not book.dry_run,
+        tune=None,
+        kv_splits=None,
+    )
+
+
+def _write(book: Book, merged: Mapping[str, Any], config: Config, planner: Planner, subject: str) -> None:
+    """All tables anew, and what the picture is drawn from."""
+    rows = [
+        {
+            "ranks": entry["P"],
+            "side": name,
+            **_figures(side),
+            "GB/s": side.get("gb_s"),
+            **(columns(planner.copy_gb_s(), "GB/s") if name == "large copy" else {}),
+        }
+        for entry in merged[ROWS]
+        for name, side in entry["sides"].items()
+    ]
+    attention = [
+        {
+            "ranks": entry["P"],
+            "keys": entry["kv_rows"],
+            "side": name,
+            **_figures(side),
+            "TFLOP/s": side.get("tflop_s"),
+            "of fastest SDPA": entry["of_best"].get(name, {}).get("median"),
+            **columns(_attention(planner, config, entry) if name in entry["of_best"] else None),
+        }
+        for entry in merged[ATTENTION]
+        for name, side in entry["sides"].items()
+    ]
+    claims = [] if book.dry_run else merged["claims"]  # those of an interpreter's times mean nothing
+    tables = {ROWS: rows, ATTENTION: attention, "claims": claims}
+    book.record.tables = {title: found for title, found in tables.items() if found}
+    for name, value in merged.items():
+        book.record.data[name] = value
+    errors = [row["error"] for row in (*rows, *attention) if row["side"] in ("kernel", "whole", "prefix")]
+    ratios = [row["of fastest SDPA"] for row in attention if row["side"] == "whole" and row["of fastest SDPA"]]
+    said = f"{subject} agree with float64 (largest relative error {max(errors):.1e})"
+    if ratios and not book.dry_run:
+        said += f" and take {min(ratios):.2f} to {max(ratios):.2f} of the time of the fastest SDPA"
+    book.headline("kernels", f"{said}.")
+
+
+def _figures(side: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "ms": side.get("ms", {}).get("median"),
+        "error": side.get("error"),
+        "host us": side.get("host_us"),
+        "left out": side.get("left out"),
+    }
+
+
+def _attention(planner: Planner, config: Config, entry: Mapping[str, Any]) -> Any:
+    ranks = {"build.world_size": str(entry["P"])}
+    return planner.attention(override(config, ranks), kv_rows=entry["kv_rows"])
