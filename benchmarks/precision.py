@@ -25,7 +25,7 @@ import torch
 from causalrt.config import Config, Precision
 from causalrt.engines.base import Executor
 from causalrt.model.schedule import schedule_from_config
-from causalrt.model.step import KVPair, KVTensors
+from causalrt.model.wan.step import KVPair, KVTensors
 from causalrt.proof.emulate import write_graphs
 from causalrt.proof.recording import Recording, open_recording
 from causalrt.proof.replay import Outputs, Player, eager_player, emulated_player, recorded_outputs, replay_here

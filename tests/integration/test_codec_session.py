@@ -10,10 +10,10 @@ import causalrt
 from causalrt.cli import main
 from causalrt.engines.bundle import VAE_WEIGHTS, open_bundle
 from causalrt.errors import ConfigError, PromptError, RequestError
-from causalrt.model.block_dct import BlockDctConfig, BlockDecoder, write_block_dct
-from causalrt.model.vae import encode
-from causalrt.model.vae_checkpoint import load_vae
-from causalrt.model.words import WordEncoder
+from causalrt.model.codecs.block_dct import BlockDctConfig, BlockDecoder, write_block_dct
+from causalrt.model.codecs.wan_vae import encode
+from causalrt.model.codecs.vae_checkpoint import load_vae
+from causalrt.model.text.words import WordEncoder
 from causalrt.runtime.memory import decoder_memory, device_sessions, predict_memory
 
 WORDS = {"red": (0,), "circle": (1,), "moves": (2,), "the": ()}

@@ -28,7 +28,7 @@ from causalrt.engines.bundle import MANIFEST, open_bundle, record_digest
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, ConfigError, ExecutorError
 from causalrt.export import engine_files
-from causalrt.model.block_dct import write_block_dct
+from causalrt.model.codecs.block_dct import write_block_dct
 from causalrt.tools.inspect import inspect_bundle
 
 NEEDS_RTX = "engines are built with tensorrt_rtx: pip install 'causalrt[tensorrt-rtx]'"

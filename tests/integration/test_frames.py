@@ -23,9 +23,9 @@ from causalrt.errors import (
     RankError,
     RequestError,
 )
-from causalrt.model.decode_state import pixels_from_signal
-from causalrt.model.vae import encode
-from causalrt.model.vae_checkpoint import load_vae
+from causalrt.model.codecs.decode_state import pixels_from_signal
+from causalrt.model.codecs.wan_vae import encode
+from causalrt.model.codecs.vae_checkpoint import load_vae
 
 pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 PARTS = ("eager", "onnxruntime")

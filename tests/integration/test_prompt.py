@@ -9,7 +9,7 @@ from small_bundles import bundle_factory
 from small_encoders import write_text_encoder
 
 from causalrt.cli import main
-from causalrt.model.text import TextEncoder
+from causalrt.model.text.umt5 import TextEncoder
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -16,7 +16,7 @@ from small_bundles import bundle_factory, prompt
 
 import causalrt
 from causalrt.errors import RankError
-from causalrt.model.block_dct import write_block_dct
+from causalrt.model.codecs.block_dct import write_block_dct
 
 ODD_NAMES = ["job#12", "run?id=3", "a%41b", "with space", "a:b", "ünïcode-日本", "x" * 200]
 STARTER = "the process that started the ranks"

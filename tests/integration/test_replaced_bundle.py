@@ -15,7 +15,7 @@ import causalrt
 from causalrt.engines import bundle as bundle_module
 from causalrt.engines.bundle import MANIFEST, WEIGHTS
 from causalrt.errors import BundleError
-from causalrt.model.block_dct import write_block_dct
+from causalrt.model.codecs.block_dct import write_block_dct
 from causalrt.runtime import load as load_module
 from causalrt.runtime import ranks
 from causalrt.runtime.messages import LoadCommand

@@ -14,7 +14,7 @@ import torch
 from causalrt.engines.bundle import open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
-from causalrt.model.step import FusedOps, StepOps
+from causalrt.model.wan.step import FusedOps, StepOps
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.qk_norm_rope import write_rows
 from causalrt.plugins.rope_attention import run_kernel

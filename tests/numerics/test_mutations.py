@@ -18,7 +18,9 @@ from causalrt.engines import eager
 from causalrt.engines.bundle import open_bundle
 from causalrt.export import checkpoint
 from causalrt.export.build import build
-from causalrt.model import rope, step, wan
+from causalrt.model.wan import rope
+from causalrt.model.wan import step
+from causalrt.model.wan import transformer as wan
 from causalrt.model.schedule import Schedule
 from causalrt.runtime import kv_slots, rollout
 from causalrt.runtime.collectives import LocalCollectives

@@ -124,8 +124,8 @@ def test_links_point_into_the_package(link):
     ("file", "source"),
     [
         ("layout.py", "from causalrt.plugins import rotate"),
-        ("config.py", "import causalrt.model.wan"),
-        ("plugins/rotate.py", "from causalrt.model.rope import angles"),
+        ("config.py", "import causalrt.model.wan.transformer"),
+        ("plugins/rotate.py", "from causalrt.model.wan.rope import angles"),
         ("plugins/rotate.py", "from ..model import rope"),
         ("plugins/__init__.py", "from ..model import rope"),
         ("plugins/rotate.py", "from .. import model"),

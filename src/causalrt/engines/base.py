@@ -12,7 +12,7 @@ import torch
 
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.kinds import executor_kind
-from causalrt.model.step import KVPair, KVTensors
+from causalrt.model.wan.step import KVPair, KVTensors
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ONNX_TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}

@@ -34,7 +34,7 @@ from causalrt.engines.step_record import FlavourEngines, StepPart, files_of, par
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
-from causalrt.model.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
+from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
 from causalrt.regular_files import regular_file
 
 SCHEMA = 4

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from causalrt.engines.base import Collectives
 from causalrt.engines.bundle import WEIGHTS, Bundle
 from causalrt.layout import layouts_from_config
-from causalrt.model.step import ChunkStep, FusedOps, KVPair, KVTensors, StepOps
-from causalrt.model.wan import PromptGraph, TimeGraph, sinusoid, wan_from_weights
+from causalrt.model.wan.step import ChunkStep, FusedOps, KVPair, KVTensors, StepOps
+from causalrt.model.wan.transformer import PromptGraph, TimeGraph, sinusoid, wan_from_weights
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.qk_norm_rope import qk_norm_rope
 from causalrt.plugins.rope_attention import attend_in_place

@@ -22,7 +22,7 @@ from causalrt.engines.bundle import Bundle
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.engines.eager import EagerExecutor
 from causalrt.errors import ExecutorError
-from causalrt.model.step import KVPair, KVTensors, StepOps
+from causalrt.model.wan.step import KVPair, KVTensors, StepOps
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.kernel_launch import require_triton_launches

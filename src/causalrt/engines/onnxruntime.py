@@ -20,8 +20,8 @@ from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, Bundle
 from causalrt.engines.onnxruntime_cuda import CPU, check_cuda, cuda_providers
 from causalrt.engines.tensor_names import KV_ROWS, is_callers
 from causalrt.errors import ExecutorError
-from causalrt.model.step import KVPair, KVTensors
-from causalrt.model.wan import sinusoid
+from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.model.wan.transformer import sinusoid
 
 _TORCH_TYPES = {
     "tensor(float)": torch.float32,

@@ -22,8 +22,8 @@ from causalrt.engines.tensor_names import KV_ROWS, is_callers
 from causalrt.engines.tensorrt_engine import EngineLoader, LoadedEngine
 from causalrt.engines.tensorrt_flavour import Flavour, device_target
 from causalrt.errors import ExecutorError
-from causalrt.model.step import KVPair, KVTensors
-from causalrt.model.wan import sinusoid
+from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.model.wan.transformer import sinusoid
 
 NCCL = "libnccl.so.2"
 MAPS = Path("/proc/self/maps")

@@ -21,7 +21,7 @@ from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS, Bundle
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError
-from causalrt.model.decode_state import DecodeState, cache_name
+from causalrt.model.codecs.decode_state import DecodeState, cache_name
 
 LATENT, FRAMES = "latent", "frames"
 MADE = ".made"
@@ -156,9 +156,9 @@ def make_vae(bundle: Bundle, executor: str, *, device: torch.device, num_threads
         from causalrt.engines.vae_tensorrt import TensorRTVae
 
         return TensorRTVae(FLAVOURS[executor], bundle, device=device)
-    from causalrt.model.block_dct import BlockDct, BlockDecoder
-    from causalrt.model.vae import StreamingDecoder
-    from causalrt.model.vae_checkpoint import load_vae
+    from causalrt.model.codecs.block_dct import BlockDct, BlockDecoder
+    from causalrt.model.codecs.wan_vae import StreamingDecoder
+    from causalrt.model.codecs.vae_checkpoint import load_vae
 
     vae = load_vae(bundle.path / VAE_WEIGHTS, dtype=TORCH_DTYPES[bundle.config.build.precision], device=device)
     return BlockDecoder(vae) if isinstance(vae, BlockDct) else StreamingDecoder(vae)

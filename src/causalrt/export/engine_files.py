@@ -37,7 +37,7 @@ from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.scale_queries import scale_queries_pass
 from causalrt.export.split_lone_heads import split_lone_heads_pass
 from causalrt.layout import chunk_starts, slots_from_config
-from causalrt.model.wan import Wan
+from causalrt.model.wan.transformer import Wan
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.user_cache import cache_file
 

@@ -17,7 +17,7 @@ from causalrt.export.share_weights import share_weights_pass
 from causalrt.export.trace import trace_prompt, trace_step, trace_time
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
-from causalrt.model.wan import Wan
+from causalrt.model.wan.transformer import Wan
 
 
 def cross_kv_names(config: Config) -> list[str]:

@@ -18,8 +18,8 @@ from torch.export import Dim, ExportedProgram
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import layouts_from_config
-from causalrt.model.step import ChunkStep, FusedOps, StepOps
-from causalrt.model.wan import PromptGraph, TimeGraph, Wan, wan_from_weights
+from causalrt.model.wan.step import ChunkStep, FusedOps, StepOps
+from causalrt.model.wan.transformer import PromptGraph, TimeGraph, Wan, wan_from_weights
 from causalrt.plugins.all_to_all import all_to_all
 from causalrt.plugins.attention import attention, kv_attention, kv_attention_whole
 from causalrt.plugins.qk_norm_rope import qk_norm_rope

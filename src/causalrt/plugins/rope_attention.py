@@ -10,7 +10,7 @@ slow `[1, heads, rows, D]`. Rows past `kv_rows` are neither read nor written.
 Rotation in here, where the caller hands over `rotation` (rank, cos, sin): q arrives and k is kept as they were normalised,
 and both are turned when they are read. cos and sin `[rows, D / 2]`, float32, have a row for each slot row, whether or not all
 slots are bound; the first N are the chunk's tokens, so queries take theirs there too. Only differences of angles matter, so
-time may count from any origin near the chunk (`causalrt.model.relative_rope`), and no rollout is too long. Without it,
+time may count from any origin near the chunk (`causalrt.model.wan.relative_rope`), and no rollout is too long. Without it,
 `rotation` is empty and q and k arrive rotated.
 
 This module owns the op and its meaning in eager torch. Its ONNX form is in `onnx_rope_attention`, the kernel in

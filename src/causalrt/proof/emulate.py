@@ -30,8 +30,8 @@ from causalrt.export.options import CollectivesMode
 from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.trace import wan_from_file
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
-from causalrt.model.step import KVPair, KVTensors
-from causalrt.model.wan import sinusoid
+from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.model.wan.transformer import sinusoid
 from causalrt.proof.emulated_graph import emulate_precision, emulate_ranks, rank_name
 
 Arrays = dict[str, npt.NDArray[Any]]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from causalrt.engines.base import Executor
-from causalrt.model.step import KVPair, KVTensors
+from causalrt.model.wan.step import KVPair, KVTensors
 from causalrt.proof.ranks import Meeting, ThreadCollectives
 
 Place = tuple[int, str]

@@ -30,7 +30,7 @@ from causalrt.control_groups import available_cpus
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, unchanged
 from causalrt.engines.kinds import executor_kind, warms_up
 from causalrt.errors import CapacityError, PromptError, RequestError
-from causalrt.model.words import WORDS_FILE, WordEncoder
+from causalrt.model.text.words import WORDS_FILE, WordEncoder
 from causalrt.runtime import interrupts
 from causalrt.runtime.canary import ExchangeCheck
 from causalrt.runtime.fair_lock import FairLock
@@ -66,7 +66,7 @@ from causalrt.runtime.vae_decoder import Decoded, VaeDecoder
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from causalrt.model.text import TextEncoder
+    from causalrt.model.text.umt5 import TextEncoder
 
 
 def open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder | WordEncoder":
@@ -79,7 +79,7 @@ def open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder
     model = config.model
     if (folder / WORDS_FILE).is_file():
         return WordEncoder.from_folder(folder, text_dim=model.text_dim, max_tokens=model.text_len)
-    from causalrt.model.text import TextEncoder
+    from causalrt.model.text.umt5 import TextEncoder
 
     return TextEncoder.from_folder(folder, device=device, text_dim=model.text_dim, max_tokens=model.text_len)
 

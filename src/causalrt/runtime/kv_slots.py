@@ -14,7 +14,7 @@ import torch
 
 from causalrt.config import Config
 from causalrt.layout import Layout, slots_from_config
-from causalrt.model.step import KVPair
+from causalrt.model.wan.step import KVPair
 
 
 class KVSlots:

@@ -30,7 +30,7 @@ from causalrt.engines.base import Executor
 from causalrt.errors import RequestError
 from causalrt.layout import Layout
 from causalrt.model.schedule import schedule_from_config
-from causalrt.model.step import KVPair
+from causalrt.model.wan.step import KVPair
 from causalrt.runtime.collectives import CountingCollectives
 from causalrt.runtime.noise import Noise
 from causalrt.runtime.session_memory import SessionMemory

@@ -13,7 +13,7 @@ import torch
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES, Executor
 from causalrt.layout import Layout
-from causalrt.model.step import KVPair
+from causalrt.model.wan.step import KVPair
 from causalrt.runtime.kv_slots import KVSlots
 
 

@@ -16,7 +16,7 @@ from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, reopen_bundle
 from causalrt.engines.streams import own_stream
 from causalrt.engines.vae import Vae, make_vae
 from causalrt.errors import CausalRTError, RequestError
-from causalrt.model.decode_state import DecodeState
+from causalrt.model.codecs.decode_state import DecodeState
 from causalrt.model.stored_tensors import map_tensors
 from causalrt.runtime.memory import device_free_bytes, is_out_of_memory
 from causalrt.runtime.messages import (
@@ -131,8 +131,8 @@ class VaeServer:
         return Frames(frames=frames, decode_ms=1e3 * (time.perf_counter() - start))
 
     def _encode(self, command: EncodeCommand) -> Encoded:
-        from causalrt.model.vae import encode
-        from causalrt.model.vae_checkpoint import vae_from_tensors
+        from causalrt.model.codecs.wan_vae import encode
+        from causalrt.model.codecs.vae_checkpoint import vae_from_tensors
 
         if self._whole_vae is None:
             dtype = TORCH_DTYPES[self._bundle.config.build.precision]

@@ -7,8 +7,8 @@ from typing import Self
 
 from causalrt.config import Config
 from causalrt.errors import PromptError, RequestError
-from causalrt.model.text import PromptTokens, clean_prompt
-from causalrt.model.vae import TEMPORAL_SCALE
+from causalrt.model.text.umt5 import PromptTokens, clean_prompt
+from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
 from causalrt.server.problems import bad_request
 from causalrt.server.settings import ServerSettings
 from causalrt.media.video_file import FragmentWriter

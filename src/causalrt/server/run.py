@@ -16,7 +16,7 @@ from websockets.frames import CloseCode
 from websockets.protocol import State
 
 from causalrt.errors import RequestError
-from causalrt.model.text import PromptTokens
+from causalrt.model.text.umt5 import PromptTokens
 from causalrt.server.app import make_app
 from causalrt.server.auth import Tokens
 from causalrt.server.connections import Acceptor, HttpProtocol, connection_limit

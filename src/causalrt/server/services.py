@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from causalrt.errors import RequestError
-from causalrt.model.text import PromptTokens
+from causalrt.model.text.umt5 import PromptTokens
 from causalrt.server.admission import Admission, RateLimit
 from causalrt.server.auth import Tokens
 from causalrt.server.engine_host import EngineHost, EngineLike

@@ -25,7 +25,7 @@ from causalrt.engines.bundle import file_digest, open_bundle, record_digest, too
 from causalrt.errors import BuildError, BundleError, Faults, RequestError
 from causalrt.export.build import build
 from causalrt.export.options import Progress
-from causalrt.model.words import WordEncoder
+from causalrt.model.text.words import WordEncoder
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.load import load
 from causalrt.runtime.noise import SeededNoise

@@ -10,7 +10,7 @@ import onnx
 
 from causalrt.engines.bundle import Bundle, how_to_finish, open_bundle
 from causalrt.export.options import Progress
-from causalrt.model.wan import num_parameters
+from causalrt.model.wan.transformer import num_parameters
 from causalrt.plugins.ptx import default_cache
 from causalrt.runtime.memory import decoder_memory, rank_memory
 from causalrt.tools.inspect_engines import describe_engines

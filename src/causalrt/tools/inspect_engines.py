@@ -16,8 +16,8 @@ from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError
 from causalrt.layout import layouts_from_config
-from causalrt.model.relative_rope import RelativeRope
-from causalrt.model.rope import rope_tables
+from causalrt.model.wan.relative_rope import RelativeRope
+from causalrt.model.wan.rope import rope_tables
 from causalrt.runtime.memory import predict_memory
 
 

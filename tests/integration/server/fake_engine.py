@@ -8,7 +8,7 @@ import torch
 
 from causalrt.config import override, recipe
 from causalrt.errors import CapacityError, EngineClosedError, PromptError, RankError
-from causalrt.model.text import PromptTokens, clean_prompt
+from causalrt.model.text.umt5 import PromptTokens, clean_prompt
 
 
 def fake_config(changes=None):

@@ -30,7 +30,7 @@ from causalrt.engines.bundle import (
 )
 from causalrt.errors import BuildError, BundleError
 from causalrt.layout import layout_from_config
-from causalrt.model.vae_checkpoint import VaeConfig
+from causalrt.model.codecs.vae_checkpoint import VaeConfig
 
 CONFIG = override(recipe("tiny"), {"build.world_size": "2"})
 GRAPHS = {"segments": [{"file": "step-000.onnx", "sent": None, "received": None}]}

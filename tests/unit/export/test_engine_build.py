@@ -35,7 +35,7 @@ from causalrt.export.engine_worker import EngineRequest, build_engine, parse
 from causalrt.export.onnx import cross_kv_names, step_names
 from causalrt.export.random_weights import random_weights
 from causalrt.install_hint import install_extra
-from causalrt.model.rope import rope_tables
+from causalrt.model.wan.rope import rope_tables
 from causalrt.runtime.memory import predict_memory, rank_memory
 from causalrt.tools.inspect import inspect_bundle
 

@@ -17,7 +17,7 @@ from causalrt.export.segment import cut_exchanges_pass, is_exchange
 from causalrt.export.share_weights import share_weights_pass, weight_offsets
 from causalrt.export.trace import trace_step
 from causalrt.export.translate import OPSET, onnx_from_program
-from causalrt.model.wan import Wan, wan_from_weights
+from causalrt.model.wan.transformer import Wan, wan_from_weights
 from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP
 
 SHAPE = (3, 5, 2)  # blocks, rows, channels

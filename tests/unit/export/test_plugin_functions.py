@@ -15,7 +15,7 @@ from causalrt.export.segment import cut_exchanges_pass
 from causalrt.export.trace import trace_step
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
-from causalrt.model.wan import Wan
+from causalrt.model.wan.transformer import Wan
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
 from causalrt.plugins.plugin_specs import SPECS
 from causalrt.plugins.rope_attention import rope_attention

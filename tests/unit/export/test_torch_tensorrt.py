@@ -25,7 +25,7 @@ from causalrt.export.random_weights import random_weights
 from causalrt.export.torch_tensorrt import build_with_torch_tensorrt, check_torch_tensorrt, tensor_names
 from causalrt.export.trace import trace_prompt, trace_step, trace_time
 from causalrt.install_hint import install_extra
-from causalrt.model.wan import Wan
+from causalrt.model.wan.transformer import Wan
 from causalrt.tools.inspect import inspect_bundle
 
 

@@ -17,10 +17,10 @@ from causalrt.export.random_weights import random_weights
 from causalrt.export.trace import TRACED_OPS, step_arguments
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config, slots_from_config
-from causalrt.model.relative_rope import RelativeRope
-from causalrt.model.rope import angles, axis_pairs
-from causalrt.model.step import ChunkStep, FusedOps
-from causalrt.model.wan import Wan, wan_from_weights
+from causalrt.model.wan.relative_rope import RelativeRope
+from causalrt.model.wan.rope import angles, axis_pairs
+from causalrt.model.wan.step import ChunkStep, FusedOps
+from causalrt.model.wan.transformer import Wan, wan_from_weights
 from causalrt.plugins.qk_norm_rope import qk_norm_rope
 from causalrt.plugins.rope_attention import attend_in_place, attend_to_copies, rope_attention_rows
 from causalrt.plugins.share_blocks import blocks_from_shares

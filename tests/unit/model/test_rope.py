@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from causalrt.config import override, recipe
 from causalrt.layout import layout_from_config
-from causalrt.model.rope import angles, axis_pairs, rope_tables
-from causalrt.model.step import ChunkStep, StepOps
-from causalrt.model.wan import Wan
+from causalrt.model.wan.rope import angles, axis_pairs, rope_tables
+from causalrt.model.wan.step import ChunkStep, StepOps
+from causalrt.model.wan.transformer import Wan
 from causalrt.plugins.rotate import rotate_pairs
 
 # model_spec section 4, and the split's own rule for widths beyond its list

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from causalrt.config import SamplerConfig
 from causalrt.model.schedule import schedule_from_config, scheduler_tables
-from causalrt.model.wan import sinusoid
+from causalrt.model.wan.transformer import sinusoid
 
 GOLDEN = sorted((Path(__file__).parents[2] / "data" / "golden").glob("*.safetensors"))
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from causalrt.errors import CheckpointError, ConfigError, ExecutorError, PromptError
 from causalrt.install_hint import install_extra
 from causalrt.model.prompt_cache import PromptCache
-from causalrt.model.text import MAX_PROMPT_CHARS, TextEncoder, clean_prompt
-from causalrt.model.umt5_checkpoint import empty_encoder, infer_sizes, stored_key
+from causalrt.model.text.umt5 import MAX_PROMPT_CHARS, TextEncoder, clean_prompt
+from causalrt.model.text.umt5_checkpoint import empty_encoder, infer_sizes, stored_key
 
 pytest.importorskip("transformers")
 
@@ -619,7 +619,7 @@ def test_nothing_is_asked_of_the_network(wan_folder, monkeypatch):
 
 
 def test_the_libraries_are_imported_when_they_are_needed():
-    code = "import sys, causalrt, causalrt.model.text; print({'transformers', 'tokenizers', 'ftfy'} & set(sys.modules))"
+    code = "import sys, causalrt, causalrt.model.text.umt5; print({'transformers', 'tokenizers', 'ftfy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
@@ -630,8 +630,8 @@ MEASURE = textwrap.dedent("""
     import re, sys
     from pathlib import Path
     import torch
-    from causalrt.model.text import TextEncoder
-    from causalrt.model.umt5_checkpoint import video_library
+    from causalrt.model.text.umt5 import TextEncoder
+    from causalrt.model.text.umt5_checkpoint import video_library
 
     def status(field):
         return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

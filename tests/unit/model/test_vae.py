@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from causalrt.errors import CheckpointError, ExecutorError, RequestError
 from causalrt.install_hint import install_extra
-from causalrt.model import vae_checkpoint
-from causalrt.model.decode_state import cache_name, pixels_from_signal
-from causalrt.model.vae import (
+from causalrt.model.codecs import vae_checkpoint
+from causalrt.model.codecs.decode_state import cache_name, pixels_from_signal
+from causalrt.model.codecs.wan_vae import (
     CACHED_FRAMES,
     FirstFrame,
     NextFrame,
@@ -24,7 +24,7 @@ from causalrt.model.vae import (
     cache_slots,
     encode,
 )
-from causalrt.model.vae_checkpoint import CONFIG_KEY, DIFFUSERS_FILE, WAN_FILE, VaeConfig, empty_vae, load_vae
+from causalrt.model.codecs.vae_checkpoint import CONFIG_KEY, DIFFUSERS_FILE, WAN_FILE, VaeConfig, empty_vae, load_vae
 
 diffusers = pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 
@@ -286,7 +286,7 @@ def test_without_diffusers_it_says_what_to_install(vae, tmp_path, monkeypatch):
 
 
 def test_diffusers_is_imported_when_it_is_needed():
-    code = "import sys, causalrt.model.vae, causalrt.engines.vae, causalrt.export.vae; sys.exit('diffusers' in sys.modules)"
+    code = "import sys, causalrt.model.codecs.wan_vae, causalrt.engines.vae, causalrt.export.vae; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from causalrt.errors import KernelError, OperandError
 from causalrt.export import translate
-from causalrt.model.step import HeadExchange
+from causalrt.model.wan.step import HeadExchange
 from causalrt.plugins.attention import kv_attention_in_place
 from causalrt.plugins.rope_attention import rope_attention, rope_attention_in_place, run_kernel
 from causalrt.plugins.share_blocks import blocks_from_shares

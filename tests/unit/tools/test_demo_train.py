@@ -13,11 +13,11 @@ from causalrt.config import override, recipe
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import open_checkpoint, write_weights
 from causalrt.layout import layout_from_config
-from causalrt.model.block_dct import BlockDct, BlockDctConfig, block_basis, encode_blocks
-from causalrt.model.decode_state import pixels_from_signal
+from causalrt.model.codecs.block_dct import BlockDct, BlockDctConfig, block_basis, encode_blocks
+from causalrt.model.codecs.decode_state import pixels_from_signal
 from causalrt.model.schedule import schedule_from_config
-from causalrt.model.step import ChunkStep, StepOps
-from causalrt.model.wan import PromptGraph, TimeGraph, Wan, sinusoid
+from causalrt.model.wan.step import ChunkStep, StepOps
+from causalrt.model.wan.transformer import PromptGraph, TimeGraph, Wan, sinusoid
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.runtime.kv_slots import KVSlots

@@ -10,9 +10,9 @@ from causalrt.config import Config, override, recipe
 from causalrt.export.random_encoders import SMALL_VAE, random_vae
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import layout_from_config
-from causalrt.model.step import ChunkStep, StepOps
-from causalrt.model.vae import FirstFrame, NextFrame, cache_slots
-from causalrt.model.wan import Wan, wan_from_weights
+from causalrt.model.wan.step import ChunkStep, StepOps
+from causalrt.model.codecs.wan_vae import FirstFrame, NextFrame, cache_slots
+from causalrt.model.wan.transformer import Wan, wan_from_weights
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.runtime.kv_slots import KVSlots

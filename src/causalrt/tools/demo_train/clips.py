@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from causalrt.config import Config
-from causalrt.model.block_dct import FRAMES, encode_blocks
+from causalrt.model.codecs.block_dct import FRAMES, encode_blocks
 from causalrt.runtime.requests import tokens_from_latents
 from causalrt.tools.demo_train.world import BACKGROUND, COLOURS, SIZE, Caption, Mover, draw, masks, track
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from causalrt.config import Config, recipe
 from causalrt.demo_model import CHECKPOINT, CODEC
 from causalrt.errors import CausalRTError, ConfigError
-from causalrt.model.block_dct import write_block_dct
+from causalrt.model.codecs.block_dct import write_block_dct
 from causalrt.runtime.requests import latents_from_tokens
 from causalrt.terminal import PrintableConsole
 from causalrt.tools.demo_train.clips import draw_clips

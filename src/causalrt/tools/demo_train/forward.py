@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from causalrt.config import Config
-from causalrt.model.rope import angles, axis_pairs
-from causalrt.model.wan import Block, Wan, sinusoid
+from causalrt.model.wan.rope import angles, axis_pairs
+from causalrt.model.wan.transformer import Block, Wan, sinusoid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,7 +27,7 @@ from torch import nn
 from causalrt.config import Config
 from causalrt.errors import ConfigError
 from causalrt.model.schedule import schedule_from_config
-from causalrt.model.wan import Wan
+from causalrt.model.wan.transformer import Wan
 from causalrt.runtime.requests import latents_from_tokens, tokens_from_latents
 from causalrt.tools.demo_train.clips import CHUNKS, Clips, Starts, draw_clips, draw_firsts
 from causalrt.tools.demo_train.forward import Inputs, TrainingForward, initialise

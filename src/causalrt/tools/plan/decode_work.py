@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from causalrt.model.vae_checkpoint import VaeConfig
+from causalrt.model.codecs.vae_checkpoint import VaeConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

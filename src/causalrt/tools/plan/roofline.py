@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from causalrt.model.vae_checkpoint import VaeConfig
+from causalrt.model.codecs.vae_checkpoint import VaeConfig
 from causalrt.plugins.rope_attention_launch import SPLIT_COST_BLOCKS, choose_kv_splits, tiles_for
 from causalrt.tools.plan import assumptions as assumed
 from causalrt.tools.plan.decode_work import chunk_decode_flops

@@ -10,9 +10,9 @@ from causalrt.demo_model import demo_files
 from causalrt.engines.vae import Vae
 from causalrt.errors import ExecutorError
 from causalrt.export.random_encoders import SMALL_VAE, random_vae
-from causalrt.model.block_dct import BlockDct, BlockDecoder
-from causalrt.model.vae import StreamingDecoder
-from causalrt.model.vae_checkpoint import VaeConfig, load_vae
+from causalrt.model.codecs.block_dct import BlockDct, BlockDecoder
+from causalrt.model.codecs.wan_vae import StreamingDecoder
+from causalrt.model.codecs.vae_checkpoint import VaeConfig, load_vae
 from causalrt.measure.gpu_day.book import Book
 from causalrt.measure.gpu_day.predictions import columns, planner_for
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from causalrt.config import Config
 from causalrt.layout import slots_from_config
-from causalrt.model.rope import angles, axis_pairs
+from causalrt.model.wan.rope import angles, axis_pairs
 
 
 class RelativeRope(nn.Module):

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from causalrt.errors import RequestError
-from causalrt.model.block_dct import BlockDct, encode_blocks
-from causalrt.model.decode_state import DecodeState
-from causalrt.model.vae_checkpoint import AnyVaeConfig, VaeConfig, vae_config_from_mapping
+from causalrt.model.codecs.block_dct import BlockDct, encode_blocks
+from causalrt.model.codecs.decode_state import DecodeState
+from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig, VaeConfig, vae_config_from_mapping
 
 SPATIAL_SCALE, TEMPORAL_SCALE = 8, 4
 CACHED_FRAMES = 2

@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from causalrt.atomic_files import whole_file
 from causalrt.errors import CheckpointError, PromptError
-from causalrt.model.text import PromptTokens
+from causalrt.model.text.umt5 import PromptTokens
 from causalrt.regular_files import regular_file
 
 WORDS_FILE = "words.safetensors"

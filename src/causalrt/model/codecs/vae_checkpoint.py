@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from causalrt.errors import CheckpointError, ExecutorError
 from causalrt.install_hint import install_extra
-from causalrt.model.block_dct import CLASS_NAME, CONFIG_KEY, BlockDctConfig, block_dct_from_tensors
+from causalrt.model.codecs.block_dct import CLASS_NAME, CONFIG_KEY, BlockDctConfig, block_dct_from_tensors
 from causalrt.model.stored_tensors import check_tensors, map_tensors
 
 VaeLayout = Literal["diffusers", "wan", "bundle"]

@@ -17,9 +17,9 @@ from torch import nn
 from causalrt.config import Config
 from causalrt.errors import ConfigError
 from causalrt.layout import Layout
-from causalrt.model.relative_rope import RelativeRope
-from causalrt.model.rope import rope_tables
-from causalrt.model.wan import AttentionWeights, Wan
+from causalrt.model.wan.relative_rope import RelativeRope
+from causalrt.model.wan.rope import rope_tables
+from causalrt.model.wan.transformer import AttentionWeights, Wan
 
 KVPair = tuple[torch.Tensor, torch.Tensor]
 KVTensors = Sequence[Sequence[KVPair]]

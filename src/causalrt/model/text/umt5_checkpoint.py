@@ -20,7 +20,7 @@ import torch
 from causalrt.errors import CheckpointError, ExecutorError
 from causalrt.install_hint import install_extra
 from causalrt.model.stored_tensors import check_tensors, map_tensors
-from causalrt.model.umt5_files import EncoderFiles, EncoderLayout, StoredTensor, open_weights
+from causalrt.model.text.umt5_files import EncoderFiles, EncoderLayout, StoredTensor, open_weights
 
 _TIED = "encoder.embed_tokens.weight"  # transformers' second name of shared.weight
 # Pages that were read leave with their mapping. A new one costs 20 ms at 242 tensors, eight tensors are 3 % of the weights.

@@ -25,8 +25,8 @@ import torch
 
 from causalrt.errors import CheckpointError, ConfigError, ExecutorError, PromptError
 from causalrt.model.prompt_cache import CacheInfo, PromptCache
-from causalrt.model.umt5_checkpoint import load_encoder, video_library
-from causalrt.model.umt5_files import EncoderFiles, EncoderLayout, find_encoder_files
+from causalrt.model.text.umt5_checkpoint import load_encoder, video_library
+from causalrt.model.text.umt5_files import EncoderFiles, EncoderLayout, find_encoder_files
 
 MAX_TOKENS = 512  # what Wan's models are trained with
 MAX_PROMPT_CHARS = 20_000

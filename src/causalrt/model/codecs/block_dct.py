@@ -24,7 +24,7 @@ from torch import nn
 
 from causalrt.atomic_files import whole_file
 from causalrt.errors import CheckpointError
-from causalrt.model.decode_state import DecodeState
+from causalrt.model.codecs.decode_state import DecodeState
 from causalrt.model.stored_tensors import check_tensors
 
 CLASS_NAME = "BlockDct"
