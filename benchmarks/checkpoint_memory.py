@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from causalrt.config import RECIPES, ModelConfig, recipe
+from causalrt.config import ModelConfig
+from causalrt.recipes import RECIPES, recipe
 from causalrt.export.checkpoint import open_checkpoint, write_weights
 
 

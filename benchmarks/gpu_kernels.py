@@ -6,7 +6,7 @@
     TRITON_INTERPRET=1 python benchmarks/gpu_kernels.py --device cpu --recipe tiny --dtype fp32 --repeats 2 --no-compile
 
 One rank's work at the recipe's sizes, for each number of ranks. Every result is compared with float64 before its time is taken,
-and a kernel that is wrong ends the run. All sides of a case take turns, round by round (`tools/kernel_bench/timing.py`).
+and a kernel that is wrong ends the run. All sides of a case take turns, round by round (`measure/kernel_bench/timing.py`).
 A verdict goes by the ratio of two sides in the same round; a difference from the limit that is smaller than the spread
 (p90 - p10) is none.
 
@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.engines.streams import own_stream
 from causalrt.measure.kernel_bench.dry_run import planned_lines
 from causalrt.measure.kernel_bench.operands import interpreted

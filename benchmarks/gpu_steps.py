@@ -4,7 +4,7 @@
     python benchmarks/gpu_steps.py --recipe bench_cpu --executors eager inductor --dtype fp32 --device cpu --repeats 2
 
 `causalrt gpu-day --parts steps` measures the usual sides with the planner's predictions beside them; this is for other recipes.
-A line of JSON for each side and number of filled KV rows; `tools/gpu_day/steps.py` says what is in it.
+A line of JSON for each side and number of filled KV rows; `measure/gpu_day/steps.py` says what is in it.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.engines.streams import own_stream
 from causalrt.measure.gpu_day.steps import StepSession, compare_steps, eager, inductor, noise_of, random_bundle
 

@@ -5,7 +5,8 @@ python benchmarks/plan_tables.py
 
 from pathlib import Path
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.tools.plan.hardware import GPUS
 from causalrt.tools.plan.predict import forecast
 from causalrt.tools.plan.roofline import GpuMachine

@@ -15,7 +15,8 @@ if "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from causalrt.config import RECIPES, Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import RECIPES, recipe
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
 from causalrt.runtime.session import Chunk, Session

@@ -20,8 +20,8 @@ from fastapi import FastAPI, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import FileResponse
 
 import causalrt.runtime
-from causalrt.server.guard import SECURITY_HEADERS
 from causalrt.media.video_file import FragmentWriter
+from causalrt.server.guard import SECURITY_HEADERS
 
 PAGE = Path(causalrt.runtime.__file__).parent / "server" / "page"
 

@@ -10,12 +10,12 @@ import torch
 from causalrt.engines.base import Executor
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.export.build import build
+from causalrt.proof.recording import Recording, open_recording
+from causalrt.proof.replay import Outputs, Player, replay_here
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
-from causalrt.proof.recording import Recording, open_recording
-from causalrt.proof.replay import Outputs, Player, replay_here
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 DEVICE = torch.device("cuda", 0)

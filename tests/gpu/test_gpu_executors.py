@@ -22,10 +22,10 @@ from causalrt.engines.tensorrt import TensorRTExecutor
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError
-from causalrt.runtime.collectives import LocalCollectives
-from causalrt.runtime.load import load
 from causalrt.proof.compare import EAGER_RATIO, TOLERANCE, largest_errors, rms_errors
 from causalrt.proof.replay import Outputs, recorded_outputs, replay
+from causalrt.runtime.collectives import LocalCollectives
+from causalrt.runtime.load import load
 
 pytestmark = [
     pytest.mark.gpu,

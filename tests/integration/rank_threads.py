@@ -6,9 +6,9 @@ from typing import TypeVar
 import numpy as np
 from tensorrt_stand_in import communicator_handle
 
-from causalrt.runtime.collectives import CAPSULE_NAME, capsule
 from causalrt.proof import ranks
 from causalrt.proof.ranks import Meeting, meet, run_threads
+from causalrt.runtime.collectives import CAPSULE_NAME, capsule
 
 Result = TypeVar("Result")
 

@@ -24,7 +24,7 @@ import causalrt
 from causalrt import control_groups
 from causalrt.child_python import python_environment
 from causalrt.cli import main
-from causalrt.config import recipe
+from causalrt.recipes import recipe
 from causalrt.errors import ConfigError
 from causalrt.export.random_weights import random_weights
 

@@ -9,11 +9,10 @@ from small_bundles import bundle_factory, tiny_config, write_checkpoint
 
 from causalrt.cli import main
 from causalrt.errors import ExecutorError
+from causalrt.proof import compare, sides
 from causalrt.runtime import engine as engine_module
 from causalrt.runtime import load as load_module
 from causalrt.tools import demo
-from causalrt.proof import compare
-from causalrt.proof import sides
 
 COMMANDS = {
     "generate": "generate {bundle} --prompt-embeds {embeds} --out {folder}/latents.safetensors",

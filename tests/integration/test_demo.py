@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from causalrt.cli import main
-from causalrt.config import recipe
+from causalrt.recipes import recipe
 from causalrt.demo_model import demo_files
 from causalrt.engines.bundle import file_digest
 from causalrt.errors import CheckpointError, PromptError, RequestError

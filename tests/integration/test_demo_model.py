@@ -8,8 +8,8 @@ import torch
 
 from causalrt import build, load, override, recipe
 from causalrt.demo_model import demo_files
-from causalrt.tools.demo_train.evaluate import Shown, show
-from causalrt.tools.demo_train.world import Caption, split_captions
+from train_demo.evaluate import Shown, show
+from train_demo.world import Caption, split_captions
 
 _, HELD_BACK = split_captions()
 DEFAULT = 20

@@ -32,6 +32,9 @@ from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.tensorrt import TensorRTExecutor
 from causalrt.engines.tensorrt_engine import EngineLoader, LoadedEngine
 from causalrt.errors import ExecutorError
+from causalrt.proof.compare import TOLERANCE, largest_errors
+from causalrt.proof.recording import Recording, open_recording
+from causalrt.proof.replay import Outputs, recorded_outputs
 from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, capsule
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise, SeededNoise
@@ -39,9 +42,6 @@ from causalrt.runtime.requests import checked_given
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.runtime.warm_up import warm_up
-from causalrt.proof.compare import TOLERANCE, largest_errors
-from causalrt.proof.recording import Recording, open_recording
-from causalrt.proof.replay import Outputs, recorded_outputs
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 FLAVOUR_OF_CASE = {"B": "tensorrt_rtx", "D": "tensorrt", "J": "tensorrt_rtx", "J2": "tensorrt", "R": "tensorrt_rtx"}

@@ -19,10 +19,10 @@ from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.qk_norm_rope import write_rows
 from causalrt.plugins.rope_attention import run_kernel
 from causalrt.plugins.rotate import rotate_pairs
-from causalrt.runtime.collectives import LocalCollectives
 from causalrt.proof.compare import largest_errors
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replay import Player, recorded_outputs, replay_here
+from causalrt.runtime.collectives import LocalCollectives
 
 
 def packed_rows(q: Any, *operands: Any) -> Any:

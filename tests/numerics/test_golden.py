@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from causalrt.export.build import build
-from causalrt.runtime.load import load
 from causalrt.proof.compare import TOLERANCE, Outputs, largest_errors, recorded_outputs, replay
 from causalrt.proof.recording import open_recording
+from causalrt.runtime.load import load
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = ("A", "B", "C", "D", "I", "J", "J2", "K", "L", "N1", "N2", "R")

@@ -15,11 +15,11 @@ from causalrt.engines.base import make_executor
 from causalrt.engines.bundle import open_bundle
 from causalrt.engines.inductor import InductorExecutor, cpp_compiler
 from causalrt.export.build import build
-from causalrt.runtime.collectives import LocalCollectives
-from causalrt.runtime.load import load
 from causalrt.proof.compare import TOLERANCE, largest_errors
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replay import Player, recorded_outputs, replay, replay_here
+from causalrt.runtime.collectives import LocalCollectives
+from causalrt.runtime.load import load
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="inductor needs a C++ compiler on a CPU: install g++")
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

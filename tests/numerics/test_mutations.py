@@ -18,22 +18,21 @@ from causalrt.engines import eager
 from causalrt.engines.bundle import open_bundle
 from causalrt.export import checkpoint
 from causalrt.export.build import build
-from causalrt.model.wan import rope
-from causalrt.model.wan import step
-from causalrt.model.wan import transformer as wan
 from causalrt.model.schedule import Schedule
+from causalrt.model.wan import rope, step
+from causalrt.model.wan import transformer as wan
+from causalrt.proof.recording import Recording, open_recording
 from causalrt.runtime import kv_slots, rollout
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise
-from causalrt.runtime.requests import latents_from_tokens
+from causalrt.model.tokens import latents_from_tokens
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
-from causalrt.proof.recording import Recording, open_recording
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TOLERANCE = 5e-5
-"""Of the golden replay (tools/compare.py); an unmutated replay stays below it."""
+"""Of the golden replay (proof/compare.py); an unmutated replay stays below it."""
 DETECTED = 2e-4
 """What a mistake must move the latents by: four times the tolerance. The smallest, exact GELU, moves them by 4e-4."""
 

@@ -13,10 +13,10 @@ import pytest
 from causalrt.engines.bundle import open_bundle
 from causalrt.errors import ConfigError, ExecutorError, RequestError
 from causalrt.export.build import build
-from causalrt.runtime.load import load
 from causalrt.proof.compare import EMULATED, TOLERANCE, compare_emulated, compare_recorded, largest_errors
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replay import recorded_outputs, replay
+from causalrt.runtime.load import load
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 

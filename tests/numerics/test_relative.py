@@ -18,14 +18,14 @@ from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor, cpp_compiler
 from causalrt.errors import RequestError
 from causalrt.export.random_weights import random_weights
+from causalrt.proof.compare import TOLERANCE, compare_emulated, compare_recorded, largest_errors
+from causalrt.proof.recording import open_recording
+from causalrt.proof.replay import Player, recorded_outputs, replay_here
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
-from causalrt.proof.compare import TOLERANCE, compare_emulated, compare_recorded, largest_errors
-from causalrt.proof.recording import open_recording
-from causalrt.proof.replay import Player, recorded_outputs, replay_here
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 QUICK = (("eager", "B", 8), ("eager", "C", 2), ("onnxruntime", "R", 8))

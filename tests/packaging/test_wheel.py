@@ -34,7 +34,7 @@ def test_wheel_holds_the_package_once(built):
     sources = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "causalrt").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
     assert "causalrt/py.typed" in names
-    page = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "causalrt").glob("runtime/server/page/*")}
+    page = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "causalrt").glob("server/page/*")}
     assert "causalrt/server/page/index.html" in page <= names
     demo = {f"causalrt/demo_model/{name}" for name in DEMO_MODEL}
     assert demo <= names

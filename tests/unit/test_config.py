@@ -5,18 +5,8 @@ from typing import get_type_hints
 
 import pytest
 
-from causalrt.config import (
-    MAX_LATENT_FRAMES,
-    RECIPES,
-    BuildConfig,
-    Config,
-    ModelConfig,
-    SamplerConfig,
-    VideoConfig,
-    config_from_dict,
-    override,
-    recipe,
-)
+from causalrt.config import MAX_LATENT_FRAMES, BuildConfig, Config, ModelConfig, SamplerConfig, VideoConfig, config_from_dict, override
+from causalrt.recipes import RECIPES, recipe
 from causalrt.errors import CausalRTError, ConfigError
 
 TINY = recipe("tiny")

@@ -14,7 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_kernels
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.measure.kernel_bench import operands, qk_norm_rope, rope_attention
 from causalrt.measure.kernel_bench.sections import Bench
 from causalrt.measure.kernel_bench.timing import Captured, Facts, Spread, Timer, Work, ratio

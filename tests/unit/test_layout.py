@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from causalrt.config import HeadPlanName, override, recipe
+from causalrt.config import HeadPlanName, override
+from causalrt.recipes import recipe
 from causalrt.layout import Layout, layout_from_config, plan_shares
 
 PLANS = get_args(HeadPlanName)

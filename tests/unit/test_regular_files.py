@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 
 from causalrt.errors import CausalRTError
 from causalrt.export.checkpoint import open_checkpoint
+from causalrt.model.codecs.vae_checkpoint import DIFFUSERS_FILE, WAN_FILE, load_vae
 from causalrt.model.stored_tensors import map_tensors
 from causalrt.model.text.umt5_files import find_encoder_files, open_weights
-from causalrt.model.codecs.vae_checkpoint import DIFFUSERS_FILE, WAN_FILE, load_vae
 from causalrt.model.text.words import WORDS_FILE, WordEncoder
+from causalrt.proof.recording import open_recording
 from causalrt.regular_files import regular_file
 from causalrt.tools.files import read_latents, read_prompt_embeds
 from causalrt.tools.plan.calibration import read_calibration
-from causalrt.proof.recording import open_recording
 from causalrt.user_cache import read_cache
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

@@ -1,10 +1,10 @@
 """The model that ships with the package, as files; its card is `README.md` beside them.
 
     checkpoint.safetensors   the transformer of the recipe `demo`, in the layout of Self-Forcing's release
-    codec.safetensors        the cosine transform in a VAE's place (`model/block_dct.py`)
-    words.safetensors        the table of words in a text encoder's place (`model/words.py`)
+    codec.safetensors        the cosine transform in a VAE's place (`model/codecs/block_dct.py`)
+    words.safetensors        the table of words in a text encoder's place (`model/text/words.py`)
 
-`python -m causalrt.tools.demo_train` makes them.
+`python -m train_demo` makes them.
 """
 
 from dataclasses import dataclass

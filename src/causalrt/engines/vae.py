@@ -157,8 +157,8 @@ def make_vae(bundle: Bundle, executor: str, *, device: torch.device, num_threads
 
         return TensorRTVae(FLAVOURS[executor], bundle, device=device)
     from causalrt.model.codecs.block_dct import BlockDct, BlockDecoder
-    from causalrt.model.codecs.wan_vae import StreamingDecoder
     from causalrt.model.codecs.vae_checkpoint import load_vae
+    from causalrt.model.codecs.wan_vae import StreamingDecoder
 
     vae = load_vae(bundle.path / VAE_WEIGHTS, dtype=TORCH_DTYPES[bundle.config.build.precision], device=device)
     return BlockDecoder(vae) if isinstance(vae, BlockDct) else StreamingDecoder(vae)

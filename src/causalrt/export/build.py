@@ -16,7 +16,8 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError, Faults
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
 from causalrt.export.finish import Prepared, build_flavour, check_timing_cache, warn_of_unlisted
-from causalrt.export.options import CollectivesMode, FrontEnd, PluginsMode, Progress
+from causalrt.export.options import CollectivesMode, FrontEnd, PluginsMode
+from causalrt.progress import Progress
 from causalrt.model.codecs.vae_checkpoint import load_vae, vae_config_from_mapping
 from causalrt.plugins.plugin_specs import MAX_HEAD_DIM
 
@@ -72,7 +73,7 @@ def build(
             onnxruntime, and what eager and inductor run unless `load` is told otherwise. `auto` is off, for no GPU has measured
             them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
         vae: Wan2.1's VAE, in its own layout or diffusers' (file or folder), or the file of a cosine transform
-            (`model/block_dct.py`), so that the bundle makes pixels; None for latents.
+            (`model/codecs/block_dct.py`), so that the bundle makes pixels; None for latents.
         prepare: leave all TensorRT engines to `finish_build`, although there is a GPU here: of another kind, say.
         overwrite: replace a bundle that is there already.
         on_progress: told of each stage.

@@ -31,7 +31,7 @@ from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.step_record import FlavourEngines
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ConfigError, ExecutorError, Faults
-from causalrt.export.options import Progress
+from causalrt.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
 from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.export.fuse_attention import fuse_attention_pass
-from causalrt.export.options import Progress
+from causalrt.progress import Progress
 from causalrt.export.plugin_functions import check_fused_nodes
 from causalrt.export.segment import cut_exchanges_pass
 from causalrt.export.share_weights import share_weights_pass

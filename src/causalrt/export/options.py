@@ -1,6 +1,5 @@
-"""What a build can be asked for beside its config, and how it says how far it is."""
+"""Options of a build that are not part of its config."""
 
-from collections.abc import Callable
 from typing import Literal
 
 CollectivesMode = Literal["engine", "runtime"]
@@ -11,6 +10,3 @@ FrontEnd = Literal["onnx", "torch-tensorrt"]
 
 PluginsMode = Literal["on", "off", "auto"]
 """Whether self-attention is made of the fused ops; `auto` is what has been measured to be faster, and so far nothing has."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from causalrt.model.text.umt5_checkpoint import video_library
 from causalrt.model.codecs.vae_checkpoint import VaeConfig, empty_vae
+from causalrt.model.text.umt5_checkpoint import video_library
 
 SMALL_VAE = VaeConfig(base_dim=8, num_res_blocks=1)
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'-"

@@ -4,7 +4,7 @@
     vae-first.onnx    latent                  -> frames, cache.*.made, but of those that stay zero
     vae-next.onnx     latent, cache.00 ...    -> frames, cache.00.made ...
 
-`model/vae.py` has the modules that are traced, `model/block_dct.py` those of a cosine transform, which has no caches. Every
+`model/codecs/wan_vae.py` has the modules that are traced, `model/codecs/block_dct.py` those of a cosine transform, which has no caches. Every
 size is static. The precision is that of the VAE's weights, latents are float32 in any. The one attention is spelled out: its
 head has 384 channels, and TensorRT has fused kernels up to 256.
 """
@@ -30,13 +30,13 @@ from causalrt.engines.vae import FRAMES, LATENT, MADE
 from causalrt.errors import BuildError, ConfigError
 from causalrt.export.engine_files import run_child
 from causalrt.export.engine_worker import EngineRequest, request_json
-from causalrt.export.options import Progress
+from causalrt.progress import Progress
 from causalrt.export.share_weights import share_weights_pass
 from causalrt.export.translate import onnx_from_program
 from causalrt.model.codecs.block_dct import CONFIG_KEY, BlockDct, FirstBlock, NextBlock
 from causalrt.model.codecs.decode_state import cache_name
-from causalrt.model.codecs.wan_vae import FirstFrame, NextFrame, cache_slots
 from causalrt.model.codecs.vae_checkpoint import vae_config_from_mapping
+from causalrt.model.codecs.wan_vae import FirstFrame, NextFrame, cache_slots
 
 STAGE = "VAE graphs"
 

@@ -20,11 +20,11 @@ from PIL import Image, ImageColor
 
 from causalrt.config import FRAMES_PER_SECOND
 from causalrt.errors import RequestError
-from causalrt.regular_files import open_regular_file
 from causalrt.media.clips import clip_pictures
 from causalrt.media.colour import Pixels
 from causalrt.media.picture import Colour, Damage, Picture
 from causalrt.media.stills import opened_image, still_pictures
+from causalrt.regular_files import open_regular_file
 
 BACKGROUND = "white"
 TGA_SUFFIXES = (".tga", ".icb", ".vda", ".vst")

@@ -17,10 +17,11 @@ from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.engines.streams import own_stream
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ExecutorError
-from causalrt.export.options import Progress
+from causalrt.progress import Progress
 from causalrt.install_hint import install_extra
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.proof.attempt import attempt
+from causalrt.proof.compare import TOLERANCE
 from causalrt.proof.record import Certificate, Check, NotChecked
 from causalrt.proof.report import new_folder, write_report
 from causalrt.proof.rollouts import plan_rollout
@@ -28,7 +29,6 @@ from causalrt.proof.sides import ranks_device
 from causalrt.proof.subject import describe_subject
 from causalrt.proof.tables import check_references, check_tables
 from causalrt.proof.weights import check_against_checkpoint, check_digests
-from causalrt.proof.compare import TOLERANCE
 
 
 def certify(

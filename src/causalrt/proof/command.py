@@ -6,7 +6,7 @@ from pathlib import Path
 
 from causalrt.engines.bundle import open_bundle
 from causalrt.errors import BundleError, ConfigError, Faults
-from causalrt.export.options import Progress
+from causalrt.progress import Progress
 
 RECORDED_ONLY = ("head_plan", "plugins", "time_index", "dtype", "collectives")
 EXIT_FAILED = 1

@@ -13,11 +13,12 @@ from causalrt.config import HeadPlanName, Precision, TimeIndex
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.build import build, fused_ops_wanted
-from causalrt.export.options import CollectivesMode, PluginsMode, Progress
+from causalrt.export.options import CollectivesMode, PluginsMode
+from causalrt.progress import Progress
 from causalrt.owned_paths import TemporaryFolder
-from causalrt.runtime.load import load
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replay import Outputs, eager_player, emulated_player, recorded_outputs, replay, replay_here
+from causalrt.runtime.load import load
 
 TOLERANCE = 5e-5
 """Largest difference from a float32 recording: golden data agree with a float64 replay within 5e-6, and the smallest

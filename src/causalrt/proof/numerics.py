@@ -9,13 +9,13 @@ from pathlib import Path
 
 from causalrt.engines.bundle import Bundle
 from causalrt.errors import OutOfMemoryError
-from causalrt.export.options import Progress
-from causalrt.runtime.memory import available_bytes
+from causalrt.progress import Progress
 from causalrt.proof.record import Certificate, NotChecked
 from causalrt.proof.rollout_comparisons import compare_processes, compare_rollouts
 from causalrt.proof.rollouts import RolloutPlan, recording_bytes
 from causalrt.proof.stage import Stage, make_sides
 from causalrt.proof.step_comparisons import compare_exchanges, compare_segments, compare_steps, find_first
+from causalrt.runtime.memory import available_bytes
 
 
 def compare_sides(

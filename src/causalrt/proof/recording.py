@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from causalrt.config import BuildConfig, Config, HeadPlanName, ModelConfig, SamplerConfig, VideoConfig
 from causalrt.errors import ConfigError, RecordingError
 from causalrt.regular_files import regular_file
-from causalrt.runtime.requests import tokens_from_latents
+from causalrt.model.tokens import tokens_from_latents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

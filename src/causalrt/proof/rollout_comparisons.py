@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import torch
 
 from causalrt.engines.tensorrt_flavour import FLAVOURS
-from causalrt.export.options import Progress
+from causalrt.progress import Progress
 from causalrt.proof.attempt import attempt
+from causalrt.proof.compare import EAGER_RATIO, TOLERANCE
 from causalrt.proof.errors import Comparison, precision_comparison, rms_by_group, tensor_error
 from causalrt.proof.processes import play_in_processes
 from causalrt.proof.record import Check, NotChecked, Series
 from causalrt.proof.runners import RolloutRunner, compared, results_of, run
 from causalrt.proof.sides import ranks_text
 from causalrt.proof.stage import Stage
-from causalrt.proof.compare import EAGER_RATIO, TOLERANCE
 
 LEAVING = (" flow", " x0", " latents")
 """Ends of the names of what leaves the ranks."""

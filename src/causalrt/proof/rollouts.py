@@ -18,12 +18,12 @@ from causalrt.config import Config, ModelConfig
 from causalrt.errors import RequestError
 from causalrt.layout import Layout
 from causalrt.model.schedule import schedule_from_config
+from causalrt.proof.sides import Side
+from causalrt.proof.watch import Place, Tape
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord
 from causalrt.runtime.session_memory import SessionMemories
-from causalrt.proof.sides import Side
-from causalrt.proof.watch import Place, Tape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,10 +8,10 @@ import torch
 
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.proof.emulate import EngineGraphs, emulated_executor, rollout_view
 from causalrt.proof.record import Certificate, NotChecked
 from causalrt.proof.rollouts import Played, RolloutPlan
 from causalrt.proof.sides import Side, in_float32, on_one_rank, ranks_device, ranks_text, side_of
-from causalrt.proof.emulate import EngineGraphs, emulated_executor, rollout_view
 
 
 @dataclass(kw_only=True, slots=True)

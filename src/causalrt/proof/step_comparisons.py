@@ -3,9 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from causalrt.export.options import Progress
+from causalrt.progress import Progress
 from causalrt.proof.attempt import attempt
 from causalrt.proof.bisect import bisect_eager, bisect_step
+from causalrt.proof.compare import TOLERANCE
 from causalrt.proof.errors import Comparison, TensorError
 from causalrt.proof.polygraphy_files import SavedSegments, command_line
 from causalrt.proof.record import Check, NotChecked
@@ -13,7 +14,6 @@ from causalrt.proof.runners import StepRunner, compared, forwards_at, run, step_
 from causalrt.proof.segments import SegmentGraph, compare_segment, explain, run_segments, segment_comparison
 from causalrt.proof.stage import Stage
 from causalrt.proof.transport import check_transport
-from causalrt.proof.compare import TOLERANCE
 
 
 def compare_exchanges(stage: Stage) -> None:

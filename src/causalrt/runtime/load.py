@@ -44,7 +44,7 @@ def load(
         vae_executor: what runs the VAE: `eager`, or one that the bundle was built for. By default `executor`, but eager torch
             on a CPU, where it is about twice as fast as ONNX Runtime and takes a third of the memory.
         text_encoder: folder of umT5, so that prompts can be text; in this process, in bfloat16. Or of a table of words
-            (`model/words.py`).
+            (`model/text/words.py`).
         text_device: where it computes: `cpu`, where a prompt takes seconds, or `cuda:N`, where it takes 11 GiB.
         max_sessions: how many may be open at once; by default as many as fit in memory.
         num_threads: CPU threads of each rank; by default the cores shared among the ranks.

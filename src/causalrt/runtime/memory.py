@@ -17,8 +17,8 @@ from causalrt.engines.network_record import read_networks, working_bytes
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, OutOfMemoryError
 from causalrt.layout import layout_from_config
-from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE, cache_bytes
 from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig
+from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE, cache_bytes
 from causalrt.model.wan.transformer import num_parameters
 
 UNLIMITED = sys.maxsize

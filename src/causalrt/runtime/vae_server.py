@@ -131,8 +131,8 @@ class VaeServer:
         return Frames(frames=frames, decode_ms=1e3 * (time.perf_counter() - start))
 
     def _encode(self, command: EncodeCommand) -> Encoded:
-        from causalrt.model.codecs.wan_vae import encode
         from causalrt.model.codecs.vae_checkpoint import vae_from_tensors
+        from causalrt.model.codecs.wan_vae import encode
 
         if self._whole_vae is None:
             dtype = TORCH_DTYPES[self._bundle.config.build.precision]

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from causalrt.errors import CausalRTError
+from causalrt.media.video_file import Mp4Writer
 from causalrt.server.admission import Admission, LeftError, Ticket
 from causalrt.server.generation import Control, Generator, Switch, Wish
 from causalrt.server.metrics import Metrics
@@ -26,7 +27,6 @@ from causalrt.server.offer import Offer
 from causalrt.server.problems import Problem, not_found, not_ready
 from causalrt.server.settings import ServerSettings
 from causalrt.server.spool import STATUSES, Job, Spool
-from causalrt.media.video_file import Mp4Writer
 
 log = logging.getLogger(__name__)
 

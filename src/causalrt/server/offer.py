@@ -7,11 +7,11 @@ from typing import Self
 
 from causalrt.config import Config
 from causalrt.errors import PromptError, RequestError
-from causalrt.model.text.umt5 import PromptTokens, clean_prompt
+from causalrt.media.video_file import FragmentWriter
 from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
+from causalrt.model.text.umt5 import PromptTokens, clean_prompt
 from causalrt.server.problems import bad_request
 from causalrt.server.settings import ServerSettings
-from causalrt.media.video_file import FragmentWriter
 
 DEFAULT_SECONDS = 4  # OpenAI's
 ENDLESS = 2**31 - 1

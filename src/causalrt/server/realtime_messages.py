@@ -8,10 +8,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from causalrt.media.mp4_boxes import boxes
+from causalrt.media.video_file import FragmentWriter
 from causalrt.server.generation import Switch, Wish
 from causalrt.server.offer import MAX_SEED, Offer, prompt_warnings
 from causalrt.server.problems import Problem, bad_request
-from causalrt.media.video_file import FragmentWriter
 
 Outgoing = dict[str, Any] | list[bytes]
 """A message as JSON, or fragments, each of them a message."""

@@ -14,17 +14,17 @@ from causalrt.config import Config
 from causalrt.engines.bundle import open_bundle, toolchain_versions
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import Faults, RequestError
-from causalrt.export.options import Progress
+from causalrt.progress import Progress
+from causalrt.media.pyav import pyav
+from causalrt.media.read import BACKGROUND, Part, read_frames
+from causalrt.media.video_file import Mp4Writer, check_picture
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import check_rank_limits, load
 from causalrt.runtime.noise import SeededNoise
-from causalrt.media.read import BACKGROUND, Part, read_frames
-from causalrt.media.pyav import pyav
 from causalrt.runtime.requests import checked_chunks, checked_given
 from causalrt.runtime.rollout import SwitchPolicy
 from causalrt.runtime.session import Chunk, Session
 from causalrt.runtime.stopwatch import process_age_s
-from causalrt.media.video_file import Mp4Writer, check_picture
 from causalrt.tools.files import check_writable, read_latents, read_prompt_embeds, write_latents
 
 LATENTS, VIDEO = ".safetensors", ".mp4"

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 
 from causalrt.engines.bundle import Bundle, how_to_finish, open_bundle
-from causalrt.export.options import Progress
+from causalrt.progress import Progress
 from causalrt.model.wan.transformer import num_parameters
 from causalrt.plugins.ptx import default_cache
 from causalrt.runtime.memory import decoder_memory, rank_memory

@@ -30,7 +30,7 @@ from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.tensorrt_flavour import device_target
 from causalrt.errors import ConfigError, KernelError
-from causalrt.export.options import Progress
+from causalrt.progress import Progress
 from causalrt.layout import Layout, layout_from_config
 from causalrt.plugins.kernel_launch import KernelLaunch, require_triton
 from causalrt.plugins.plugin_specs import COMBINE_SPLITS, QK_NORM_ROPE, rope_attention_spec

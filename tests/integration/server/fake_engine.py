@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import torch
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.errors import CapacityError, EngineClosedError, PromptError, RankError
 from causalrt.model.text.umt5 import PromptTokens, clean_prompt
 

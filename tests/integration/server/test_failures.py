@@ -9,11 +9,11 @@ from fake_engine import FakeEngine, FakeSession
 from running import Running, until
 
 from causalrt.errors import RankError, RequestError
+from causalrt.media.video_file import Mp4Writer
 from causalrt.server import services
 from causalrt.server.auth import Tokens
 from causalrt.server.engine_host import BundleReplacedError
 from causalrt.server.run import listen
-from causalrt.media.video_file import Mp4Writer
 
 TOKEN = "a-token-0123456789"
 

@@ -12,7 +12,8 @@ from importlib import metadata
 
 import pytest
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.engines import bundle as bundle_module
 from causalrt.engines.bundle import (
     FIRST_GRAPH,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.errors import ExecutorError
 from causalrt.layout import chunk_starts, slots_from_config

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from causalrt.config import ModelConfig, recipe
+from causalrt.config import ModelConfig
+from causalrt.recipes import recipe
 from causalrt.engines.bundle import tensor_digest
 from causalrt.errors import BuildError, CheckpointError
 from causalrt.export.checkpoint import (

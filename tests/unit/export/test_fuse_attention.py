@@ -4,7 +4,8 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.export.fuse_attention import RUNTIME_DOMAIN, RUNTIME_OP, fuse_attention_pass
 from causalrt.export.onnx import runtime_graph
 

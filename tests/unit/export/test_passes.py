@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.export.onnx import step_names
 from causalrt.export.segment import cut_exchanges_pass, is_exchange
 from causalrt.export.share_weights import share_weights_pass, weight_offsets

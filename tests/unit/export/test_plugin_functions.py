@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.export.onnx import step_names
 from causalrt.export.plugin_functions import NODE_FORMS, check_fused_nodes, expand_functions
 from causalrt.export.segment import cut_exchanges_pass

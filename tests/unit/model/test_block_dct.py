@@ -16,8 +16,8 @@ from causalrt.errors import CheckpointError, RequestError
 from causalrt.export.engine_worker import build_engine
 from causalrt.export.vae import vae_engine_requests, write_vae
 from causalrt.model.codecs.block_dct import CHANNELS, CONFIG_KEY, BlockDecoder, block_basis, cosines, write_block_dct
-from causalrt.model.codecs.wan_vae import encode
 from causalrt.model.codecs.vae_checkpoint import load_vae
+from causalrt.model.codecs.wan_vae import encode
 
 HEIGHT, WIDTH = 3, 5
 MEAN = [0.1 * channel - 0.5 for channel in range(16)]

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.export import Dim
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.errors import ConfigError
 from causalrt.export.random_weights import random_weights
 from causalrt.export.trace import TRACED_OPS, step_arguments

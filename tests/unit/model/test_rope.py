@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.layout import layout_from_config
 from causalrt.model.wan.rope import angles, axis_pairs, rope_tables
 from causalrt.model.wan.step import ChunkStep, StepOps

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from causalrt.config import recipe
+from causalrt.recipes import recipe
 from causalrt.errors import CheckpointError, PromptError
 from causalrt.model.text.words import MAX_PROMPT_CHARS, WORDS_FILE, WordEncoder
 from causalrt.runtime.engine import open_text_encoder

@@ -6,7 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from causalrt.config import Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import recipe
 from causalrt.errors import OperandError
 from causalrt.layout import layout_from_config
 from causalrt.plugins import qk_norm_rope, rope_attention

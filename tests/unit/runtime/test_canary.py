@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 
-from causalrt.config import Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import recipe
+from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
 from causalrt.runtime.canary import ExchangeCheck, check_exchanges
 from causalrt.runtime.collectives import LocalCollectives
-from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
 
 CPU = torch.device("cpu")
 

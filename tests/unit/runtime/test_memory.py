@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from causalrt.config import RECIPES, override, recipe
+from causalrt.config import override
+from causalrt.recipes import RECIPES, recipe
 from causalrt.engines.bundle import VAE_WEIGHTS
 from causalrt.errors import ExecutorError, OutOfMemoryError
 from causalrt.export.checkpoint import model_shapes

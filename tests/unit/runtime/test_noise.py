@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.errors import RequestError
 from causalrt.runtime.noise import RecordedNoise, SeededNoise, checked_noise
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from causalrt.config import Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import recipe
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import chunk_starts
+from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
 from causalrt.runtime import session_memory
 from causalrt.runtime.collectives import LocalCollectives, Traffic
 from causalrt.runtime.kv_slots import KVSlots
@@ -25,7 +27,6 @@ from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
 from causalrt.runtime.rollout import ChunkTimes, Rollout
 from causalrt.runtime.session_memory import SessionMemories
 from causalrt.runtime.warm_up import warm_up
-from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 LONE = {"video.horizon_frames": "13", "video.independent_first_frame": "true"}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.engines.bundle import open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build

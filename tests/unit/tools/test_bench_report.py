@@ -13,10 +13,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from causalrt.config import Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import recipe
 from causalrt.errors import MeasurementError
-from causalrt.owned_paths import TemporaryFolder
-from causalrt.runtime.usage import WaitCounter
 from causalrt.measure.bench.ceilings import Ceilings, Probe, Way, full_work, rates_of, roofline, work_of
 from causalrt.measure.bench.machine import describe_machine, describe_moment, peak_host_bytes
 from causalrt.measure.bench.picture import draw
@@ -25,6 +24,8 @@ from causalrt.measure.bench.report import comparisons, full_chunks, row, steady_
 from causalrt.measure.bench.samples import ChunkSample, FirstSample, Measured
 from causalrt.measure.bench.show import sentences
 from causalrt.measure.bench.sides import Side
+from causalrt.owned_paths import TemporaryFolder
+from causalrt.runtime.usage import WaitCounter
 from causalrt.tools.doctor import examine
 from causalrt.tools.gpus import Gpu, Gpus
 from causalrt.tools.plan.micro_ops import _onnx_runner, attention_op, random_tensors, standard_attention_op

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from causalrt.config import Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import recipe
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.errors import BundleError, ConfigError, ExecutorError, OutOfMemoryError
 from causalrt.export.build import build

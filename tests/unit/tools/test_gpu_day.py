@@ -349,7 +349,8 @@ def test_the_planner_knows_gpus_by_torchs_names(name, key):
 
 
 def test_predictions_are_ordered_and_missing_where_the_gpu_is_unknown():
-    from causalrt.config import override, recipe
+    from causalrt.config import override
+    from causalrt.recipes import recipe
 
     config = override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
     planner = Planner(known_gpu("NVIDIA H200"))

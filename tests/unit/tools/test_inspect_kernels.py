@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from causalrt.cli import main
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.errors import ConfigError, KernelError
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import layout_from_config

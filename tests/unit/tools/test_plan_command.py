@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from causalrt.cli import main
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.errors import ConfigError, ExecutorError
 from causalrt.tools.plan.calibrate import exchange_of, wait_for
 from causalrt.tools.plan.calibration import (

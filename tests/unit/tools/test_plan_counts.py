@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from causalrt.config import Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import recipe
 from causalrt.export.random_encoders import SMALL_VAE, random_vae
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import layout_from_config
-from causalrt.model.wan.step import ChunkStep, StepOps
 from causalrt.model.codecs.wan_vae import FirstFrame, NextFrame, cache_slots
+from causalrt.model.wan.step import ChunkStep, StepOps
 from causalrt.model.wan.transformer import Wan, wan_from_weights
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs

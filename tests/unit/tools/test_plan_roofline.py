@@ -2,7 +2,8 @@
 
 import pytest
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.errors import ConfigError
 from causalrt.tools.plan import assumptions as assumed
 from causalrt.tools.plan.hardware import GPUS, gpu_by_name

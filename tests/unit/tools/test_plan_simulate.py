@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.errors import ConfigError, ExecutorError
 from causalrt.tools.plan.hardware import GPUS
 from causalrt.tools.plan.predict import Forecast, forecast

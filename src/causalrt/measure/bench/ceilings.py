@@ -22,8 +22,8 @@ from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.errors import MeasurementError
 from causalrt.layout import slots_from_config
-from causalrt.owned_paths import TemporaryFolder
 from causalrt.measure.bench.sides import Side
+from causalrt.owned_paths import TemporaryFolder
 from causalrt.tools.plan.calibration import Runtime
 from causalrt.tools.plan.head_layouts import head_layout
 from causalrt.tools.plan.work import StepWork, step_work

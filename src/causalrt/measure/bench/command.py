@@ -12,10 +12,7 @@ from typing import Any
 from causalrt.config import Config
 from causalrt.engines.bundle import MANIFEST, file_digest
 from causalrt.errors import ConfigError, Faults
-from causalrt.export.options import Progress
-from causalrt.owned_paths import TemporaryFolder
-from causalrt.runtime.noise import SeededNoise
-from causalrt.runtime.requests import checked_chunks
+from causalrt.progress import Progress
 from causalrt.measure.bench.ceilings import Ceilings
 from causalrt.measure.bench.machine import describe_machine, describe_moment
 from causalrt.measure.bench.picture import draw, figure_class
@@ -24,6 +21,9 @@ from causalrt.measure.bench.rollouts import Rollouts
 from causalrt.measure.bench.show import show
 from causalrt.measure.bench.sides import LeftOut, Side, check_all_fit, choose_sides
 from causalrt.measure.bench.sources import Source, Wishes, build_random, bundles_of, sources_of
+from causalrt.owned_paths import TemporaryFolder
+from causalrt.runtime.noise import SeededNoise
+from causalrt.runtime.requests import checked_chunks
 from causalrt.tools.doctor import examine
 from causalrt.tools.files import check_writable_in, make_folder, write_whole
 

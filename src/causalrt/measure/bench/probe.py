@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from causalrt.config import config_from_dict
 from causalrt.engines.base import TORCH_DTYPES
-from causalrt.runtime.collectives import join_ranks
 from causalrt.measure.bench.ceilings import full_work
+from causalrt.runtime.collectives import join_ranks
 from causalrt.tools.plan.calibration import Features, Runtime, exchange_features
 from causalrt.tools.plan.micro_ops import (
     MicroOp,

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import torch
 
 from causalrt.errors import MeasurementError
+from causalrt.measure.bench.machine import peak_host_bytes
+from causalrt.measure.bench.samples import ChunkSample, FirstSample, Measured
+from causalrt.measure.bench.sides import Side
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
 from causalrt.runtime.rollout import ChunkTimes
 from causalrt.runtime.session import Chunk, Session
-from causalrt.measure.bench.machine import peak_host_bytes
-from causalrt.measure.bench.samples import ChunkSample, FirstSample, Measured
-from causalrt.measure.bench.sides import Side
 
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest relative difference (root mean square) of a chunk's latents between sides that do the same work: about ten times what

@@ -10,8 +10,8 @@ from causalrt.engines.bundle import open_bundle
 from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ExecutorError, OutOfMemoryError
-from causalrt.runtime.memory import available_bytes, decoder_memory, predict_memory
 from causalrt.measure.bench.sources import Source, Wishes
+from causalrt.runtime.memory import available_bytes, decoder_memory, predict_memory
 
 MODES = {"on": [True], "off": [False], "both": [False, True]}
 

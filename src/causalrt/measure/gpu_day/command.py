@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from causalrt.errors import ExecutorError, Faults, RequestError
-from causalrt.owned_paths import TemporaryFolder
 from causalrt.measure.bench.machine import describe_machine
-from causalrt.tools.files import check_writable_in, make_folder
 from causalrt.measure.gpu_day.book import Settings
 from causalrt.measure.gpu_day.parts import PARTS, Part
 from causalrt.measure.gpu_day.report import JSON_FILE, TEXT_FILE, Report
 from causalrt.measure.gpu_day.runner import Outcome, run_part
+from causalrt.owned_paths import TemporaryFolder
+from causalrt.tools.files import check_writable_in, make_folder
 
 GOLDEN = Path(__file__).parents[4] / "tests" / "data" / "golden"
 """Where a source tree has the recorded rollouts; an installed package has none."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.streams import own_stream
 from causalrt.layout import layout_from_config

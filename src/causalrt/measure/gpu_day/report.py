@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from causalrt.tools.files import write_whole
 from causalrt.measure.gpu_day.pictures import draw_kernels, draw_steps
 from causalrt.measure.gpu_day.runner import Outcome
+from causalrt.tools.files import write_whole
 
 JSON_FILE, TEXT_FILE = "gpu.json", "gpu.md"
 PICTURES: Mapping[str, tuple[str, Callable[[Mapping[str, Any], Path], None]]] = {

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Iterator
 
 from causalrt.config import Config, override
-from causalrt.plugins.rope_attention_launch import MAX_KV_SPLITS
 from causalrt.measure.kernel_bench.qk_norm_rope import QkNormRope
 from causalrt.measure.kernel_bench.rope_attention import BACKENDS, RopeAttention
 from causalrt.measure.kernel_bench.sections import PLANS, TILES, kv_lengths
 from causalrt.measure.kernel_bench.timing import Facts, Work
+from causalrt.plugins.rope_attention_launch import MAX_KV_SPLITS
 
 FLUSH_MS = 0.3
 FACTS = Facts()

@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import Layout, layout_from_config
+from causalrt.measure.kernel_bench.operands import OTHERS, Random, WrongResultError, element_bytes, interpreted, require
+from causalrt.measure.kernel_bench.timing import Call, Captured, Facts, Output, Work
 from causalrt.plugins.rope_attention import query_tokens, rope_attention_in_place, run_kernel, share_parts
 from causalrt.plugins.rope_attention_launch import RopeAttentionPlan, Tiles, plan, tiles_for
 from causalrt.plugins.rotate import rotate_pairs_real
 from causalrt.plugins.share_blocks import ShareBlocks, blocks_from_shares
-from causalrt.measure.kernel_bench.operands import OTHERS, Random, WrongResultError, element_bytes, interpreted, require
-from causalrt.measure.kernel_bench.timing import Call, Captured, Facts, Output, Work
 
 OUTPUT_ERRORS = {torch.float32: 6e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Worst error relative to the largest value."""

@@ -13,13 +13,13 @@ import torch
 from causalrt.config import Config, override
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.errors import KernelError
-from causalrt.plugins.ptx import compile_kernel, default_cache
-from causalrt.plugins.rope_attention_launch import MAX_KV_SPLITS, RopeAttentionPlan, Tiles
 from causalrt.measure.kernel_bench.operands import Random
 from causalrt.measure.kernel_bench.qk_norm_rope import QkNormRope
 from causalrt.measure.kernel_bench.rope_attention import BACKENDS, RopeAttention, Slots
 from causalrt.measure.kernel_bench.timing import Call, Captured, Samples, Spread, Timer, Work, machine, ratio
 from causalrt.measure.kernel_bench.verdicts import judge, judge_all, progress
+from causalrt.plugins.ptx import compile_kernel, default_cache
+from causalrt.plugins.rope_attention_launch import MAX_KV_SPLITS, RopeAttentionPlan, Tiles
 
 PLANS = ("shares", "pad", "mesh")
 COPY_FRACTION = 0.8

@@ -1,0 +1,1 @@
+"""The causal Wan transformer and its rotary positions."""

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from causalrt.config import Config, override
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import slots_from_config
-from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
 from causalrt.model.codecs.vae_checkpoint import VaeConfig
+from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
 from causalrt.runtime.memory import DecoderMemory, predict_decoder_memory, predict_memory
 from causalrt.tools.plan.assumptions import SPLIT_DECODE_SPEEDUP
 from causalrt.tools.plan.decode_work import decode_weights

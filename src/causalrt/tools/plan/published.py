@@ -6,7 +6,8 @@ All times are for 12 frames at 832x480, without text and, where the source tells
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from causalrt.config import Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import recipe
 from causalrt.tools.plan.hardware import GPUS, VaePlace
 from causalrt.tools.plan.predict import Forecast, forecast
 from causalrt.tools.plan.roofline import GpuMachine, Lowering

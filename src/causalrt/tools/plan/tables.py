@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from causalrt.config import Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import recipe
 from causalrt.tools.plan import assumptions as assumed
 from causalrt.tools.plan.hardware import GPUS
 from causalrt.tools.plan.head_layouts import LAYOUTS, head_layout

@@ -1,6 +1,6 @@
 """What one chunk step makes one rank do: products, attentions, passes over memory, exchanges. Counts, no times.
 
-The list is `model/step.py`, op for op, which is also what the ONNX graphs hold. S local rows, C channels, F of the
+The list is `model/wan/step.py`, op for op, which is also what the ONNX graphs hold. S local rows, C channels, F of the
 feed-forward, D of a head; L filled KV rows::
 
     layer   q k v o, cross q o   6 products [S, C] x [C, C]       feed-forward  [S, C] x [C, F], [S, F] x [F, C]

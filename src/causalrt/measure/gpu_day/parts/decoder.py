@@ -5,16 +5,17 @@ import time
 
 import torch
 
-from causalrt.config import Config, recipe
+from causalrt.config import Config
+from causalrt.recipes import recipe
 from causalrt.demo_model import demo_files
 from causalrt.engines.vae import Vae
 from causalrt.errors import ExecutorError
 from causalrt.export.random_encoders import SMALL_VAE, random_vae
-from causalrt.model.codecs.block_dct import BlockDct, BlockDecoder
-from causalrt.model.codecs.wan_vae import StreamingDecoder
-from causalrt.model.codecs.vae_checkpoint import VaeConfig, load_vae
 from causalrt.measure.gpu_day.book import Book
 from causalrt.measure.gpu_day.predictions import columns, planner_for
+from causalrt.model.codecs.block_dct import BlockDct, BlockDecoder
+from causalrt.model.codecs.vae_checkpoint import VaeConfig, load_vae
+from causalrt.model.codecs.wan_vae import StreamingDecoder
 
 TABLE = "milliseconds of a chunk"
 

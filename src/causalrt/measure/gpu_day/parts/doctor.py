@@ -3,8 +3,8 @@
 import torch
 
 from causalrt.measure.bench.machine import describe_machine, describe_moment
-from causalrt.tools.doctor import examine
 from causalrt.measure.gpu_day.book import Book
+from causalrt.tools.doctor import examine
 
 
 def run(book: Book) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.tensorrt import TensorRTExecutor
@@ -14,15 +15,15 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour, device_target
 from causalrt.errors import ExecutorError
 from causalrt.export.build import build
 from causalrt.export.options import CollectivesMode
-from causalrt.runtime.collectives import LocalCollectives
-from causalrt.proof.compare import rms_errors
 from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.predictions import columns, planner_for
 from causalrt.measure.gpu_day.rollouts import make_case, recording_file
 from causalrt.measure.gpu_day.steps import MOST_ERROR, StepSession, compare_steps, eager, noise_of, random_state
-from causalrt.tools.plan.roofline import Lowering
+from causalrt.proof.compare import rms_errors
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replay import Player, recorded_outputs, replay_here
+from causalrt.runtime.collectives import LocalCollectives
+from causalrt.tools.plan.roofline import Lowering
 
 RECORDING = "A"
 """Its heads have 32 channels; for the 8 of B TensorRT has no fused attention."""

@@ -6,7 +6,8 @@ import subprocess
 import torch
 
 from causalrt.child_python import python_command, python_environment
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.predictions import columns, planner_for
 

@@ -9,11 +9,11 @@ import torch
 from causalrt.engines.base import Executor
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor
-from causalrt.runtime.collectives import LocalCollectives
-from causalrt.proof.compare import TOLERANCE, largest_errors
 from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.rollouts import RECORDINGS, Case, exact_float32, make_case
+from causalrt.proof.compare import TOLERANCE, largest_errors
 from causalrt.proof.replay import Player, recorded_outputs, replay_here
+from causalrt.runtime.collectives import LocalCollectives
 
 TABLE = "largest errors"
 

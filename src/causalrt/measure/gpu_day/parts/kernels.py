@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from causalrt.config import Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import recipe
 from causalrt.errors import KernelError
-from causalrt.plugins.kernel_launch import require_triton
 from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.predictions import Planner, columns, planner_for
+from causalrt.plugins.kernel_launch import require_triton
 
 SECTIONS = ("qk_norm_rope", "rope_attention")
 ROWS, ATTENTION = SECTIONS

@@ -6,12 +6,12 @@ import torch
 
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.eager import EagerExecutor
-from causalrt.runtime.canary import ExchangeCheck, check_exchanges
-from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
-from causalrt.proof.compare import TOLERANCE, largest_errors
 from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.rollouts import RECORDINGS, Case, exact_float32, make_case
+from causalrt.proof.compare import TOLERANCE, largest_errors
+from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
 from causalrt.proof.replay import Outputs, Player, recorded_outputs, replay_here
+from causalrt.runtime.canary import ExchangeCheck, check_exchanges
 
 WORLD_SIZES = (2, 3, 8)
 TABLE = "largest errors"

@@ -4,7 +4,8 @@ import gc
 
 import torch
 
-from causalrt.config import Config, override, recipe
+from causalrt.config import Config, override
+from causalrt.recipes import recipe
 from causalrt.engines.bundle import Bundle
 from causalrt.measure.gpu_day.book import Book, one_line
 from causalrt.measure.gpu_day.predictions import Planner, columns, planner_for

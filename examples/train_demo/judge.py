@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from causalrt.tools.demo_train.world import (
+from train_demo.world import (
     BACKGROUND,
     COLOURS,
     DIRECTIONS,

@@ -3,7 +3,7 @@
 import re
 
 from causalrt.tools import progress
-from causalrt.tools.progress import shown_progress
+from causalrt.tools.progress_bars import shown_progress
 
 
 def test_a_line_for_each_stage_as_it_ends(capsys):

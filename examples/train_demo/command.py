@@ -1,4 +1,4 @@
-"""`python -m causalrt.tools.demo_train`: train, show progress and loss, keep the state, write what is shipped."""
+"""`python -m train_demo`: train, show progress and loss, keep the state, write what is shipped."""
 
 import argparse
 import hashlib
@@ -12,16 +12,17 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save
 
-from causalrt.config import Config, recipe
+from causalrt.config import Config
+from causalrt.recipes import recipe
 from causalrt.demo_model import CHECKPOINT, CODEC
 from causalrt.errors import CausalRTError, ConfigError
 from causalrt.model.codecs.block_dct import write_block_dct
-from causalrt.runtime.requests import latents_from_tokens
+from causalrt.model.tokens import latents_from_tokens
 from causalrt.terminal import PrintableConsole
-from causalrt.tools.demo_train.clips import draw_clips
-from causalrt.tools.demo_train.train import Settings, Trainer
-from causalrt.tools.demo_train.vocabulary import word_encoder
-from causalrt.tools.demo_train.world import split_captions
+from train_demo.clips import draw_clips
+from train_demo.train import Settings, Trainer
+from train_demo.vocabulary import word_encoder
+from train_demo.world import split_captions
 from causalrt.tools.files import make_folder, write_whole
 
 STATE, LOSSES = "state.pt", "losses.json"
@@ -57,7 +58,7 @@ def released_layout(config: Config, average: dict[str, torch.Tensor]) -> dict[st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m causalrt.tools.demo_train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m train_demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-model"), help="folder of the state and of what is made")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of the optimiser")
     parser.add_argument(

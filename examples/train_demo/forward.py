@@ -1,10 +1,10 @@
-"""The chunk step for training: all chunks of a batch of clips at once, by the parameters of `model/wan.py`.
+"""The chunk step for training: all chunks of a batch of clips at once, by the parameters of `model/wan/transformer.py`.
 
     stream 0: clean chunks at the context timestep; their keys and values are what a session's slots would hold
     stream 1: the same chunks with noise, at the timestep of one denoising step each
 
 A chunk of either stream attends to itself and to the clean chunks of its window: the sink and the two before it. The meaning is
-that of `model/step.py`, which a test holds it to.
+that of `model/wan/step.py`, which a test holds it to.
 
 Shapes: A streams, B clips, K chunks, N tokens of a chunk, C channels, H heads, D channels of a head, W chunks of a window.
 """

@@ -1,4 +1,4 @@
-"""How the demo's model came about: `python -m causalrt.tools.demo_train` (docs/demo.md).
+"""How the demo's model came about: `python -m train_demo` (docs/demo.md).
 
 world, clips      what is shown, drawn from formulas; as the model sees it
 vocabulary        the words of its prompts

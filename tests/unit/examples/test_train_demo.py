@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import open_checkpoint, write_weights
 from causalrt.layout import layout_from_config
@@ -21,16 +22,16 @@ from causalrt.model.wan.transformer import PromptGraph, TimeGraph, Wan, sinusoid
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.runtime.kv_slots import KVSlots
-from causalrt.runtime.requests import latents_from_tokens
-from causalrt.tools.demo_train.clips import CHUNKS, Starts, draw_clips, draw_firsts
-from causalrt.tools.demo_train.command import main as train_command
-from causalrt.tools.demo_train.command import normal_values, released_layout
-from causalrt.tools.demo_train.evaluate import main as evaluate_command
-from causalrt.tools.demo_train.forward import Inputs, TrainingForward, initialise
-from causalrt.tools.demo_train.judge import border_jump, centres, look
-from causalrt.tools.demo_train.train import Settings, Trainer
-from causalrt.tools.demo_train.vocabulary import word_encoder
-from causalrt.tools.demo_train.world import (
+from causalrt.model.tokens import latents_from_tokens
+from train_demo.clips import CHUNKS, Starts, draw_clips, draw_firsts
+from train_demo.command import main as train_command
+from train_demo.command import normal_values, released_layout
+from train_demo.evaluate import main as evaluate_command
+from train_demo.forward import Inputs, TrainingForward, initialise
+from train_demo.judge import border_jump, centres, look
+from train_demo.train import Settings, Trainer
+from train_demo.vocabulary import word_encoder
+from train_demo.world import (
     MOTIONS,
     NEAR,
     SIZE,

@@ -1,4 +1,4 @@
-"""How well the demo model does what captions say: `python -m causalrt.tools.demo_train.evaluate [FOLDER]`.
+"""How well the demo model does what captions say: `python -m train_demo.evaluate [FOLDER]`.
 
 Videos are made as users make them, from captions held back in training, and judged from their pixels alone (`judge.py`).
 FOLDER has what `demo_train` writes, by default the shipped files; the report says how many captions were shown right, and what
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from causalrt.config import override, recipe
+from causalrt.config import override
+from causalrt.recipes import recipe
 from causalrt.demo_model import CHECKPOINT, CODEC, demo_files
 from causalrt.errors import CausalRTError, ConfigError
 from causalrt.export.build import build
@@ -22,8 +23,8 @@ from causalrt.owned_paths import TemporaryFolder
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
 from causalrt.terminal import PrintableConsole
-from causalrt.tools.demo_train.judge import JUMP, Seen, border_jump, look
-from causalrt.tools.demo_train.world import Caption, split_captions
+from train_demo.judge import JUMP, Seen, border_jump, look
+from train_demo.world import Caption, split_captions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +72,7 @@ def show(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m causalrt.tools.demo_train.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m train_demo.evaluate", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=demo_files().words)
     parser.add_argument("--count", type=int, default=100, help="held-back captions to try")
     parser.add_argument("--chunks", type=int, default=7)

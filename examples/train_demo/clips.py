@@ -17,8 +17,8 @@ import torch
 
 from causalrt.config import Config
 from causalrt.model.codecs.block_dct import FRAMES, encode_blocks
-from causalrt.runtime.requests import tokens_from_latents
-from causalrt.tools.demo_train.world import BACKGROUND, COLOURS, SIZE, Caption, Mover, draw, masks, track
+from causalrt.model.tokens import tokens_from_latents
+from train_demo.world import BACKGROUND, COLOURS, SIZE, Caption, Mover, draw, masks, track
 
 CHUNKS = 6
 MAX_GAP = 36

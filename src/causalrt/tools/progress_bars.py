@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from causalrt.export.options import Progress as OnProgress
+from causalrt.progress import Progress as OnProgress
 from causalrt.terminal import PrintableConsole, printable
 
 LINE_EVERY_S = 20.0

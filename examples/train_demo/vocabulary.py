@@ -3,7 +3,7 @@
 import torch
 
 from causalrt.model.text.words import WordEncoder
-from causalrt.tools.demo_train.world import COLOURS, MOTIONS, SHAPES, SPEEDS
+from train_demo.world import COLOURS, MOTIONS, SHAPES, SPEEDS
 
 FILLERS = ("a", "an", "and", "is", "it", "that", "the", "there", "then", "to", "which", "in", "on", "of")
 SYNONYMS = {

@@ -2,6 +2,6 @@
 
 import sys
 
-from causalrt.tools.demo_train.command import main
+from train_demo.command import main
 
 sys.exit(main())

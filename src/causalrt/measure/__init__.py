@@ -1,0 +1,1 @@
+"""Measuring executors, kernels and whole machines: `causalrt bench` and `causalrt gpu-day`."""
