@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from causalrt.config import ModelConfig
-from causalrt.recipes import RECIPES, recipe
 from causalrt.export.checkpoint import open_checkpoint, write_weights
+from causalrt.recipes import RECIPES, recipe
 
 
 def status_bytes(field: str) -> int:

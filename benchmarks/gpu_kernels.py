@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.engines.streams import own_stream
 from causalrt.measure.kernel_bench.dry_run import planned_lines
 from causalrt.measure.kernel_bench.operands import interpreted
@@ -34,6 +33,7 @@ from causalrt.measure.kernel_bench.picture import plot
 from causalrt.measure.kernel_bench.rope_attention import FORMS
 from causalrt.measure.kernel_bench.sections import Bench
 from causalrt.measure.kernel_bench.verdicts import progress
+from causalrt.recipes import recipe
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SECTIONS = ("qk_norm_rope", "rope_attention", "plans", "tune", "kv_splits")

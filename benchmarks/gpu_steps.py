@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.engines.streams import own_stream
 from causalrt.measure.gpu_day.steps import StepSession, compare_steps, eager, inductor, noise_of, random_bundle
+from causalrt.recipes import recipe
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SIDES = {

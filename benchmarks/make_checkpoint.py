@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.serialization import config as serialization_config
 
 from causalrt.config import ModelConfig, override
-from causalrt.recipes import RECIPES, recipe
 from causalrt.export.checkpoint import model_shapes
 from causalrt.export.random_encoders import SMALL_VAE, random_vae, write_text_encoder
 from causalrt.export.random_weights import random_weights
+from causalrt.recipes import RECIPES, recipe
 
 
 def make_checkpoint(model: ModelConfig, *, seed: int, out: Path) -> None:

@@ -13,17 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save
 
 from causalrt.config import Config
-from causalrt.recipes import recipe
 from causalrt.demo_model import CHECKPOINT, CODEC
 from causalrt.errors import CausalRTError, ConfigError
 from causalrt.model.codecs.block_dct import write_block_dct
 from causalrt.model.tokens import latents_from_tokens
+from causalrt.recipes import recipe
 from causalrt.terminal import PrintableConsole
+from causalrt.tools.files import make_folder, write_whole
 from train_demo.clips import draw_clips
 from train_demo.train import Settings, Trainer
 from train_demo.vocabulary import word_encoder
 from train_demo.world import split_captions
-from causalrt.tools.files import make_folder, write_whole
 
 STATE, LOSSES = "state.pt", "losses.json"
 MEASURED_CLIPS = 200

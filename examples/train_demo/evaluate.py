@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.demo_model import CHECKPOINT, CODEC, demo_files
 from causalrt.errors import CausalRTError, ConfigError
 from causalrt.export.build import build
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.recipes import recipe
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
 from causalrt.terminal import PrintableConsole

@@ -27,12 +27,12 @@ from torch import nn
 from causalrt.config import Config
 from causalrt.errors import ConfigError
 from causalrt.model.schedule import schedule_from_config
-from causalrt.model.wan.transformer import Wan
 from causalrt.model.tokens import latents_from_tokens, tokens_from_latents
+from causalrt.model.wan.transformer import Wan
+from causalrt.tools.files import write_whole
 from train_demo.clips import CHUNKS, Clips, Starts, draw_clips, draw_firsts
 from train_demo.forward import Inputs, TrainingForward, initialise
 from train_demo.world import Caption
-from causalrt.tools.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)

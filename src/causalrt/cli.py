@@ -18,12 +18,12 @@ from rich.table import Table
 
 from causalrt import __version__
 from causalrt.config import Config, TimeIndex, override
-from causalrt.recipes import RECIPES, recipe
 from causalrt.control_groups import available_cpus
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import CausalRTError, ConfigError, Faults
 from causalrt.progress import Progress
+from causalrt.recipes import RECIPES, recipe
 from causalrt.terminal import PrintableConsole, PrintableFormatter, printable
 from causalrt.tools.load_arguments import add_cuda_graphs
 from causalrt.tools.progress_bars import shown_progress

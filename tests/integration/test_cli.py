@@ -24,9 +24,9 @@ import causalrt
 from causalrt import control_groups
 from causalrt.child_python import python_environment
 from causalrt.cli import main
-from causalrt.recipes import recipe
 from causalrt.errors import ConfigError
 from causalrt.export.random_weights import random_weights
+from causalrt.recipes import recipe
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 

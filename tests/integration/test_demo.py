@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from causalrt.cli import main
-from causalrt.recipes import recipe
 from causalrt.demo_model import demo_files
 from causalrt.engines.bundle import file_digest
 from causalrt.errors import CheckpointError, PromptError, RequestError
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint
 from causalrt.model.codecs.vae_checkpoint import load_vae
 from causalrt.model.text.words import WordEncoder
+from causalrt.recipes import recipe
 from causalrt.tools import demo
 from causalrt.tools.contact_sheet import SheetRow, chunks_shown, contact_sheet
 from causalrt.tools.demo_request import EXAMPLES, ROWS, DemoRequest

@@ -9,10 +9,10 @@ import pytest
 from safetensors.torch import save_file
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.engines.bundle import WEIGHTS
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
+from causalrt.recipes import recipe
 
 SCRIPT = """
     import sys

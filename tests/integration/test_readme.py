@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 from causalrt.cli import _parser
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.export.build import build
 from causalrt.export.random_encoders import SMALL_VAE, random_vae, write_text_encoder
 from causalrt.export.random_weights import random_weights
+from causalrt.recipes import recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -15,9 +15,9 @@ import torch
 from causalrt import Config, build, override, recipe
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.eager import EagerExecutor
+from causalrt.model.tokens import latents_from_tokens, tokens_from_latents
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
-from causalrt.model.tokens import latents_from_tokens, tokens_from_latents
 
 diffusers = pytest.importorskip("diffusers")
 

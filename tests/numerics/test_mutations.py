@@ -19,6 +19,7 @@ from causalrt.engines.bundle import open_bundle
 from causalrt.export import checkpoint
 from causalrt.export.build import build
 from causalrt.model.schedule import Schedule
+from causalrt.model.tokens import latents_from_tokens
 from causalrt.model.wan import rope, step
 from causalrt.model.wan import transformer as wan
 from causalrt.proof.recording import Recording, open_recording
@@ -26,7 +27,6 @@ from causalrt.runtime import kv_slots, rollout
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise
-from causalrt.model.tokens import latents_from_tokens
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_memory import SessionMemories
 

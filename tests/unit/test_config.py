@@ -5,9 +5,18 @@ from typing import get_type_hints
 
 import pytest
 
-from causalrt.config import MAX_LATENT_FRAMES, BuildConfig, Config, ModelConfig, SamplerConfig, VideoConfig, config_from_dict, override
-from causalrt.recipes import RECIPES, recipe
+from causalrt.config import (
+    MAX_LATENT_FRAMES,
+    BuildConfig,
+    Config,
+    ModelConfig,
+    SamplerConfig,
+    VideoConfig,
+    config_from_dict,
+    override,
+)
 from causalrt.errors import CausalRTError, ConfigError
+from causalrt.recipes import RECIPES, recipe
 
 TINY = recipe("tiny")
 FIELDS = {f"{name}.{field.name}" for name, cls in get_type_hints(Config).items() for field in dataclasses.fields(cls)}

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_kernels
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.measure.kernel_bench import operands, qk_norm_rope, rope_attention
 from causalrt.measure.kernel_bench.sections import Bench
 from causalrt.measure.kernel_bench.timing import Captured, Facts, Spread, Timer, Work, ratio
 from causalrt.measure.kernel_bench.verdicts import judge, judge_all
+from causalrt.recipes import recipe
 
 SCRIPT = Path(gpu_kernels.__file__)
 TINY = [

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from causalrt.config import HeadPlanName, override
-from causalrt.recipes import recipe
 from causalrt.layout import Layout, layout_from_config, plan_shares
+from causalrt.recipes import recipe
 
 PLANS = get_args(HeadPlanName)
 sizes = {"num_heads": st.integers(1, 48), "world_size": st.integers(1, 16), "num_tokens": st.integers(1, 700)}

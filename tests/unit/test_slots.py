@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from causalrt.config import Config, VideoConfig, override
-from causalrt.recipes import recipe
 from causalrt.layout import SlotPlan, chunk_starts, layout_from_config, slots_from_config
+from causalrt.recipes import recipe
 from causalrt.runtime.kv_slots import KVSlots
 
 PASSES = 5  # four denoising steps and the refresh

@@ -33,13 +33,13 @@ from causalrt.export.dist_collective import lower_exchanges_pass
 from causalrt.export.engine_worker import EngineRequest, PluginDevice, request_json
 from causalrt.export.onnx import step_graph, write_segments
 from causalrt.export.options import CollectivesMode
-from causalrt.progress import Progress
 from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.scale_queries import scale_queries_pass
 from causalrt.export.split_lone_heads import split_lone_heads_pass
 from causalrt.layout import chunk_starts, slots_from_config
 from causalrt.model.wan.transformer import Wan
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.progress import Progress
 from causalrt.user_cache import cache_file
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
 from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.export.fuse_attention import fuse_attention_pass
-from causalrt.progress import Progress
 from causalrt.export.plugin_functions import check_fused_nodes
 from causalrt.export.segment import cut_exchanges_pass
 from causalrt.export.share_weights import share_weights_pass
@@ -18,6 +17,7 @@ from causalrt.export.trace import trace_prompt, trace_step, trace_time
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
 from causalrt.model.wan.transformer import Wan
+from causalrt.progress import Progress
 
 
 def cross_kv_names(config: Config) -> list[str]:

@@ -27,10 +27,10 @@ from causalrt.errors import BuildError, ConfigError, ExecutorError
 from causalrt.export.engine_network import check_network, describe_network
 from causalrt.export.onnx import cross_kv_names, step_names
 from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
-from causalrt.progress import Progress
 from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
 from causalrt.install_hint import install_extra
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.progress import Progress
 from causalrt.user_cache import keep_in_cache
 
 DEVICE = torch.device("cuda", 0)

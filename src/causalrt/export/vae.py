@@ -30,13 +30,13 @@ from causalrt.engines.vae import FRAMES, LATENT, MADE
 from causalrt.errors import BuildError, ConfigError
 from causalrt.export.engine_files import run_child
 from causalrt.export.engine_worker import EngineRequest, request_json
-from causalrt.progress import Progress
 from causalrt.export.share_weights import share_weights_pass
 from causalrt.export.translate import onnx_from_program
 from causalrt.model.codecs.block_dct import CONFIG_KEY, BlockDct, FirstBlock, NextBlock
 from causalrt.model.codecs.decode_state import cache_name
 from causalrt.model.codecs.vae_checkpoint import vae_config_from_mapping
 from causalrt.model.codecs.wan_vae import FirstFrame, NextFrame, cache_slots
+from causalrt.progress import Progress
 
 STAGE = "VAE graphs"
 

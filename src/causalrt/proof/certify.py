@@ -17,9 +17,9 @@ from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.engines.streams import own_stream
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ExecutorError
-from causalrt.progress import Progress
 from causalrt.install_hint import install_extra
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.progress import Progress
 from causalrt.proof.attempt import attempt
 from causalrt.proof.compare import TOLERANCE
 from causalrt.proof.record import Certificate, Check, NotChecked

@@ -14,8 +14,8 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.build import build, fused_ops_wanted
 from causalrt.export.options import CollectivesMode, PluginsMode
-from causalrt.progress import Progress
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.progress import Progress
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replay import Outputs, eager_player, emulated_player, recorded_outputs, replay, replay_here
 from causalrt.runtime.load import load

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from causalrt.model.tokens import tokens_from_latents
 from causalrt.proof.rollouts import RolloutPlan, outputs_of_chunk
 from causalrt.runtime.canary import ExchangeCheck
 from causalrt.runtime.load import load
-from causalrt.model.tokens import tokens_from_latents
 
 
 def play_in_processes(

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from causalrt.config import BuildConfig, Config, HeadPlanName, ModelConfig, SamplerConfig, VideoConfig
 from causalrt.errors import ConfigError, RecordingError
-from causalrt.regular_files import regular_file
 from causalrt.model.tokens import tokens_from_latents
+from causalrt.regular_files import regular_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

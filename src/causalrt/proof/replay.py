@@ -17,12 +17,12 @@ from causalrt.engines.bundle import open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
 from causalrt.layout import Layout
+from causalrt.model.tokens import tokens_from_latents
 from causalrt.proof.recording import Recording
 from causalrt.runtime.collectives import CountingCollectives, LocalCollectives
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.requests import checked_given, checked_text
-from causalrt.model.tokens import tokens_from_latents
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord, SwitchPolicy
 from causalrt.runtime.session_memory import SessionMemories
 

@@ -24,10 +24,10 @@ import torch
 
 from causalrt.engines.bundle import VAE_WEIGHTS
 from causalrt.errors import CapacityError, EngineClosedError, RequestError
+from causalrt.model.tokens import latents_from_tokens
 from causalrt.runtime.messages import ChunkCommand, Done, Latents, PromptCommand, Reply, SaveCommand
 from causalrt.runtime.noise import Noise, SeededNoise
 from causalrt.runtime.requests import Embeddings
-from causalrt.model.tokens import latents_from_tokens
 from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
 from causalrt.runtime.snapshot import SessionRecord, new_snapshot, write_session
 

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 from causalrt.config import Config, override
-from causalrt.recipes import recipe
 from causalrt.demo_model import DemoFiles, demo_files
 from causalrt.engines.bundle import file_digest, open_bundle, record_digest, toolchain_versions
 from causalrt.errors import BuildError, BundleError, Faults, RequestError
 from causalrt.export.build import build
-from causalrt.progress import Progress
 from causalrt.media.pyav import pyav
 from causalrt.media.video_file import Mp4Writer, check_picture
 from causalrt.model.text.words import WordEncoder
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.progress import Progress
+from causalrt.recipes import recipe
 from causalrt.runtime.load import load
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.session import Chunk

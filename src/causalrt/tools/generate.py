@@ -14,10 +14,10 @@ from causalrt.config import Config
 from causalrt.engines.bundle import open_bundle, toolchain_versions
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import Faults, RequestError
-from causalrt.progress import Progress
 from causalrt.media.pyav import pyav
 from causalrt.media.read import BACKGROUND, Part, read_frames
 from causalrt.media.video_file import Mp4Writer, check_picture
+from causalrt.progress import Progress
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import check_rank_limits, load
 from causalrt.runtime.noise import SeededNoise

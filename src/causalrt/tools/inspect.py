@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 
 from causalrt.engines.bundle import Bundle, how_to_finish, open_bundle
-from causalrt.progress import Progress
 from causalrt.model.wan.transformer import num_parameters
 from causalrt.plugins.ptx import default_cache
+from causalrt.progress import Progress
 from causalrt.runtime.memory import decoder_memory, rank_memory
 from causalrt.tools.inspect_engines import describe_engines
 from causalrt.tools.inspect_kernels import describe_kernels, targets_from_names

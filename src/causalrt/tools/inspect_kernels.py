@@ -30,13 +30,13 @@ from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.tensorrt_flavour import device_target
 from causalrt.errors import ConfigError, KernelError
-from causalrt.progress import Progress
 from causalrt.layout import Layout, layout_from_config
 from causalrt.plugins.kernel_launch import KernelLaunch, require_triton
 from causalrt.plugins.plugin_specs import COMBINE_SPLITS, QK_NORM_ROPE, rope_attention_spec
 from causalrt.plugins.ptx import TARGETS, CompiledKernel, cached_kernel, compile_kernel
 from causalrt.plugins.share_blocks import blocks_from_shares
 from causalrt.plugins.tensorrt_plugin import THREADS_PER_WARP
+from causalrt.progress import Progress
 
 STAGE = "kernels"
 """What progress calls the compilation."""

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import torch
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.errors import CapacityError, EngineClosedError, PromptError, RankError
 from causalrt.model.text.umt5 import PromptTokens, clean_prompt
+from causalrt.recipes import recipe
 
 
 def fake_config(changes=None):

@@ -13,7 +13,6 @@ from importlib import metadata
 import pytest
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.engines import bundle as bundle_module
 from causalrt.engines.bundle import (
     FIRST_GRAPH,
@@ -32,6 +31,7 @@ from causalrt.engines.bundle import (
 from causalrt.errors import BuildError, BundleError
 from causalrt.layout import layout_from_config
 from causalrt.model.codecs.vae_checkpoint import VaeConfig
+from causalrt.recipes import recipe
 
 CONFIG = override(recipe("tiny"), {"build.world_size": "2"})
 GRAPHS = {"segments": [{"file": "step-000.onnx", "sent": None, "received": None}]}

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.errors import ExecutorError
 from causalrt.layout import chunk_starts, slots_from_config
+from causalrt.recipes import recipe
 
 GPU = torch.device("cuda", 0)
 POOL = 7

@@ -10,19 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.errors import ConfigError
 from causalrt.export.checkpoint import open_checkpoint, write_weights
 from causalrt.layout import layout_from_config
 from causalrt.model.codecs.block_dct import BlockDct, BlockDctConfig, block_basis, encode_blocks
 from causalrt.model.codecs.decode_state import pixels_from_signal
 from causalrt.model.schedule import schedule_from_config
+from causalrt.model.tokens import latents_from_tokens
 from causalrt.model.wan.step import ChunkStep, StepOps
 from causalrt.model.wan.transformer import PromptGraph, TimeGraph, Wan, sinusoid
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
+from causalrt.recipes import recipe
 from causalrt.runtime.kv_slots import KVSlots
-from causalrt.model.tokens import latents_from_tokens
 from train_demo.clips import CHUNKS, Starts, draw_clips, draw_firsts
 from train_demo.command import main as train_command
 from train_demo.command import normal_values, released_layout

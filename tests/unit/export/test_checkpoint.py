@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from causalrt.config import ModelConfig
-from causalrt.recipes import recipe
 from causalrt.engines.bundle import tensor_digest
 from causalrt.errors import BuildError, CheckpointError
 from causalrt.export.checkpoint import (
@@ -24,6 +23,7 @@ from causalrt.export.checkpoint import (
     write_weights,
 )
 from causalrt.export.random_weights import random_weights
+from causalrt.recipes import recipe
 
 MODEL = recipe("tiny").model
 

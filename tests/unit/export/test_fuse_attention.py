@@ -5,9 +5,9 @@ import pytest
 from onnx import helper
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.export.fuse_attention import RUNTIME_DOMAIN, RUNTIME_OP, fuse_attention_pass
 from causalrt.export.onnx import runtime_graph
+from causalrt.recipes import recipe
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24, "causalrt" : 1]>\n'
 PLAIN = (

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.export.onnx import step_names
 from causalrt.export.segment import cut_exchanges_pass, is_exchange
 from causalrt.export.share_weights import share_weights_pass, weight_offsets
@@ -20,6 +19,7 @@ from causalrt.export.trace import trace_step
 from causalrt.export.translate import OPSET, onnx_from_program
 from causalrt.model.wan.transformer import Wan, wan_from_weights
 from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP
+from causalrt.recipes import recipe
 
 SHAPE = (3, 5, 2)  # blocks, rows, channels
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.export.onnx import step_names
 from causalrt.export.plugin_functions import NODE_FORMS, check_fused_nodes, expand_functions
 from causalrt.export.segment import cut_exchanges_pass
@@ -20,6 +19,7 @@ from causalrt.model.wan.transformer import Wan
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
 from causalrt.plugins.plugin_specs import SPECS
 from causalrt.plugins.rope_attention import rope_attention
+from causalrt.recipes import recipe
 
 
 def fused_step(world_size, *, whole_slots=True, precision="float32", frames=None):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.export import Dim
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.errors import ConfigError
 from causalrt.export.random_weights import random_weights
 from causalrt.export.trace import TRACED_OPS, step_arguments
@@ -25,6 +24,7 @@ from causalrt.model.wan.transformer import Wan, wan_from_weights
 from causalrt.plugins.qk_norm_rope import qk_norm_rope
 from causalrt.plugins.rope_attention import attend_in_place, attend_to_copies, rope_attention_rows
 from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.recipes import recipe
 
 FAR = 30_000_000
 """A first frame after 87 days, at 4 latent frames a second."""

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.layout import layout_from_config
 from causalrt.model.wan.rope import angles, axis_pairs, rope_tables
 from causalrt.model.wan.step import ChunkStep, StepOps
 from causalrt.model.wan.transformer import Wan
 from causalrt.plugins.rotate import rotate_pairs
+from causalrt.recipes import recipe
 
 # model_spec section 4, and the split's own rule for widths beyond its list
 WIDTHS = {

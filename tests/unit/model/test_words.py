@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from causalrt.recipes import recipe
 from causalrt.errors import CheckpointError, PromptError
 from causalrt.model.text.words import MAX_PROMPT_CHARS, WORDS_FILE, WordEncoder
+from causalrt.recipes import recipe
 from causalrt.runtime.engine import open_text_encoder
 
 TABLE = torch.arange(12, dtype=torch.float32).view(4, 3)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from causalrt.config import Config, override
-from causalrt.recipes import recipe
 from causalrt.errors import OperandError
 from causalrt.layout import layout_from_config
 from causalrt.plugins import qk_norm_rope, rope_attention
 from causalrt.plugins.kernel_launch import TRITON_TYPES, KernelLaunch
+from causalrt.recipes import recipe
 
 pytest.importorskip("triton", reason="needs Triton")
 CONFIG = override(recipe("tiny"), {"build.world_size": "2"})

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from causalrt.config import Config, override
-from causalrt.recipes import recipe
 from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
+from causalrt.recipes import recipe
 from causalrt.runtime.canary import ExchangeCheck, check_exchanges
 from causalrt.runtime.collectives import LocalCollectives
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from causalrt.config import override
-from causalrt.recipes import RECIPES, recipe
 from causalrt.engines.bundle import VAE_WEIGHTS
 from causalrt.errors import ExecutorError, OutOfMemoryError
 from causalrt.export.checkpoint import model_shapes
 from causalrt.layout import layout_from_config
 from causalrt.model.codecs.vae_checkpoint import VaeConfig
 from causalrt.model.wan.transformer import num_parameters
+from causalrt.recipes import RECIPES, recipe
 from causalrt.runtime import memory
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.memory import (

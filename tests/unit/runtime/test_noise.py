@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.errors import RequestError
+from causalrt.recipes import recipe
 from causalrt.runtime.noise import RecordedNoise, SeededNoise, checked_noise
 
 SHAPE = (37, 64)

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from causalrt.config import Config, override
-from causalrt.recipes import recipe
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import chunk_starts
 from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
+from causalrt.recipes import recipe
 from causalrt.runtime import session_memory
 from causalrt.runtime.collectives import LocalCollectives, Traffic
 from causalrt.runtime.kv_slots import KVSlots

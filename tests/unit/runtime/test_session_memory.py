@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.engines.bundle import open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import layout_from_config
+from causalrt.recipes import recipe
 from causalrt.runtime import session_memory
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import SeededNoise

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from causalrt.config import Config, override
-from causalrt.recipes import recipe
 from causalrt.errors import MeasurementError
 from causalrt.measure.bench.ceilings import Ceilings, Probe, Way, full_work, rates_of, roofline, work_of
 from causalrt.measure.bench.machine import describe_machine, describe_moment, peak_host_bytes
@@ -25,6 +24,7 @@ from causalrt.measure.bench.samples import ChunkSample, FirstSample, Measured
 from causalrt.measure.bench.show import sentences
 from causalrt.measure.bench.sides import Side
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.recipes import recipe
 from causalrt.runtime.usage import WaitCounter
 from causalrt.tools.doctor import examine
 from causalrt.tools.gpus import Gpu, Gpus

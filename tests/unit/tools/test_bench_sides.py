@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from causalrt.config import Config, override
-from causalrt.recipes import recipe
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.errors import BundleError, ConfigError, ExecutorError, OutOfMemoryError
 from causalrt.export.build import build
@@ -17,6 +16,7 @@ from causalrt.export.random_weights import random_weights
 from causalrt.measure.bench import sides as module
 from causalrt.measure.bench.sides import check_all_fit, choose_sides, why_not
 from causalrt.measure.bench.sources import Source, Wishes, bundles_of, sources_of
+from causalrt.recipes import recipe
 from causalrt.tools.doctor import examine
 
 CPU = Wishes(device="cpu", threads=4)

@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from causalrt.cli import main
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.errors import ConfigError, KernelError
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import layout_from_config
@@ -19,6 +18,7 @@ from causalrt.plugins.plugin_specs import SMALL_TILES, SPECS
 from causalrt.plugins.ptx import TARGETS, CompiledKernel
 from causalrt.plugins.qk_norm_rope import write_rows
 from causalrt.plugins.rope_attention import run_kernel
+from causalrt.recipes import recipe
 from causalrt.tools.inspect_kernels import (
     GPUS,
     blocks_per_multiprocessor,

@@ -10,8 +10,8 @@ import torch
 
 from causalrt.cli import main
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.errors import ConfigError, ExecutorError
+from causalrt.recipes import recipe
 from causalrt.tools.plan.calibrate import exchange_of, wait_for
 from causalrt.tools.plan.calibration import (
     CalibratedMachine,

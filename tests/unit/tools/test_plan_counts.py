@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from causalrt.config import Config, override
-from causalrt.recipes import recipe
 from causalrt.export.random_encoders import SMALL_VAE, random_vae
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import layout_from_config
@@ -16,6 +15,7 @@ from causalrt.model.wan.step import ChunkStep, StepOps
 from causalrt.model.wan.transformer import Wan, wan_from_weights
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
+from causalrt.recipes import recipe
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.tools.plan.decode_work import decode_flops, decode_weights
 from causalrt.tools.plan.hardware import GPUS

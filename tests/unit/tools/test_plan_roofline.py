@@ -3,8 +3,8 @@
 import pytest
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.errors import ConfigError
+from causalrt.recipes import recipe
 from causalrt.tools.plan import assumptions as assumed
 from causalrt.tools.plan.hardware import GPUS, gpu_by_name
 from causalrt.tools.plan.head_layouts import LAYOUTS, head_layout

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.errors import ConfigError, ExecutorError
+from causalrt.recipes import recipe
 from causalrt.tools.plan.hardware import GPUS
 from causalrt.tools.plan.predict import Forecast, forecast
 from causalrt.tools.plan.roofline import GpuMachine

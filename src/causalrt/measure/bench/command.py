@@ -12,7 +12,6 @@ from typing import Any
 from causalrt.config import Config
 from causalrt.engines.bundle import MANIFEST, file_digest
 from causalrt.errors import ConfigError, Faults
-from causalrt.progress import Progress
 from causalrt.measure.bench.ceilings import Ceilings
 from causalrt.measure.bench.machine import describe_machine, describe_moment
 from causalrt.measure.bench.picture import draw, figure_class
@@ -22,6 +21,7 @@ from causalrt.measure.bench.show import show
 from causalrt.measure.bench.sides import LeftOut, Side, check_all_fit, choose_sides
 from causalrt.measure.bench.sources import Source, Wishes, build_random, bundles_of, sources_of
 from causalrt.owned_paths import TemporaryFolder
+from causalrt.progress import Progress
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.tools.doctor import examine

@@ -14,8 +14,8 @@ from causalrt.engines.kinds import executor_kind
 from causalrt.errors import BundleError, ConfigError
 from causalrt.export.build import build, fused_ops_wanted
 from causalrt.export.options import PluginsMode
-from causalrt.progress import Progress
 from causalrt.export.random_weights import random_weights
+from causalrt.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

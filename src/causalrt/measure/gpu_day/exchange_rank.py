@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.streams import own_stream
 from causalrt.layout import layout_from_config
+from causalrt.recipes import recipe
 from causalrt.runtime.canary import check_exchanges
 from causalrt.runtime.collectives import TorchCollectives, join_ranks
 

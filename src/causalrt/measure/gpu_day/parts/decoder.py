@@ -6,7 +6,6 @@ import time
 import torch
 
 from causalrt.config import Config
-from causalrt.recipes import recipe
 from causalrt.demo_model import demo_files
 from causalrt.engines.vae import Vae
 from causalrt.errors import ExecutorError
@@ -16,6 +15,7 @@ from causalrt.measure.gpu_day.predictions import columns, planner_for
 from causalrt.model.codecs.block_dct import BlockDct, BlockDecoder
 from causalrt.model.codecs.vae_checkpoint import VaeConfig, load_vae
 from causalrt.model.codecs.wan_vae import StreamingDecoder
+from causalrt.recipes import recipe
 
 TABLE = "milliseconds of a chunk"
 

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.demo_model import demo_files
 from causalrt.export.build import build
 from causalrt.measure.gpu_day.book import Book
+from causalrt.recipes import recipe
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet
 from causalrt.tools.demo import Made, compared, make_video
 from causalrt.tools.demo_request import DemoRequest

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.tensorrt import TensorRTExecutor
@@ -22,6 +21,7 @@ from causalrt.measure.gpu_day.steps import MOST_ERROR, StepSession, compare_step
 from causalrt.proof.compare import rms_errors
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replay import Player, recorded_outputs, replay_here
+from causalrt.recipes import recipe
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.tools.plan.roofline import Lowering
 

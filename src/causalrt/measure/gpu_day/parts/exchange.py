@@ -7,9 +7,9 @@ import torch
 
 from causalrt.child_python import python_command, python_environment
 from causalrt.config import override
-from causalrt.recipes import recipe
 from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.predictions import columns, planner_for
+from causalrt.recipes import recipe
 
 TABLE = "microseconds of an all-to-all"
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from causalrt.config import Config, override
-from causalrt.recipes import recipe
 from causalrt.errors import KernelError
 from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.predictions import Planner, columns, planner_for
 from causalrt.plugins.kernel_launch import require_triton
+from causalrt.recipes import recipe
 
 SECTIONS = ("qk_norm_rope", "rope_attention")
 ROWS, ATTENTION = SECTIONS

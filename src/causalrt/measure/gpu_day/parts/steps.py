@@ -5,7 +5,6 @@ import gc
 import torch
 
 from causalrt.config import Config, override
-from causalrt.recipes import recipe
 from causalrt.engines.bundle import Bundle
 from causalrt.measure.gpu_day.book import Book, one_line
 from causalrt.measure.gpu_day.predictions import Planner, columns, planner_for
@@ -19,6 +18,7 @@ from causalrt.measure.gpu_day.steps import (
     noise_of,
     random_bundle,
 )
+from causalrt.recipes import recipe
 from causalrt.tools.plan.roofline import Lowering
 
 TABLE = "milliseconds of a chunk step"
