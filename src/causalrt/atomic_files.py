@@ -26,7 +26,7 @@ _CHANGED = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, private: bool = False, sweeps: bool = True) -> Iterator[Path]:
+def atomic_file(path: Path, *, private: bool = False, sweeps: bool = True) -> Iterator[Path]:
     """Where to write what `path` is to hold: renamed to it if the block ends well, and removed if not.
 
     Args:
@@ -54,7 +54,7 @@ def whole_file(path: Path, *, private: bool = False, sweeps: bool = True) -> Ite
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, *, replaces: str | None = None, private: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, *, replaces: str | None = None, private: bool = False) -> Iterator[Path]:
     """A new folder to fill: renamed to `target` if the block ends well, and removed if not.
 
     It takes the place of an old folder in one step, and the old one is removed afterwards, so whoever opens `target` finds one

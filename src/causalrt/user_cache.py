@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from causalrt.atomic_files import whole_file
+from causalrt.atomic_files import atomic_file
 from causalrt.owned_paths import sweep
 from causalrt.regular_files import regular_file
 
@@ -46,7 +46,7 @@ def keep_in_cache(path: Path, data: bytes | memoryview) -> bool:
     """Keep it for the next time; nothing fails for want of a cache."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_bytes(data)
     except OSError as error:
         logger.warning("%s could not be written: %s", path, error)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from causalrt.atomic_files import whole_file, whole_folder
+from causalrt.atomic_files import atomic_file, atomic_folder
 
 
 def mode(path: Path) -> int:
@@ -28,7 +28,7 @@ def umask():
 def test_a_file_takes_the_place_of_another_at_the_end(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"
         assert mode(partial) == 0o600, "nobody else reads half a file"
@@ -39,7 +39,7 @@ def test_a_file_takes_the_place_of_another_at_the_end(tmp_path):
 
 
 def test_a_private_file_is_its_owners(tmp_path):
-    with whole_file(tmp_path / "file", private=True) as partial:
+    with atomic_file(tmp_path / "file", private=True) as partial:
         partial.write_text("")
     assert mode(tmp_path / "file") == 0o600
 
@@ -48,7 +48,7 @@ def test_a_private_file_is_its_owners(tmp_path):
 def test_a_file_that_was_not_finished_leaves_nothing(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(type(error)), whole_file(path) as partial:
+    with pytest.raises(type(error)), atomic_file(path) as partial:
         write_and_raise(partial, error)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
@@ -56,25 +56,25 @@ def test_a_file_that_was_not_finished_leaves_nothing(tmp_path, error):
 
 def test_a_file_whose_place_is_taken_by_a_folder_leaves_nothing(tmp_path):
     (tmp_path / "file").mkdir()
-    with pytest.raises(OSError, match="directory"), whole_file(tmp_path / "file") as partial:
+    with pytest.raises(OSError, match="directory"), atomic_file(tmp_path / "file") as partial:
         partial.write_text("new")
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_two_writers_of_one_file_do_not_share_what_they_write_to(tmp_path):
-    with whole_file(tmp_path / "file") as first, whole_file(tmp_path / "file") as second:
+    with atomic_file(tmp_path / "file") as first, atomic_file(tmp_path / "file") as second:
         first.write_text("first")
         second.write_text("second")
     assert (tmp_path / "file").read_text() == "first", "the outer block ends last"
 
 
 def test_a_folder_comes_as_one(tmp_path):
-    with whole_folder(tmp_path / "folder") as work:
+    with atomic_folder(tmp_path / "folder") as work:
         (work / "file").write_text("new")
         assert not (tmp_path / "folder").exists()
     assert (tmp_path / "folder" / "file").read_text() == "new"
     assert mode(tmp_path / "folder") == 0o750
-    with whole_folder(tmp_path / "private", private=True):
+    with atomic_folder(tmp_path / "private", private=True):
         pass
     assert mode(tmp_path / "private") == 0o700
 
@@ -84,17 +84,17 @@ def test_a_folder_gives_way_only_if_it_holds_the_file_named(tmp_path):
     target.mkdir()
     (target / "mark").write_text("old")
     for replaces in (None, "another"):
-        with pytest.raises(OSError, match="not empty"), whole_folder(target, replaces=replaces) as work:
+        with pytest.raises(OSError, match="not empty"), atomic_folder(target, replaces=replaces) as work:
             (work / "mark").write_text("new")
         assert (target / "mark").read_text() == "old"
-    with whole_folder(target, replaces="mark") as work:
+    with atomic_folder(target, replaces="mark") as work:
         (work / "mark").write_text("new")
     assert (target / "mark").read_text() == "new"
     assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_a_folder_that_was_not_finished_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "folder") as work:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "folder") as work:
         write_and_raise(work / "file", KeyboardInterrupt())
     assert os.listdir(tmp_path) == []
 
@@ -104,7 +104,7 @@ def test_a_link_to_a_folder_stays_and_what_it_points_to_is_replaced(tmp_path):
     real.mkdir(parents=True)
     (real / "mark").write_text("old")
     link.symlink_to(real)
-    with whole_folder(link, replaces="mark") as work:
+    with atomic_folder(link, replaces="mark") as work:
         (work / "mark").write_text("new")
     assert link.is_symlink()
     assert (real / "mark").read_text() == "new"
@@ -112,10 +112,10 @@ def test_a_link_to_a_folder_stays_and_what_it_points_to_is_replaced(tmp_path):
 
 
 def test_what_is_open_in_a_replaced_folder_can_be_read_on(tmp_path):
-    with whole_folder(tmp_path / "folder") as work:
+    with atomic_folder(tmp_path / "folder") as work:
         (work / "mark").write_text("old")
     with (tmp_path / "folder" / "mark").open() as file:
-        with whole_folder(tmp_path / "folder", replaces="mark") as work:
+        with atomic_folder(tmp_path / "folder", replaces="mark") as work:
             (work / "mark").write_text("new")
         assert file.read() == "old"
 
@@ -123,28 +123,28 @@ def test_what_is_open_in_a_replaced_folder_can_be_read_on(tmp_path):
 def test_a_file_may_be_written_without_looking_for_leftovers(tmp_path):
     left = tmp_path / ".file.0123456789ab.partial"
     left.touch()
-    with whole_file(tmp_path / "file", sweeps=False) as partial:
+    with atomic_file(tmp_path / "file", sweeps=False) as partial:
         partial.write_text("new")
     assert sorted(os.listdir(tmp_path)) == [left.name, "file"]
 
 
 def test_what_killed_writers_have_left_is_removed(tmp_path):
     (tmp_path / ".file.0123456789ab.partial").write_text("half")
-    with whole_file(tmp_path / "file") as partial:
+    with atomic_file(tmp_path / "file") as partial:
         partial.write_text("new")
     assert os.listdir(tmp_path) == ["file"]
     for name, mark in (("0123456789ab.partial", "another"), ("0123456789ab.old", "mark"), ("ba9876543210.old", "mine")):
         (tmp_path / f".folder.{name}").mkdir()
         (tmp_path / f".folder.{name}" / mark).write_text("")
-    with whole_folder(tmp_path / "folder", replaces="mark") as work:
+    with atomic_folder(tmp_path / "folder", replaces="mark") as work:
         (work / "mark").write_text("new")
     assert sorted(os.listdir(tmp_path)) == [".folder.ba9876543210.old", "file", "folder"], "a stranger's folder stays"
 
 
 def test_a_writer_that_was_first_is_replaced_if_it_may_be(tmp_path):
-    with whole_folder(tmp_path / "folder", replaces="mark") as slow:
+    with atomic_folder(tmp_path / "folder", replaces="mark") as slow:
         (slow / "mark").write_text("slow")
-        with whole_folder(tmp_path / "folder", replaces="mark") as fast:
+        with atomic_folder(tmp_path / "folder", replaces="mark") as fast:
             (fast / "mark").write_text("fast")
     assert (tmp_path / "folder" / "mark").read_text() == "slow"
     assert os.listdir(tmp_path) == ["folder"]
@@ -166,9 +166,9 @@ def test_without_an_exchange_a_folder_is_replaced_in_two_steps_and_that_is_logge
     tmp_path, monkeypatch, caplog, library
 ):
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
-    with whole_folder(tmp_path / "folder") as work:
+    with atomic_folder(tmp_path / "folder") as work:
         (work / "mark").write_text("old")
-    with whole_folder(tmp_path / "folder", replaces="mark") as work:
+    with atomic_folder(tmp_path / "folder", replaces="mark") as work:
         (work / "mark").write_text("new")
     assert (tmp_path / "folder" / "mark").read_text() == "new"
     assert os.listdir(tmp_path) == ["folder"]
@@ -189,7 +189,7 @@ def test_a_swap_that_fails_leaves_the_old_folder(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(os, "rename", fail_on_arrival)
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Library(code))
-    with pytest.raises(OSError, match="Input/output"), whole_folder(target, replaces="mark") as work:
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(target, replaces="mark") as work:
         (work / "mark").write_text("new")
     assert os.listdir(tmp_path) == ["folder"]
     assert (target / "mark").read_text() == "old"

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from causalrt.atomic_files import whole_folder
+from causalrt.atomic_files import atomic_folder
 from causalrt.config import Config, config_from_dict
 from causalrt.engines.kinds import EXECUTORS, executor_kind
 from causalrt.engines.step_record import FlavourEngines, StepPart, files_of, parse_engines, parse_parts
@@ -168,7 +168,7 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
                 f"no disk space: the bundle needs {needed_bytes:,} bytes and {target.parent} has {free:,} free; "
                 "free some or choose another folder"
             )
-        with whole_folder(target, replaces=MANIFEST if overwrite else None) as work:
+        with atomic_folder(target, replaces=MANIFEST if overwrite else None) as work:
             yield work
     except OSError as error:
         raise BuildError(

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from causalrt.atomic_files import whole_file
+from causalrt.atomic_files import atomic_file
 from causalrt.config import ModelConfig
 from causalrt.engines.bundle import tensor_digest
 from causalrt.errors import BuildError, CheckpointError
@@ -268,7 +268,7 @@ def write_weights(
         raise CheckpointError(f"{checkpoint.path} cannot be written as {dtype}:\n" + "\n".join(bad))
 
     try:
-        with whole_file(out) as partial:
+        with atomic_file(out) as partial:
             save_file(converted, partial, metadata={DIGESTS: json.dumps(digests)})
     except (SafetensorError, OSError) as error:
         size_mib = sum(tensor.nbytes for tensor in converted.values()) / 2**20

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.export import ExportedProgram
 
-from causalrt.atomic_files import whole_file
+from causalrt.atomic_files import atomic_file
 from causalrt.config import Config
 from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS
 from causalrt.engines.tensorrt_flavour import Flavour
@@ -100,7 +100,7 @@ def write_vae_weights(vae: Any, path: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
     config = json.dumps(vae_config_from_mapping(vae.config).to_mapping())
     try:
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             save_file(state, partial, {CONFIG_KEY: config})
     except (SafetensorError, OSError) as error:
         size_mib = sum(tensor.nbytes for tensor in state.values()) / 2**20

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from causalrt.atomic_files import whole_file
+from causalrt.atomic_files import atomic_file
 from causalrt.config import FRAMES_PER_SECOND
 from causalrt.errors import RequestError, VideoError
 from causalrt.media.mp4_boxes import codec_from_header, fragment, sample_from_byte_stream
@@ -57,7 +57,7 @@ class Mp4Writer:
             width: of the frames, in pixels.
             fps: frames a second.
             private: readable by its owner alone, rather than by whom the umask lets.
-            sweeps: remove what killed writers of this file have left; see `whole_file`.
+            sweeps: remove what killed writers of this file have left; see `atomic_file`.
 
         Raises:
             RequestError: odd or impossible sizes or rate, or `path` cannot be written.
@@ -68,7 +68,7 @@ class Mp4Writer:
         pyav()
         self._file = contextlib.ExitStack()
         try:
-            partial = self._file.enter_context(whole_file(self.path, private=private, sweeps=sweeps))
+            partial = self._file.enter_context(atomic_file(self.path, private=private, sweeps=sweeps))
         except OSError as error:
             raise RequestError(f"cannot write {path}: {error}; choose a file in an existing, writable folder") from None
         with self._or_nothing():

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from causalrt.atomic_files import whole_file
+from causalrt.atomic_files import atomic_file
 from causalrt.errors import KernelError
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.plugins.kernel_launch import KernelLaunch, is_interpreted, require_triton
@@ -164,7 +164,7 @@ def _read(path: Path) -> CompiledKernel | None:
 
 def _write(path: Path, compiled: CompiledKernel) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(json.dumps(asdict(compiled)))
 
 

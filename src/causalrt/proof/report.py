@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from causalrt.atomic_files import whole_folder
+from causalrt.atomic_files import atomic_folder
 from causalrt.errors import RequestError
 from causalrt.proof.errors import Comparison, TensorError
 from causalrt.proof.picture import draw
@@ -39,7 +39,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(target, replaces=JSON_FILE) as work:
+        with atomic_folder(target, replaces=JSON_FILE) as work:
             yield work
     except OSError as error:
         raise RequestError(

@@ -8,6 +8,7 @@ import torch
 
 from causalrt.config import Config
 from causalrt.errors import PromptError, RequestError
+from causalrt.model.tokens import tokens_from_latents
 
 Embeddings = torch.Tensor | npt.NDArray[np.floating[Any]]
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from causalrt.atomic_files import whole_folder
+from causalrt.atomic_files import atomic_folder
 from causalrt.engines.bundle import WEIGHTS, Bundle, file_digest, record_digest, tensor_digest
 from causalrt.errors import RequestError
 from causalrt.regular_files import regular_file
@@ -75,7 +75,7 @@ def new_snapshot(target: Path, *, overwrite: bool) -> Iterator[Path]:
         why = "choose another folder, or pass overwrite=True" if is_snapshot else "it is no snapshot; choose another"
         raise RequestError(f"{target} exists already: {why}")
     try:
-        with whole_folder(target, replaces=SESSION_FILE if overwrite else None, private=True) as work:
+        with atomic_folder(target, replaces=SESSION_FILE if overwrite else None, private=True) as work:
             yield work
     except OSError as error:
         raise RequestError(

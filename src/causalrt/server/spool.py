@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from causalrt.atomic_files import whole_file
+from causalrt.atomic_files import atomic_file
 from causalrt.errors import RequestError
 from causalrt.owned_paths import TemporaryFolder
 
@@ -138,7 +138,7 @@ class Spool:
             OSError: a full disk, say.
         """
         path = self.folder / f"{job.id}.json"
-        with whole_file(path, private=True, sweeps=False) as partial:  # `load` sweeps
+        with atomic_file(path, private=True, sweeps=False) as partial:  # `load` sweeps
             partial.write_text(json.dumps({"schema": SCHEMA, **asdict(job)}))
 
     def remove(self, job_id: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from causalrt.atomic_files import whole_file
+from causalrt.atomic_files import atomic_file
 from causalrt.errors import CheckpointError, PromptError, RequestError
 from causalrt.model.torch_archive import TorchArchive
 from causalrt.regular_files import regular_file
@@ -133,7 +133,7 @@ def write_whole(path: Path, contents: bytes) -> None:
         RequestError: it cannot be written; what was there is as it was.
     """
     try:
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_bytes(contents)
     except OSError as error:
         raise RequestError(f"writing {path} failed, what was there is as it was: {error}") from error

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from causalrt.atomic_files import whole_file
+from causalrt.atomic_files import atomic_file
 
 
 def draw_kernels(data: Mapping[str, Any], path: Path) -> None:
     """Draw the kernels' times beside those of SDPA and copies."""
     from causalrt.measure.kernel_bench.picture import plot
 
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         plot(data, partial)
 
 
@@ -34,5 +34,5 @@ def draw_steps(data: Mapping[str, Any], path: Path) -> None:
         ax.grid(visible=True, alpha=0.3)
         ax.legend(fontsize=8)
     figure.suptitle(data["title"])
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, format="png", dpi=110)

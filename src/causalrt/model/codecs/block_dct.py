@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from causalrt.atomic_files import whole_file
+from causalrt.atomic_files import atomic_file
 from causalrt.errors import CheckpointError
 from causalrt.model.codecs.decode_state import DecodeState
 from causalrt.model.stored_tensors import check_tensors
@@ -253,7 +253,7 @@ def write_block_dct(path: Path, *, mean: Sequence[float], std: Sequence[float]) 
     """
     config = BlockDctConfig(latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std)))
     try:
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_bytes(save({"basis": block_basis()}, {CONFIG_KEY: dumps(config.to_mapping())}))
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}; choose a writable folder") from error

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from causalrt.atomic_files import whole_file
+from causalrt.atomic_files import atomic_file
 from causalrt.errors import CheckpointError, PromptError
 from causalrt.model.text.umt5 import PromptTokens
 from causalrt.regular_files import regular_file
@@ -88,7 +88,7 @@ class WordEncoder:
         """
         path = folder / WORDS_FILE
         try:
-            with whole_file(path) as partial:
+            with atomic_file(path) as partial:
                 partial.write_bytes(save({_TABLE: self._table}, {_WORDS: json.dumps(self.words)}))
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error}; choose a writable folder") from error
