@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from causalrt.runtime.session_buffers import SessionBufferPool
 
 from causalrt.engines.base import Executor
 from causalrt.engines.bundle import Bundle, open_bundle
@@ -15,7 +16,6 @@ from causalrt.proof.replay import Outputs, Player, replay_here
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
-from causalrt.runtime.session_memory import SessionMemories
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 DEVICE = torch.device("cuda", 0)
@@ -55,7 +55,7 @@ def ready_to_step(case: Case, executor: Executor) -> tuple[Callable[[], object],
     model, prompt = config.model, recording.prompt(0)
     text = torch.cat([prompt, torch.zeros(model.text_len - len(prompt), model.text_dim)])
     noise = RecordedNoise(recording.noise(0))
-    memory = SessionMemories(executor, config, case.bundle.layout).take()
+    memory = SessionBufferPool(executor, config, case.bundle.layout).take()
     layout = case.bundle.layout
     session = Rollout(executor, LocalCollectives(), config, layout, text=text, noise=noise, memory=memory)
     slots = session.slots

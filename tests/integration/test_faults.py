@@ -556,7 +556,7 @@ def test_caller_killed(bundles: Bundles, when: str) -> None:
     assert wait_until(lambda: not [p for p in processes(group) if ") Z " not in p]), processes(group)
 
 
-@pytest.mark.parametrize(("module", "name"), [("session_memory", "KVSlots"), ("rank_server", "Rollout")])
+@pytest.mark.parametrize(("module", "name"), [("session_buffers", "KVSlots"), ("rank_server", "Rollout")])
 def test_one_rank_without_memory_for_a_session_refuses_it(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, name: str
 ) -> None:

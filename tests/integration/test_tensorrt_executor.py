@@ -21,6 +21,7 @@ import onnx.compose
 import pytest
 import tensorrt_stand_in
 import torch
+from causalrt.runtime.session_buffers import SessionBufferPool
 from rank_threads import ThreadCollectives, run_ranks
 from stand_in_bundles import CAPABILITY, STAND_INS, TARGET, build_stand_in
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +41,6 @@ from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise, SeededNoise
 from causalrt.runtime.requests import checked_given
 from causalrt.runtime.rollout import Rollout
-from causalrt.runtime.session_memory import SessionMemories
 from causalrt.runtime.warm_up import warm_up
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -96,7 +96,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "causalrt" / "kernels"
 
 
-MEMORIES: weakref.WeakKeyDictionary[TensorRTExecutor, SessionMemories] = weakref.WeakKeyDictionary()
+MEMORIES: weakref.WeakKeyDictionary[TensorRTExecutor, SessionBufferPool] = weakref.WeakKeyDictionary()
 """Of each executor, as a rank keeps them."""
 
 
@@ -106,7 +106,7 @@ def open_session(
     model = bundle.config.model
     padded = torch.zeros(model.text_len, model.text_dim)
     padded[: len(text)] = text
-    memories = MEMORIES.setdefault(executor, SessionMemories(executor, bundle.config, bundle.layout))
+    memories = MEMORIES.setdefault(executor, SessionBufferPool(executor, bundle.config, bundle.layout))
     memory = memories.take()
     return Rollout(executor, collectives, bundle.config, bundle.layout, text=padded, noise=noise, memory=memory)
 
@@ -326,7 +326,7 @@ def test_kernels_are_kept_once_everything_has_run(replays: Replays, own_cache: P
     for collectives, files in (("engine", 1), ("runtime", 1)):
         _, bundle = replays("R", 1, collectives)
         executor = make(bundle, LocalCollectives())
-        memories = SessionMemories(executor, bundle.config, bundle.layout)
+        memories = SessionBufferPool(executor, bundle.config, bundle.layout)
         warm_up(executor, LocalCollectives(), bundle.config, bundle.layout, memories)
         (kept,) = own_cache.iterdir()
         assert kept.read_bytes() == b"kernels"
@@ -369,7 +369,9 @@ def test_rank_0_alone_writes_the_kernels_that_all_ranks_read(
     def start(ranks: ThreadCollectives) -> tuple[EngineLoader, bytes]:
         executor = make(bundle, ranks)
         read = executor._engines._kept
-        warm_up(executor, ranks, bundle.config, bundle.layout, SessionMemories(executor, bundle.config, bundle.layout))
+        warm_up(
+            executor, ranks, bundle.config, bundle.layout, SessionBufferPool(executor, bundle.config, bundle.layout)
+        )
         return executor._engines, read
 
     for kernels in (b"", b"kernels"):
@@ -495,7 +497,7 @@ def test_a_flush_after_a_lone_first_frame(replays: Replays, collectives: str) ->
     _, bundle = replays("J", 1, collectives)
     executor = make(bundle, LocalCollectives())
     graphs = executor._graphs = KeptKeys()  # type: ignore[assignment]
-    memories = SessionMemories(executor, bundle.config, bundle.layout)
+    memories = SessionBufferPool(executor, bundle.config, bundle.layout)
     warm_up(executor, LocalCollectives(), bundle.config, bundle.layout, memories)
     warmed = {key[1] for key in graphs.keys}
     text = torch.zeros(bundle.config.model.text_len, bundle.config.model.text_dim)

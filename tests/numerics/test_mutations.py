@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from causalrt.runtime.session_buffers import SessionBufferPool
 
 from causalrt.config import SamplerConfig
 from causalrt.engines import eager
@@ -28,7 +29,6 @@ from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
-from causalrt.runtime.session_memory import SessionMemories
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TOLERANCE = 5e-5
@@ -59,7 +59,7 @@ def replay_error(case: str, folder: Path) -> float:
         bundle.layout,
         text=text,
         noise=RecordedNoise(recorded.noise(0)),
-        memory=SessionMemories(executor, config, bundle.layout).take(),
+        memory=SessionBufferPool(executor, config, bundle.layout).take(),
     )
     latents: list[torch.Tensor] = []
     for chunk in range(recorded.num_chunks):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from causalrt.runtime.session_buffers import SessionBufferPool
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
@@ -25,7 +26,6 @@ from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.rollout import Rollout
-from causalrt.runtime.session_memory import SessionMemories
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 QUICK = (("eager", "B", 8), ("eager", "C", 2), ("onnxruntime", "R", 8))
@@ -153,7 +153,7 @@ def test_a_rollout_does_not_age(tmp_path, sink):
     config = tiny(horizon_frames=12, time_index="relative", window_frames=7 + sink, sink_frames=sink)
     bundle = open_bundle(write_bundle(config, tmp_path))
     executor = EagerExecutor(bundle, LocalCollectives(), device=torch.device("cpu"))
-    memories = SessionMemories(executor, config, bundle.layout)
+    memories = SessionBufferPool(executor, config, bundle.layout)
     text = torch.cat([prompt(), torch.zeros(config.model.text_len - 5, config.model.text_dim)])
 
     def rollout(shift):

@@ -24,7 +24,7 @@ from causalrt.runtime.engine import Engine
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.requests import checked_given, checked_text
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord, SwitchPolicy
-from causalrt.runtime.session_memory import SessionMemories
+from causalrt.runtime.session_buffers import SessionBufferPool
 
 if TYPE_CHECKING:
     from causalrt.proof.emulate import EngineGraphs
@@ -96,7 +96,7 @@ def replay_here(recording: Recording, player: Player, *, policy: SwitchPolicy = 
     Where several ranks play, each in a thread of its own, rank 0's call returns the outputs, and the others' return none.
     """
     outputs: Outputs = {}
-    memories = SessionMemories(player.executor, player.config, player.layout)
+    memories = SessionBufferPool(player.executor, player.config, player.layout)
     for element in range(recording.batch_size):
         noise, text = RecordedNoise(recording.noise(element)), checked_text(player.config, recording.prompt(element))
         session = Rollout(

@@ -23,7 +23,7 @@ from causalrt.proof.watch import Place, Tape
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord
-from causalrt.runtime.session_memory import SessionMemories
+from causalrt.runtime.session_buffers import SessionBufferPool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +129,7 @@ def play(side: Side, plan: RolloutPlan, prompts: Mapping[str, torch.Tensor], *, 
             layout,
             text=texts[0],
             noise=SeededNoise(plan.seed),
-            memory=SessionMemories(executor, config, layout).take(),
+            memory=SessionBufferPool(executor, config, layout).take(),
         )
         for chunk in range(plan.num_chunks):
             tapes[rank].begin_chunk(chunk)

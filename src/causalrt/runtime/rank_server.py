@@ -40,7 +40,7 @@ from causalrt.runtime.messages import (
     send,
 )
 from causalrt.runtime.rollout import Rollout
-from causalrt.runtime.session_memory import SessionMemories
+from causalrt.runtime.session_buffers import SessionBufferPool
 from causalrt.runtime.snapshot import rank_file
 from causalrt.runtime.usage import Usage, WaitCounter
 from causalrt.runtime.warm_up import warm_up
@@ -59,7 +59,7 @@ class RankServer:
         self._bundle: Bundle
         self._executor: Executor
         self._collectives: LocalCollectives | TorchCollectives
-        self._memories: SessionMemories
+        self._memories: SessionBufferPool
         self._waits: WaitCounter
 
     def run(self, command: Command) -> Done:
@@ -162,7 +162,7 @@ class RankServer:
             plugins=command.plugins,
             cuda_graphs=command.cuda_graphs,
         )
-        self._memories = SessionMemories(self._executor, self._bundle.config, self._bundle.layout)
+        self._memories = SessionBufferPool(self._executor, self._bundle.config, self._bundle.layout)
         self._waits = WaitCounter(device)
         if warms_up(command.executor, device.type):
             warm_up(self._executor, self._collectives, self._bundle.config, self._bundle.layout, self._memories)

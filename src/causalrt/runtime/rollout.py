@@ -33,7 +33,7 @@ from causalrt.model.schedule import schedule_from_config
 from causalrt.model.wan.step import KVPair
 from causalrt.runtime.collectives import CountingCollectives
 from causalrt.runtime.noise import Noise
-from causalrt.runtime.session_memory import SessionMemory
+from causalrt.runtime.session_buffers import SessionBuffers
 from causalrt.runtime.snapshot import check_tensors, load_tensors, save_tensors
 from causalrt.runtime.stopwatch import stopwatch_for
 
@@ -84,7 +84,7 @@ class Rollout:
         *,
         text: torch.Tensor,
         noise: Noise,
-        memory: SessionMemory,
+        memory: SessionBuffers,
     ) -> None:
         self._executor, self._collectives = executor, collectives
         self._config = config

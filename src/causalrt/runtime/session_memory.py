@@ -17,7 +17,7 @@ from causalrt.model.wan.step import KVPair
 from causalrt.runtime.kv_slots import KVSlots
 
 
-class SessionMemory:
+class SessionBuffers:
     """What one session at a time lives in.
 
     Attributes:
@@ -50,29 +50,29 @@ class SessionMemory:
                 target.copy_(source)
 
 
-class SessionMemories:
+class SessionBufferPool:
     """Makes memories for one executor, and keeps free ones on a GPU."""
 
     def __init__(self, executor: Executor, config: Config, layout: Layout) -> None:
         self._executor, self._config, self._layout = executor, config, layout
         self._made = 0
-        self._free: list[SessionMemory] = []
+        self._free: list[SessionBuffers] = []
 
     @property
     def num_free(self) -> int:
         """Memories that are kept for sessions to come."""
         return len(self._free)
 
-    def take(self) -> SessionMemory:
+    def take(self) -> SessionBuffers:
         """The memory that was given back last, or a new one."""
         if self._free:
             return self._free.pop()
         executor, dtype = self._executor, TORCH_DTYPES[self._config.build.precision]
         self._made += 1  # also on a rank that runs out of memory below: the next number must be the same on all ranks
         slots = KVSlots(self._config, self._layout, dtype, whole_slots=executor.whole_slots, device=executor.device)
-        return SessionMemory(self._made - 1, slots)
+        return SessionBuffers(self._made - 1, slots)
 
-    def give_back(self, memory: SessionMemory, *, opened: bool = True) -> None:
+    def give_back(self, memory: SessionBuffers, *, opened: bool = True) -> None:
         """The session has ended, or was not `opened` because some rank ran out of memory.
 
         Memory that was made for a session that was not opened is freed: a rank that has none of it could not give it to the

@@ -8,11 +8,11 @@ from causalrt.layout import Layout
 from causalrt.runtime.collectives import CountingCollectives
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.rollout import ChunkTimes, Rollout
-from causalrt.runtime.session_memory import SessionMemories
+from causalrt.runtime.session_buffers import SessionBufferPool
 
 
 def warm_up(
-    executor: Executor, collectives: CountingCollectives, config: Config, layout: Layout, memories: SessionMemories
+    executor: Executor, collectives: CountingCollectives, config: Config, layout: Layout, memories: SessionBufferPool
 ) -> None:
     """Play a whole chunk of each kind, and a step over each number of KV rows that occurs.
 

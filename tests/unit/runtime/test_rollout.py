@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from causalrt.runtime.session_buffers import SessionBufferPool
 from safetensors.torch import save_file
 
 from causalrt.config import Config, override
@@ -20,12 +21,11 @@ from causalrt.export.random_weights import random_weights
 from causalrt.layout import chunk_starts
 from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
 from causalrt.recipes import recipe
-from causalrt.runtime import session_memory
+from causalrt.runtime import session_buffers
 from causalrt.runtime.collectives import LocalCollectives, Traffic
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
 from causalrt.runtime.rollout import ChunkTimes, Rollout
-from causalrt.runtime.session_memory import SessionMemories
 from causalrt.runtime.warm_up import warm_up
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -129,7 +129,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     monkeypatch.setattr(torch.Tensor, "to", logged_to)
     monkeypatch.setattr(KVSlots, "commit", logged_commit)
     monkeypatch.setattr(
-        session_memory, "KVSlots", lambda *args, **options: KVSlots(*args, **{**options, "device": "cpu"})
+        session_buffers, "KVSlots", lambda *args, **options: KVSlots(*args, **{**options, "device": "cpu"})
     )
     return log
 
@@ -173,7 +173,7 @@ def begin(
         bundle.layout,
         text=text_of(config, 0),
         noise=LoggedNoise(noise or SeededNoise(5), log),  # type: ignore[arg-type]
-        memory=SessionMemories(executor, config, bundle.layout).take(),
+        memory=SessionBufferPool(executor, config, bundle.layout).take(),
     )
 
 
@@ -332,7 +332,7 @@ def test_warming_up_meets_every_length_and_plays_a_chunk_of_each_kind(
 ) -> None:
     bundle, collectives = bundle_of(changes), CountedCollectives()
     config, executor = bundle.config, Logged(bundle, device, log)
-    memories = SessionMemories(executor, config, bundle.layout)
+    memories = SessionBufferPool(executor, config, bundle.layout)
     random = torch.get_rng_state()
     warm_up(executor, collectives, config, bundle.layout, memories)
 
@@ -368,7 +368,7 @@ def test_two_ranks_warm_up_together_and_compute_what_cold_ones_do(
 
         def on_rank(rank: int, warm: bool = warm, ranks: Sequence[ThreadCollectives] = collectives) -> torch.Tensor:
             config, executor = bundle.config, EagerExecutor(bundle, ranks[rank], device=CPU)
-            memories = SessionMemories(executor, config, bundle.layout)
+            memories = SessionBufferPool(executor, config, bundle.layout)
             if warm:
                 warm_up(executor, ranks[rank], config, bundle.layout, memories)
             rollout = Rollout(

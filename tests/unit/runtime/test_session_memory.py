@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from causalrt.runtime.session_buffers import SessionBufferPool, SessionBuffers
 from safetensors.torch import save_file
 
 from causalrt.config import override
@@ -13,30 +14,29 @@ from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import layout_from_config
 from causalrt.recipes import recipe
-from causalrt.runtime import session_memory
+from causalrt.runtime import session_buffers
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.rollout import Rollout
-from causalrt.runtime.session_memory import SessionMemories, SessionMemory
 from causalrt.runtime.warm_up import warm_up
 
 
-def make(device: str, monkeypatch: pytest.MonkeyPatch) -> SessionMemories:
+def make(device: str, monkeypatch: pytest.MonkeyPatch) -> SessionBufferPool:
     """Memories of an executor on `device`, their tensors on the CPU."""
-    right = session_memory.KVSlots
+    right = session_buffers.KVSlots
     monkeypatch.setattr(
-        session_memory, "KVSlots", lambda *args, **options: right(*args, **{**options, "device": "cpu"})
+        session_buffers, "KVSlots", lambda *args, **options: right(*args, **{**options, "device": "cpu"})
     )
     config = recipe("tiny")
     executor = SimpleNamespace(device=torch.device(device), whole_slots=True)
-    return SessionMemories(executor, config, layout_from_config(config))
+    return SessionBufferPool(executor, config, layout_from_config(config))
 
 
 def raise_out_of_memory(*args: object, **options: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def addresses(memory: SessionMemory) -> list[int]:
+def addresses(memory: SessionBuffers) -> list[int]:
     pairs = [pair for layer in memory.slots.filled(0) for pair in layer] + list(memory.cross_kv)
     return [tensor.data_ptr() for pair in pairs for tensor in pair]
 
@@ -68,7 +68,7 @@ def test_ranks_number_alike_after_one_of_them_has_run_out_of_memory(monkeypatch,
         ranks[1].give_back(ranks[1].take(), opened=False)
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(session_memory, "KVSlots", raise_out_of_memory)
+            patch.setattr(session_buffers, "KVSlots", raise_out_of_memory)
             with pytest.raises(torch.OutOfMemoryError):
                 ranks[1].take()
     ranks[0].give_back(opened, opened=False)
@@ -127,12 +127,12 @@ def test_sessions_one_after_another_in_one_memory(tmp_path, plugins, changes):
     save_file({f"model.{name}": tensor for name, tensor in random_weights(config.model, seed=0)}, checkpoint)
     bundle = open_bundle(build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"]))
     executor = EagerExecutor(bundle, LocalCollectives(), device=torch.device("cpu"), plugins=plugins)
-    memories = SessionMemories(executor, config, bundle.layout)
+    memories = SessionBufferPool(executor, config, bundle.layout)
     memory = memories.take()
     memories.take = lambda: memory  # kept, as on a GPU
     warm_up(executor, LocalCollectives(), config, bundle.layout, memories)
 
-    def latents(seed: int, memory: SessionMemory) -> torch.Tensor:
+    def latents(seed: int, memory: SessionBuffers) -> torch.Tensor:
         text = torch.randn(config.model.text_len, config.model.text_dim, generator=torch.Generator().manual_seed(seed))
         session = Rollout(
             executor, LocalCollectives(), config, bundle.layout, text=text, noise=SeededNoise(seed), memory=memory
@@ -143,6 +143,6 @@ def test_sessions_one_after_another_in_one_memory(tmp_path, plugins, changes):
         return torch.cat(rows)
 
     kept = [latents(seed, memory) for seed in (1, 2)]
-    fresh = [latents(seed, SessionMemories(executor, config, bundle.layout).take()) for seed in (1, 2)]
+    fresh = [latents(seed, SessionBufferPool(executor, config, bundle.layout).take()) for seed in (1, 2)]
     assert all(torch.equal(one, other) for one, other in zip(kept, fresh, strict=True))
     assert not torch.equal(*kept)
