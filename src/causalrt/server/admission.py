@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-from causalrt.server.problems import Problem, busy, not_ready, rate_limited
+from causalrt.server.problems import ApiError, busy, not_ready, rate_limited
 
 RETRY_S = 5.0
 MOST_KEYS = 10_000
@@ -107,7 +107,7 @@ class Admission:
         """A ticket, which may have its slot at once.
 
         Raises:
-            Problem: 429, the queue is full; 503, nobody is taken any more.
+            ApiError: 429, the queue is full; 503, nobody is taken any more.
         """
         if self._closed:
             raise not_ready(self._closed)
@@ -165,12 +165,12 @@ class RateLimit:
         """Count one.
 
         Raises:
-            Problem: 429, with the time after which there is one again.
+            ApiError: 429, with the time after which there is one again.
         """
         now = self._clock()
         left, then = self._buckets.pop(key, (self._most, now))
         left = min(self._most, left + (now - then) * self._per_s)
-        problem: Problem | None = None
+        problem: ApiError | None = None
         if left >= 1:
             left -= 1
         else:

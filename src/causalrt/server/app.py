@@ -18,10 +18,10 @@ from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
 from causalrt.server.engine_host import EngineStatus
-from causalrt.server.guard import Guard, Owner
+from causalrt.server.guard import Owner, RequestGuard
 from causalrt.server.hosts import normal_origin
 from causalrt.server.metrics import CONTENT_TYPE
-from causalrt.server.problems import Problem, bad_request
+from causalrt.server.problems import ApiError, bad_request
 from causalrt.server.realtime import realtime_routes
 from causalrt.server.services import Services
 from causalrt.server.videos import video_routes
@@ -97,7 +97,7 @@ def make_app(services: Services, *, version: str) -> FastAPI:
             expose_headers=["Content-Range", "Retry-After"],
         )
     app.add_middleware(
-        Guard, settings=services.settings, count=lambda code: services.metrics.problems.labels(code).inc()
+        RequestGuard, settings=services.settings, count=lambda code: services.metrics.problems.labels(code).inc()
     )
     _handle_errors(app, services)
     app.include_router(video_routes(services))
@@ -119,12 +119,12 @@ class _CrossOrigin(CORSMiddleware):
 
 
 def _handle_errors(app: FastAPI, services: Services) -> None:
-    def answer(problem: Problem) -> JSONResponse:
+    def answer(problem: ApiError) -> JSONResponse:
         services.metrics.problems.labels(problem.code).inc()
         return problem.response()
 
-    @app.exception_handler(Problem)
-    async def _problem(request: Request, error: Problem) -> JSONResponse:
+    @app.exception_handler(ApiError)
+    async def _problem(request: Request, error: ApiError) -> JSONResponse:
         return answer(error)
 
     @app.exception_handler(RequestValidationError)
@@ -135,7 +135,7 @@ def _handle_errors(app: FastAPI, services: Services) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         codes = {404: "not_found", 405: "method_not_allowed"}
-        response = answer(Problem(error.status_code, codes.get(error.status_code, "invalid_request"), error.detail))
+        response = answer(ApiError(error.status_code, codes.get(error.status_code, "invalid_request"), error.detail))
         response.headers.update(error.headers or {})
         if error.status_code == 405:
             response.headers["Allow"] = ", ".join(sorted(_methods(app, request)))
@@ -143,7 +143,7 @@ def _handle_errors(app: FastAPI, services: Services) -> None:
 
     @app.exception_handler(Exception)
     async def _internal(request: Request, error: Exception) -> JSONResponse:
-        return answer(Problem(500, "internal", "the server has failed here; its log says why"))
+        return answer(ApiError(500, "internal", "the server has failed here; its log says why"))
 
 
 def _methods(app: FastAPI, request: Request) -> set[str]:
@@ -166,7 +166,7 @@ def _add_state_routes(app: FastAPI, services: Services) -> None:
     async def readyz(response: Response) -> Health:
         try:
             services.check_ready()
-        except Problem as problem:
+        except ApiError as problem:
             response.status_code = 503
             return Health.of("not ready", services.host.status, problem.message)
         return Health.of("ready", services.host.status, None)

@@ -72,7 +72,7 @@ class Tokens:
         """Whose token it is; `anonymous` where none is needed.
 
         Raises:
-            Problem: 401.
+            ApiError: 401.
         """
         if self._owners is None:
             return "anonymous"

@@ -29,7 +29,7 @@ from causalrt.errors import (
 )
 from causalrt.server.engine_host import EngineHost, EngineLike, SessionLike
 from causalrt.server.metrics import Metrics
-from causalrt.server.problems import Problem, bad_request, busy, not_ready
+from causalrt.server.problems import ApiError, bad_request, busy, not_ready
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ MOST_SWITCHES = 4  # asked for and not yet made
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wish:
+class GenerationRequest:
     """What is to be generated.
 
     Attributes:
         prompt: as it was given.
-        prompt_cut_to: what `Offer.check_prompt` says of it.
+        prompt_cut_to: what `ModelLimits.check_prompt` says of it.
         seed: of the noise.
         num_chunks: None goes on as long as the bundle can.
     """
@@ -56,7 +56,7 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Switch:
-    """Another prompt from the next chunk on; `prompt_cut_to` is what `Offer.check_prompt` says of it."""
+    """Another prompt from the next chunk on; `prompt_cut_to` is what `ModelLimits.check_prompt` says of it."""
 
     prompt: str
     prompt_cut_to: int | None
@@ -81,7 +81,7 @@ class Output(Protocol):
     def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
         """The prompt has changed."""
 
-    def refused(self, problem: Problem) -> None:
+    def refused(self, problem: ApiError) -> None:
         """A switch could not be made; the video goes on."""
 
     def finish(self) -> bool:
@@ -138,7 +138,7 @@ class Control:
         """Change the prompt before the next chunk.
 
         Raises:
-            Problem: too many are waiting.
+            ApiError: too many are waiting.
         """
         with self._changed:
             if len(self._switches) >= MOST_SWITCHES:
@@ -189,14 +189,14 @@ class Generator:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="causalrt-generation")
         self._controls: set[Control] = set()
 
-    async def run(self, kind: Kind, wish: Wish, control: Control, output: Output) -> tuple[str, int]:
+    async def run(self, kind: Kind, wish: GenerationRequest, control: Control, output: Output) -> tuple[str, int]:
         """Generate until the end, or until `control` says stop.
 
         Returns:
             The reason of the end (`done`, or what `control` was told), and the number of chunks.
 
         Raises:
-            Problem: it failed, or its prompt cannot be used; the output was discarded.
+            ApiError: it failed, or its prompt cannot be used; the output was discarded.
         """
         self._controls.add(control)
         future = asyncio.get_running_loop().run_in_executor(self._pool, self._generate, kind, wish, control, output)
@@ -206,7 +206,7 @@ class Generator:
             control.stop("cancelled")
             await asyncio.wait([future])
             raise
-        except Problem as problem:
+        except ApiError as problem:
             self._metrics.problems.labels(problem.code).inc()
             self._metrics.generations.labels(kind, "failed").inc()
             raise
@@ -229,7 +229,7 @@ class Generator:
         """End the threads, once their generations have ended."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _generate(self, kind: Kind, wish: Wish, control: Control, output: Output) -> tuple[str, int]:
+    def _generate(self, kind: Kind, wish: GenerationRequest, control: Control, output: Output) -> tuple[str, int]:
         engine = None
         try:
             engine = self._host.engine()
@@ -256,7 +256,7 @@ class Generator:
                 self._host.report(engine, error)
             raise _problem(error) from error
 
-    def _begin(self, engine: EngineLike, wish: Wish) -> tuple[Any, float]:
+    def _begin(self, engine: EngineLike, wish: GenerationRequest) -> tuple[Any, float]:
         """A session, and the milliseconds of its text. What is refused here is the client's affair, and later our own."""
         begun = time.perf_counter()
         try:
@@ -327,9 +327,9 @@ class Generator:
                 self._metrics.chunk.labels(stage).observe(ms / 1e3)
 
 
-def _problem(error: BaseException) -> Problem:
+def _problem(error: BaseException) -> ApiError:
     """The error in a client's words; what is our own affair goes to the log."""
-    if isinstance(error, Problem):
+    if isinstance(error, ApiError):
         return error
     if isinstance(error, CapacityError):
         return busy(str(error), retry_after_s=5)
@@ -339,6 +339,6 @@ def _problem(error: BaseException) -> Problem:
         )
     if isinstance(error, VideoError | ExecutorError):
         log.error("a video could not be written: %s", error)
-        return Problem(500, "video_failed", "the video could not be written; the server's log says why")
+        return ApiError(500, "video_failed", "the video could not be written; the server's log says why")
     log.exception("a generation failed", exc_info=error)
-    return Problem(500, "internal", "the generation failed; the server's log says why")
+    return ApiError(500, "internal", "the generation failed; the server's log says why")

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from causalrt.server.hosts import is_loopback, normal_host, normal_origin
-from causalrt.server.problems import Problem, too_large
+from causalrt.server.problems import ApiError, too_large
 from causalrt.server.settings import ServerSettings
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -40,7 +40,7 @@ Owner = Annotated[str, Depends(_owner)]
 """Whose request it is; 401 if it is nobody's."""
 
 
-class Guard:
+class RequestGuard:
     """ASGI middleware, outermost."""
 
     def __init__(self, app: ASGIApp, *, settings: ServerSettings, count: Callable[[str], None]) -> None:
@@ -81,10 +81,10 @@ class Guard:
             return
         await self._app(scope, self._limited(receive), send_secured)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> Problem | None:
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         host = headers.get("host", "")
         if not self._any_host and not self._is_ours(host):
-            return Problem(
+            return ApiError(
                 421,
                 "wrong_host",
                 "this server is not called by that name; call it localhost, or start it with --allow-host",
@@ -92,7 +92,7 @@ class Guard:
         origin = headers.get("origin")
         safe = scope["type"] == "http" and scope["method"] in SAFE_METHODS
         if origin and not safe and not self._is_allowed(origin, host):
-            return Problem(
+            return ApiError(
                 403, "wrong_origin", "pages of other origins may not use this server (--allow-origin lets them)"
             )
         length = headers.get("content-length", "")

@@ -21,12 +21,12 @@ import torch
 from causalrt.errors import CausalRTError
 from causalrt.media.video_file import Mp4Writer
 from causalrt.server.admission import Admission, LeftError, Ticket
-from causalrt.server.generation import Control, Generator, Switch, Wish
+from causalrt.server.generation import Control, GenerationRequest, Generator, Switch
 from causalrt.server.metrics import Metrics
-from causalrt.server.offer import Offer
-from causalrt.server.problems import Problem, not_found, not_ready
+from causalrt.server.offer import ModelLimits
+from causalrt.server.problems import ApiError, not_found, not_ready
 from causalrt.server.settings import ServerSettings
-from causalrt.server.spool import STATUSES, Job, Spool
+from causalrt.server.spool import STATUSES, Job, JobStore
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ ENDINGS = {
 class _JobOutput:
     """Writes a job's file, as many frames as were asked for."""
 
-    def __init__(self, job: Job, path: Path, offer: Offer, metrics: Metrics, *, asked: float) -> None:
+    def __init__(self, job: Job, path: Path, offer: ModelLimits, metrics: Metrics, *, asked: float) -> None:
         self._job = job
         self._path = path
         self._offer = offer
@@ -73,7 +73,7 @@ class _JobOutput:
     def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
         raise AssertionError("jobs are not switched")
 
-    def refused(self, problem: Problem) -> None:
+    def refused(self, problem: ApiError) -> None:
         raise AssertionError("jobs are not switched")
 
     def finish(self) -> bool:
@@ -94,8 +94,8 @@ class Jobs:
 
     def __init__(
         self,
-        spool: Spool,
-        offer: Offer,
+        spool: JobStore,
+        offer: ModelLimits,
         admission: Admission,
         generator: Generator,
         metrics: Metrics,
@@ -127,13 +127,13 @@ class Jobs:
         Args:
             owner: who may see it.
             prompt: checked.
-            prompt_cut_to: what `Offer.check_prompt` says of it.
+            prompt_cut_to: what `ModelLimits.check_prompt` says of it.
             seed: of the noise.
             seconds: length of the video, a number as text.
             asked: `time.perf_counter()` when the request came.
 
         Raises:
-            Problem: 429, no place in the queue or the spool; 503, no job is taken any more, or the disk is full.
+            ApiError: 429, no place in the queue or the spool; 503, no job is taken any more, or the disk is full.
         """
         self._check_room()
         frames, chunks = self._offer.frames_and_chunks(float(seconds))
@@ -167,7 +167,7 @@ class Jobs:
         """The job of this id.
 
         Raises:
-            Problem: 404, there is none, or it is somebody else's.
+            ApiError: 404, there is none, or it is somebody else's.
         """
         job = self._jobs.get(job_id)
         if job is None or job.owner != owner:
@@ -210,7 +210,7 @@ class Jobs:
         if len(self._jobs) < self._settings.max_jobs and used < self._settings.max_spool_bytes:
             return
         ends = min((job.expires_at for job in self._jobs.values() if job.expires_at), default=time.time() + 60)
-        raise Problem(
+        raise ApiError(
             429,
             "spool_full",
             "the server keeps as many videos as it may; delete some, or wait until some expire",
@@ -222,7 +222,7 @@ class Jobs:
             await ticket.admitted()
             if control.reason is None:
                 job.status = "in_progress"
-                wish = Wish(
+                wish = GenerationRequest(
                     prompt=job.prompt, prompt_cut_to=job.prompt_cut_to, seed=job.seed, num_chunks=job.num_chunks
                 )
                 output = _JobOutput(job, self._spool.video(job.id), self._offer, self._metrics, asked=asked)
@@ -239,7 +239,7 @@ class Jobs:
                 self._end(job, "failed", *ENDINGS.get(reason, (reason, f"the job was ended: {reason}")))
         except LeftError as left:
             self._end(job, "failed", *ENDINGS.get(left.reason, (left.reason, f"the job was ended: {left.reason}")))
-        except Problem as problem:
+        except ApiError as problem:
             self._end(job, "failed", problem.code, problem.message)
         except Exception:
             log.exception("job %s failed", job.id)

@@ -19,7 +19,7 @@ MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Offer:
+class ModelLimits:
     """Sizes of the bundle's videos, and the limits of a request.
 
     Attributes:
@@ -109,7 +109,7 @@ class Offer:
         """The number of tokens that the text encoder cuts the prompt to, because it has more; None if it is read to its end.
 
         Raises:
-            Problem: 400, nothing to show, too long, with characters that no text has, or words that are not known.
+            ApiError: 400, nothing to show, too long, with characters that no text has, or words that are not known.
         """
         if len(prompt) > self.max_prompt_chars:
             raise bad_request(
@@ -127,7 +127,7 @@ class Offer:
         """Chunks to generate; None is as many as there can be.
 
         Raises:
-            Problem: 400, too many.
+            ApiError: 400, too many.
         """
         most = ENDLESS if self.max_chunks is None else self.max_chunks
         if chunks is not None and not 1 <= chunks <= most:

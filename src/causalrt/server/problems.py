@@ -12,7 +12,7 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_fo
 REALTIME_CODES = {400: "bad_request", 401: "unauthorized", 413: "too_large", 503: "not_ready"}
 
 
-class Problem(Exception):  # noqa: N818 - an answer to give, more than an error
+class ApiError(Exception):
     """Why a request is not served.
 
     Attributes:
@@ -52,38 +52,38 @@ class Problem(Exception):  # noqa: N818 - an answer to give, more than an error
         return {"type": "error", "code": code, "message": self.message, "retry_after_s": self.retry_after_s}
 
 
-def bad_request(message: str, *, param: str | None = None, code: str = "invalid_value") -> Problem:
+def bad_request(message: str, *, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """What was asked cannot be done, however often it is asked."""
-    return Problem(400, code, message, param=param)
+    return ApiError(400, code, message, param=param)
 
 
-def unauthorized() -> Problem:
+def unauthorized() -> ApiError:
     """No token, or an unknown one: it is not said which."""
-    return Problem(401, "invalid_token", "a valid bearer token is needed: Authorization: Bearer TOKEN")
+    return ApiError(401, "invalid_token", "a valid bearer token is needed: Authorization: Bearer TOKEN")
 
 
-def not_found(what: str) -> Problem:
+def not_found(what: str) -> ApiError:
     """There is no such thing, or it is somebody else's."""
-    return Problem(404, "not_found", what)
+    return ApiError(404, "not_found", what)
 
 
-def too_large(limit: int) -> Problem:
+def too_large(limit: int) -> ApiError:
     """The body has more bytes than are taken."""
-    return Problem(413, "too_large", f"the request's body may have {limit} bytes")
+    return ApiError(413, "too_large", f"the request's body may have {limit} bytes")
 
 
-def busy(message: str, *, retry_after_s: float) -> Problem:
+def busy(message: str, *, retry_after_s: float) -> ApiError:
     """Everything is taken, and the queue is full."""
-    return Problem(429, "busy", message, retry_after_s=retry_after_s)
+    return ApiError(429, "busy", message, retry_after_s=retry_after_s)
 
 
-def rate_limited(retry_after_s: float) -> Problem:
+def rate_limited(retry_after_s: float) -> ApiError:
     """One client asks too often."""
-    return Problem(
+    return ApiError(
         429, "rate_limited", "too many generations in a short time; wait a little", retry_after_s=retry_after_s
     )
 
 
-def not_ready(message: str, *, retry_after_s: float = 10) -> Problem:
+def not_ready(message: str, *, retry_after_s: float = 10) -> ApiError:
     """The server is starting, ending, or has lost its ranks."""
-    return Problem(503, "not_ready", message, retry_after_s=retry_after_s)
+    return ApiError(503, "not_ready", message, retry_after_s=retry_after_s)

@@ -20,8 +20,8 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from causalrt.server.admission import LeftError, Ticket
 from causalrt.server.auth import bearer_token
-from causalrt.server.generation import Control, Switch, Wish
-from causalrt.server.problems import Problem, bad_request, busy, unauthorized
+from causalrt.server.generation import Control, GenerationRequest, Switch
+from causalrt.server.problems import ApiError, bad_request, busy, unauthorized
 from causalrt.server.realtime_messages import (
     Auth,
     Incoming,
@@ -111,7 +111,7 @@ class Connection:
                 await self._close(GOING_AWAY, DRAINING)
                 return False
             self._owner = authenticated.result()
-        except Problem as problem:
+        except ApiError as problem:
             await self.refuse(problem)
         except TimeoutError:
             await self._close(TOO_SLOW, "no token came in time")
@@ -152,7 +152,7 @@ class Connection:
             self._services.metrics.dropped_frames.inc(self._frames_made - self._frames_sent)
         return True
 
-    async def refuse(self, problem: Problem) -> None:
+    async def refuse(self, problem: ApiError) -> None:
         """Say why, and close."""
         self._services.metrics.problems.labels(problem.code).inc()
         with contextlib.suppress(WebSocketDisconnect, TimeoutError, RuntimeError):
@@ -168,7 +168,7 @@ class Connection:
         try:
             async with asyncio.timeout(self._settings.auth_s):
                 message = await self._receive()
-        except Problem:
+        except ApiError:
             raise unauthorized() from None
         if not isinstance(message, Auth):
             raise unauthorized()
@@ -194,7 +194,7 @@ class Connection:
         """The next message.
 
         Raises:
-            Problem: 400, it is none of ours.
+            ApiError: 400, it is none of ours.
             WebSocketDisconnect: the client has left.
         """
         received = await self._websocket.receive()
@@ -206,7 +206,7 @@ class Connection:
         while True:
             try:
                 self._inbox.put_nowait(await self._receive())
-            except Problem as problem:
+            except ApiError as problem:
                 self._answer_with(problem)
             if max(self._inbox.qsize(), self._queue.qsize()) > MOST_REPLIES:
                 self._close_with = POLICY, "too many messages, and their answers are not read"
@@ -219,10 +219,10 @@ class Connection:
                 await self._generated()  # it was stopped, so what comes after that is about the next one
             try:
                 self._obey(message)
-            except Problem as problem:
+            except ApiError as problem:
                 self._answer_with(problem)
 
-    def _answer_with(self, problem: Problem) -> None:
+    def _answer_with(self, problem: ApiError) -> None:
         self._services.metrics.problems.labels(problem.code).inc()
         self._post(problem.realtime())
 
@@ -259,12 +259,12 @@ class Connection:
         services.rate.take(self._rate_key())
         ticket = services.admission.enter()
         control = services.control(credit=self._settings.max_queued_chunks)
-        wish = Wish(prompt=message.prompt, prompt_cut_to=cut_to, seed=message.seed, num_chunks=chunks)
+        wish = GenerationRequest(prompt=message.prompt, prompt_cut_to=cut_to, seed=message.seed, num_chunks=chunks)
         known = services.offer.max_chunks if message.chunks is None else message.chunks
         self._generation = generation = _Generation(control=control, ticket=ticket, asked=asked)
         generation.task = asyncio.create_task(self._generate(generation, wish, known))
 
-    async def _generate(self, generation: _Generation, wish: Wish, chunks: int | None) -> None:
+    async def _generate(self, generation: _Generation, wish: GenerationRequest, chunks: int | None) -> None:
         def post(item: Outgoing) -> None:  # from the generation's thread
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to send to
                 self._loop.call_soon_threadsafe(self._post, item, generation)
@@ -277,7 +277,7 @@ class Connection:
             self._post({"type": "ended", "reason": reason, "chunks": made})
         except LeftError as left:
             self._post({"type": "ended", "reason": left.reason, "chunks": 0})
-        except Problem as problem:
+        except ApiError as problem:
             self._post(problem.realtime())
         finally:
             generation.ticket.leave()

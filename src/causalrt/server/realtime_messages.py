@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from causalrt.media.mp4_boxes import boxes
 from causalrt.media.video_file import FragmentWriter
-from causalrt.server.generation import Switch, Wish
-from causalrt.server.offer import MAX_SEED, Offer, prompt_warnings
-from causalrt.server.problems import Problem, bad_request
+from causalrt.server.generation import GenerationRequest, Switch
+from causalrt.server.offer import MAX_SEED, ModelLimits, prompt_warnings
+from causalrt.server.problems import ApiError, bad_request
 
 Outgoing = dict[str, Any] | list[bytes]
 """A message as JSON, or fragments, each of them a message."""
@@ -66,7 +66,7 @@ def parse(text: str) -> Incoming:
     """A client's message.
 
     Raises:
-        Problem: 400, it is none of ours.
+        ApiError: 400, it is none of ours.
     """
     try:
         return _incoming.validate_json(text)
@@ -80,7 +80,12 @@ class RealtimeOutput:
     """Encodes chunks, and hands them to the connection's queue; called from a generation's thread."""
 
     def __init__(
-        self, post: Callable[[Outgoing], None], offer: Offer, number: str, wish: Wish, chunks: int | None
+        self,
+        post: Callable[[Outgoing], None],
+        offer: ModelLimits,
+        number: str,
+        wish: GenerationRequest,
+        chunks: int | None,
     ) -> None:
         self._post = post
         self._offer = offer
@@ -143,7 +148,7 @@ class RealtimeOutput:
             }
         )
 
-    def refused(self, problem: Problem) -> None:
+    def refused(self, problem: ApiError) -> None:
         """Tell why a switch was not made."""
         self._post(problem.realtime())
 

@@ -16,10 +16,10 @@ from causalrt.server.engine_host import EngineHost, EngineLike
 from causalrt.server.generation import Control, Generator
 from causalrt.server.jobs import Jobs
 from causalrt.server.metrics import Metrics
-from causalrt.server.offer import Offer
+from causalrt.server.offer import ModelLimits
 from causalrt.server.problems import not_ready
 from causalrt.server.settings import ServerSettings
-from causalrt.server.spool import Spool
+from causalrt.server.spool import JobStore
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +36,13 @@ class Services:
 
     settings: ServerSettings
     tokens: Tokens
-    offer: Offer
+    offer: ModelLimits
     host: EngineHost
     admission: Admission
     rate: RateLimit
     generator: Generator
     jobs: Jobs
-    spool: Spool
+    spool: JobStore
     metrics: Metrics
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     _num_streams: int = 0
@@ -69,7 +69,7 @@ class Services:
         """Refuse what would not be done.
 
         Raises:
-            Problem: 503, with the reason.
+            ApiError: 503, with the reason.
         """
         if self.draining.is_set():
             raise not_ready(DRAINING)
@@ -143,7 +143,7 @@ def make_services(
         encode: prompt -> embeddings `[rows, text_dim]`; called from several threads.
         settings: limits and places.
         tokens: who may use it.
-        tokenize: prompt -> the tokens that `encode` reads of it (`Offer`).
+        tokenize: prompt -> the tokens that `encode` reads of it (`ModelLimits`).
 
     Raises:
         RequestError: the engine makes no frames, or the spool cannot be used.
@@ -154,7 +154,7 @@ def make_services(
         )
     slots = _slots(engine, settings)
     metrics = Metrics()
-    offer = Offer.from_config(engine.config, settings, tokenize=tokenize)
+    offer = ModelLimits.from_config(engine.config, settings, tokenize=tokenize)
     admission = Admission(slots=slots, max_queue=settings.max_queue)
     loop = asyncio.get_running_loop()
 
@@ -170,7 +170,7 @@ def make_services(
         on_reload=reloaded,
     )
     generator = Generator(host, encode, metrics, threads=slots)
-    spool = Spool(settings.spool)
+    spool = JobStore(settings.spool)
     jobs = Jobs(spool, offer, admission, generator, metrics, settings)
     services = Services(
         settings=settings,

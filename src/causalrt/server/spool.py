@@ -71,7 +71,7 @@ class Job:
 _job = TypeAdapter(Job)
 
 
-class Spool:
+class JobStore:
     """The folder."""
 
     def __init__(self, folder: Path | None) -> None:

@@ -14,8 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse
 
 from causalrt.server.guard import Owner
-from causalrt.server.offer import MAX_SEED, Offer, prompt_warnings
-from causalrt.server.problems import Problem, bad_request, not_found
+from causalrt.server.offer import MAX_SEED, ModelLimits, prompt_warnings
+from causalrt.server.problems import ApiError, bad_request, not_found
 from causalrt.server.services import Services
 from causalrt.server.spool import Job
 
@@ -141,7 +141,7 @@ def video_routes(services: Services) -> APIRouter:
         if job.status == "failed":
             raise not_found(f"the video has failed: {job.error_message}")
         if job.status != "completed":
-            raise Problem(
+            raise ApiError(
                 409,
                 "video_not_ready",
                 f"the video is {job.status}, {job.progress} % done",
@@ -196,11 +196,13 @@ async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
     """The fields of a body, JSON or a form.
 
     Raises:
-        Problem: 400, 408, 413, 415.
+        ApiError: 400, 408, 413, 415.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("application/json", "multipart/form-data", "application/x-www-form-urlencoded"):
-        raise Problem(415, "unsupported_media_type", f"send application/json or multipart/form-data, got {kind[:64]!r}")
+        raise ApiError(
+            415, "unsupported_media_type", f"send application/json or multipart/form-data, got {kind[:64]!r}"
+        )
     try:
         async with asyncio.timeout(timeout_s):
             if kind == "application/json":
@@ -211,7 +213,7 @@ async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
             async with request.form(max_files=1) as form:
                 items = form.multi_items()
     except TimeoutError:
-        raise Problem(408, "timeout", f"the body did not come within {timeout_s:g} s") from None
+        raise ApiError(408, "timeout", f"the body did not come within {timeout_s:g} s") from None
     except ClientDisconnect:
         raise bad_request("the client left before its request was whole") from None
     except HTTPException as error:
@@ -223,11 +225,11 @@ async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
     return dict(items)
 
 
-def _checked(fields: Mapping[str, Any], offer: Offer) -> tuple[str, int, str]:
+def _checked(fields: Mapping[str, Any], offer: ModelLimits) -> tuple[str, int, str]:
     """Prompt, seed and seconds of a request; a field that is null counts as left out, as in OpenAI's clients.
 
     Raises:
-        Problem: 400, with the field at fault.
+        ApiError: 400, with the field at fault.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     for name in given:
@@ -259,7 +261,7 @@ def _seed(value: Any) -> int:
     return value
 
 
-def _seconds(value: Any, offer: Offer) -> str:
+def _seconds(value: Any, offer: ModelLimits) -> str:
     """As text: a text that is a plain number stays as it is."""
     if value is None:
         return offer.default_seconds
@@ -272,7 +274,7 @@ def _seconds(value: Any, offer: Offer) -> str:
     return text if re.fullmatch(SECONDS, text) else f"{number:.3f}".rstrip("0").rstrip(".")
 
 
-def _request_body(offer: Offer) -> dict[str, Any]:
+def _request_body(offer: ModelLimits) -> dict[str, Any]:
     """The request's body for the OpenAPI document, with the limits of this server."""
     seed: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": MAX_SEED}
     text: dict[str, Any] = {"type": "string", "pattern": f"^{SECONDS}$"}

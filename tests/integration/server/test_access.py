@@ -15,7 +15,7 @@ from websockets.exceptions import InvalidStatus
 from causalrt.errors import ConfigError
 from causalrt.server import log_limit
 from causalrt.server.auth import Tokens
-from causalrt.server.guard import Guard
+from causalrt.server.guard import RequestGuard
 from causalrt.server.settings import ServerSettings
 
 ALICE, BOB = "alice-0123456789", "bob-9876543210-x"
@@ -333,7 +333,7 @@ def test_a_server_answers_at_the_url_that_it_prints(host):
 def test_with_allowed_hosts_a_server_is_called_by_them_and_by_the_address_that_it_listens_on(host, status):
     names = ("Studio.Example", "B\xfccher.example", "[2001:DB8:0::1]:443")
     settings = ServerSettings(host="192.0.2.7", no_auth=True, allowed_hosts=names)
-    guard = Guard(PlainTextResponse("served"), settings=settings, count=lambda code: None)
+    guard = RequestGuard(PlainTextResponse("served"), settings=settings, count=lambda code: None)
     assert TestClient(guard).get("/", headers={"Host": host}).status_code == status
 
 

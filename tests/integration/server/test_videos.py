@@ -14,7 +14,7 @@ from running import Running, until
 
 from causalrt.errors import RequestError
 from causalrt.server import jobs
-from causalrt.server.spool import Spool
+from causalrt.server.spool import JobStore
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,7 @@ def test_finished_jobs_outlive_a_server_and_halves_do_not(tmp_path):
         names = sorted(path.name for path in (tmp_path / "spool").iterdir())
         assert names == sorted([".lock", f"{kept['id']}.json", f"{kept['id']}.mp4", f"{broken}.json"])
         with pytest.raises(RequestError, match="another server uses"):
-            Spool(tmp_path / "spool")
+            JobStore(tmp_path / "spool")
 
 
 def test_jobs_expire():
@@ -374,10 +374,10 @@ def test_a_disk_that_cannot_be_written_is_503_or_fails_the_job(tmp_path):
 def test_spools_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="--spool"):
-        Spool(tmp_path / "file")
+        JobStore(tmp_path / "file")
     if os.geteuid():
         with pytest.raises(RequestError, match="--spool"):
-            Spool(tmp_path / "nowhere")
+            JobStore(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from causalrt.server.admission import Admission, LeftError, RateLimit
-from causalrt.server.problems import Problem
+from causalrt.server.problems import ApiError
 
 
 def run(test):
@@ -20,7 +20,7 @@ def test_first_come_first_served():
         await first.admitted()
         await second.admitted()
         assert [await third.moved(), await fourth.moved()] == [1, 2]
-        with pytest.raises(Problem) as refused:
+        with pytest.raises(ApiError) as refused:
             admission.enter()
         assert (refused.value.status, refused.value.code, refused.value.retry_after_s) == (429, "busy", 5)
         second.leave()
@@ -39,7 +39,7 @@ def test_without_a_queue_one_is_served_or_refused():
     async def test():
         admission = Admission(slots=1, max_queue=0)
         ticket = admission.enter()
-        with pytest.raises(Problem):
+        with pytest.raises(ApiError):
             admission.enter()
         ticket.leave()
         await admission.enter().admitted()
@@ -68,7 +68,7 @@ def test_closing_sends_those_away_that_wait():
         admission.close("going", reason="draining")
         with pytest.raises(LeftError, match="draining"):
             await waiting.admitted()
-        with pytest.raises(Problem, match="going") as refused:
+        with pytest.raises(ApiError, match="going") as refused:
             admission.enter()
         assert refused.value.status == 503
         empty = asyncio.create_task(admission.empty())
@@ -100,19 +100,19 @@ def test_the_rate_is_saved_up_to_a_minutes_worth():
     rate = RateLimit(60, clock=lambda: now[0])
     for _ in range(60):
         rate.take("alice")
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(ApiError) as refused:
         rate.take("alice")
     assert (refused.value.code, refused.value.retry_after_s) == ("rate_limited", 1)
     rate.take("bob")
     now[0] += 2.0
     rate.take("alice")
     rate.take("alice")
-    with pytest.raises(Problem):
+    with pytest.raises(ApiError):
         rate.take("alice")
     now[0] += 3600.0
     for _ in range(60):
         rate.take("alice")
-    with pytest.raises(Problem):
+    with pytest.raises(ApiError):
         rate.take("alice")
 
 
@@ -122,7 +122,7 @@ def test_a_slow_rate_says_how_long_to_wait():
     rate.take("alice")
     rate.take("alice")
     now[0] += 10.0
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(ApiError) as refused:
         rate.take("alice")
     assert refused.value.retry_after_s == 20
 

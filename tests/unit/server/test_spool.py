@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from causalrt.errors import RequestError
-from causalrt.server.spool import Job, Spool
+from causalrt.server.spool import Job, JobStore
 
 ONE, TWO = f"video_{'1' * 32}", f"video_{'2' * 32}"
 
@@ -35,7 +35,7 @@ def job(job_id=ONE, **changes):
 
 def opened_and_closed(folder):
     """The jobs of a spool, as a server that starts and ends finds them."""
-    spool = Spool(folder)
+    spool = JobStore(folder)
     try:
         return list(spool.load())
     finally:
@@ -50,7 +50,7 @@ def contents(folder):
 def spool(tmp_path):
     """The folder of a spool that holds one finished job."""
     folder = tmp_path / "spool"
-    made = Spool(folder)
+    made = JobStore(folder)
     made.video(ONE).write_bytes(b"video")
     made.save(job())
     made.close()
@@ -70,7 +70,7 @@ def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(tmp_path, names,
     folder.chmod(mode)
     before = contents(folder)
     with pytest.raises(RequestError, match=r"not a spool and not empty.* give a new or an empty folder with --spool"):
-        Spool(folder)
+        JobStore(folder)
     assert contents(folder) == before
     assert folder.stat().st_mode & 0o777 == mode
     assert {(folder / name).stat().st_mode & 0o777 for name in names} == {0o640}
@@ -79,12 +79,12 @@ def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(tmp_path, names,
 def test_a_lock_file_of_somebody_else_does_not_make_a_spool(tmp_path):
     (tmp_path / ".lock").write_text("pid 12")
     with pytest.raises(RequestError, match=r"holds '\.lock'"):
-        Spool(tmp_path)
+        JobStore(tmp_path)
     (tmp_path / ".lock").unlink()
     (tmp_path / "elsewhere").write_text("precious")
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RequestError, match="cannot be used"):
-        Spool(tmp_path)
+        JobStore(tmp_path)
     assert (tmp_path / "elsewhere").read_text() == "precious"
 
 
@@ -121,7 +121,7 @@ def test_a_record_is_saved_without_a_look_at_the_rest_of_the_folder(spool, monke
     def refuse(*arguments, **named):
         raise AssertionError("the folder was listed")
 
-    opened = Spool(spool)
+    opened = JobStore(spool)
     with monkeypatch.context() as patched:
         patched.setattr(os, "scandir", refuse)
         patched.setattr(os, "listdir", refuse)
@@ -142,7 +142,7 @@ def test_an_empty_folder_keeps_its_permissions_and_its_files_are_private(tmp_pat
     folder = tmp_path / "spool"
     folder.mkdir()
     folder.chmod(mode)
-    made = Spool(folder)
+    made = JobStore(folder)
     made.save(job())
     made.close()
     assert folder.stat().st_mode & 0o777 == mode
