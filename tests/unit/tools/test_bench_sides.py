@@ -15,11 +15,11 @@ from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
 from causalrt.measure.bench import sides as module
 from causalrt.measure.bench.sides import check_all_fit, choose_sides, why_not
-from causalrt.measure.bench.sources import Source, Wishes, bundles_of, sources_of
+from causalrt.measure.bench.sources import BenchRequest, Source, bundles_of, sources_of
 from causalrt.recipes import recipe
 from causalrt.tools.doctor import examine
 
-CPU = Wishes(device="cpu", threads=4)
+CPU = BenchRequest(device="cpu", threads=4)
 
 
 def machine(*missing: str) -> dict[str, Any]:
@@ -29,11 +29,13 @@ def machine(*missing: str) -> dict[str, Any]:
 
 def sources(*world_sizes: int, changes: dict[str, str] | None = None, **wishes: Any) -> list[Source]:
     config = override(recipe("tiny"), changes or {})
-    return sources_of(config, Wishes(device="cpu", threads=4, world_sizes=world_sizes, **wishes), Path("folder"))
+    return sources_of(config, BenchRequest(device="cpu", threads=4, world_sizes=world_sizes, **wishes), Path("folder"))
 
 
 def test_cores_are_divided_among_ranks() -> None:
-    sides, left_out = choose_sides(sources(1, 2, 4), Wishes(executors=("eager",), device="cpu", threads=4), machine())
+    sides, left_out = choose_sides(
+        sources(1, 2, 4), BenchRequest(executors=("eager",), device="cpu", threads=4), machine()
+    )
     assert [(side.name, side.threads) for side in sides] == [("eager 1x4", 4), ("eager 2x2", 2), ("eager 4x1", 1)]
     assert left_out == []
 
@@ -48,11 +50,11 @@ def test_everything_is_tried_and_what_cannot_run_says_why() -> None:
 
 
 def test_what_is_asked_for_and_cannot_run_is_an_error() -> None:
-    wishes = Wishes(executors=("eager", "inductor"), world_sizes=(1,), device="cpu")
+    wishes = BenchRequest(executors=("eager", "inductor"), world_sizes=(1,), device="cpu")
     with pytest.raises(ExecutorError, match="no run inductor here"):
         choose_sides(sources(1), wishes, machine("run inductor"))
     with pytest.raises(ExecutorError, match="this version has"):
-        choose_sides(sources(1), Wishes(executors=("eagr",)), machine())
+        choose_sides(sources(1), BenchRequest(executors=("eagr",)), machine())
 
 
 def test_nothing_to_measure() -> None:
@@ -67,7 +69,7 @@ def test_onnxruntime_wants_float32_on_a_cpu() -> None:
 
 
 def test_plugins_on_and_off_where_that_is_open() -> None:
-    wishes = Wishes(executors=("eager", "onnxruntime"), plugins="both", device="cpu", threads=4)
+    wishes = BenchRequest(executors=("eager", "onnxruntime"), plugins="both", device="cpu", threads=4)
     sides, _ = choose_sides(sources(1, plugins="both"), wishes, machine())
     assert [(side.executor, side.plugins) for side in sides] == [
         ("eager", False),
@@ -75,7 +77,7 @@ def test_plugins_on_and_off_where_that_is_open() -> None:
         ("onnxruntime", False),
     ]
     relative = sources(1, changes={"video.time_index": "relative"})
-    sides, _ = choose_sides(relative, Wishes(executors=("eager",), plugins="both", device="cpu"), machine())
+    sides, _ = choose_sides(relative, BenchRequest(executors=("eager",), plugins="both", device="cpu"), machine())
     assert [side.plugins for side in sides] == [True]
 
 
@@ -101,32 +103,32 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def test_bundles_are_of_one_world_size_each(bundle: Callable[..., Path]) -> None:
     both = [bundle(), bundle(build__world_size="2")]
-    assert [source.config.build.world_size for source in bundles_of(both, Wishes())] == [1, 2]
-    assert [source.config.build.world_size for source in bundles_of(both, Wishes(world_sizes=(2,)))] == [2]
+    assert [source.config.build.world_size for source in bundles_of(both, BenchRequest())] == [1, 2]
+    assert [source.config.build.world_size for source in bundles_of(both, BenchRequest(world_sizes=(2,)))] == [2]
     with pytest.raises(BundleError, match=r"no bundle for 3 rank.*1, 2.*--world-size 3"):
-        bundles_of(both, Wishes(world_sizes=(1, 3)))
+        bundles_of(both, BenchRequest(world_sizes=(1, 3)))
 
 
 def test_bundles_of_other_work_are_refused(bundle: Callable[..., Path]) -> None:
     for other in (bundle(video__window_frames="9"), bundle(seed=1), bundle(build__precision="bfloat16")):
         with pytest.raises(ConfigError, match="not the same work"):
-            bundles_of([bundle(), other], Wishes())
+            bundles_of([bundle(), other], BenchRequest())
 
 
 def test_a_bundle_has_what_it_was_built_for(bundle: Callable[..., Path]) -> None:
-    opened = bundles_of([bundle()], Wishes())
+    opened = bundles_of([bundle()], BenchRequest())
     sides, left_out = choose_sides(opened, CPU, machine("run inductor"))
     assert [side.executor for side in sides] == ["eager"]
     assert "--executor onnxruntime" in {each.executor: each.reason for each in left_out}["onnxruntime"]
     with pytest.raises(ExecutorError, match="--executor onnxruntime"):
-        choose_sides(opened, Wishes(executors=("onnxruntime",), device="cpu"), machine())
+        choose_sides(opened, BenchRequest(executors=("onnxruntime",), device="cpu"), machine())
 
 
 def test_a_row_has_a_name_of_its_own(bundle: Callable[..., Path], tmp_path: Path) -> None:
     link = tmp_path / "same"
     link.symlink_to(bundle())
-    opened = bundles_of([bundle(), link], Wishes())
-    sides, _ = choose_sides(opened, Wishes(executors=("eager",), device="cpu"), machine())
+    opened = bundles_of([bundle(), link], BenchRequest())
+    sides, _ = choose_sides(opened, BenchRequest(executors=("eager",), device="cpu"), machine())
     assert len({side.name for side in sides}) == 2
 
 
@@ -134,7 +136,7 @@ def test_a_row_has_a_name_of_its_own(bundle: Callable[..., Path], tmp_path: Path
 
 
 def test_all_sides_must_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    sides, _ = choose_sides(sources(1, 2), Wishes(executors=("eager",), device="cpu", threads=2), machine())
+    sides, _ = choose_sides(sources(1, 2), BenchRequest(executors=("eager",), device="cpu", threads=2), machine())
     needs = [module._needed_bytes(side, vae=False) for side in sides]
     monkeypatch.setattr(module, "available_bytes", lambda: sum(needs))
     check_all_fit(sides, vae=False)
@@ -149,12 +151,12 @@ def test_all_sides_must_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_are_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     can = machine()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    wishes = Wishes(executors=("eager", "tensorrt"), device="cuda")
+    wishes = BenchRequest(executors=("eager", "tensorrt"), device="cuda")
     config = override(recipe("tiny"), {"build.precision": "bfloat16"})
     found = sources_of(config, wishes, Path("folder"))
     sides, _ = choose_sides(found, wishes, can)
     assert all(side.cuda_graphs == (side.executor == "tensorrt") for side in sides)
-    both = Wishes(executors=("eager", "inductor"), world_sizes=(1,), device="cuda", cuda_graphs="both")
+    both = BenchRequest(executors=("eager", "inductor"), world_sizes=(1,), device="cuda", cuda_graphs="both")
     inductor, _ = choose_sides(found[:1], both, can)
     assert [(s.name, s.cuda_graphs) for s in inductor] == [
         ("eager P=1", False),

@@ -19,7 +19,7 @@ from causalrt.measure.bench.report import comparisons, row
 from causalrt.measure.bench.rollouts import Rollouts
 from causalrt.measure.bench.show import show
 from causalrt.measure.bench.sides import LeftOut, Side, check_all_fit, choose_sides
-from causalrt.measure.bench.sources import Source, Wishes, build_random, bundles_of, sources_of
+from causalrt.measure.bench.sources import BenchRequest, Source, build_random, bundles_of, sources_of
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.progress import Progress
 from causalrt.runtime.noise import SeededNoise
@@ -63,7 +63,7 @@ def run(
         SeededNoise(arguments.seed)
     with faults:
         _check_out(arguments.out, picture=not arguments.no_picture)
-    wishes = Wishes(
+    wishes = BenchRequest(
         executors=arguments.executors,
         world_sizes=arguments.world_sizes,
         plugins=arguments.plugins,

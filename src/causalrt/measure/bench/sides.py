@@ -10,7 +10,7 @@ from causalrt.engines.bundle import open_bundle
 from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ExecutorError, OutOfMemoryError
-from causalrt.measure.bench.sources import Source, Wishes
+from causalrt.measure.bench.sources import BenchRequest, Source
 from causalrt.runtime.memory import available_bytes, decoder_memory, predict_memory
 
 MODES = {"on": [True], "off": [False], "both": [False, True]}
@@ -56,7 +56,7 @@ class LeftOut:
 
 
 def choose_sides(
-    sources: Sequence[Source], wishes: Wishes, can: Mapping[str, Mapping[str, Any]]
+    sources: Sequence[Source], wishes: BenchRequest, can: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[Side], list[LeftOut]]:
     """Rows to measure, and rows that cannot be.
 
@@ -114,7 +114,7 @@ def why_not(executor: str, source: Source, device: str, can: Mapping[str, Mappin
     return None
 
 
-def _sides_of(executor: str, source: Source, wishes: Wishes) -> list[Side]:
+def _sides_of(executor: str, source: Source, wishes: BenchRequest) -> list[Side]:
     ranks, device = source.config.build.world_size, wishes.chosen_device
     threads = max(1, wishes.all_threads // ranks)
     where = f"{ranks}x{threads}" if device == "cpu" else f"P={ranks}"

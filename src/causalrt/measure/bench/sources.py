@@ -36,7 +36,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wishes:
+class BenchRequest:
     """What was asked for; None is everything that there is.
 
     Attributes:
@@ -66,7 +66,7 @@ class Wishes:
         return self.threads or available_cpus()
 
 
-def bundles_of(paths: Sequence[Path], wishes: Wishes) -> list[Source]:
+def bundles_of(paths: Sequence[Path], wishes: BenchRequest) -> list[Source]:
     """Given bundles, opened.
 
     Raises:
@@ -106,7 +106,7 @@ def _check_same_work(one: Bundle, other: Bundle) -> None:
         )
 
 
-def sources_of(config: Config, wishes: Wishes, folder: Path) -> list[Source]:
+def sources_of(config: Config, wishes: BenchRequest, folder: Path) -> list[Source]:
     """Bundles of a recipe, to be built in `folder`."""
     if wishes.chosen_device == "cuda":
         usual = sorted({1, max(1, torch.cuda.device_count())})
