@@ -9,11 +9,11 @@ from causalrt.layout import Layout
 from causalrt.proof.errors import Comparison, TensorError, tensor_error
 from causalrt.proof.runners import forwards_at
 from causalrt.proof.segments import describe
-from causalrt.proof.watch import Place, Tape, residual_name
+from causalrt.proof.watch import StepId, Trace, residual_name
 
 
 def bisect_eager(
-    reference: Sequence[Tape], tapes: Sequence[Tape], places: Sequence[Place], layout: Layout, *, tolerance: float
+    reference: Sequence[Trace], tapes: Sequence[Trace], places: Sequence[StepId], layout: Layout, *, tolerance: float
 ) -> dict[str, Any] | None:
     """Where eager on P ranks leaves eager on one, forward by forward; None if it does not."""
     for place in places:
@@ -31,7 +31,7 @@ def bisect_eager(
     return None
 
 
-def _found(error: TensorError, place: Place, *, rank: int) -> dict[str, Any]:
+def _found(error: TensorError, place: StepId, *, rank: int) -> dict[str, Any]:
     return {
         "chunk": place[0],
         "forward": place[1],

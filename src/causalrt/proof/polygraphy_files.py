@@ -13,7 +13,7 @@ from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from causalrt.errors import RequestError
-from causalrt.proof.segments import EAGER, Fed
+from causalrt.proof.segments import EAGER, SegmentRun
 
 FOLDER = "polygraphy"
 BUDGET_BYTES = 64 * 2**20
@@ -33,7 +33,7 @@ class SavedSegments:
         self.left_out: list[str] = []
         self._folder, self._bytes = folder / FOLDER, 0
 
-    def save(self, segment: Path, fed: Fed) -> None:
+    def save(self, segment: Path, fed: SegmentRun) -> None:
         """Write one forward of one rank. Outputs that eager does not know (parts of rotary tables) are the segment's own.
 
         Raises:

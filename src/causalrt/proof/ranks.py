@@ -15,7 +15,7 @@ WAIT_S = 600.0
 """A rank that the others wait for so long has failed."""
 
 
-class Meeting:
+class ThreadGroup:
     """Where ranks show each other what they have. One that fails breaks it up for all."""
 
     def __init__(self, world_size: int) -> None:
@@ -40,7 +40,7 @@ class Meeting:
 class ThreadCollectives:
     """`Collectives` between threads."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
+    def __init__(self, meeting: ThreadGroup, rank: int) -> None:
         self.rank = rank
         self._meeting = meeting
         self._traffic = Traffic()
@@ -78,13 +78,13 @@ class ThreadCollectives:
         return taken
 
 
-def meet(world_size: int, make: Callable[[Meeting, int], Ranked]) -> tuple[Meeting, list[Ranked]]:
+def meet(world_size: int, make: Callable[[ThreadGroup, int], Ranked]) -> tuple[ThreadGroup, list[Ranked]]:
     """What each rank needs to meet the others."""
-    meeting = Meeting(world_size)
+    meeting = ThreadGroup(world_size)
     return meeting, [make(meeting, rank) for rank in range(world_size)]
 
 
-def run_threads(meeting: Meeting, work: Callable[[int], Result]) -> list[Result]:
+def run_threads(meeting: ThreadGroup, work: Callable[[int], Result]) -> list[Result]:
     """`work` on every rank, each in a thread; the results in rank order, or the error of the rank that failed first."""
     results: list[Any] = [None] * meeting.world_size
     errors: list[BaseException] = []

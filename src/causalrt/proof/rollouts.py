@@ -18,8 +18,8 @@ from causalrt.config import Config, ModelConfig
 from causalrt.errors import RequestError
 from causalrt.layout import Layout
 from causalrt.model.schedule import schedule_from_config
-from causalrt.proof.sides import Side
-from causalrt.proof.watch import Place, Tape
+from causalrt.proof.sides import Replica
+from causalrt.proof.watch import StepId, Trace
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord
@@ -50,7 +50,7 @@ class RolloutPlan:
         return sorted({0, min(1, self.num_chunks - 1), self.num_chunks - 1})
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[StepId]:
         """Forwards that are looked at from inside."""
         return [(chunk, label) for chunk in self.chunks for label in ("step 0", "refresh")]
 
@@ -88,7 +88,7 @@ def plan_rollout(config: Config, *, seed: int, num_chunks: int | None = None) ->
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Played:
+class RolloutTrace:
     """A rollout of a side.
 
     Attributes:
@@ -97,7 +97,7 @@ class Played:
     """
 
     outputs: dict[str, torch.Tensor]
-    tapes: list[Tape]
+    tapes: list[Trace]
 
 
 def recording_bytes(config: Config, layout: Layout, plan: RolloutPlan) -> int:
@@ -110,12 +110,12 @@ def recording_bytes(config: Config, layout: Layout, plan: RolloutPlan) -> int:
 
 
 @torch.inference_mode()
-def play(side: Side, plan: RolloutPlan, prompts: Mapping[str, torch.Tensor], *, held_by: Layout) -> Played:
+def play(side: Replica, plan: RolloutPlan, prompts: Mapping[str, torch.Tensor], *, held_by: Layout) -> RolloutTrace:
     """Generate; keys and values are given as the ranks of `held_by` hold them."""
     side.open()
     config, layout = side.bundle.config, side.bundle.layout
     texts = list(prompts.values())
-    tapes = [Tape(plan.places, num_steps=plan.num_steps) for _ in range(side.world_size)]
+    tapes = [Trace(plan.places, num_steps=plan.num_steps) for _ in range(side.world_size)]
 
     def on_rank(rank: int) -> dict[str, torch.Tensor]:
         executor, found = side.executors[rank], dict[str, torch.Tensor]()
@@ -149,7 +149,7 @@ def play(side: Side, plan: RolloutPlan, prompts: Mapping[str, torch.Tensor], *, 
 
     by_rank = side.run(on_rank)
     names = sorted({name for found in by_rank for name in found}, key=_order)
-    return Played(
+    return RolloutTrace(
         outputs={name: next(found[name] for found in by_rank if name in found) for name in names}, tapes=tapes
     )
 
@@ -171,7 +171,7 @@ def outputs_of_chunk(chunk: int, latents: torch.Tensor, records: Sequence[StepRe
 
 
 def _add_small_graphs(
-    found: dict[str, torch.Tensor], side: Side, config: Config, prompts: Mapping[str, torch.Tensor]
+    found: dict[str, torch.Tensor], side: Replica, config: Config, prompts: Mapping[str, torch.Tensor]
 ) -> None:
     """Outputs of the prompt's and the time's graph."""
     executor, schedule = side.executors[0], schedule_from_config(config.sampler)

@@ -21,9 +21,9 @@ from polygraphy.logger import G_LOGGER
 
 from causalrt.layout import Layout
 from causalrt.proof.errors import TensorError, Within
-from causalrt.proof.rollouts import Played, RolloutPlan, play
-from causalrt.proof.sides import Side
-from causalrt.proof.watch import Forward, Place, Tape
+from causalrt.proof.rollouts import RolloutPlan, RolloutTrace, play
+from causalrt.proof.sides import Replica
+from causalrt.proof.watch import StepId, StepTrace, Trace
 
 Feed = Mapping[str, torch.Tensor]
 
@@ -31,7 +31,7 @@ Feed = Mapping[str, torch.Tensor]
 class _SideRunner(BaseRunner):  # type: ignore[misc]
     """A runner on a side, whose executors it opens; they stay open, for the next runner on that side."""
 
-    def __init__(self, side: Side, feed: Feed) -> None:
+    def __init__(self, side: Replica, feed: Feed) -> None:
         super().__init__(name=side.name)
         self.side = side
         self._feed = feed
@@ -62,9 +62,9 @@ class _SideRunner(BaseRunner):  # type: ignore[misc]
 class RolloutRunner(_SideRunner):
     """A free-running rollout; `played` is the last one."""
 
-    def __init__(self, side: Side, feed: Feed, plan: RolloutPlan, *, held_by: Layout) -> None:
+    def __init__(self, side: Replica, feed: Feed, plan: RolloutPlan, *, held_by: Layout) -> None:
         super().__init__(side, feed)
-        self.played: Played | None = None
+        self.played: RolloutTrace | None = None
         self._plan, self._held_by = plan, held_by
 
     def outputs(self, feed: Feed) -> Feed:
@@ -76,7 +76,7 @@ class RolloutRunner(_SideRunner):
 class StepRunner(_SideRunner):
     """One forward on all ranks, from inputs that another side had."""
 
-    def __init__(self, side: Side, feed: Feed) -> None:
+    def __init__(self, side: Replica, feed: Feed) -> None:
         super().__init__(side, feed)
         self._memory = 1_000  # of no session
 
@@ -97,7 +97,7 @@ class StepRunner(_SideRunner):
                 ]
                 for layer in range(layers)
             ]
-            tape = executor.tape = Tape([(0, "step 0")], num_steps=1)
+            tape = executor.tape = Trace([(0, "step 0")], num_steps=1)
             tape.begin_chunk(0)
             executor.bind(kv, cross_kv, kv_rows=int(feed["kv_rows"]), memory=self._memory, lone=bool(int(feed["lone"])))
             executor.step(feed[f"{prefix}x"].clone(), feed["e"], feed["e0"], int(feed["first_frame"]))
@@ -108,12 +108,12 @@ class StepRunner(_SideRunner):
         return {f"{name}, rank {rank}": found[name] for name in by_rank[0] for rank, found in enumerate(by_rank)}
 
 
-def forwards_at(tapes: Sequence[Tape], place: Place) -> list[Forward]:
+def forwards_at(tapes: Sequence[Trace], place: StepId) -> list[StepTrace]:
     """That forward of every rank."""
     return [next(forward for forward in tape.forwards if forward.place == place) for tape in tapes]
 
 
-def step_feed(forwards: Sequence[Forward]) -> dict[str, torch.Tensor]:
+def step_feed(forwards: Sequence[StepTrace]) -> dict[str, torch.Tensor]:
     """What a forward was given, rank by rank; what is the same on every rank once."""
     common = forwards[0]
     feed = {"e": common.e, "e0": common.e0}

@@ -27,7 +27,7 @@ from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.proof.errors import Comparison, TensorError, as_tensors
 from causalrt.proof.runners import compared, forwards_at, results_of
-from causalrt.proof.watch import Forward, Place, Tape, exchange_name, residual_name
+from causalrt.proof.watch import StepId, StepTrace, Trace, exchange_name, residual_name
 
 EAGER = "eager"
 ONNX_TYPES = {
@@ -53,10 +53,10 @@ class SegmentGraph:
 
 
 @dataclass(kw_only=True, slots=True)
-class Fed:
+class SegmentRun:
     """What was put into a segment and came out of it, for a forward of a rank; the runs of one segment are in order."""
 
-    place: Place
+    place: StepId
     rank: int
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
@@ -110,8 +110,8 @@ def open_session(graph: SegmentGraph, folder: Path) -> ort.InferenceSession:
 
 
 def run_segments(
-    bundle: Bundle, tapes: Sequence[Tape], places: Sequence[Place]
-) -> Iterator[tuple[SegmentGraph, list[Fed]]]:
+    bundle: Bundle, tapes: Sequence[Trace], places: Sequence[StepId]
+) -> Iterator[tuple[SegmentGraph, list[SegmentRun]]]:
     """Each segment with what went in and came out, in order; one of them is open at a time."""
     for lone in bundle.config.video.kinds_of_chunk:
         forwards = [
@@ -139,11 +139,11 @@ def run_segments(
                     expected = {
                         name: eager[word] for name, word in graph.words.items() if word in eager and name in outputs
                     }
-                    fed.append(Fed(place=place, rank=rank, inputs=inputs, outputs=outputs, expected=expected))
+                    fed.append(SegmentRun(place=place, rank=rank, inputs=inputs, outputs=outputs, expected=expected))
             yield graph, fed
 
 
-def _given(forward: Forward, rank: int) -> dict[str, torch.Tensor]:
+def _given(forward: StepTrace, rank: int) -> dict[str, torch.Tensor]:
     """A step's own inputs, by name in the graph."""
     given = {"x": forward.x, "e": forward.e, "e0": forward.e0}
     for name, number in (("rank", rank), ("first_frame", forward.first_frame), (KV_ROWS, forward.kv_rows)):
@@ -155,7 +155,7 @@ def _given(forward: Forward, rank: int) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu() for name, tensor in given.items()}
 
 
-def _known(forward: Forward) -> dict[str, torch.Tensor]:
+def _known(forward: StepTrace) -> dict[str, torch.Tensor]:
     """What eager had, in words."""
     known = {residual_name(number): value for number, value in enumerate(forward.residuals)}
     for name, value in forward.outputs.items():
@@ -163,7 +163,9 @@ def _known(forward: Forward) -> dict[str, torch.Tensor]:
     return {word: value.cpu() for word, value in known.items()}
 
 
-def compare_segment(graph: SegmentGraph, fed: Sequence[Fed], *, tolerance: float, candidate: str) -> list[TensorError]:
+def compare_segment(
+    graph: SegmentGraph, fed: Sequence[SegmentRun], *, tolerance: float, candidate: str
+) -> list[TensorError]:
     """Errors of what eager knows, forward by forward and rank by rank."""
     expected = [{word: run.expected[name] for name, word in _in_order(graph, run)} for run in fed]
     got = [{word: run.outputs[name] for name, word in _in_order(graph, run)} for run in fed]
@@ -193,12 +195,12 @@ def compare_segment(graph: SegmentGraph, fed: Sequence[Fed], *, tolerance: float
     ]
 
 
-def _in_order(graph: SegmentGraph, run: Fed) -> list[tuple[str, str]]:
+def _in_order(graph: SegmentGraph, run: SegmentRun) -> list[tuple[str, str]]:
     return [(name, word) for name, word in graph.words.items() if name in run.expected]
 
 
 def segment_comparison(
-    errors: Sequence[TensorError], *, places: Sequence[Place], tolerance: float, candidate: str, fault: str = ""
+    errors: Sequence[TensorError], *, places: Sequence[StepId], tolerance: float, candidate: str, fault: str = ""
 ) -> Comparison:
     """All segments' errors as one comparison, forward by forward."""
     order = {place: number for number, place in enumerate(places)}

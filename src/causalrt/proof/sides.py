@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 MakeExecutor = Callable[[WatchedCollectives], Executor]
 
 
-class Side:
+class Replica:
     """Executors and collectives of P ranks, all in this process.
 
     Attributes:
@@ -60,7 +60,7 @@ class Side:
             torch.set_num_threads(before)  # what a thread sets, later threads begin with
 
 
-def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device, cuda_graphs: bool = True) -> Side:
+def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device, cuda_graphs: bool = True) -> Replica:
     """A side that runs `executor`, by fused ops where the bundle was built so."""
     cores = available_cpus()
     if executor == "inductor" and device.type == "cpu":
@@ -84,7 +84,7 @@ def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device, c
             cuda_graphs=cuda_graphs,
         )
 
-    return Side(name, bundle, make, watches_residuals=executor == "eager")
+    return Replica(name, bundle, make, watches_residuals=executor == "eager")
 
 
 def ranks_device(kind: str) -> torch.device:

@@ -10,8 +10,8 @@ from causalrt.engines.bundle import Bundle
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.proof.emulate import EngineGraphs, emulated_executor, rollout_view
 from causalrt.proof.record import Certificate, NotChecked
-from causalrt.proof.rollouts import Played, RolloutPlan
-from causalrt.proof.sides import Side, in_float32, on_one_rank, ranks_device, ranks_text, side_of
+from causalrt.proof.rollouts import RolloutPlan, RolloutTrace
+from causalrt.proof.sides import Replica, in_float32, on_one_rank, ranks_device, ranks_text, side_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,8 +41,8 @@ class Stage:
     device: str
     emulate: bool
     cuda_graphs: bool
-    sides: dict[str, Side] = field(default_factory=dict)
-    played: dict[str, Played] = field(default_factory=dict)
+    sides: dict[str, Replica] = field(default_factory=dict)
+    played: dict[str, RolloutTrace] = field(default_factory=dict)
     reference: str = ""
     yardstick: str = ""
     eager: str = ""
@@ -105,7 +105,7 @@ def _no_threads(stage: Stage) -> str | None:
     return None
 
 
-def emulated_side(name: str, bundle: Bundle, flavour: str) -> Side:
+def emulated_side(name: str, bundle: Bundle, flavour: str) -> Replica:
     """The graphs that TensorRT parses, all ranks of them played by one."""
     graphs = EngineGraphs(
         folder=bundle.path,
@@ -120,4 +120,4 @@ def emulated_side(name: str, bundle: Bundle, flavour: str) -> Side:
     def make(collectives: object) -> Any:
         return emulated_executor(graphs, num_threads=torch.get_num_threads())
 
-    return Side(name, replace(bundle, config=config, layout=layout), make)
+    return Replica(name, replace(bundle, config=config, layout=layout), make)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from causalrt.proof.runners import forwards_at
-from causalrt.proof.watch import Place, Tape, exchange_name
+from causalrt.proof.watch import StepId, Trace, exchange_name
 
 
-def check_transport(tapes: Sequence[Tape], places: Sequence[Place], *, num_layers: int) -> tuple[int, list[str]]:
+def check_transport(tapes: Sequence[Trace], places: Sequence[StepId], *, num_layers: int) -> tuple[int, list[str]]:
     """Blocks looked at, and those that did not come from where they should, named."""
     blocks, faults = 0, []
     for place in places:

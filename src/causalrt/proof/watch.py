@@ -2,7 +2,7 @@
 
     Rollout -> WatchedExecutor -> Executor -> WatchedCollectives -> ThreadCollectives
                     |                               |
-                    +----------> Tape <-------------+          a tape a rank, a Forward for each forward that is looked at
+                    +----------> Trace <-------------+          a tape a rank, a StepTrace for each forward that is looked at
 
 A forward's inputs are kept as well, so that another side can be given the very same ones.
 """
@@ -17,14 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 from causalrt.engines.base import Executor
 from causalrt.model.wan.step import KVPair, KVTensors
-from causalrt.proof.ranks import Meeting, ThreadCollectives
+from causalrt.proof.ranks import ThreadCollectives, ThreadGroup
 
-Place = tuple[int, str]
+StepId = tuple[int, str]
 """Chunk and forward: `(1, "step 0")`, `(1, "refresh")`."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Forward:
+class StepTrace:
     """One forward on one rank.
 
     Attributes:
@@ -41,7 +41,7 @@ class Forward:
         residuals: what each LayerNorm was given, `[S, C]`, in order; eager alone tells.
     """
 
-    place: Place
+    place: StepId
     x: torch.Tensor
     e: torch.Tensor
     e0: torch.Tensor
@@ -54,12 +54,12 @@ class Forward:
     residuals: list[torch.Tensor] = field(default_factory=list)
 
 
-class Tape:
+class Trace:
     """The forwards of one rank that are looked at."""
 
-    def __init__(self, places: Collection[Place], *, num_steps: int) -> None:
-        self.forwards: list[Forward] = []
-        self.running: Forward | None = None
+    def __init__(self, places: Collection[StepId], *, num_steps: int) -> None:
+        self.forwards: list[StepTrace] = []
+        self.running: StepTrace | None = None
         self._places, self._num_steps = places, num_steps
         self._chunk = self._count = 0
 
@@ -67,7 +67,7 @@ class Tape:
         """The next forwards are of this chunk."""
         self._chunk, self._count = chunk, 0
 
-    def next_place(self) -> Place | None:
+    def next_place(self) -> StepId | None:
         """Where the next forward is, if it is looked at."""
         label = f"step {self._count}" if self._count < self._num_steps else "refresh"
         self._count += 1
@@ -78,9 +78,9 @@ class Tape:
 class WatchedCollectives(ThreadCollectives):
     """Collectives whose blocks are put on a tape."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
+    def __init__(self, meeting: ThreadGroup, rank: int) -> None:
         super().__init__(meeting, rank)
-        self.tape: Tape | None = None
+        self.tape: Trace | None = None
         self.exchanges = 0
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
@@ -133,12 +133,12 @@ class WatchedExecutor:
         self.watches_residuals = False
 
     @property
-    def tape(self) -> Tape | None:
+    def tape(self) -> Trace | None:
         """Where forwards go; None to watch nothing."""
         return self._collectives.tape
 
     @tape.setter
-    def tape(self, tape: Tape | None) -> None:
+    def tape(self, tape: Trace | None) -> None:
         self._collectives.tape = tape
 
     def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
@@ -169,7 +169,7 @@ class WatchedExecutor:
         if self.tape is None or place is None:
             return self._executor.step(x, e, e0, first_frame)
         kv, cross_kv, kv_rows, lone = self._bound
-        forward = Forward(
+        forward = StepTrace(
             place=place,
             x=x.clone(),
             e=e.clone(),
