@@ -22,7 +22,7 @@ from causalrt.measure.bench.probe import ops_of
 from causalrt.measure.bench.report import comparisons, full_chunks, row, steady_chunks
 from causalrt.measure.bench.samples import ChunkSample, FirstSample, Measured
 from causalrt.measure.bench.show import sentences
-from causalrt.measure.bench.sides import Side
+from causalrt.measure.bench.sides import Replica
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.recipes import recipe
 from causalrt.runtime.usage import WaitCounter
@@ -38,8 +38,8 @@ def config(world_size: int = 1, **changes: str) -> Config:
     return override(recipe("tiny"), {"build.world_size": str(world_size), **changes})
 
 
-def side(world_size: int = 1, name: str = "eager", executor: str = "eager") -> Side:
-    return Side(
+def side(world_size: int = 1, name: str = "eager", executor: str = "eager") -> Replica:
+    return Replica(
         name=name,
         executor=executor,
         config=config(world_size),
@@ -139,7 +139,7 @@ def test_either_attention_of_onnxruntime_attends(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(made, op.eager(*op.inputs.values()))
 
 
-def with_rounds(sides: list[Side], count: int) -> Ceilings:
+def with_rounds(sides: list[Replica], count: int) -> Ceilings:
     ceilings = Ceilings(sides)
     for each in sides:
         for way in (ceilings.eager_way(each), ceilings.own_way(each)):

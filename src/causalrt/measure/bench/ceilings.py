@@ -22,7 +22,7 @@ from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.errors import MeasurementError
 from causalrt.layout import slots_from_config
-from causalrt.measure.bench.sides import Side
+from causalrt.measure.bench.sides import Replica
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.tools.plan.calibration import Runtime
 from causalrt.tools.plan.head_layouts import head_layout
@@ -197,7 +197,7 @@ class Ceilings(AbstractContextManager["Ceilings"]):
         rounds: by way, the rates of each round.
     """
 
-    def __init__(self, sides: Sequence[Side]) -> None:
+    def __init__(self, sides: Sequence[Replica]) -> None:
         self.rounds: dict[Way, list[Rates]] = {}
         self._probes: list[Probe] = []
         self._sides = sides
@@ -221,12 +221,12 @@ class Ceilings(AbstractContextManager["Ceilings"]):
             probe.close()
 
     @staticmethod
-    def eager_way(side: Side) -> Way:
+    def eager_way(side: Replica) -> Way:
         """Eager torch's ops, on as many ranks."""
         return Way(runtime="eager", world_size=side.world_size, threads=side.threads)
 
     @staticmethod
-    def own_way(side: Side) -> Way | None:
+    def own_way(side: Replica) -> Way | None:
         """Those of the side's own runtime; None where they cannot be had one by one."""
         eager = Ceilings.eager_way(side)
         if side.executor == "eager":

@@ -18,7 +18,7 @@ from causalrt.measure.bench.picture import draw, figure_class
 from causalrt.measure.bench.report import comparisons, row
 from causalrt.measure.bench.rollouts import Rollouts
 from causalrt.measure.bench.show import show
-from causalrt.measure.bench.sides import LeftOut, Side, check_all_fit, choose_sides
+from causalrt.measure.bench.sides import LeftOut, Replica, check_all_fit, choose_sides
 from causalrt.measure.bench.sources import BenchRequest, Source, build_random, bundles_of, sources_of
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.progress import Progress
@@ -50,7 +50,7 @@ def run(
         CausalRTError: of the type that fits, or CombinedConfigError if several things are wrong. Whatever is refused is
             refused before anything is loaded, and no file is half-written.
     """
-    config, sources, sides, left_out, faults = None, list[Source](), list[Side](), list[LeftOut](), Faults()
+    config, sources, sides, left_out, faults = None, list[Source](), list[Replica](), list[LeftOut](), Faults()
     with faults:
         if arguments.repeats < 1:
             raise ConfigError(
@@ -106,7 +106,7 @@ def run(
 
 
 def measure(
-    sides: Sequence[Side], arguments: argparse.Namespace, *, vae: bool, on_progress: Progress
+    sides: Sequence[Replica], arguments: argparse.Namespace, *, vae: bool, on_progress: Progress
 ) -> dict[str, Any]:
     """All of it, once bundles are there; engines and processes have ended when this returns or raises."""
     device, repeats = sides[0].device, arguments.repeats

@@ -8,7 +8,7 @@ from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.measure.bench.ceilings import Ceilings, Rates, StepMs, Way, roofline, work_of
 from causalrt.measure.bench.samples import ChunkSample, FirstSample, Measured
-from causalrt.measure.bench.sides import Side
+from causalrt.measure.bench.sides import Replica
 from causalrt.measure.bench.verdicts import Comparison, compare, quantile, quantiles
 
 FLAT_WITHIN, FIRST_WITHIN = 0.05, 0.10
@@ -28,7 +28,7 @@ def steady_chunks(samples: Sequence[ChunkSample], config: Config) -> list[int]:
     return [chunk for chunk in refreshed if chunk in full_chunks(samples, config)] or refreshed[-1:]
 
 
-def row(side: Side, found: Measured, ceilings: Ceilings | None) -> dict[str, Any]:
+def row(side: Replica, found: Measured, ceilings: Ceilings | None) -> dict[str, Any]:
     """One side."""
     return {
         "name": side.name,
@@ -60,7 +60,7 @@ def row(side: Side, found: Measured, ceilings: Ceilings | None) -> dict[str, Any
     }
 
 
-def comparisons(sides: Sequence[Side], measured: dict[str, Measured]) -> list[Comparison]:
+def comparisons(sides: Sequence[Replica], measured: dict[str, Measured]) -> list[Comparison]:
     """Every pair of sides by every metric; the side that comes later against the one that comes earlier."""
     return [
         compare(side.name, against.name, metric, {each.name: _times(measured[each.name], metric) for each in sides})
@@ -148,7 +148,7 @@ def _exchange(config: Config, samples: Sequence[ChunkSample]) -> dict[str, Any]:
     }
 
 
-def _fractions(side: Side, samples: Sequence[ChunkSample], ceilings: Ceilings) -> dict[str, Any] | None:
+def _fractions(side: Replica, samples: Sequence[ChunkSample], ceilings: Ceilings) -> dict[str, Any] | None:
     """Time of the steps at the ceilings of the same rounds / time that they took, over whole rollouts."""
     eager, own = ceilings.eager_way(side), ceilings.own_way(side)
     # A lone first frame is a chunk of other sizes, which were not measured.

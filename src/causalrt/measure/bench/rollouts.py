@@ -21,7 +21,7 @@ import torch
 from causalrt.errors import MeasurementError
 from causalrt.measure.bench.machine import peak_host_bytes
 from causalrt.measure.bench.samples import ChunkSample, FirstSample, Measured
-from causalrt.measure.bench.sides import Side
+from causalrt.measure.bench.sides import Replica
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
 from causalrt.runtime.rollout import ChunkTimes
@@ -67,7 +67,7 @@ class Rollouts:
         num_chunks: of each rollout.
     """
 
-    def __init__(self, sides: Sequence[Side], *, seed: int, num_chunks: int | None, vae: bool) -> None:
+    def __init__(self, sides: Sequence[Replica], *, seed: int, num_chunks: int | None, vae: bool) -> None:
         self._sides = sides
         self._seed, self._wanted = seed, num_chunks
         self._vae = vae
@@ -104,7 +104,7 @@ class Rollouts:
             self._load_side(side, before_ms)
         on_progress("loading", len(self._sides), len(self._sides))
 
-    def _load_side(self, side: Side, before_ms: float) -> None:
+    def _load_side(self, side: Replica, before_ms: float) -> None:
         start = time.perf_counter()
         engine = self._closing.enter_context(
             load(

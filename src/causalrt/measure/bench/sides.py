@@ -17,7 +17,7 @@ MODES = {"on": [True], "off": [False], "both": [False, True]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Side:
+class Replica:
     """One row of the benchmark.
 
     Attributes:
@@ -57,7 +57,7 @@ class LeftOut:
 
 def choose_sides(
     sources: Sequence[Source], wishes: BenchRequest, can: Mapping[str, Mapping[str, Any]]
-) -> tuple[list[Side], list[LeftOut]]:
+) -> tuple[list[Replica], list[LeftOut]]:
     """Rows to measure, and rows that cannot be.
 
     Args:
@@ -70,7 +70,7 @@ def choose_sides(
     """
     for name in wishes.executors or ():
         executor_kind(name)
-    sides: list[Side] = []
+    sides: list[Replica] = []
     left_out: list[LeftOut] = []
     for executor in dict.fromkeys(wishes.executors or EXECUTORS):
         for source in sources:
@@ -114,7 +114,7 @@ def why_not(executor: str, source: Source, device: str, can: Mapping[str, Mappin
     return None
 
 
-def _sides_of(executor: str, source: Source, wishes: BenchRequest) -> list[Side]:
+def _sides_of(executor: str, source: Source, wishes: BenchRequest) -> list[Replica]:
     ranks, device = source.config.build.world_size, wishes.chosen_device
     threads = max(1, wishes.all_threads // ranks)
     where = f"{ranks}x{threads}" if device == "cpu" else f"P={ranks}"
@@ -126,7 +126,7 @@ def _sides_of(executor: str, source: Source, wishes: BenchRequest) -> list[Side]
     captures = executor_kind(executor).warms_up and device == "cuda"
     graphs = MODES[wishes.cuda_graphs] if captures else [False]
     return [
-        Side(
+        Replica(
             name=f"{executor}{'+plugins' if fused else ''}{'-graphs' if captures and not graph else ''} {where}",
             executor=executor,
             config=source.config,
@@ -141,7 +141,7 @@ def _sides_of(executor: str, source: Source, wishes: BenchRequest) -> list[Side]
     ]
 
 
-def check_all_fit(sides: Sequence[Side], *, vae: bool) -> None:
+def check_all_fit(sides: Sequence[Replica], *, vae: bool) -> None:
     """Refuse sides that do not fit on the host together; on GPUs each rank looks for itself.
 
     Raises:
@@ -160,7 +160,7 @@ def check_all_fit(sides: Sequence[Side], *, vae: bool) -> None:
         )
 
 
-def _needed_bytes(side: Side, *, vae: bool) -> int:
+def _needed_bytes(side: Replica, *, vae: bool) -> int:
     memory, ranks = predict_memory(side.config, side.executor), side.world_size
     shared = 0 if executor_kind(side.executor).compiled else memory.weights_bytes * (ranks - 1)
     decoder = 0
