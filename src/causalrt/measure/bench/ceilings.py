@@ -36,7 +36,7 @@ ANSWER_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Way:
+class OpBackend:
     """A way to run single ops."""
 
     runtime: Runtime
@@ -113,7 +113,7 @@ def roofline(work: StepWork, rates: Rates, *, element_bytes: int) -> StepMs:
 class Probe:
     """The processes of one way."""
 
-    def __init__(self, way: Way, config: Config, device: str) -> None:
+    def __init__(self, way: OpBackend, config: Config, device: str) -> None:
         self.way = way
         self._bytes = TORCH_DTYPES[config.build.precision].itemsize
         self._folder = TemporaryFolder("bench")
@@ -198,7 +198,7 @@ class Ceilings(AbstractContextManager["Ceilings"]):
     """
 
     def __init__(self, sides: Sequence[Replica]) -> None:
-        self.rounds: dict[Way, list[Rates]] = {}
+        self.rounds: dict[OpBackend, list[Rates]] = {}
         self._probes: list[Probe] = []
         self._sides = sides
 
@@ -221,12 +221,12 @@ class Ceilings(AbstractContextManager["Ceilings"]):
             probe.close()
 
     @staticmethod
-    def eager_way(side: Replica) -> Way:
+    def eager_way(side: Replica) -> OpBackend:
         """Eager torch's ops, on as many ranks."""
-        return Way(runtime="eager", world_size=side.world_size, threads=side.threads)
+        return OpBackend(runtime="eager", world_size=side.world_size, threads=side.threads)
 
     @staticmethod
-    def own_way(side: Replica) -> Way | None:
+    def own_way(side: Replica) -> OpBackend | None:
         """Those of the side's own runtime; None where they cannot be had one by one."""
         eager = Ceilings.eager_way(side)
         if side.executor == "eager":
@@ -242,12 +242,12 @@ class Ceilings(AbstractContextManager["Ceilings"]):
             if counts:
                 self.rounds.setdefault(probe.way, []).append(rates)
 
-    def around(self, way: Way, repeat: int) -> Rates:
+    def around(self, way: OpBackend, repeat: int) -> Rates:
         """The mean of the rounds before and after a repeat of the sides, both counted from 0."""
         before, after = self.rounds[way][repeat : repeat + 2]
         return {name: statistics.mean((before[name], after[name])) for name in before}
 
-    def best(self, way: Way) -> Rates:
+    def best(self, way: OpBackend) -> Rates:
         """Of all rounds."""
         rounds = self.rounds[way]
         return {name: max(rates[name] for rates in rounds) for name in rounds[0]}

@@ -6,7 +6,7 @@ from typing import Any
 
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
-from causalrt.measure.bench.ceilings import Ceilings, Rates, StepMs, Way, roofline, work_of
+from causalrt.measure.bench.ceilings import Ceilings, OpBackend, Rates, StepMs, roofline, work_of
 from causalrt.measure.bench.samples import ChunkSample, FirstSample, Measured
 from causalrt.measure.bench.sides import Replica
 from causalrt.measure.bench.verdicts import Comparison, compare, quantile, quantiles
@@ -161,7 +161,7 @@ def _fractions(side: Replica, samples: Sequence[ChunkSample], ceilings: Ceilings
     }
 
 
-def _fraction(config: Config, samples: Sequence[ChunkSample], ceilings: Ceilings, way: Way) -> dict[str, Any]:
+def _fraction(config: Config, samples: Sequence[ChunkSample], ceilings: Ceilings, way: OpBackend) -> dict[str, Any]:
     size = TORCH_DTYPES[config.build.precision].itemsize
     works = {kv_frames: work_of(config, kv_frames=kv_frames) for kv_frames in {s.kv_frames for s in samples}}
 
