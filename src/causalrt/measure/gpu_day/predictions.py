@@ -11,7 +11,7 @@ from causalrt.tools.plan import assumptions
 from causalrt.tools.plan.hardware import GPUS, Gpu
 from causalrt.tools.plan.head_layouts import head_layout
 from causalrt.tools.plan.roofline import GpuMachine, Lowering
-from causalrt.tools.plan.spans import Span, over_cases
+from causalrt.tools.plan.spans import Estimate, over_cases
 from causalrt.tools.plan.work import StepWork, step_work
 
 STAND_IN = "h200"
@@ -30,7 +30,7 @@ class Planner:
 
     gpu: Gpu | None
 
-    def step(self, config: Config, *, kv_rows: int, lowering: Lowering, fused_ops: bool) -> Span | None:
+    def step(self, config: Config, *, kv_rows: int, lowering: Lowering, fused_ops: bool) -> Estimate | None:
         """Milliseconds of a chunk step on one rank.
 
         Args:
@@ -45,7 +45,7 @@ class Planner:
         work = self._work(config, kv_rows, fused_ops=fused_ops)
         return over_cases(lambda case: 1e3 * machine.step_time(work, case, slot_rows=config.slot_rows).total_s)
 
-    def attention(self, config: Config, *, kv_rows: int) -> Span | None:
+    def attention(self, config: Config, *, kv_rows: int) -> Estimate | None:
         """Milliseconds of one layer's self-attention by the fused op, in one launch."""
         if self.gpu is None:
             return None
@@ -54,11 +54,11 @@ class Planner:
         launch = tuple(each for each in work.attentions if each.over_slots)
         return over_cases(lambda case: 1e3 * machine.attention_seconds(launch, case))
 
-    def copy_gb_s(self) -> Span | None:
+    def copy_gb_s(self) -> Estimate | None:
         """Bytes read and written by a large copy, GB/s."""
         return None if self.gpu is None else assumptions.MEMORY.scaled(self.gpu.memory_gbs)
 
-    def decode(self, config: Config, *, first_chunk: bool) -> Span | None:
+    def decode(self, config: Config, *, first_chunk: bool) -> Estimate | None:
         """Milliseconds of one chunk through Wan's decoder."""
         if self.gpu is None:
             return None
@@ -73,7 +73,7 @@ class Planner:
             )
         )
 
-    def exchange(self, config: Config, *, index: int) -> Span | None:
+    def exchange(self, config: Config, *, index: int) -> Estimate | None:
         """Microseconds of an all-to-all: the one before attention (0) or the one after it (1)."""
         if self.gpu is None:
             return None
@@ -100,7 +100,7 @@ def planner_for(book: Book) -> Planner:
     return Planner(gpu)
 
 
-def columns(span: Span | None, unit: str = "ms") -> dict[str, Any]:
+def columns(span: Estimate | None, unit: str = "ms") -> dict[str, Any]:
     """Columns of a table: the prediction, and the range from the best to the worst assumptions."""
     if span is None:
         return {f"predicted {unit}": None, "range": None}

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from causalrt.tools.plan.hardware import Architecture, LinkKind
-from causalrt.tools.plan.spans import Span, between
+from causalrt.tools.plan.spans import Estimate, between
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reached:
+class Efficiency:
     """Fractions of a GPU's peaks.
 
     Attributes:
@@ -23,36 +23,36 @@ class Reached:
         gemm_source: likewise.
     """
 
-    gemm: Span
-    attention: Span
+    gemm: Estimate
+    attention: Estimate
     gemm_source: str
     attention_source: str
 
 
-def _gemm(measured: float) -> Span:
+def _gemm(measured: float) -> Estimate:
     return between(measured, 0.8 * measured)
 
 
-REACHED: Mapping[Architecture, Reached] = {
-    "ampere": Reached(
+REACHED: Mapping[Architecture, Efficiency] = {
+    "ampere": Efficiency(
         gemm=_gemm(0.869),
         attention=between(0.73, 0.50),
         gemm_source="A100 SXM: 271.2 of 312 TFLOP/s",
         attention_source="FlashAttention-2 on A100, arXiv 2307.08691: 50 to 73 %",
     ),
-    "hopper": Reached(
+    "hopper": Efficiency(
         gemm=_gemm(0.803),
         attention=between(0.748, 0.571),
         gemm_source="H100 SXM, H200: 794.5 of 989 TFLOP/s",
         attention_source="FlashAttention-3 on H100: 740 TFLOP/s (arXiv 2407.08608) to 565 (pytorch/benchmark pull 2391)",
     ),
-    "blackwell": Reached(
+    "blackwell": Efficiency(
         gemm=_gemm(0.776),
         attention=between(0.71, 0.50),
         gemm_source="B200 SXM: 1745 of 2250 TFLOP/s",
         attention_source="FlashAttention-4 on B200 as its authors give it (71 %); worst end our guess",
     ),
-    "blackwell_rtx": Reached(
+    "blackwell_rtx": Efficiency(
         gemm=_gemm(0.869),
         attention=between(0.73, 0.50),
         gemm_source="our guess: as A100, whose kind of tensor instruction it has",
@@ -63,13 +63,13 @@ REACHED: Mapping[Architecture, Reached] = {
 MEMORY = between(0.90, 0.75)
 """Of the memory's bandwidth: Calculon's A100 model (systems/a100_80g.json), transfers of 100 MB and of 10 MB."""
 
-LINK_FRACTION: Mapping[LinkKind, Span] = {
+LINK_FRACTION: Mapping[LinkKind, Estimate] = {
     # NCCL's maintainers: 370 of 450 GB/s (NVIDIA/nccl-tests issue 212); Calculon's A100 model: 0.65.
     "nvlink": between(0.82, 0.65),
     # Our guess: half for two copies through host memory, half of that again where root ports are shared.
     "pcie": between(0.50, 0.25),
 }
-LINK_LATENCY_S: Mapping[LinkKind, Span] = {
+LINK_LATENCY_S: Mapping[LinkKind, Estimate] = {
     # A small all-to-all on the 8 GPUs of a server: 10.4 us (deepseek-ai/DeepEP issue 303, H20); 40 us is our guess for NCCL in
     # a process that has other work on the GPU.
     "nvlink": between(10.4e-6, 40e-6),

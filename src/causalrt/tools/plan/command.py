@@ -21,7 +21,7 @@ from causalrt.tools.plan.predict import Forecast, Machine, forecast
 from causalrt.tools.plan.published import compare_published
 from causalrt.tools.plan.roofline import GpuMachine
 from causalrt.tools.plan.simulate import Jitter, Simulation, simulate
-from causalrt.tools.plan.spans import Span
+from causalrt.tools.plan.spans import Estimate
 from causalrt.tools.plan.timeline import draw_timeline
 from causalrt.tools.plan.verdict import best_layouts, verdict
 
@@ -167,7 +167,7 @@ def _check_precision(config: Config, measured: str) -> None:
         raise ConfigError(f"the machine is measured in {measured}; add `--dtype {measured}`")
 
 
-def _spread(span: Span, factor: float = 1.0, digits: int = 0) -> str:
+def _spread(span: Estimate, factor: float = 1.0, digits: int = 0) -> str:
     low, high = sorted((factor * span.best, factor * span.worst))
     return f"{factor * span.nominal:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 

@@ -21,7 +21,7 @@ from causalrt.tools.plan.decode_work import decode_weights
 from causalrt.tools.plan.hardware import VaePlace
 from causalrt.tools.plan.head_layouts import LayoutName, head_layout
 from causalrt.tools.plan.roofline import GpuMachine, StepTime
-from causalrt.tools.plan.spans import Case, Span, over_cases
+from causalrt.tools.plan.spans import Case, Estimate, over_cases
 from causalrt.tools.plan.work import StepWork, step_work
 
 
@@ -54,9 +54,9 @@ class ChunkForecast:
     kv_frames: int
     frames: int
     parts: StepTime
-    step_s: Span
-    denoise_s: Span
-    decode_s: Span
+    step_s: Estimate
+    denoise_s: Estimate
+    decode_s: Estimate
 
     def period_s(self, vae: VaePlace, case: Case) -> float:
         """Until the next chunk can follow, in a stream that is made as fast as it can be."""
@@ -99,10 +99,10 @@ class Forecast:
     memory_bytes: Mapping[str, int]
     decoder_bytes: Mapping[str, int]
     chunks: tuple[ChunkForecast, ...]
-    first_frame_s: Span
-    latency_s: Span
-    frames_per_second: Span
-    steady_frames_per_second: Span
+    first_frame_s: Estimate
+    latency_s: Estimate
+    frames_per_second: Estimate
+    steady_frames_per_second: Estimate
     bound_frames_per_second: float | None
 
     @property
@@ -147,7 +147,7 @@ def forecast(
             case: machine.step_time(work, case, slot_rows=config.slot_rows) for case in ("best", "nominal", "worst")
         }
         step = over_cases(lambda case: times[case].total_s)  # noqa: B023
-        decode = Span(best=0.0, nominal=0.0, worst=0.0)
+        decode = Estimate(best=0.0, nominal=0.0, worst=0.0)
         if gpu is not None and vae != "none":
             decode = _decode(config, gpu, first_chunk=index == 0, split=world_size if vae == "split" else 1)
         chunks.append(
@@ -197,7 +197,7 @@ def _video_seconds(chunks: list[ChunkForecast], vae: VaePlace, case: Case) -> fl
     return decoder
 
 
-def _decode(config: Config, gpu: GpuMachine, *, first_chunk: bool, split: int) -> Span:
+def _decode(config: Config, gpu: GpuMachine, *, first_chunk: bool, split: int) -> Estimate:
     size = (config.video.latent_height, config.video.latent_width)
     frames = config.video.chunk_frames
     known = max(ranks for ranks in SPLIT_DECODE_SPEEDUP if ranks <= split)

@@ -11,7 +11,7 @@ from causalrt.recipes import recipe
 from causalrt.tools.plan.hardware import GPUS, VaePlace
 from causalrt.tools.plan.predict import Forecast, forecast
 from causalrt.tools.plan.roofline import GpuMachine, Lowering
-from causalrt.tools.plan.spans import Span, over_cases
+from causalrt.tools.plan.spans import Estimate, over_cases
 
 FLASHDREAMS_A100 = "NVIDIA/flashdreams, PERFORMANCE.md at 17f114c: one A100, last of 7 chunks"
 FLASHDREAMS_H100 = (
@@ -37,7 +37,7 @@ class Comparison:
     what: str
     unit: str
     published: float
-    predicted: Span
+    predicted: Estimate
     source: str
     note: str = ""
 

@@ -20,7 +20,7 @@ from causalrt.plugins.rope_attention_launch import SPLIT_COST_BLOCKS, choose_kv_
 from causalrt.tools.plan import assumptions as assumed
 from causalrt.tools.plan.decode_work import chunk_decode_flops
 from causalrt.tools.plan.hardware import GPUS, Gpu
-from causalrt.tools.plan.spans import Case, Span
+from causalrt.tools.plan.spans import Case, Estimate
 from causalrt.tools.plan.work import Attention, Exchange, Gemm, StepWork
 
 Lowering = Literal["engine", "runtime", "eager"]
@@ -195,7 +195,7 @@ class GpuMachine:
 
 
 @functools.cache
-def decode_fraction(gpu: Gpu) -> Span:
+def decode_fraction(gpu: Gpu) -> Estimate:
     """Of the tensor rate that the VAE's decoder reaches, from one published time for the architecture."""
     measured = assumed.MEASURED_DECODES.get(gpu.architecture)
     if measured is None:
@@ -209,4 +209,4 @@ def decode_fraction(gpu: Gpu) -> Span:
     )
     reached = flops / measured.seconds / (GPUS[measured.gpu].tensor_tflops * 1e12)
     spread = assumed.DECODE_SPREAD
-    return Span(best=reached * (1 + spread), nominal=reached, worst=reached * (1 - spread))
+    return Estimate(best=reached * (1 + spread), nominal=reached, worst=reached * (1 - spread))

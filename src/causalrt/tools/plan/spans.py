@@ -9,7 +9,7 @@ CASES: tuple[Case, ...] = ("best", "nominal", "worst")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
+class Estimate:
     """Best means what makes the machine fast: a high rate, a low latency, a short time."""
 
     best: float
@@ -21,16 +21,16 @@ class Span:
         value: float = getattr(self, case)
         return value
 
-    def scaled(self, factor: float) -> "Span":
+    def scaled(self, factor: float) -> "Estimate":
         """Each end times `factor`."""
-        return Span(best=self.best * factor, nominal=self.nominal * factor, worst=self.worst * factor)
+        return Estimate(best=self.best * factor, nominal=self.nominal * factor, worst=self.worst * factor)
 
 
-def between(best: float, worst: float) -> Span:
+def between(best: float, worst: float) -> Estimate:
     """The rule for published spreads: nominal is the middle, whatever a comparison says later."""
-    return Span(best=best, nominal=(best + worst) / 2, worst=worst)
+    return Estimate(best=best, nominal=(best + worst) / 2, worst=worst)
 
 
-def over_cases(compute: Callable[[Case], float]) -> Span:
+def over_cases(compute: Callable[[Case], float]) -> Estimate:
     """A quantity computed with every assumption at one end, in the middle, at the other end."""
-    return Span(best=compute("best"), nominal=compute("nominal"), worst=compute("worst"))
+    return Estimate(best=compute("best"), nominal=compute("nominal"), worst=compute("worst"))

@@ -10,7 +10,7 @@ from causalrt.tools.plan.head_layouts import LAYOUTS, head_layout
 from causalrt.tools.plan.predict import Forecast, forecast
 from causalrt.tools.plan.published import compare_published
 from causalrt.tools.plan.roofline import GpuMachine, Lowering, decode_fraction
-from causalrt.tools.plan.spans import Span
+from causalrt.tools.plan.spans import Estimate
 
 TARGETS = (16, 24, 40)
 LOWERINGS: tuple[Lowering, ...] = ("engine", "runtime")
@@ -26,7 +26,7 @@ def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _spread(span: Span, factor: float = 1.0, digits: int = 0) -> str:
+def _spread(span: Estimate, factor: float = 1.0, digits: int = 0) -> str:
     low, high = sorted((factor * span.best, factor * span.worst))
     return f"{factor * span.nominal:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
