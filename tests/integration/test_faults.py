@@ -77,7 +77,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "RankPool", refuse)
 
 
-def keeper(engine: Engine) -> int:
+def supervisor(engine: Engine) -> int:
     """The process that forked the ranks; all of them are in its session."""
     return engine._pool._process.pid
 
@@ -460,7 +460,7 @@ def test_rank_killed_in_the_middle_of_a_chunk(bundles: Bundles, world_size: int)
     engine = load(bundle)
     before = all_latents(engine.session(prompt(), num_chunks=1))
     session = engine.session(prompt(), num_chunks=2)
-    group = keeper(engine)
+    group = supervisor(engine)
     assert len(processes(group)) == world_size + 1
 
     chunk = next_in_background(session)
@@ -485,7 +485,7 @@ def test_rank_killed_while_nobody_is_waiting(bundles: Bundles) -> None:
     with load(bundles(3)) as engine:
         session = engine.session(prompt())
         next(session)
-        group = keeper(engine)
+        group = supervisor(engine)
         os.kill(engine.rank_pids[2], signal.SIGKILL)
         with pytest.raises(RankError, match="rank 2 has died"):
             next(session)
@@ -496,7 +496,7 @@ def test_keeper_killed(bundles: Bundles) -> None:
     """The ranks go with it, by the kernel's hand."""
     with load(bundles(2)) as engine:
         session = engine.session(prompt())
-        group = keeper(engine)
+        group = supervisor(engine)
         os.kill(group, signal.SIGKILL)
         with pytest.raises(RankError, match="has died"):
             all_latents(session)
@@ -506,7 +506,7 @@ def test_keeper_killed(bundles: Bundles) -> None:
 def test_rank_that_hangs_in_a_chunk(bundles: Bundles) -> None:
     with load(bundles(2, LONG), timeout_s=3) as engine:
         session = engine.session(prompt(), num_chunks=1)
-        group = keeper(engine)
+        group = supervisor(engine)
         chunk = next_in_background(session)
         start = time.monotonic()
         os.kill(engine.rank_pids[1], signal.SIGSTOP)
@@ -519,7 +519,7 @@ def test_rank_that_hangs_in_a_chunk(bundles: Bundles) -> None:
 def test_rank_that_hangs_before_a_large_command(bundles: Bundles) -> None:
     """The command does not fit the socket's buffer; the caller must not wait for it forever."""
     with load(bundles(2, num_steps(100)), timeout_s=3) as engine:
-        group = keeper(engine)
+        group = supervisor(engine)
         os.kill(engine.rank_pids[1], signal.SIGSTOP)
         noise = torch.zeros(4, 100, 18, 64)
         error = Background(lambda: engine.session(prompt(), noise=noise)).expect(RankError)
@@ -552,7 +552,7 @@ def test_caller_killed(bundles: Bundles, when: str) -> None:
     time.sleep(0.2)
     caller.kill()
     caller.communicate()
-    # Their keeper reaps the ranks; the keeper itself is reaped by whoever adopts it, not by us.
+    # Their supervisor reaps the ranks; the supervisor itself is reaped by whoever adopts it, not by us.
     assert wait_until(lambda: not [p for p in processes(group) if ") Z " not in p]), processes(group)
 
 
@@ -589,7 +589,7 @@ def test_one_rank_without_memory_for_a_session_refuses_it(
 
 def test_error_inside_a_rank_arrives_with_its_log(bundles: Bundles) -> None:
     with load(bundles(2)) as engine:
-        group = keeper(engine)
+        group = supervisor(engine)
         with pytest.raises(RankError) as caught:
             engine._run(OpenCommand(session=99, text=torch.zeros(8, 5), noise=SeededNoise(0)))
         assert "raised RuntimeError: mat1 and mat2 shapes cannot be multiplied (8x5 and 24x48)" in str(caught.value)
@@ -634,7 +634,7 @@ def test_interrupt_while_waiting_for_a_chunk(bundles: Bundles, monkeypatch: pyte
     for place in ("wait", "receive", "send"):
         with load(bundles(1)) as engine:
             session = engine.session(prompt())
-            group = keeper(engine)
+            group = supervisor(engine)
             with monkeypatch.context() as patch:
 
                 def interrupt(*args: object, **kwargs: object) -> None:
@@ -653,7 +653,7 @@ def test_interrupt_while_waiting_for_a_chunk(bundles: Bundles, monkeypatch: pyte
 
 def test_close(bundles: Bundles) -> None:
     engine = load(bundles(2))
-    group = keeper(engine)
+    group = supervisor(engine)
     open_session = engine.session(prompt())
     begun = engine.session(prompt())
     next(begun)
@@ -671,7 +671,7 @@ def test_close(bundles: Bundles) -> None:
 
 def test_close_in_the_middle_of_a_chunk(bundles: Bundles) -> None:
     engine = load(bundles(2, LONG))
-    group = keeper(engine)
+    group = supervisor(engine)
     chunk = next_in_background(engine.session(prompt()))
     start = time.monotonic()
     engine.close()
@@ -682,7 +682,7 @@ def test_close_in_the_middle_of_a_chunk(bundles: Bundles) -> None:
 
 def test_forgotten_engine_ends_its_ranks(bundles: Bundles) -> None:
     engine = load(bundles(2))
-    group = keeper(engine)
+    group = supervisor(engine)
     del engine
     gc.collect()
     assert processes(group) == []

@@ -4,7 +4,7 @@ One socket a rank; a command goes to every rank in the same order. A rank that d
 at once; one that hangs is seen when `timeout_s` has passed. Either way all ranks are killed and the caller gets one
 RankError.
 
-The caller's only child is the keeper (`worker.py`), which forks the ranks and reaps them: none is left as a zombie.
+The caller's only child is the supervisor (`worker.py`), which forks the ranks and reaps them: none is left as a zombie.
 """
 
 import logging
@@ -34,7 +34,7 @@ START_S = 120.0
 WARM_START_S = 1800.0
 """The same with an executor that compiles what it runs."""
 HANG_UP_S = 5.0
-"""How long the ranks may take to end by themselves, and the keeper to end them."""
+"""How long the ranks may take to end by themselves, and the supervisor to end them."""
 _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",  # gloo stays on this host
     "OMP_WAIT_POLICY": "passive",  # the load command sets the number of threads
@@ -124,7 +124,7 @@ class RankPool:
     def dead_processes(self) -> list[str]:
         """Names of the processes that are known to have ended; none while all of them live, however slow they are.
 
-        The evidence is the kernel's: a process that ends closes its end of its channel, and the keeper is our own child. This
+        The evidence is the kernel's: a process that ends closes its end of its channel, and the supervisor is our own child. This
         opens no file, raises nothing, and may be called from any thread, also after `close`.
         """
         keeper_ended = self._process.poll() is not None

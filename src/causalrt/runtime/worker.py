@@ -1,9 +1,9 @@
 """The rank processes: `python -m causalrt.runtime.worker` imports everything once and forks one process a rank.
 
 Each rank serves commands from its own socket until the caller closes it, and writes what it logs to a file of its own,
-whose tail explains a failure. The process that forked them stays as their keeper: it reaps them, and ends them on SIGTERM
-or when the caller has died. When the keeper dies, the kernel ends the ranks. The decoder's process is of the same kind, with a
-keeper of its own.
+whose tail explains a failure. The process that forked them stays as their supervisor: it reaps them, and ends them on SIGTERM
+or when the caller has died. When the supervisor dies, the kernel ends the ranks. The decoder's process is of the same kind, with a
+supervisor of its own.
 """
 
 import argparse
@@ -46,18 +46,18 @@ def serve(server: Server, channel: "Connection[Any, Any]", name: str) -> int:
             return 1
 
 
-def _die_with_keeper(keeper: int) -> None:
-    """Have the kernel kill this process when the keeper ends, however it ends.
+def _die_with_keeper(supervisor: int) -> None:
+    """Have the kernel kill this process when the supervisor ends, however it ends.
 
-    Not for the keeper itself: the signal comes when the parent's *thread* ends, and the caller may load in one that does.
+    Not for the supervisor itself: the signal comes when the parent's *thread* ends, and the caller may load in one that does.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != keeper:
+    if os.getppid() != supervisor:
         os._exit(1)
 
 
-def _run_rank(role: str, rank: int, descriptors: list[int], log: int, rendezvous: str, keeper: int) -> int:
-    _die_with_keeper(keeper)
+def _run_rank(role: str, rank: int, descriptors: list[int], log: int, rendezvous: str, supervisor: int) -> int:
+    _die_with_keeper(supervisor)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, KEEPER_SIGNALS)
     for other, descriptor in enumerate(descriptors):
         if other != rank:

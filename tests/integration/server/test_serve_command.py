@@ -196,7 +196,7 @@ def test_a_rank_that_is_killed_is_replaced(server):
 
 
 def ranks_of(server):
-    """Process numbers of the ranks: the children of the keeper that has several."""
+    """Process numbers of the ranks: the children of the supervisor that has several."""
     tree = {}
     for pid in server.descendants():
         tree.setdefault(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]), []).append(pid)
