@@ -210,7 +210,7 @@ def test_sessions_keep_apart(replays: Replays, collectives: str) -> None:
     run_ranks(2, run)
 
 
-# Memory
+# MemoryEstimate
 
 
 class Allocations(TorchDispatchMode):

@@ -85,7 +85,7 @@ class _Segment:
         bind(name, kind, index, ONNX_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
 
     def empty(self, name: str) -> torch.Tensor:
-        """Memory for an input or output of static shape."""
+        """MemoryEstimate for an input or output of static shape."""
         value = self.inputs.get(name) or self.outputs[name]
         return torch.empty(value.shape, dtype=_TORCH_TYPES[value.type], device=self._device)
 

@@ -46,7 +46,7 @@ class GraphTensor:
     dtype: torch.dtype
 
     def empty(self, device: torch.device) -> torch.Tensor:
-        """Memory for it."""
+        """MemoryEstimate for it."""
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 

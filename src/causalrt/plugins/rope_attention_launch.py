@@ -121,7 +121,7 @@ class RopeAttentionPlan:
     combine: KernelLaunch | None
 
     def buffers(self, device: torch.device | str) -> RopeAttentionBuffers:
-        """Memory for the outputs; a caller may keep it for the next call."""
+        """MemoryEstimate for the outputs; a caller may keep it for the next call."""
         shape = (self.blocks.world_size, self.blocks.gather_rows, self.blocks.head_dim)
         splits = self.kv_splits if self.combine else 0
         return RopeAttentionBuffers(

@@ -1,4 +1,4 @@
-"""Memory of one rank, predicted from the config before anything is allocated."""
+"""MemoryEstimate of one rank, predicted from the config before anything is allocated."""
 
 import contextlib
 import sys
@@ -40,7 +40,7 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one rank with one session.
 
     Attributes:
@@ -108,7 +108,7 @@ def predict_decoder_memory(vae: AnyVaeConfig, config: Config, executor: str, *, 
     )
 
 
-def rank_memory(bundle: Bundle, executor: str, *, device: str = "cpu") -> Memory:
+def rank_memory(bundle: Bundle, executor: str, *, device: str = "cpu") -> MemoryEstimate:
     """Bytes that one rank will hold, with one session open.
 
     Activations of TensorRT engines are what their builder said, for the target that takes most; where the bundle does not
@@ -124,7 +124,7 @@ def rank_memory(bundle: Bundle, executor: str, *, device: str = "cpu") -> Memory
 
 def predict_memory(
     config: Config, executor: str, *, device: str = "cpu", activation_bytes: int | None = None
-) -> Memory:
+) -> MemoryEstimate:
     """Bytes that one rank of `config` will hold under `executor` on a kind of device, with one session open.
 
     A lone first frame's step has the same weights. Engines hold a copy of their own, and so does ONNX Runtime on a GPU.
@@ -149,7 +149,7 @@ def predict_memory(
         scratch = max(heads * rows * slots for heads, rows in heads_and_rows)
     if activation_bytes is None:
         activation_bytes = (layout.local_tokens * widest + exchange) * size
-    return Memory(
+    return MemoryEstimate(
         weights_bytes=num_parameters(model) * size * weight_sets,
         kv_bytes=2 * model.num_layers * layout.kv_heads * slots * model.head_dim * size,
         cross_kv_bytes=2 * model.num_layers * model.text_len * model.dim * size,
@@ -159,7 +159,7 @@ def predict_memory(
 
 
 def available_bytes() -> int | None:
-    """Memory that this host, or a control group that holds this process to less, can still give; None if neither says."""
+    """MemoryEstimate that this host, or a control group that holds this process to less, can still give; None if neither says."""
     limits = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -168,7 +168,9 @@ def available_bytes() -> int | None:
     return min(limits, default=None)
 
 
-def check_memory(memory: Memory, *, ranks: int, shared_weights: bool, decoder: DecoderMemory | None = None) -> int:
+def check_memory(
+    memory: MemoryEstimate, *, ranks: int, shared_weights: bool, decoder: DecoderMemory | None = None
+) -> int:
     """Refuse what does not fit on this host; how many sessions do.
 
     Args:
@@ -194,7 +196,7 @@ def check_memory(memory: Memory, *, ranks: int, shared_weights: bool, decoder: D
 
 
 def device_free_bytes(device: torch.device) -> int | None:
-    """Memory that a GPU can still give; None for the host, which is shared (`available_bytes`)."""
+    """MemoryEstimate that a GPU can still give; None for the host, which is shared (`available_bytes`)."""
     if device.type != "cuda":
         return None
     held_back = sum(
@@ -211,7 +213,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in told for words in _RAN_OUT)
 
 
-def check_device_memory(memory: Memory, device: torch.device) -> None:
+def check_device_memory(memory: MemoryEstimate, device: torch.device) -> None:
     """Refuse what does not fit on a rank's own GPU.
 
     Raises:
@@ -223,7 +225,7 @@ def check_device_memory(memory: Memory, device: torch.device) -> None:
 
 
 def device_sessions(
-    memory: Memory,
+    memory: MemoryEstimate,
     free_bytes: Sequence[int],
     decoder: DecoderMemory | None,
     decoder_free_bytes: int | None,
@@ -259,9 +261,9 @@ def device_sessions(
 
 
 def _does_not_fit(
-    memory: Memory, who: str, needed: int, available: int, place: str, decoder: DecoderMemory | None = None
+    memory: MemoryEstimate, who: str, needed: int, available: int, place: str, decoder: DecoderMemory | None = None
 ) -> str:
-    def parts(of: Memory | DecoderMemory) -> str:
+    def parts(of: MemoryEstimate | DecoderMemory) -> str:
         return ", ".join(f"{name.removesuffix('_bytes')} {value / 2**30:.2f}" for name, value in asdict(of).items())
 
     beside = "" if decoder is None else f"; the decoder: {parts(decoder)}"

@@ -19,7 +19,7 @@ import torch
 
 from causalrt.config import Config
 from causalrt.errors import BundleError, EngineClosedError
-from causalrt.runtime.memory import Memory
+from causalrt.runtime.memory import MemoryEstimate
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class EngineLike(Protocol):
         """How many there are."""
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> MemoryEstimate:
         """Predicted, a rank and session."""
 
     def dead_processes(self) -> list[str]:

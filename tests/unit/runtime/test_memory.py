@@ -19,7 +19,7 @@ from causalrt.runtime.memory import (
     ELEMENT_BYTES,
     UNLIMITED,
     DecoderMemory,
-    Memory,
+    MemoryEstimate,
     available_bytes,
     check_memory,
     decoder_memory,
@@ -31,7 +31,7 @@ from causalrt.runtime.memory import (
 
 DECODER = DecoderMemory(weights_bytes=2**29, cache_bytes=2**28, activation_bytes=2**28)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL = Memory(
+SMALL = MemoryEstimate(
     weights_bytes=3 * 2**30, kv_bytes=2**30, cross_kv_bytes=2**29, activation_bytes=2**28, attention_bytes=2**28
 )
 

@@ -1,4 +1,4 @@
-"""Memory of sessions: numbers that every rank gives alike, addresses that stay on a GPU, nothing left of an earlier session."""
+"""MemoryEstimate of sessions: numbers that every rank gives alike, addresses that stay on a GPU, nothing left of an earlier session."""
 
 from types import SimpleNamespace
 
