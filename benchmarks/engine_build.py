@@ -4,7 +4,7 @@
     python benchmarks/engine_build.py --checkpoint /tmp/random.pt --world-size 8 --target sm80
     python benchmarks/engine_build.py --checkpoint /tmp/random.pt --world-size 8 --target sm80 --cap-gib 14
 
-MemoryEstimate is that of the command and of every process that it starts, taken together, ten times a second: proportional set size,
+Memory is that of the command and of every process that it starts, taken together, ten times a second: proportional set size,
 file pages that they map included. With --cap-gib the address space of each process is not what counts: the run is stopped,
 and fails, when the sum passes the cap.
 """

@@ -14,7 +14,7 @@ A verdict goes by the ratio of two sides in the same round; a difference from th
 |------------------|---------------------------------------------------------------------------------------------------------|
 | `qk_norm_rope`   | 80% of the bandwidth of a copy, a large one and one of its own size                                     |
 | `rope_attention` | at most 1.15 of the time of the fastest SDPA back end, at every number of keys; its own staging included |
-| `plans`          | `shares` in one launch is faster than in two SDPA calls, than `pad` and than `mesh`                     |
+| `plans`          | `balanced` in one launch is faster than in two SDPA calls, than `padded` and than `grouped`               |
 | `tune`           | none: the fastest tiles of a short list, for each number of keys; no default is changed                 |
 | `kv_splits`      | none: the same for ranges of keys                                                                       |
 """

@@ -111,7 +111,7 @@ def compare(name: str, found: Calibration, *, repeats: int, clock: str) -> list[
     for (runtime, ranks), times in measured.items():
         kind: Runtime = "eager" if runtime == "eager" else "onnxruntime"
         machine = CalibratedMachine(machine=found.machine, entry=found.entry(kind, ranks))
-        expected = forecast(config, machine, "shares", world_size=ranks, executor=runtime)
+        expected = forecast(config, machine, "balanced", world_size=ranks, executor=runtime)
         predicted = [1e3 * (chunk.denoise_s.nominal + chunk.step_s.nominal) for chunk in expected.chunks]
         predicted[-1] = 1e3 * expected.chunks[-1].denoise_s.nominal
         errors = [ours / theirs - 1 for ours, theirs in zip(predicted, times, strict=True)]

@@ -23,9 +23,11 @@ def main() -> None:
     page.write_text(with_tables(page.read_text()))
     config = override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
     machine = GpuMachine(gpu=GPUS["a800"], fused_ops=True)
-    found = forecast(config, machine, "shares", world_size=7, executor="tensorrt", vae="own")
+    found = forecast(config, machine, "balanced", world_size=7, executor="tensorrt", vae="own")
     simulation = simulate(found, chunks=8, jitter=Jitter())
-    draw_timeline(simulation, DOCS / "plan-timeline.png", title="7 ranks and a decoder on 8 x A800, shares: predicted")
+    draw_timeline(
+        simulation, DOCS / "plan-timeline.png", title="7 ranks and a decoder on 8 x A800, balanced: predicted"
+    )
 
 
 if __name__ == "__main__":

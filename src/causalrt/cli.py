@@ -203,9 +203,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     table.add_row("parameters", f"{found['parameters']:,}")
     for section, values in config.items():
         table.add_row(section, ", ".join(f"{key}={value}" for key, value in values.items()))
-    table.add_row("layout", ", ".join(f"{key}={value}" for key, value in layout.items() if key != "shares"))
-    for number, share in enumerate(layout["shares"]):
-        table.add_row(f"share {number}", ", ".join(f"{key}={value}" for key, value in share.items()))
+    table.add_row("layout", ", ".join(f"{key}={value}" for key, value in layout.items() if key != "balanced"))
+    for number, shard in enumerate(layout["balanced"]):
+        table.add_row(f"shard {number}", ", ".join(f"{key}={value}" for key, value in shard.items()))
     for name, parts in found["bytes_per_rank"].items():
         sizes = ", ".join(f"{key.removesuffix('_bytes')} {value / 2**20:,.1f}" for key, value in parts.items())
         table.add_row(f"MiB a rank, {name}", sizes)
@@ -366,7 +366,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                 arguments.recorded,
                 executor=arguments.executor,
                 world_size=arguments.world_size,
-                head_plan=arguments.head_plan or "shares",
+                head_plan=arguments.head_plan or "balanced",
                 plugins=arguments.plugins == "on",
                 time_index=arguments.time_index,
                 cuda_graphs=arguments.cuda_graphs == "on",
@@ -402,7 +402,7 @@ def _compare_emulated(arguments: argparse.Namespace, on_progress: Progress) -> d
         arguments.recorded,
         executor=arguments.executor,
         world_size=arguments.world_size,
-        head_plan=arguments.head_plan or "shares",
+        head_plan=arguments.head_plan or "balanced",
         collectives=arguments.collectives or "engine",
         precision=arguments.dtype or "float32",
         plugins=arguments.plugins == "on",
@@ -564,7 +564,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         return made
 
-    plans = ("shares", "pad", "mesh")
+    plans = ("balanced", "padded", "grouped")
     dtype: Any = {"type": lambda text: DTYPES.get(text, text), "choices": tuple(dict.fromkeys(DTYPES.values()))}
     timeout: Any = {"type": float, "help": "seconds after which a silent rank has failed (60 on GPUs, 600 on a CPU)"}
     made = command(
@@ -724,7 +724,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--world-size", type=int, help="ranks (those of the bundle; of recordings 1)")
     made.add_argument(
-        "--head-plan", choices=plans, help="with --recorded: how attention is divided over ranks (shares)"
+        "--head-plan", choices=plans, help="with --recorded: how attention is divided over ranks (balanced)"
     )
     made.add_argument("--plugins", choices=("on", "off"), help="with --recorded: self-attention by the fused ops (off)")
     made.add_argument(

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from causalrt.errors import ConfigError, Faults
 
 Precision = Literal["float32", "bfloat16", "float16"]
-HeadPlanName = Literal["shares", "pad", "mesh"]
+HeadPlanName = Literal["balanced", "padded", "grouped"]
 TimeIndex = Literal["global", "relative"]
 
 MAX_LATENT_FRAMES = 1024
@@ -218,7 +218,7 @@ class BuildConfig:
     """How the step is compiled: ranks, who holds which heads, and the precision of weights and activations."""
 
     world_size: int = 1
-    head_plan: HeadPlanName = "shares"
+    head_plan: HeadPlanName = "balanced"
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:

@@ -1,11 +1,11 @@
-"""Who holds what: token shards, head shares, exchange blocks, KV slots. Index arithmetic only, no tensors.
+"""Who holds what: token shards, head shards, exchange blocks, KV slots. Index arithmetic only, no tensors.
 
 One self-attention on P ranks, S = ceil(N / P) local tokens, H heads of D channels (the example: 12 heads, 8 ranks)::
 
     rank r, after QKV:   q, k, v   [S, H, D]          its own tokens, all heads
-      scatter_heads      ->        [P, rows, D]       block p goes to rank p: the q rows, k rows, v rows of p's shares
-    rank r, attention:   share 0   q [P*S, 1, D]      one whole head                   k, v [N, 1, D]
-                         share 1   q [P*293, 1, D]    half of the rows of another head k, v [N, 1, D]
+      scatter_heads      ->        [P, rows, D]       block p goes to rank p: the q rows, k rows, v rows of p's shards
+    rank r, attention:   shard 0   q [P*S, 1, D]      one whole head                   k, v [N, 1, D]
+                         shard 1   q [P*293, 1, D]    half of the rows of another head k, v [N, 1, D]
       gather_heads       ->        [P, rows, D]       block p goes back to rank p
     rank r, output:      o         [S, H, D]          its own tokens, all heads
 
@@ -25,12 +25,12 @@ Index = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
+class HeadShard:
     """Heads of a rank that attend with the same query rows.
 
     Attributes:
-        num_heads: heads of this share on one rank (keys and values are held whole for each of them).
-        first_head: number of the first head that this share, over all ranks, takes.
+        num_heads: heads of this shard on one rank (keys and values are held whole for each of them).
+        first_head: number of the first head that this shard, over all ranks, takes.
         split: ranks that divide the query rows of these heads among them; 1 means whole heads.
         query_rows: rows that a rank takes of each source rank's S, padding included: ceil(S / split).
     """
@@ -41,40 +41,45 @@ class Share:
     query_rows: int
 
     def heads(self, rank: int) -> range:
-        """Global head numbers of this share on `rank`; numbers past the model's last head are padding."""
+        """Global head numbers of this shard on `rank`; numbers past the model's last head are padding."""
         start = self.first_head + rank // self.split * self.num_heads
         return range(start, start + self.num_heads)
 
     def rows(self, rank: int, local_tokens: int) -> range:
-        """Local rows of every source rank that this share computes on `rank`, padding left out."""
+        """Local rows of every source rank that this shard computes on `rank`, padding left out."""
         member = rank % self.split
         return range(member * local_tokens // self.split, (member + 1) * local_tokens // self.split)
 
 
-def plan_shares(name: HeadPlanName, *, num_heads: int, world_size: int, local_tokens: int) -> tuple[Share, ...]:
+def plan_head_shards(
+    name: HeadPlanName, *, num_heads: int, world_size: int, local_tokens: int
+) -> tuple[HeadShard, ...]:
     """Divide attention over the ranks (design section 4).
 
     Args:
-        name: `shares` gives floor(H/P) whole heads to each rank and cuts the rest by query rows; `pad` rounds the heads up to
-            a multiple of P; `mesh` makes gcd(H, P) head groups and divides the query rows of each among P/gcd ranks.
+        name: `balanced` gives floor(H/P) whole heads to each rank and divides the rest by query rows; `padded` rounds the
+            number of heads up to a multiple of P; `grouped` makes gcd(H, P) groups of heads and divides the query rows of each
+            group among P/gcd ranks.
         num_heads: H.
         world_size: P.
         local_tokens: S.
     """
 
-    def share(heads: int, first_head: int, split: int) -> Share:
-        return Share(num_heads=heads, first_head=first_head, split=split, query_rows=math.ceil(local_tokens / split))
+    def shard(heads: int, first_head: int, split: int) -> HeadShard:
+        return HeadShard(
+            num_heads=heads, first_head=first_head, split=split, query_rows=math.ceil(local_tokens / split)
+        )
 
-    if name == "pad":
-        return (share(math.ceil(num_heads / world_size), 0, 1),)
-    if name == "mesh":
+    if name == "padded":
+        return (shard(math.ceil(num_heads / world_size), 0, 1),)
+    if name == "grouped":
         groups = math.gcd(num_heads, world_size)
-        return (share(num_heads // groups, 0, world_size // groups),)
+        return (shard(num_heads // groups, 0, world_size // groups),)
     whole, cut = divmod(num_heads, world_size)
-    parts = [share(whole, 0, 1)] if whole else []
+    parts = [shard(whole, 0, 1)] if whole else []
     if cut:
         divisor = math.gcd(cut, world_size)
-        parts.append(share(cut // divisor, whole * world_size, world_size // divisor))
+        parts.append(shard(cut // divisor, whole * world_size, world_size // divisor))
     return tuple(parts)
 
 
@@ -86,13 +91,13 @@ class Layout:
         world_size: P.
         num_tokens: N, tokens of a chunk.
         num_heads: H.
-        shares: what every rank attends for.
+        shards: what every rank attends for.
     """
 
     world_size: int
     num_tokens: int
     num_heads: int
-    shares: tuple[Share, ...]
+    shards: tuple[HeadShard, ...]
 
     @property
     def local_tokens(self) -> int:
@@ -102,23 +107,23 @@ class Layout:
     @property
     def scatter_rows(self) -> int:
         """Rows of D channels that one rank sends another in `scatter_heads` (q, k and v packed in one block)."""
-        return sum(s.num_heads * (s.query_rows + 2 * self.local_tokens) for s in self.shares)
+        return sum(s.num_heads * (s.query_rows + 2 * self.local_tokens) for s in self.shards)
 
     @property
     def gather_rows(self) -> int:
         """Rows of D channels that one rank sends another in `gather_heads`."""
-        return sum(s.num_heads * s.query_rows for s in self.shares)
+        return sum(s.num_heads * s.query_rows for s in self.shards)
 
     @property
     def kv_heads(self) -> int:
         """Heads whose keys and values a rank holds."""
-        return sum(s.num_heads for s in self.shares)
+        return sum(s.num_heads for s in self.shards)
 
     def with_tokens(self, num_tokens: int) -> "Layout":
-        """The layout of a chunk of another length: every rank holds keys and values of the same heads, in the same shares."""
+        """The layout of a chunk of another length: every rank holds keys and values of the same heads, in the same shards."""
         rows = math.ceil(num_tokens / self.world_size)
-        shares = tuple(replace(share, query_rows=math.ceil(rows / share.split)) for share in self.shares)
-        return replace(self, num_tokens=num_tokens, shares=shares)
+        shards = tuple(replace(shard, query_rows=math.ceil(rows / shard.split)) for shard in self.shards)
+        return replace(self, num_tokens=num_tokens, shards=shards)
 
     def tokens(self, rank: int) -> range:
         """Global tokens that `rank` holds, padding left out; empty for a rank past the end of the chunk."""
@@ -128,17 +133,17 @@ class Layout:
     def scatter_index(self) -> Index:
         """`[P, scatter_rows]`: for each row of each block, its place in the sender's q, k, v stacked as `[3 * S * H]`.
 
-        Within a share: q rows, then all k rows, then all v rows; row slow, head fast. A padded row repeats the last one, a
+        Within a shard: q rows, then all k rows, then all v rows; row slow, head fast. A padded row repeats the last one, a
         padded head the last head: they are computed and never read back.
         """
         rows, heads = self.local_tokens, self.num_heads
         blocks = []
         for rank in range(self.world_size):
             parts = []
-            for share in self.shares:
-                head = np.minimum(np.array(share.heads(rank)), heads - 1)
-                taken = share.rows(rank, rows)
-                query = np.minimum(taken.start + np.arange(share.query_rows), rows - 1)
+            for shard in self.shards:
+                head = np.minimum(np.array(shard.heads(rank)), heads - 1)
+                taken = shard.rows(rank, rows)
+                query = np.minimum(taken.start + np.arange(shard.query_rows), rows - 1)
                 every = np.arange(rows)
                 for which, row in enumerate((query, every, every)):
                     parts.append((which * rows + row)[:, None] * heads + head[None, :])
@@ -165,26 +170,26 @@ class Layout:
         index = np.full((self.local_tokens, self.num_heads), -1, dtype=np.int64)
         for rank in range(self.world_size):
             place = rank * self.gather_rows
-            for share in self.shares:
-                for offset, row in enumerate(share.rows(rank, self.local_tokens)):
-                    for column, head in enumerate(share.heads(rank)):
+            for shard in self.shards:
+                for offset, row in enumerate(shard.rows(rank, self.local_tokens)):
+                    for column, head in enumerate(shard.heads(rank)):
                         if head < self.num_heads:
-                            index[row, head] = place + offset * share.num_heads + column
-                place += share.query_rows * share.num_heads
+                            index[row, head] = place + offset * shard.num_heads + column
+                place += shard.query_rows * shard.num_heads
         return index.ravel()
 
 
 def layout_from_config(config: Config) -> Layout:
     """The layout of one chunk of `config`."""
     world_size = config.build.world_size
-    shares = plan_shares(
+    shards = plan_head_shards(
         config.build.head_plan,
         num_heads=config.model.num_heads,
         world_size=world_size,
         local_tokens=math.ceil(config.tokens_per_chunk / world_size),
     )
     return Layout(
-        world_size=world_size, num_tokens=config.tokens_per_chunk, num_heads=config.model.num_heads, shares=shares
+        world_size=world_size, num_tokens=config.tokens_per_chunk, num_heads=config.model.num_heads, shards=shards
     )
 
 

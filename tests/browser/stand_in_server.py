@@ -21,7 +21,7 @@ from fastapi.responses import FileResponse
 
 import causalrt.runtime
 from causalrt.media.video_file import FragmentWriter
-from causalrt.server.guard import SECURITY_HEADERS
+from causalrt.server.request_guard import SECURITY_HEADERS
 
 PAGE = Path(causalrt.runtime.__file__).parent / "server" / "page"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from causalrt.runtime.session_buffers import SessionBufferPool
 
 from causalrt.engines.base import Executor
 from causalrt.engines.bundle import Bundle, open_bundle
@@ -16,6 +15,7 @@ from causalrt.proof.replay import Outputs, Player, replay_here
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session_buffers import SessionBufferPool
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 DEVICE = torch.device("cuda", 0)

@@ -26,7 +26,7 @@ from rope_attention_cases import CUT_CASES, KERNEL_ERRORS, LAYOUTS, make_argumen
 from causalrt.plugins.plugin_specs import DTYPE_FROM_ONNX, LARGE_TILES, SMALL_TILES, SPECS
 from causalrt.plugins.qk_norm_rope import qk_norm_rope, write_rows
 from causalrt.plugins.rope_attention import rope_attention, rope_attention_in_place
-from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import blocks_from_shares
 from causalrt.plugins.tensorrt_plugin import TYPES, register_plugins
 
 pytest.importorskip("triton", reason="the fused kernels need Triton")
@@ -38,7 +38,7 @@ DEVICE = torch.device("cuda", 0)
 NAN = float("nan")
 
 # Beside the shapes of the unit tests, some with many full blocks of keys: only there do the pipelines of a GPU run full.
-GPU_LAYOUTS = [*LAYOUTS, ("shares", 12, 8, 1171, 777), ("mesh", 6, 4, 515, 300), ("shares", 2, 1, 700, 1300)]
+GPU_LAYOUTS = [*LAYOUTS, ("balanced", 12, 8, 1171, 777), ("grouped", 6, 4, 515, 300), ("balanced", 2, 1, 700, 1300)]
 FORMS = [(whole, rotate) for whole in (False, True) for rotate in (False, True)]
 
 
@@ -112,7 +112,7 @@ def test_rope_attention_against_float64(case):
 
 @pytest.mark.parametrize(("whole", "rotate"), FORMS)
 def test_functional_form_is_the_one_in_place(whole, rotate):
-    layout = make_layout("shares", 12, 8, 37)
+    layout = make_layout("balanced", 12, 8, 37)
     made = make_arguments(layout, 64, 90, whole=whole, rotate=rotate, spare=6, dtype=torch.bfloat16)
     arguments = on_device(made)
     out, *written = rope_attention(*arguments)
@@ -138,11 +138,11 @@ def test_kernels_run_where_their_tensors_are():
 
 # head plan, heads, ranks, tokens, history, channels, type
 ENGINES = {
-    "small, 2 shares": ("shares", 3, 2, 13, 21, 16, torch.float32),
-    "small, 1 share": ("mesh", 6, 4, 37, 75, 64, torch.float16),
-    "1.3B, 8 ranks": ("shares", 12, 8, 4680, 28080, 128, torch.bfloat16),
-    "1.3B, 8 ranks, padded": ("pad", 12, 8, 4680, 28080, 128, torch.bfloat16),
-    "1.3B, 1 rank": ("shares", 12, 1, 4680, 9360, 128, torch.bfloat16),
+    "small, 2 shards": ("balanced", 3, 2, 13, 21, 16, torch.float32),
+    "small, 1 shard": ("grouped", 6, 4, 37, 75, 64, torch.float16),
+    "1.3B, 8 ranks": ("balanced", 12, 8, 4680, 28080, 128, torch.bfloat16),
+    "1.3B, 8 ranks, padded": ("padded", 12, 8, 4680, 28080, 128, torch.bfloat16),
+    "1.3B, 1 rank": ("balanced", 12, 1, 4680, 9360, 128, torch.bfloat16),
 }
 
 
@@ -259,7 +259,7 @@ def both_ops(history, *, whole, rotate):
     """A layer's two ops on one rank that sends itself all blocks: (function, its tensors)."""
     dtype = torch.bfloat16
     given = operands(QK_CASES[0]._replace(num_tokens=NUM_TOKENS, world_size=WORLD_SIZE, head_dim=64), dtype)
-    layout = make_layout("shares", given.num_heads, WORLD_SIZE, NUM_TOKENS)
+    layout = make_layout("balanced", given.num_heads, WORLD_SIZE, NUM_TOKENS)
     made = make_arguments(layout, 64, history, whole=whole, rotate=rotate, spare=9 if whole else 0, dtype=dtype)
     _, slots, kv_rows, rotation, *numbers = on_device(made)
     rows = on_device([tensor.contiguous() for tensor in given[:8]])
@@ -329,6 +329,6 @@ def test_compiled_kernels_write_in_place_and_wait_for_nothing(whole, rotate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     torch.library.opcheck(qk_norm_rope, tuple(on_device(operands(QK_CASES[0], dtype).arguments)))
-    arguments = tuple(on_device(make_arguments(make_layout("shares", 3, 2, 13), 16, 8, rotate=True, dtype=dtype)))
+    arguments = tuple(on_device(make_arguments(make_layout("balanced", 3, 2, 13), 16, 8, rotate=True, dtype=dtype)))
     torch.library.opcheck(rope_attention, arguments)
     torch.library.opcheck(rope_attention_in_place, arguments)

@@ -21,7 +21,6 @@ import onnx.compose
 import pytest
 import tensorrt_stand_in
 import torch
-from causalrt.runtime.session_buffers import SessionBufferPool
 from rank_threads import ThreadCollectives, run_ranks
 from stand_in_bundles import CAPABILITY, STAND_INS, TARGET, build_stand_in
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +40,7 @@ from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise, SeededNoise
 from causalrt.runtime.requests import checked_given
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session_buffers import SessionBufferPool
 from causalrt.runtime.warm_up import warm_up
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -210,7 +210,7 @@ def test_sessions_keep_apart(replays: Replays, collectives: str) -> None:
     run_ranks(2, run)
 
 
-# MemoryEstimate
+# Memory
 
 
 class Allocations(TorchDispatchMode):
@@ -822,7 +822,7 @@ def test_made_by_name(whole: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(executor, TensorRTExecutor)
     told = executor._set.engines[0].information()
     assert told["scratch_bytes"] > 0
-    assert told["Layers"].count("TensorScatter") == 2 * whole.config.model.num_layers * len(whole.layout.shares)
+    assert told["Layers"].count("TensorScatter") == 2 * whole.config.model.num_layers * len(whole.layout.shards)
 
 
 def test_engines_with_names_of_their_own(damaged: tuple[Bundle, Path], replays: Replays) -> None:

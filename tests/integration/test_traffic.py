@@ -33,9 +33,9 @@ def rows_of_a_pair(plan: str, heads: int, ranks: int, rows: int) -> int:
         query = math.ceil(rows / split)
         return num_heads * (query + rows + rows) + num_heads * query
 
-    if plan == "pad":
+    if plan == "padded":
         return both_ways(-(-heads // ranks), 1)
-    if plan == "mesh":
+    if plan == "grouped":
         groups = math.gcd(heads, ranks)
         return both_ways(heads // groups, ranks // groups)
     remaining = heads % ranks
@@ -45,9 +45,9 @@ def rows_of_a_pair(plan: str, heads: int, ranks: int, rows: int) -> int:
 
 def test_the_table_of_the_design() -> None:
     """12 heads on 8 ranks, 585 rows; the halves of an odd number of rows are padded to 293."""
-    assert rows_of_a_pair("shares", 12, 8, 585) == 878 + 4 * 585 + 878 == 4096
-    assert rows_of_a_pair("pad", 12, 8, 585) == 8 * 585
-    assert rows_of_a_pair("mesh", 12, 8, 585) == 9 * 585 + 3
+    assert rows_of_a_pair("balanced", 12, 8, 585) == 878 + 4 * 585 + 878 == 4096
+    assert rows_of_a_pair("padded", 12, 8, 585) == 8 * 585
+    assert rows_of_a_pair("grouped", 12, 8, 585) == 9 * 585 + 3
 
 
 def generate(
@@ -70,14 +70,14 @@ def test_rows_exchanged(bundles: Bundles, ranks: int, sizes: dict[str, str]) -> 
     forwards = config.model.num_layers * len(config.sampler.steps)
     local_rows = math.ceil(config.tokens_per_chunk / ranks)
     by_plan = {}
-    for plan in ("shares", "pad", "mesh"):
+    for plan in ("balanced", "padded", "grouped"):
         latents, counted = generate(bundles, ranks, {**sizes, "build.head_plan": plan})
         pair = rows_of_a_pair(plan, config.model.num_heads, ranks, local_rows)
         expected = (2 * forwards, ranks * pair * forwards)
         assert counted == [dict.fromkeys(range(ranks), expected)] * CHUNKS, plan
         by_plan[plan] = latents
-    for plan in ("pad", "mesh"):
-        assert float((by_plan[plan] - by_plan["shares"]).abs().max()) < SAME, plan
+    for plan in ("padded", "grouped"):
+        assert float((by_plan[plan] - by_plan["balanced"]).abs().max()) < SAME, plan
 
 
 def test_one_rank_exchanges_nothing(bundles: Bundles) -> None:

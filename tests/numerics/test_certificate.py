@@ -120,7 +120,7 @@ def test_its_rollouts_see_every_kind_of_tensor(certificate):
     found, _ = certificate
     names = [error.name for error in found.comparisons[1].errors]
     for chunk in range(3):
-        for made in ("step 0 flow", "step 3 x0", "latents", "refresh flow", "layer 1 rank 1 share 1 v"):
+        for made in ("step 0 flow", "step 3 x0", "latents", "refresh flow", "layer 1 rank 1 shard 1 v"):
             assert f"chunk {chunk} {made}" in names
     assert {"prompt 0 layer 0 cross_k", "prompt 1 layer 1 cross_v", "time 1000 e0", "time 0 e"} <= set(names)
     assert names.index("chunk 0 latents") < names.index("chunk 0 refresh flow") < names.index("chunk 1 step 0 flow")
@@ -195,7 +195,7 @@ def test_polygraphys_own_command_line_passes_all_segments_but_a_damaged_one(cert
     [
         (1, {}),
         pytest.param(8, {}, marks=pytest.mark.slow),
-        pytest.param(2, {"build.head_plan": "pad"}, marks=pytest.mark.slow),
+        pytest.param(2, {"build.head_plan": "padded"}, marks=pytest.mark.slow),
         pytest.param(2, {"video.time_index": "relative"}, marks=pytest.mark.slow),
         pytest.param(
             2, {"video.independent_first_frame": "true", "video.horizon_frames": "13"}, marks=pytest.mark.slow

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from causalrt.runtime.session_buffers import SessionBufferPool
 
 from causalrt.config import SamplerConfig
 from causalrt.engines import eager
@@ -29,6 +28,7 @@ from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session_buffers import SessionBufferPool
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TOLERANCE = 5e-5

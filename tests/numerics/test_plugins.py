@@ -65,7 +65,7 @@ def test_functions_in_the_graphs_of_engines(case, world_size, collectives):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_plan", ["pad", "mesh"])
+@pytest.mark.parametrize("head_plan", ["padded", "grouped"])
 def test_other_head_plans(head_plan):
     result = compare_recorded(
         GOLDEN / "B.safetensors", executor="eager", world_size=8, head_plan=head_plan, plugins=True, num_threads=1

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from causalrt.runtime.session_buffers import SessionBufferPool
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
@@ -26,6 +25,7 @@ from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session_buffers import SessionBufferPool
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 QUICK = (("eager", "B", 8), ("eager", "C", 2), ("onnxruntime", "R", 8))
@@ -63,7 +63,7 @@ def test_graphs_that_tensorrt_parses(case, world_size, collectives):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_plan", ["pad", "mesh"])
+@pytest.mark.parametrize("head_plan", ["padded", "grouped"])
 def test_other_head_plans(head_plan):
     result = compare_recorded(
         GOLDEN / "R.safetensors", executor="eager", world_size=8, head_plan=head_plan, time_index="relative"

@@ -47,7 +47,7 @@ CHANGES = {
     "sampler.warp": ("false", False),
     "sampler.context_timestep": ("100", 100.0),
     "build.world_size": ("8", 8),
-    "build.head_plan": ("mesh", "mesh"),
+    "build.head_plan": ("grouped", "grouped"),
     "build.precision": ("bfloat16", "bfloat16"),
 }
 
@@ -99,7 +99,7 @@ REFUSED = [
     ("sampler.context_timestep", "nan", ("sampler.context_timestep", "nan")),
     ("sampler.context_timestep", "inf", ("sampler.context_timestep", "inf")),
     ("build.world_size", "0", ("build.world_size", "0")),
-    ("build.head_plan", "ring", ("build.head_plan", "'ring'", "shares", "pad", "mesh")),
+    ("build.head_plan", "ring", ("build.head_plan", "'ring'", "balanced", "padded", "grouped")),
     ("build.precision", "fp8", ("build.precision", "'fp8'", "float32", "bfloat16", "float16")),
 ]
 
@@ -303,7 +303,7 @@ def test_round_trip_keeps_every_field(name):
         ("sampler.steps", {"1000": 1}),
         ("sampler.warp", 1),
         ("sampler.warp", "true"),
-        ("build.head_plan", ["shares"]),
+        ("build.head_plan", ["balanced"]),
         ("build.head_plan", {}),
         ("build.precision", None),
         ("build.world_size", 1.0),

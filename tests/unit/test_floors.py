@@ -1,4 +1,4 @@
-"""The floors of the house (design section 2): imports point down, and nothing imports the links at the root."""
+"""The floors of the house (docs/architecture.md): imports point down, and nothing imports the links at the root."""
 
 import ast
 from pathlib import Path
@@ -23,12 +23,17 @@ FLOORS = (
         "child_python",
         "control_groups",
         "install_hint",
+        "progress",
     ),
     ("plugins",),
+    ("recipes", "media"),
     ("model",),
     ("engines",),
     ("export", "runtime"),  # side by side: neither imports the other
+    ("server",),
     ("tools",),
+    ("proof",),
+    ("measure",),
     ("cli", "__init__", "__main__"),
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

@@ -54,7 +54,7 @@ def test_dry_run_names_every_case(monkeypatch, capsys):
         for section in ("rope_attention", "tune", "kv_splits"):
             for keys in range(4680, 32761, 4680):
                 assert any(line.startswith(f"{section}, P = {ranks}, {keys} keys: ") for line in lines)
-    rows = {"shares": "1 x 4680 + 1 x 2344", "pad": "2 x 4680", "mesh": "3 x 2344"}
+    rows = {"balanced": "1 x 4680 + 1 x 2344", "padded": "2 x 4680", "grouped": "3 x 2344"}
     for plan, of_shares in rows.items():
         assert any(f"P = 8, 32760 keys, {plan}: {of_shares} query rows" in line for line in lines)
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from causalrt.config import HeadPlanName, override
-from causalrt.layout import Layout, layout_from_config, plan_shares
+from causalrt.layout import Layout, layout_from_config, plan_head_shards
 from causalrt.recipes import recipe
 
 PLANS = get_args(HeadPlanName)
@@ -17,14 +17,14 @@ sizes = {"num_heads": st.integers(1, 48), "world_size": st.integers(1, 16), "num
 
 
 def make_layout(plan, num_heads, world_size, num_tokens):
-    shares = plan_shares(
+    shards = plan_head_shards(
         plan, num_heads=num_heads, world_size=world_size, local_tokens=math.ceil(num_tokens / world_size)
     )
-    return Layout(world_size=world_size, num_tokens=num_tokens, num_heads=num_heads, shares=shares)
+    return Layout(world_size=world_size, num_tokens=num_tokens, num_heads=num_heads, shards=shards)
 
 
 class Attended(NamedTuple):
-    """One share on one rank: labels of the q rows it computes, and of the k and v rows it attends over."""
+    """One shard on one rank: labels of the q rows it computes, and of the k and v rows it attends over."""
 
     q: np.ndarray  # [P * query_rows, heads]
     k: np.ndarray  # [N, heads]
@@ -43,7 +43,7 @@ def labels(layout):
 
 
 def scatter(layout, label):
-    """What every rank's shares attend over: [rank][share]."""
+    """What every rank's shards attend over: [rank][shard]."""
     ranks, rows = layout.world_size, layout.local_tokens
     index = layout.scatter_index()  # one constant, used by every rank
     assert index.shape == (ranks, layout.scatter_rows)
@@ -52,24 +52,24 @@ def scatter(layout, label):
     received = exchange(label.swapaxes(0, 1).reshape(ranks, -1)[:, index])
     attended = []
     for blocks in received:
-        shares, start = [], 0
-        for share in layout.shares:
+        shards, start = [], 0
+        for shard in layout.shards:
             parts = []
-            for part_rows in (share.query_rows, rows, rows):
-                stop = start + part_rows * share.num_heads
-                parts.append(blocks[:, start:stop].reshape(ranks * part_rows, share.num_heads))
+            for part_rows in (shard.query_rows, rows, rows):
+                stop = start + part_rows * shard.num_heads
+                parts.append(blocks[:, start:stop].reshape(ranks * part_rows, shard.num_heads))
                 start = stop
             q, k, v = parts
-            shares.append(Attended(q, k[: layout.num_tokens], v[: layout.num_tokens]))
+            shards.append(Attended(q, k[: layout.num_tokens], v[: layout.num_tokens]))
         assert start == layout.scatter_rows
-        attended.append(shares)
+        attended.append(shards)
     return attended
 
 
 def gather(layout, outputs):
-    """`[P, S * H]`: what every rank reads back, given each rank's and share's outputs `[P * query_rows, heads]`."""
+    """`[P, S * H]`: what every rank reads back, given each rank's and shard's outputs `[P * query_rows, heads]`."""
     ranks = layout.world_size
-    sent = np.stack([np.concatenate([out.reshape(ranks, -1) for out in shares], axis=1) for shares in outputs])
+    sent = np.stack([np.concatenate([out.reshape(ranks, -1) for out in shards], axis=1) for shards in outputs])
     assert sent.shape == (ranks, ranks, layout.gather_rows)
     index = layout.gather_index()
     assert index.shape == (layout.local_tokens * layout.num_heads,)
@@ -92,17 +92,17 @@ def test_every_row_and_head_is_attended_for_and_read_back(plan, num_heads, world
     head_of = label % num_heads
     attended = scatter(layout, label)
 
-    for shares in attended:
-        for share in shares:
-            assert np.isin(share.q, q).all(), "a q slot carries something that is no q row"
-            head = head_of.flat[share.q[0]]
-            assert (share.q % num_heads == head).all(), "a column of a share mixes heads"
+    for shards in attended:
+        for shard in shards:
+            assert np.isin(shard.q, q).all(), "a q slot carries something that is no q row"
+            head = head_of.flat[shard.q[0]]
+            assert (shard.q % num_heads == head).all(), "a column of a shard mixes heads"
             # Every token of exactly that head, in order, and no padding among them.
-            np.testing.assert_array_equal(share.k, k[:num_tokens, head])
-            np.testing.assert_array_equal(share.v, v[:num_tokens, head])
+            np.testing.assert_array_equal(shard.k, k[:num_tokens, head])
+            np.testing.assert_array_equal(shard.v, v[:num_tokens, head])
 
     # Attention as the identity on q's label: what comes back is the answer to the very row and head that asked.
-    back = gather(layout, [[share.q for share in shares] for shares in attended])
+    back = gather(layout, [[shard.q for shard in shards] for shards in attended])
     np.testing.assert_array_equal(back, label[0].reshape(world_size, -1))
 
 
@@ -111,23 +111,23 @@ def test_every_row_and_head_is_attended_for_and_read_back(plan, num_heads, world
 @given(**sizes)
 def test_every_row_and_head_is_computed_once_but_for_padding(plan, num_heads, world_size, num_tokens):
     layout = make_layout(plan, num_heads, world_size, num_tokens)
-    computed = [[np.zeros((world_size * s.query_rows, s.num_heads), dtype=int) for s in layout.shares]] * world_size
-    slots = [out.size for shares in computed for out in shares]
+    computed = [[np.zeros((world_size * s.query_rows, s.num_heads), dtype=int) for s in layout.shards]] * world_size
+    slots = [out.size for shards in computed for out in shards]
     number = np.arange(sum(slots))
     outputs = iter(np.split(number, np.cumsum(slots)[:-1]))
-    numbered = [[next(outputs).reshape(out.shape) for out in shares] for shares in computed]
+    numbered = [[next(outputs).reshape(out.shape) for out in shards] for shards in computed]
     read = gather(layout, numbered).ravel()
     assert len(np.unique(read)) == world_size * layout.local_tokens * num_heads, "a slot is read twice"
-    q = np.concatenate([share.q.ravel() for shares in scatter(layout, labels(layout)) for share in shares])
+    q = np.concatenate([shard.q.ravel() for shards in scatter(layout, labels(layout)) for shard in shards])
     assert len(np.unique(q[read])) == len(read), "a row and head is computed twice, and both are read"
 
     # What is not read is padding, and no more of it than the plan says.
     rows = layout.local_tokens
     unread = world_size * layout.gather_rows - rows * num_heads  # of one rank's rows, over all destinations
     bound = {
-        "pad": rows * (-num_heads % world_size),
-        "mesh": num_heads * (world_size // math.gcd(num_heads, world_size) - 1),
-        "shares": num_heads % world_size * (world_size // math.gcd(num_heads % world_size, world_size) - 1),
+        "padded": rows * (-num_heads % world_size),
+        "grouped": num_heads * (world_size // math.gcd(num_heads, world_size) - 1),
+        "balanced": num_heads % world_size * (world_size // math.gcd(num_heads % world_size, world_size) - 1),
     }
     assert 0 <= unread <= bound[plan]
 
@@ -135,7 +135,7 @@ def test_every_row_and_head_is_computed_once_but_for_padding(plan, num_heads, wo
 @settings(max_examples=100, deadline=None)
 @given(**sizes)
 def test_tokens_of_the_ranks_are_the_chunk(num_heads, world_size, num_tokens):
-    layout = make_layout("shares", num_heads, world_size, num_tokens)
+    layout = make_layout("balanced", num_heads, world_size, num_tokens)
     held = [layout.tokens(rank) for rank in range(world_size)]
     assert [token for tokens in held for token in tokens] == list(range(num_tokens))
     for rank, tokens in enumerate(held):
@@ -146,19 +146,19 @@ def test_tokens_of_the_ranks_are_the_chunk(num_heads, world_size, num_tokens):
 @settings(max_examples=100, deadline=None)
 @given(num_heads=sizes["num_heads"], world_size=sizes["world_size"], num_tokens=sizes["num_tokens"])
 def test_shares_give_the_least_work_to_the_busiest_rank(num_heads, world_size, num_tokens):
-    layout = make_layout("shares", num_heads, world_size, num_tokens)
+    layout = make_layout("balanced", num_heads, world_size, num_tokens)
     per_rank = layout.gather_rows  # query rows and heads that one rank computes for one source
     least = math.ceil(num_heads * layout.local_tokens / world_size)
     cut = num_heads % world_size // math.gcd(num_heads % world_size, world_size) if num_heads % world_size else 0
     assert least <= per_rank <= least + cut
     if num_heads % world_size == 0:  # plain Ulysses
-        assert layout.shares == make_layout("pad", num_heads, world_size, num_tokens).shares
-        assert layout.shares == make_layout("mesh", num_heads, world_size, num_tokens).shares
+        assert layout.shards == make_layout("padded", num_heads, world_size, num_tokens).shards
+        assert layout.shards == make_layout("grouped", num_heads, world_size, num_tokens).shards
 
 
 @pytest.mark.parametrize(
     ("plan", "out", "back", "kv_heads"),
-    [("shares", 878 + 4 * 585, 878, 2), ("pad", 6 * 585, 2 * 585, 2), ("mesh", 879 + 6 * 585, 879, 3)],
+    [("balanced", 878 + 4 * 585, 878, 2), ("padded", 6 * 585, 2 * 585, 2), ("grouped", 879 + 6 * 585, 879, 3)],
 )
 def test_twelve_heads_on_eight_ranks(plan, out, back, kv_heads):
     # Design section 4; mesh's 9 x 585 is 3 x (2 x 293 + 2 x 585) with its halves of 585 rounded up.
@@ -166,7 +166,7 @@ def test_twelve_heads_on_eight_ranks(plan, out, back, kv_heads):
     layout = layout_from_config(config)
     assert layout.local_tokens == 585
     assert (layout.scatter_rows, layout.gather_rows, layout.kv_heads) == (out, back, kv_heads)
-    total = {"shares": 4096, "pad": 8 * 585, "mesh": 9 * 585 + 3}
+    total = {"balanced": 4096, "padded": 8 * 585, "grouped": 9 * 585 + 3}
     assert layout.scatter_rows + layout.gather_rows == total[plan]
 
 
@@ -207,19 +207,19 @@ def test_a_chunk_of_another_length_has_the_same_heads_on_each_rank(plan, num_hea
     layout = make_layout(plan, num_heads, world_size, num_tokens)
     changed = layout.with_tokens(other)
     assert changed == make_layout(plan, num_heads, world_size, other)
-    for one, two in zip(layout.shares, changed.shares, strict=True):
+    for one, two in zip(layout.shards, changed.shards, strict=True):
         assert [one.heads(rank) for rank in range(world_size)] == [two.heads(rank) for rank in range(world_size)]
 
 
-@pytest.mark.parametrize(("plan", "places"), [("shares", 2), ("pad", 5), ("mesh", 2)])
+@pytest.mark.parametrize(("plan", "places"), [("balanced", 2), ("padded", 5), ("grouped", 2)])
 def test_most_places_of_a_row_of_twelve_heads_on_eight_ranks(plan, places):
-    # shares: keys of a cut head go to both of its ranks; pad: the last head stands in for four more; mesh: to both halves.
+    # shards: keys of a cut head go to both of its ranks; pad: the last head stands in for four more; mesh: to both halves.
     assert make_layout(plan, 12, 8, 4680).scatter_destinations().shape == (3, 585, 12, places)
 
 
 def test_half_a_head_goes_to_each_of_two_neighbours():
-    layout = make_layout("shares", 12, 8, 4680)
-    whole, cut = layout.shares
+    layout = make_layout("balanced", 12, 8, 4680)
+    whole, cut = layout.shards
     assert [list(whole.heads(rank)) for rank in range(8)] == [[rank] for rank in range(8)]
     assert [list(cut.heads(rank)) for rank in range(8)] == [[8 + rank // 2] for rank in range(8)]
     assert [cut.rows(rank, 585) for rank in (0, 1)] == [range(292), range(292, 585)]
@@ -229,5 +229,5 @@ def test_half_a_head_goes_to_each_of_two_neighbours():
 @pytest.mark.parametrize("plan", PLANS)
 def test_one_rank_holds_all_heads_whole(plan):
     layout = make_layout(plan, 5, 1, 7)
-    assert [(s.num_heads, s.split, s.query_rows) for s in layout.shares] == [(5, 1, 7)]
+    assert [(s.num_heads, s.split, s.query_rows) for s in layout.shards] == [(5, 1, 7)]
     np.testing.assert_array_equal(layout.gather_index(), np.arange(35))

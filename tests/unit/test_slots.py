@@ -173,16 +173,16 @@ def make_slots(world_size: int = 1) -> KVSlots:
 
 
 def stage(slots: KVSlots, first_frame: int) -> None:
-    """Write into staging what an executor would: every value tells frame, token, layer, share, and whether k or v."""
+    """Write into staging what an executor would: every value tells frame, token, layer, shard, and whether k or v."""
     for layer, pairs in enumerate(slots.filled(first_frame)):
-        for share, pair in enumerate(pairs):
+        for shard, pair in enumerate(pairs):
             for which, tensor in enumerate(pair):
-                tensor[:, : 3 * T] = content(range(first_frame, first_frame + 3), layer, share, which)[:, None]
+                tensor[:, : 3 * T] = content(range(first_frame, first_frame + 3), layer, shard, which)[:, None]
 
 
-def content(frame_numbers, layer, share, which):
+def content(frame_numbers, layer, shard, which):
     rows = torch.tensor([frame * T + token for frame in frame_numbers for token in range(T)])
-    return ((rows * 10 + layer) * 10 + share) * 10.0 + which
+    return ((rows * 10 + layer) * 10 + shard) * 10.0 + which
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -192,11 +192,11 @@ def test_kv_slots_hold_the_frames_of_the_plan(world_size):
     for chunk, held in enumerate(expected):
         stage(slots, 3 * chunk)
         for layer, pairs in enumerate(slots.filled(3 * chunk)):
-            for share, pair in enumerate(pairs):
+            for shard, pair in enumerate(pairs):
                 for which, tensor in enumerate(pair):
                     assert tensor.shape[1] == len(held) * T
                     rows = tensor[0].sort(dim=0).values
-                    wanted = content(sorted(held), layer, share, which)
+                    wanted = content(sorted(held), layer, shard, which)
                     torch.testing.assert_close(rows, wanted[:, None].expand_as(rows), rtol=0, atol=0)
         slots.commit(3 * chunk)
 
@@ -305,9 +305,9 @@ def test_filled_is_a_view():
     whole = slots.filled(9)
     for first_frame, valid in ((0, 3), (3, 6), (6, 7), (9, 7)):
         for layer, pairs in enumerate(slots.filled(first_frame)):
-            for share, pair in enumerate(pairs):
+            for shard, pair in enumerate(pairs):
                 for which, tensor in enumerate(pair):
-                    assert tensor.data_ptr() == whole[layer][share][which].data_ptr()
+                    assert tensor.data_ptr() == whole[layer][shard][which].data_ptr()
                     assert tensor.is_contiguous()
                     assert tensor.shape[1] == valid * T
 
@@ -323,7 +323,7 @@ def test_slots_bound_whole_hold_no_leftovers(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options))
     slots = KVSlots(config, layout_from_config(config), torch.bfloat16, whole_slots=True)
     for layer in slots.filled(0):
-        for share, pair in zip(layout_from_config(config).shares, layer, strict=True):
+        for shard, pair in zip(layout_from_config(config).shards, layer, strict=True):
             for tensor in pair:
-                assert tensor.shape == (1, share.num_heads, config.slot_rows, config.model.head_dim)
+                assert tensor.shape == (1, shard.num_heads, config.slot_rows, config.model.head_dim)
                 assert not tensor.any()

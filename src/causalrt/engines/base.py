@@ -69,7 +69,7 @@ class Executor(Protocol):
         """Every kind of step has been run once; there is time to keep what that took."""
 
     def graph_bytes(self) -> int:
-        """MemoryEstimate of the GPU that the CUDA graphs of all sessions so far take, beside what torch's allocator holds."""
+        """Memory of the GPU that the CUDA graphs of all sessions so far take, beside what torch's allocator holds."""
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """Flow `[S, 64]` of the rank's noisy rows `[S, 64]`; valid until the next step. Writes the staging slots."""

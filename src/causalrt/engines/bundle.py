@@ -186,7 +186,7 @@ def _record_of_layout(layout: Layout) -> dict[str, Any]:
         "local_tokens": layout.local_tokens,
         "scatter_rows": layout.scatter_rows,
         "gather_rows": layout.gather_rows,
-        "shares": [[s.num_heads, s.first_head, s.split, s.query_rows] for s in layout.shares],
+        "balanced": [[s.num_heads, s.first_head, s.split, s.query_rows] for s in layout.shards],
     }
 
 

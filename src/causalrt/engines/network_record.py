@@ -13,11 +13,11 @@ from causalrt.errors import BundleError
 
 DTYPE_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8, "INT32": 4}
 MEMORY_LINES = {
-    "Total Activation MemoryEstimate": "activation_bytes",
-    "Max Scratch MemoryEstimate": "scratch_bytes",
-    "Total Weights MemoryEstimate": "weights_bytes",
-    "Total Device Persistent MemoryEstimate": "device_persistent_bytes",
-    "Total Host Persistent MemoryEstimate": "host_persistent_bytes",
+    "Total Activation Memory": "activation_bytes",
+    "Max Scratch Memory": "scratch_bytes",
+    "Total Weights Memory": "weights_bytes",
+    "Total Device Persistent Memory": "device_persistent_bytes",
+    "Total Host Persistent Memory": "host_persistent_bytes",
 }
 """INFO lines of TensorRT's builder that say how much memory an engine takes -> fields of `EngineMemory`."""
 

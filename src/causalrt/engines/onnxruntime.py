@@ -85,7 +85,7 @@ class _Segment:
         bind(name, kind, index, ONNX_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
 
     def empty(self, name: str) -> torch.Tensor:
-        """MemoryEstimate for an input or output of static shape."""
+        """Memory for an input or output of static shape."""
         value = self.inputs.get(name) or self.outputs[name]
         return torch.empty(value.shape, dtype=_TORCH_TYPES[value.type], device=self._device)
 
@@ -135,7 +135,7 @@ class OnnxRuntimeExecutor:
         self._dtype = TORCH_DTYPES[bundle.config.build.precision]
         self._freq_dim = bundle.config.model.freq_dim
         self._layers = range(bundle.config.model.num_layers)
-        self._shares = range(len(bundle.layout.shares))
+        self._shares = range(len(bundle.layout.shards))
         self._collectives = collectives
         folder = bundle.path
         self._prompt = segment(str(folder / PROMPT_GRAPH), device)
@@ -184,8 +184,8 @@ class OnnxRuntimeExecutor:
         named: dict[str, torch.Tensor] = {}
         for layer in self._layers:
             named[f"cross_k.{layer}"], named[f"cross_v.{layer}"] = cross_kv[layer]
-            for share in self._shares:
-                named[f"k.{layer}.{share}"], named[f"v.{layer}.{share}"] = kv[layer][share]
+            for shard in self._shares:
+                named[f"k.{layer}.{shard}"], named[f"v.{layer}.{shard}"] = kv[layer][shard]
         for segment in self._segments:
             for name in filter(is_callers, segment.inputs):
                 segment.bind(name, named[name], output=False)

@@ -5,5 +5,5 @@ KV_ROWS = "kv_rows"
 
 
 def is_callers(name: str) -> bool:
-    """MemoryEstimate of the session: KV slots (`k.0.0`, `v.0.0.written`) and the prompt's keys and values (`cross_k.0`)."""
+    """Memory of the session: KV slots (`k.0.0`, `v.0.0.written`) and the prompt's keys and values (`cross_k.0`)."""
     return name.startswith(("k.", "v.", "cross_k.", "cross_v."))

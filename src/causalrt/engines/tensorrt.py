@@ -125,11 +125,11 @@ class TensorRTExecutor:
         """See `Executor.bind`."""
         self._set = self._sets[lone]
         named: dict[str, torch.Tensor] = {}
-        for layer, (shares, cross) in enumerate(zip(kv, cross_kv, strict=True)):
+        for layer, (shards, cross) in enumerate(zip(kv, cross_kv, strict=True)):
             named[f"cross_k.{layer}"], named[f"cross_v.{layer}"] = cross
-            for share, pair in enumerate(shares):
+            for shard, pair in enumerate(shards):
                 for kind, slots in zip("kv", pair, strict=True):
-                    named[f"{kind}.{layer}.{share}"] = named[f"{kind}.{layer}.{share}.written"] = slots
+                    named[f"{kind}.{layer}.{shard}"] = named[f"{kind}.{layer}.{shard}.written"] = slots
         self._graphs.bind(memory, tuple(tensor.data_ptr() for tensor in named.values()))
         for part in self._set.parts:
             for output, written in part.writes.items():

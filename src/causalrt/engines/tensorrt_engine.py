@@ -195,7 +195,7 @@ class LoadedEngine:
         return ((name, self._shapes[name], self._dtypes[name]) for name in self.names)
 
     def empty(self, name: str) -> torch.Tensor:
-        """MemoryEstimate for a tensor of static shape."""
+        """Memory for a tensor of static shape."""
         shape = self._shapes[name]
         assert -1 not in shape, name
         return torch.empty(shape, dtype=self._dtypes[name], device=self._loader.device)

@@ -46,7 +46,7 @@ class GraphTensor:
     dtype: torch.dtype
 
     def empty(self, device: torch.device) -> torch.Tensor:
-        """MemoryEstimate for it."""
+        """Memory for it."""
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 

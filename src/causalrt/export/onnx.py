@@ -27,8 +27,8 @@ def cross_kv_names(config: Config) -> list[str]:
 
 def step_names(config: Config, *, whole_slots: bool = False, fused: bool = False) -> tuple[list[str], list[str]]:
     """Names of the step graph's inputs and outputs, in the order of `ChunkStep.forward`."""
-    layers, shares = range(config.model.num_layers), range(len(layout_from_config(config).shares))
-    slots = [f"{kind}.{layer}.{share}" for layer in layers for share in shares for kind in ("k", "v")]
+    layers, shards = range(config.model.num_layers), range(len(layout_from_config(config).shards))
+    slots = [f"{kind}.{layer}.{shard}" for layer in layers for shard in shards for kind in ("k", "v")]
     inputs = ["x", "e", "e0", "rank", "first_frame", *slots, *cross_kv_names(config)]
     return [*inputs, *([KV_ROWS] if whole_slots or fused else [])], ["flow", *(f"{name}.written" for name in slots)]
 
@@ -82,8 +82,8 @@ def runtime_graph(step: onnx.ModelProto, config: Config) -> onnx.ModelProto:
     """
     if config.build.precision != "float32":  # which alone has kernels on a CPU
         return step
-    layers, shares = config.model.num_layers, len(layout_from_config(config).shares)
-    wanted = layers + shares * (
+    layers, shards = config.model.num_layers, len(layout_from_config(config).shards)
+    wanted = layers + shards * (
         1 if step.functions else layers
     )  # a function stands for the self-attentions of all layers
     tuned = onnx.ModelProto()

@@ -2,7 +2,7 @@
 
     causalrt::qk_norm_rope     ->  qk_norm_rope (q, k, v, ..., destinations) {num_heads, eps, out_rows}     node, each call
                                    = RMSNormalization, RotaryEmbedding, Gather ...                          function, once
-    causalrt::rope_attention   ->  rope_attention_2 (received, k_slots_0, ..., kv_rows) {num_tokens, ...}   for 2 shares
+    causalrt::rope_attention   ->  rope_attention_2 (received, k_slots_0, ..., kv_rows) {num_tokens, ...}   for 2 shards
                                    = Slice, TensorScatter, Attention ...
 
 A runtime that has no plugins expands the functions; for one that has, `plugin_nodes` takes them away. Names of nodes, inputs
@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
 from causalrt.plugins.onnx_rope_attention import onnx_rope_attention
-from causalrt.plugins.plugin_specs import MAX_SHARES, QK_NORM_ROPE, rope_attention_spec
+from causalrt.plugins.plugin_specs import MAX_SHARDS, QK_NORM_ROPE, rope_attention_spec
 from causalrt.plugins.qk_norm_rope import onnx_qk_norm_rope
-from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import blocks_from_shares
 
 ROTATION = ("rank", "cos", "sin")
 ROTATED = "_rotated"
@@ -60,7 +60,7 @@ class NodeForm:
 
 
 def _node_forms() -> Iterator[tuple[str, NodeForm]]:
-    for spec in (QK_NORM_ROPE, *(rope_attention_spec(num_shares=n + 1, split=False) for n in range(MAX_SHARES))):
+    for spec in (QK_NORM_ROPE, *(rope_attention_spec(num_shards=n + 1, split=False) for n in range(MAX_SHARDS))):
         form = NodeForm(inputs=spec.inputs, num_outputs=spec.num_outputs, attributes=spec.attributes)
         yield spec.name, form
         if spec is not QK_NORM_ROPE:
@@ -166,8 +166,8 @@ def _node_name(node: fx.Node) -> str | None:
     return None
 
 
-def _rope_attention_name(num_shares: int, rotation: Sequence[Any]) -> str:
-    return rope_attention_spec(num_shares=num_shares, split=False).name + (ROTATED if rotation else "")
+def _rope_attention_name(num_shards: int, rotation: Sequence[Any]) -> str:
+    return rope_attention_spec(num_shards=num_shards, split=False).name + (ROTATED if rotation else "")
 
 
 class _OneCall(nn.Module):

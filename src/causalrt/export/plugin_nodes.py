@@ -17,7 +17,7 @@ from causalrt.errors import BuildError
 from causalrt.export.plugin_functions import NODE_FORMS
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
 from causalrt.plugins.plugin_specs import COMBINE_SPLITS, DTYPE_FROM_ONNX, SPECS, PluginSpec, rope_attention_spec
-from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import blocks_from_shares
 
 SPEC_BY_NAME = {spec.name: spec for spec in SPECS}
 
@@ -104,7 +104,7 @@ def _plugins_of(
 
 
 def _split_spec(node: onnx.NodeProto) -> PluginSpec:
-    return rope_attention_spec(num_shares=len(SPEC_BY_NAME[node.op_type].in_place) // 2, split=True)
+    return rope_attention_spec(num_shards=len(SPEC_BY_NAME[node.op_type].in_place) // 2, split=True)
 
 
 def _kv_splits(

@@ -64,7 +64,7 @@ def step_arguments(
         empty(6, m.dim),
         torch.zeros(1, dtype=torch.int64),
         torch.zeros(1, dtype=torch.int64),
-        [[(slots(share.num_heads), slots(share.num_heads)) for share in layout.shares] for _ in layers],
+        [[(slots(shard.num_heads), slots(shard.num_heads)) for shard in layout.shards] for _ in layers],
         [(empty(1, m.text_len, m.dim), empty(1, m.text_len, m.dim)) for _ in layers],
     )
     return (*arguments, torch.full((1,), rows, dtype=torch.int64)) if whole_slots or fused else arguments

@@ -4,9 +4,9 @@
     vae-first.onnx    latent                  -> frames, cache.*.made, but of those that stay zero
     vae-next.onnx     latent, cache.00 ...    -> frames, cache.00.made ...
 
-`model/codecs/wan_vae.py` has the modules that are traced, `model/codecs/block_dct.py` those of a cosine transform, which has no caches. Every
-size is static. The precision is that of the VAE's weights, latents are float32 in any. The one attention is spelled out: its
-head has 384 channels, and TensorRT has fused kernels up to 256.
+`model/codecs/wan_vae.py` has the modules that are traced; `model/codecs/block_dct.py` has those of a cosine transform, which
+has no caches. Every size is static. The weights keep their precision; latents are always float32. The decoder's one attention
+is decomposed into matrix products, because its head has 384 channels and TensorRT's fused kernels end at 256.
 """
 
 import json

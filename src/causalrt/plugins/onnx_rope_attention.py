@@ -1,6 +1,6 @@
 """The ONNX form of `causalrt::rope_attention`: standard ops of opset 24, for a runtime that has no plugin.
 
-One Attention for each share, as the unfused graph has it. Token by token, the whole view is attended to, so its rows must be
+One Attention for each shard, as the unfused graph has it. Token by token, the whole view is attended to, so its rows must be
 `kv_rows`; heads slow, `kv_rows` is Attention's `nonpad_kv_seqlen`, and unfilled rows must be finite.
 """
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from causalrt.plugins.rope_attention import query_places
-from causalrt.plugins.share_blocks import ShareBlocks, ShareRows, blocks_from_shares
+from causalrt.plugins.shard_blocks import ShardBlocks, ShardRows, blocks_from_shares
 
 FLOAT32 = ir.DataType.FLOAT
 
@@ -30,27 +30,27 @@ def onnx_rope_attention(
     shape = [int(size) for size in received.shape]
     blocks = blocks_from_shares(shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
     outputs, written = [], []
-    for share, k_slots, v_slots in zip(blocks.shares, slots[::2], slots[1::2], strict=True):
+    for shard, k_slots, v_slots in zip(blocks.shards, slots[::2], slots[1::2], strict=True):
         whole = len(k_slots.shape) == 4
-        q, k_new, v_new = _share_parts(op, received, blocks, share, whole=whole)
+        q, k_new, v_new = _shard_parts(op, received, blocks, shard, whole=whole)
         k, v = (op.TensorScatter(old, new, axis=2 if whole else 1) for old, new in ((k_slots, k_new), (v_slots, v_new)))
         written += [k, v]
         if rotation:
-            q_tables, k_tables = _tables(op, rotation, blocks, share, filled_rows=None if whole else kv_rows)
+            q_tables, k_tables = _tables(op, rotation, blocks, shard, filled_rows=None if whole else kv_rows)
             q, k = (
-                _rotate(op, x, tables, share, received.dtype, whole=whole)
+                _rotate(op, x, tables, shard, received.dtype, whole=whole)
                 for x, tables in ((q, q_tables), (k, k_tables))
             )
         if whole:
             out = op.Transpose(op.Attention(q, k, v, None, None, None, kv_rows)[0], perm=[0, 2, 1, 3])
         else:
-            out = op.Attention(q, k, v, q_num_heads=share.num_heads, kv_num_heads=share.num_heads)[0]
+            out = op.Attention(q, k, v, q_num_heads=shard.num_heads, kv_num_heads=shard.num_heads)[0]
         outputs.append(op.Reshape(out, op.Constant(value_ints=[blocks.world_size, -1, blocks.head_dim])))
     return [op.Concat(*outputs, axis=1) if len(outputs) > 1 else outputs[0], *written]
 
 
-def _share_parts(op: Any, received: Any, blocks: ShareBlocks, share: ShareRows, *, whole: bool) -> list[Any]:
-    """q, k and v of a share in the form of the slots, padding tokens dropped."""
+def _shard_parts(op: Any, received: Any, blocks: ShardBlocks, shard: ShardRows, *, whole: bool) -> list[Any]:
+    """q, k and v of a shard in the form of the slots, padding tokens dropped."""
 
     def sliced(x: Any, axis: int, start: int, stop: int) -> Any:
         bounds = (op.Constant(value_ints=[value]) for value in (start, stop, axis))
@@ -58,12 +58,12 @@ def _share_parts(op: Any, received: Any, blocks: ShareBlocks, share: ShareRows, 
 
     parts: list[Any] = []
     for start, rows in (
-        (share.q_start, share.query_rows),
-        (share.k_start, blocks.local_tokens),
-        (share.v_start, blocks.local_tokens),
+        (shard.q_start, shard.query_rows),
+        (shard.k_start, blocks.local_tokens),
+        (shard.v_start, blocks.local_tokens),
     ):
-        part = sliced(received, 1, start, start + rows * share.num_heads)
-        tail = [share.num_heads, blocks.head_dim] if whole else [share.num_heads * blocks.head_dim]
+        part = sliced(received, 1, start, start + rows * shard.num_heads)
+        tail = [shard.num_heads, blocks.head_dim] if whole else [shard.num_heads * blocks.head_dim]
         part = op.Reshape(part, op.Constant(value_ints=[1, blocks.world_size * rows, *tail]))
         if parts and blocks.world_size * rows > blocks.num_tokens:
             part = sliced(part, 1, 0, blocks.num_tokens)
@@ -72,7 +72,7 @@ def _share_parts(op: Any, received: Any, blocks: ShareBlocks, share: ShareRows, 
 
 
 def _tables(
-    op: Any, rotation: Sequence[Any], blocks: ShareBlocks, share: ShareRows, *, filled_rows: Any | None
+    op: Any, rotation: Sequence[Any], blocks: ShardBlocks, shard: ShardRows, *, filled_rows: Any | None
 ) -> tuple[list[Any], list[Any]]:
     """(cos, sin) of the query rows, and of the slot rows, `[1, rows, D / 2]`: of all of them, or of the filled ones."""
     rank, *tables = rotation
@@ -80,9 +80,9 @@ def _tables(
     def constant(values: torch.Tensor | int) -> Any:
         return op.Constant(value_ints=torch.as_tensor(values).reshape(-1).tolist())
 
-    place, source = query_places(blocks, share)
-    member = op.Mod(rank, constant(share.split))
-    first = op.Div(op.Mul(member, constant(blocks.local_tokens)), constant(share.split))
+    place, source = query_places(blocks, shard)
+    member = op.Mod(rank, constant(shard.split))
+    first = op.Div(op.Mul(member, constant(blocks.local_tokens)), constant(shard.split))
     local = op.Min(op.Add(constant(place), first), constant(blocks.local_tokens - 1))
     token = op.Min(op.Add(constant(source), local), constant(blocks.num_tokens - 1))
     batch = constant(0)
@@ -92,9 +92,9 @@ def _tables(
     return of_queries, [op.Unsqueeze(table, batch) for table in tables]
 
 
-def _rotate(op: Any, x: Any, tables: Sequence[Any], share: ShareRows, dtype: Any, *, whole: bool) -> Any:
+def _rotate(op: Any, x: Any, tables: Sequence[Any], shard: ShardRows, dtype: Any, *, whole: bool) -> Any:
     """The standard RotaryEmbedding, in float32 whatever the precision around it."""
     float32 = dtype == FLOAT32
-    heads = {} if whole else {"num_heads": share.num_heads}
+    heads = {} if whole else {"num_heads": shard.num_heads}
     turned = op.RotaryEmbedding(x if float32 else op.Cast(x, to=FLOAT32), *tables, interleaved=1, **heads)
     return turned if float32 else op.Cast(turned, to=dtype)

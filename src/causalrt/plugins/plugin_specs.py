@@ -5,11 +5,11 @@
 | plugin                   | inputs                                                        | outputs                       |
 |--------------------------|---------------------------------------------------------------|-------------------------------|
 | `qk_norm_rope`           | q, k, v, norm_q, norm_k, cos, sin, destinations               | out                           |
-| `rope_attention_N`       | received, k and v slots of each of N shares, kv_rows          | out, the slots                |
+| `rope_attention_N`       | received, k and v slots of each of N shards, kv_rows          | out, the slots                |
 | `rope_attention_split_N` | the same                                                      | parts, log_sums, the slots    |
 | `combine_splits`         | parts, log_sums                                               | out                           |
 
-A plugin has one kernel and a fixed number of tensors, so each number of shares is a plugin of its own, and where the keys are
+A plugin has one kernel and a fixed number of tensors, so each number of shards is a plugin of its own, and where the keys are
 split into ranges, adding them up is another. Slots are whole, `[1, heads, rows, D]`, and written in place; rotation comes
 before. Names of tensors are those of the kernel's parameters: what an engine hands over is in that order.
 
@@ -26,7 +26,7 @@ import torch
 from causalrt.errors import KernelError, OperandError
 from causalrt.plugins.kernel_launch import KernelLaunch, pointer_to
 from causalrt.plugins.qk_norm_rope import check_operands as check_qk_norm_rope
-from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import blocks_from_shares
 
 ATTRIBUTE_TYPES = (int, float)
 RESERVED_NAMES = frozenset({"aot", "outputs", "stream", "tactic"})
@@ -39,7 +39,7 @@ LARGE_TILES, SMALL_TILES = 1, 2
 """Tactics of the attention plugins. The small tiles fit into the shared memory that every kernel may take: if TensorRT launches
 plugins without raising their limit, the large ones fail when they are timed, which should leave the small ones."""
 
-MAX_SHARES = 2
+MAX_SHARDS = 2
 """Shares that the attention kernel takes at once."""
 
 MAX_HEAD_DIM = 128
@@ -218,7 +218,7 @@ def _launch_attend(
     splits = [attributes[f"split_{number}"] for number in range(len(heads))]
     blocks = blocks_from_shares(received.shape, num_tokens=attributes["num_tokens"], num_heads=heads, splits=splits)
     if attributes["gather_rows"] != blocks.gather_rows:
-        raise OperandError(f"gather_rows is {attributes['gather_rows']}, and these shares have {blocks.gather_rows}")
+        raise OperandError(f"gather_rows is {attributes['gather_rows']}, and these shards have {blocks.gather_rows}")
     if tactic == SMALL_TILES:
         tiles = small_tiles_for(received.dtype)
     else:
@@ -245,9 +245,9 @@ def _out_shape(dims: Dims, given: Attributes) -> tuple[Any, ...]:
     return (dims["received"][0], given["gather_rows"], dims["received"][2])
 
 
-def rope_attention_spec(*, num_shares: int, split: bool) -> PluginSpec:
-    """The plugin that attends for `num_shares` shares, over one range of keys or (`split`) several."""
-    slots = tuple(f"{kind}_slots_{number}" for number in range(num_shares) for kind in "kv")
+def rope_attention_spec(*, num_shards: int, split: bool) -> PluginSpec:
+    """The plugin that attends for `num_shards` shards, over one range of keys or (`split`) several."""
+    slots = tuple(f"{kind}_slots_{number}" for number in range(num_shards) for kind in "kv")
     out = OutputSpec(name="out", dtype=_dtype_of("received"), shape=_out_shape)
     parts = OutputSpec(
         name="out", dtype=_float32, shape=lambda dims, given: (given["kv_splits"], *_out_shape(dims, given))
@@ -255,9 +255,9 @@ def rope_attention_spec(*, num_shares: int, split: bool) -> PluginSpec:
     log_sums = OutputSpec(
         name="log_sums", dtype=_float32, shape=lambda dims, given: (given["kv_splits"], *_out_shape(dims, given)[:2])
     )
-    numbers = ["num_tokens", "gather_rows", *(f"split_{number}" for number in range(num_shares))]
+    numbers = ["num_tokens", "gather_rows", *(f"split_{number}" for number in range(num_shards))]
     return PluginSpec(
-        name=f"rope_attention_split_{num_shares}" if split else f"rope_attention_{num_shares}",
+        name=f"rope_attention_split_{num_shards}" if split else f"rope_attention_{num_shards}",
         inputs=("received", *slots, "kv_rows"),
         outputs=(parts, log_sums) if split else (out,),
         in_place=slots,
@@ -277,7 +277,7 @@ def _launch_combine(inputs: Tensors, attributes: Attributes, capability: int, ta
         )
     kv_splits, world_size, rows, head_dim = parts.shape
     dtype = _combined_dtype({}, attributes)
-    # Rows are rows: one share of one head has as many.
+    # Rows are rows: one shard of one head has as many.
     blocks = blocks_from_shares(
         (world_size, 3 * rows, head_dim), num_tokens=world_size * rows, num_heads=[1], splits=[1]
     )
@@ -314,8 +314,8 @@ COMBINE_SPLITS = PluginSpec(
 SPECS: tuple[PluginSpec, ...] = (
     QK_NORM_ROPE,
     *(
-        rope_attention_spec(num_shares=number, split=split)
-        for number in range(1, MAX_SHARES + 1)
+        rope_attention_spec(num_shards=number, split=split)
+        for number in range(1, MAX_SHARDS + 1)
         for split in (False, True)
     ),
     COMBINE_SPLITS,

@@ -1,10 +1,10 @@
-"""`causalrt::rope_attention`: everything between the two all-to-alls of a layer, for all of a rank's shares at once.
+"""`causalrt::rope_attention`: everything between the two all-to-alls of a layer, for all of a rank's shards at once.
 
     received [P, scatter_rows, D] --+--> k, v of the chunk --> slots, rows [0, N): staging
                                     +--> q --> attend over staging and history --> out [P, gather_rows, D]
     slots, rows [N, kv_rows): history ---------^
 
-`share_blocks` draws the blocks. Slots come as k and v of each share in turn, token by token `[1, rows, heads * D]` or heads
+`shard_blocks` draws the blocks. Slots come as k and v of each shard in turn, token by token `[1, rows, heads * D]` or heads
 slow `[1, heads, rows, D]`. Rows past `kv_rows` are neither read nor written.
 
 Rotation in here, where the caller hands over `rotation` (rank, cos, sin): q arrives and k is kept as they were normalised,
@@ -27,20 +27,20 @@ from causalrt.errors import OperandError
 from causalrt.plugins.attention import attend
 from causalrt.plugins.kernel_launch import MAX_PLANS, require_triton
 from causalrt.plugins.rotate import rotate_pairs_real
-from causalrt.plugins.share_blocks import ShareBlocks, ShareRows, blocks_from_shares
+from causalrt.plugins.shard_blocks import ShardBlocks, ShardRows, blocks_from_shares
 
 if TYPE_CHECKING:  # it imports Triton
     from causalrt.plugins.rope_attention_launch import RopeAttentionPlan
 
 
-def share_parts(received: torch.Tensor, blocks: ShareBlocks, share: ShareRows) -> Iterator[torch.Tensor]:
+def shard_parts(received: torch.Tensor, blocks: ShardBlocks, shard: ShardRows) -> Iterator[torch.Tensor]:
     """The rows of q `[1, P * query_rows, heads * D]`, then of k and v `[1, N, heads * D]`."""
-    ranks, width = blocks.world_size, share.num_heads * blocks.head_dim
-    starts = (share.q_start, share.k_start, share.v_start)
-    lengths = (share.query_rows, blocks.local_tokens, blocks.local_tokens)
+    ranks, width = blocks.world_size, shard.num_heads * blocks.head_dim
+    starts = (shard.q_start, shard.k_start, shard.v_start)
+    lengths = (shard.query_rows, blocks.local_tokens, blocks.local_tokens)
     for start, rows in zip(starts, lengths, strict=True):
-        part = received[:, start : start + rows * share.num_heads].reshape(1, ranks * rows, width)
-        yield part if start == share.q_start else part[:, : blocks.num_tokens]
+        part = received[:, start : start + rows * shard.num_heads].reshape(1, ranks * rows, width)
+        yield part if start == shard.q_start else part[:, : blocks.num_tokens]
 
 
 def rope_attention_rows(
@@ -48,56 +48,56 @@ def rope_attention_rows(
     slots: Sequence[torch.Tensor],
     kv_rows: torch.Tensor,
     rotation: Sequence[torch.Tensor],
-    blocks: ShareBlocks,
+    blocks: ShardBlocks,
 ) -> torch.Tensor:
-    """Write the chunk to staging, attend for every share; the slots are written in place.
+    """Write the chunk to staging, attend for every shard; the slots are written in place.
 
     Args:
         received: `[P, scatter_rows, D]`.
-        slots: k and v of each share, in either form.
+        slots: k and v of each shard, in either form.
         kv_rows: `[1]` int64, filled rows, staging included; at least N.
         rotation: empty, or rank `[1]` int64, cos and sin `[rows, D / 2]` float32.
-        blocks: where the shares lie.
+        blocks: where the shards lie.
 
     Returns:
         `[P, gather_rows, D]`.
     """
     filled, outputs = int(kv_rows), []
-    for share, k_slots, v_slots in zip(blocks.shares, slots[::2], slots[1::2], strict=True):
-        q, k_new, v_new = share_parts(received, blocks, share)
-        k, v = (_write_and_read(*pair, share, filled) for pair in ((k_slots, k_new), (v_slots, v_new)))
+    for shard, k_slots, v_slots in zip(blocks.shards, slots[::2], slots[1::2], strict=True):
+        q, k_new, v_new = shard_parts(received, blocks, shard)
+        k, v = (_write_and_read(*pair, shard, filled) for pair in ((k_slots, k_new), (v_slots, v_new)))
         if rotation:
             rank, cos, sin = rotation
-            tokens = query_tokens(rank, blocks, share)
-            q = rotate_pairs_real(q, cos[None, tokens], sin[None, tokens], share.num_heads)
-            k = rotate_pairs_real(k, cos[None, :filled], sin[None, :filled], share.num_heads)
-        outputs.append(attend(q, k, v, share.num_heads).reshape(blocks.world_size, -1, blocks.head_dim))
+            tokens = query_tokens(rank, blocks, shard)
+            q = rotate_pairs_real(q, cos[None, tokens], sin[None, tokens], shard.num_heads)
+            k = rotate_pairs_real(k, cos[None, :filled], sin[None, :filled], shard.num_heads)
+        outputs.append(attend(q, k, v, shard.num_heads).reshape(blocks.world_size, -1, blocks.head_dim))
     return torch.cat(outputs, dim=1)
 
 
-def _write_and_read(slots: torch.Tensor, new: torch.Tensor, share: ShareRows, filled: int) -> torch.Tensor:
+def _write_and_read(slots: torch.Tensor, new: torch.Tensor, shard: ShardRows, filled: int) -> torch.Tensor:
     """Write `new` to staging; `[1, filled, heads * D]`."""
     rows = new.shape[1]
     if slots.dim() == 3:
         slots[:, :rows] = new
         return slots[:, :filled]
-    slots[:, :, :rows] = new.view(1, rows, share.num_heads, -1).transpose(1, 2)
+    slots[:, :, :rows] = new.view(1, rows, shard.num_heads, -1).transpose(1, 2)
     return slots[:, :, :filled].transpose(1, 2).flatten(2)
 
 
-def query_tokens(rank: torch.Tensor, blocks: ShareBlocks, share: ShareRows) -> torch.Tensor:
+def query_tokens(rank: torch.Tensor, blocks: ShardBlocks, shard: ShardRows) -> torch.Tensor:
     """`[P * query_rows]`: the chunk's token that each query row is; padding repeats the last."""
-    first = rank % share.split * blocks.local_tokens // share.split
-    place, source = query_places(blocks, share, rank.device)
+    first = rank % shard.split * blocks.local_tokens // shard.split
+    place, source = query_places(blocks, shard, rank.device)
     return (source + (first + place).clamp(max=blocks.local_tokens - 1)).clamp(max=blocks.num_tokens - 1)
 
 
 def query_places(
-    blocks: ShareBlocks, share: ShareRows, device: torch.device | None = None
+    blocks: ShardBlocks, shard: ShardRows, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[P * query_rows]` twice: of each query row, its place among its source's rows, and its source's first token."""
-    row = torch.arange(blocks.world_size * share.query_rows, device=device)
-    return row % share.query_rows, row // share.query_rows * blocks.local_tokens
+    row = torch.arange(blocks.world_size * shard.query_rows, device=device)
+    return row % shard.query_rows, row // shard.query_rows * blocks.local_tokens
 
 
 @torch.library.custom_op("causalrt::rope_attention_in_place", mutates_args=("slots",))
@@ -177,13 +177,13 @@ def run_kernel(
 @functools.lru_cache(MAX_PLANS)
 def _blocks(
     received_shape: torch.Size, num_tokens: int, num_heads: tuple[int, ...], splits: tuple[int, ...]
-) -> ShareBlocks:
+) -> ShardBlocks:
     return blocks_from_shares(received_shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
 
 
 @functools.lru_cache(MAX_PLANS)
 def _plan(
-    blocks: ShareBlocks, dtype: torch.dtype, device: torch.device, slot_rows: int, whole_slots: bool, rotate: bool
+    blocks: ShardBlocks, dtype: torch.dtype, device: torch.device, slot_rows: int, whole_slots: bool, rotate: bool
 ) -> "RopeAttentionPlan":
     require_triton()
     from causalrt.plugins.rope_attention_launch import plan, tiles_for
@@ -205,19 +205,19 @@ def check_operands(
     slots: Sequence[torch.Tensor],
     kv_rows: torch.Tensor,
     rotation: Sequence[torch.Tensor],
-    blocks: ShareBlocks,
+    blocks: ShardBlocks,
 ) -> None:
     """The kernel sees addresses alone: what is wrong here would be read or written out of bounds there."""
-    if len(slots) != 2 * len(blocks.shares) or slots[0].dim() not in (3, 4) or len(rotation) not in (0, 3):
+    if len(slots) != 2 * len(blocks.shards) or slots[0].dim() not in (3, 4) or len(rotation) not in (0, 3):
         raise OperandError(
-            f"slots must be k and v of {len(blocks.shares)} shares, of 3 or 4 dimensions, and rotation rank, cos and sin or "
+            f"slots must be k and v of {len(blocks.shards)} shards, of 3 or 4 dimensions, and rotation rank, cos and sin or "
             f"nothing, got {[[*tensor.shape] for tensor in slots]} and {len(rotation)} tensors"
         )
     whole = slots[0].dim() == 4
     rows, dim = slots[0].shape[2 if whole else 1], blocks.head_dim
     operands = {"received": (received, [*received.shape], received.dtype), "kv_rows": (kv_rows, [1], torch.int64)}
     for number, tensor in enumerate(slots):
-        heads = blocks.shares[number // 2].num_heads
+        heads = blocks.shards[number // 2].num_heads
         shape = [1, heads, rows, dim] if whole else [1, rows, heads * dim]
         operands[f"slots {number}"] = (tensor, shape, received.dtype)
     if rotation:
@@ -254,11 +254,11 @@ def rope_attention(
 
     Args:
         received: `[P, scatter_rows, D]`, what `scatter_heads` brought.
-        slots: k and v of each share in turn: `[1, rows, heads * D]`, or `[1, heads, rows, D]`.
+        slots: k and v of each shard in turn: `[1, rows, heads * D]`, or `[1, heads, rows, D]`.
         kv_rows: `[1]` int64, filled rows, staging included; at least N.
         rotation: empty, or rank `[1]` int64, cos and sin `[rows, D / 2]` float32.
-        num_heads: heads of each share.
-        splits: for each share, the ranks that divide its query rows.
+        num_heads: heads of each shard.
+        splits: for each shard, the ranks that divide its query rows.
         num_tokens: N, tokens of the chunk.
     """
     written = [tensor.clone() for tensor in slots]

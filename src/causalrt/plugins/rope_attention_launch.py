@@ -1,6 +1,6 @@
 """The launches of `causalrt::rope_attention`, planned from shapes and types alone.
 
-    ShareBlocks, form of the slots, multiprocessors --> plan --> attend (+ staging) --> [combine, where the keys are split]
+    ShardBlocks, form of the slots, multiprocessors --> plan --> attend (+ staging) --> [combine, where the keys are split]
 
 Where the tiles alone leave multiprocessors idle, the keys are split into ranges and a second, small launch adds them up.
 """
@@ -13,8 +13,8 @@ import torch
 
 from causalrt.errors import KernelError
 from causalrt.plugins.kernel_launch import KernelLaunch, pointer_to
-from causalrt.plugins.plugin_specs import MAX_HEAD_DIM, MAX_SHARES
-from causalrt.plugins.share_blocks import ShareBlocks
+from causalrt.plugins.plugin_specs import MAX_HEAD_DIM, MAX_SHARDS
+from causalrt.plugins.shard_blocks import ShardBlocks
 from causalrt.plugins.triton_flash import combine_splits_kernel
 from causalrt.plugins.triton_rope_attention import rope_attention_kernel
 
@@ -114,14 +114,14 @@ class RopeAttentionPlan:
         combine: adds up the key ranges; None where there is one.
     """
 
-    blocks: ShareBlocks
+    blocks: ShardBlocks
     dtype: torch.dtype
     kv_splits: int
     attend: KernelLaunch
     combine: KernelLaunch | None
 
     def buffers(self, device: torch.device | str) -> RopeAttentionBuffers:
-        """MemoryEstimate for the outputs; a caller may keep it for the next call."""
+        """Memory for the outputs; a caller may keep it for the next call."""
         shape = (self.blocks.world_size, self.blocks.gather_rows, self.blocks.head_dim)
         splits = self.kv_splits if self.combine else 0
         return RopeAttentionBuffers(
@@ -149,7 +149,7 @@ class RopeAttentionPlan:
 
 
 def plan(
-    blocks: ShareBlocks,
+    blocks: ShardBlocks,
     *,
     dtype: torch.dtype,
     slot_rows: int,
@@ -162,7 +162,7 @@ def plan(
     """The launches for one rank.
 
     Args:
-        blocks: where the shares lie.
+        blocks: where the shards lie.
         dtype: of received, slots and output.
         slot_rows: rows of the slots as they are bound.
         whole_slots: slots are `[1, heads, rows, D]`; otherwise `[1, rows, heads * D]`.
@@ -177,7 +177,7 @@ def plan(
     _check(blocks, slot_rows=slot_rows)
     world_size, head_dim = blocks.world_size, blocks.head_dim
     num_tiles = sum(
-        share.num_heads * math.ceil(world_size * share.query_rows / tiles.block_m) for share in blocks.shares
+        shard.num_heads * math.ceil(world_size * shard.query_rows / tiles.block_m) for shard in blocks.shards
     )
     if kv_splits is None:
         kv_splits = choose_kv_splits(
@@ -202,24 +202,24 @@ def plan(
     }
     value, table = pointer_to(dtype), pointer_to(torch.float32)
     signature = {"received": value}
-    for number in range(MAX_SHARES):
-        share = blocks.shares[number] if number < len(blocks.shares) else None
-        heads = share.num_heads if share else 0
+    for number in range(MAX_SHARDS):
+        shard = blocks.shards[number] if number < len(blocks.shards) else None
+        heads = shard.num_heads if shard else 0
         constexprs |= {
             f"HEADS_{number}": heads,
-            f"SPLIT_{number}": share.split if share else 1,
-            f"QUERY_ROWS_{number}": share.query_rows if share else 0,
+            f"SPLIT_{number}": shard.split if shard else 1,
+            f"QUERY_ROWS_{number}": shard.query_rows if shard else 0,
             f"ROW_STRIDE_{number}": head_dim if whole_slots else heads * head_dim,
             f"HEAD_STRIDE_{number}": slot_rows * head_dim if whole_slots else head_dim,
         }
-        if share:
+        if shard:
             signature |= {f"k_slots_{number}": value, f"v_slots_{number}": value}
     signature["kv_rows"] = COUNT
     if rotate:
         signature |= {"rank": COUNT, "cos": table, "sin": table}
     signature |= {"out": table, "log_sums": table} if kv_splits > 1 else {"out": value}
     absent = {name: None for name in POINTERS if name not in signature}
-    num_copies = sum(math.ceil(blocks.num_tokens * share.num_heads / COPY_ROWS) for share in blocks.shares)
+    num_copies = sum(math.ceil(blocks.num_tokens * shard.num_heads / COPY_ROWS) for shard in blocks.shards)
     attend = KernelLaunch(
         kernel=rope_attention_kernel,
         signature=signature,
@@ -232,7 +232,7 @@ def plan(
     return RopeAttentionPlan(blocks=blocks, dtype=dtype, kv_splits=kv_splits, attend=attend, combine=combine)
 
 
-def _plan_combine(blocks: ShareBlocks, dtype: torch.dtype, kv_splits: int, padded_dim: int) -> KernelLaunch:
+def _plan_combine(blocks: ShardBlocks, dtype: torch.dtype, kv_splits: int, padded_dim: int) -> KernelLaunch:
     num_rows, block_rows = blocks.world_size * blocks.gather_rows, 16
     parts = pointer_to(torch.float32)
     return KernelLaunch(
@@ -251,10 +251,10 @@ def _plan_combine(blocks: ShareBlocks, dtype: torch.dtype, kv_splits: int, padde
     )
 
 
-def _check(blocks: ShareBlocks, *, slot_rows: int) -> None:
-    if len(blocks.shares) > MAX_SHARES:
+def _check(blocks: ShardBlocks, *, slot_rows: int) -> None:
+    if len(blocks.shards) > MAX_SHARDS:
         raise KernelError(
-            f"the kernel takes {MAX_SHARES} shares at most, got {len(blocks.shares)}; use another head_plan"
+            f"the kernel takes {MAX_SHARDS} shards at most, got {len(blocks.shards)}; use another head_plan"
         )
     if slot_rows < blocks.num_tokens:
         raise KernelError(f"slots of {slot_rows} rows cannot stage a chunk of {blocks.num_tokens} tokens")
@@ -263,7 +263,7 @@ def _check(blocks: ShareBlocks, *, slot_rows: int) -> None:
             f"the kernel takes heads of {MAX_HEAD_DIM} channels at most, got {blocks.head_dim}; build with `--plugins off` and "
             "`video.time_index=global`"
         )
-    heads = max(share.num_heads for share in blocks.shares)
+    heads = max(shard.num_heads for shard in blocks.shards)
     sizes = {
         "received": blocks.world_size * blocks.scatter_rows * blocks.head_dim,
         "slots": slot_rows * heads * blocks.head_dim,

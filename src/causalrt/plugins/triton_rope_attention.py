@@ -1,8 +1,8 @@
 """The Triton kernel of `causalrt::rope_attention`.
 
-One launch takes all of a rank's shares; a program finds out from its number what it is::
+One launch takes all of a rank's shards; a program finds out from its number what it is::
 
-    | share 0: head, query tile ... | share 1 ... | the same tiles, next key range ... | copy of the chunk to staging |
+    | shard 0: head, query tile ... | shard 1 ... | the same tiles, next key range ... | copy of the chunk to staging |
     0                               TILES_0       TILES                                TILES * KV_SPLITS
 
 A tile is BLOCK_M query rows of one head. Its keys are blocks of BLOCK_N rows: first those of the new chunk, out of the received
@@ -57,7 +57,7 @@ def attend_tile(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One tile of a share, over one range of keys."""
+    """One tile of a shard, over one range of keys."""
     tiles_per_head: tl.constexpr = (WORLD_SIZE * QUERY_ROWS + BLOCK_M - 1) // BLOCK_M
     head = tile // tiles_per_head
     row_M = tile % tiles_per_head * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -200,7 +200,7 @@ def rope_attention_kernel(
     BLOCK_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """See the module; share 1 has no heads where there is one share."""
+    """See the module; shard 1 has no heads where there is one shard."""
     scatter_0: tl.constexpr = HEADS_0 * (QUERY_ROWS_0 + 2 * LOCAL_TOKENS)
     scatter_rows: tl.constexpr = scatter_0 + HEADS_1 * (QUERY_ROWS_1 + 2 * LOCAL_TOKENS)
     gather_0: tl.constexpr = HEADS_0 * QUERY_ROWS_0

@@ -52,8 +52,8 @@ def bisect_step(comparison: Comparison) -> dict[str, Any] | None:
         return None
     value = str(wrong.where["value"])
     if value.startswith(("k.", "v.")):
-        kind, layer, share = value.split(".")
-        value = f"layer {layer} KV slots {kind} of share {share}"
+        kind, layer, shard = value.split(".")
+        value = f"layer {layer} KV slots {kind} of shard {shard}"
     return {
         **wrong.where,
         "segment": "the executor as it runs",

@@ -151,17 +151,17 @@ class _AllRanks:
         return torch.from_numpy(made["e"]), torch.from_numpy(made["e0"])
 
     def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
-        """See `Executor.bind`; a layer's pairs are those of rank 0's shares, of rank 1's, and so on."""
+        """See `Executor.bind`; a layer's pairs are those of rank 0's shards, of rank 1's, and so on."""
         self._lone = lone
-        shares = len(self._layout.shares)
+        shards = len(self._layout.shards)
         self._bound = []
         for rank in self._ranks:
             values: Arrays = {"rank": np.array([rank]), KV_ROWS: np.array([kv_rows])}
             for layer in self._layers:
                 for kind, whole in zip("kv", cross_kv[layer], strict=True):
                     values[f"cross_{kind}.{layer}"] = whole.numpy()
-                for share, pair in enumerate(kv[layer][rank * shares : (rank + 1) * shares]):
-                    values |= {f"{kind}.{layer}.{share}": slots.numpy() for kind, slots in zip("kv", pair, strict=True)}
+                for shard, pair in enumerate(kv[layer][rank * shards : (rank + 1) * shards]):
+                    values |= {f"{kind}.{layer}.{shard}": slots.numpy() for kind, slots in zip("kv", pair, strict=True)}
             self._bound.append(values)
 
     def _given(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> list[Arrays]:
@@ -242,5 +242,5 @@ def rollout_view(config: Config) -> tuple[Config, Layout]:
     """Config and layout for a rollout on an emulated executor: one rank with all rows and every rank's KV slots, float32."""
     layout = layout_from_config(config)
     build = replace(config.build, world_size=1, precision="float32")
-    every = replace(layout, world_size=1, shares=layout.shares * layout.world_size)
+    every = replace(layout, world_size=1, shards=layout.shards * layout.world_size)
     return replace(config, build=build), every

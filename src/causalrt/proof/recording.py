@@ -110,7 +110,7 @@ def _spans(sizes: list[int]) -> list[tuple[int, int]]:
     return [(end - size, size) for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
 
 
-def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "shares") -> Recording:
+def open_recording(path: Path, *, world_size: int, head_plan: HeadPlanName = "balanced") -> Recording:
     """Read a recording and check that it can be replayed.
 
     Raises:

@@ -64,7 +64,7 @@ class Player:
     Attributes:
         executor: of all rows of a chunk, whatever number of ranks it stands for.
         config: that the rollout sees; its precision is that of the KV slots.
-        layout: that the rollout sees; its shares are those whose KV slots are bound.
+        layout: that the rollout sees; its shards are those whose KV slots are bound.
         collectives: of the rank that plays, where several play together.
     """
 

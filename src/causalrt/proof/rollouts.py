@@ -187,24 +187,24 @@ def _add_small_graphs(
 def _as_held(
     history: Mapping[str, torch.Tensor], layout: Layout, rank: int, held_by: Layout
 ) -> dict[str, torch.Tensor]:
-    """History `[rows, heads, D]` by layer, and by the rank and share of `held_by` that hold it.
+    """History `[rows, heads, D]` by layer, and by the rank and shard of `held_by` that hold it.
 
-    One rank holds every head; one that plays all ranks holds their shares, rank after rank.
+    One rank holds every head; one that plays all ranks holds their shards, rank after rank.
     """
     found = {}
     for name, rows in history.items():
         kind, layer, number = name.split(".")
-        if len(layout.shares) > 1 and layout.world_size < held_by.world_size:
-            other, share_number = divmod(int(number), len(held_by.shares))
-            found[f"layer {layer} rank {other} share {share_number} {kind}"] = rows
+        if len(layout.shards) > 1 and layout.world_size < held_by.world_size:
+            other, shard_number = divmod(int(number), len(held_by.shards))
+            found[f"layer {layer} rank {other} shard {shard_number} {kind}"] = rows
             continue
         if layout.world_size == held_by.world_size:
-            found[f"layer {layer} rank {rank} share {number} {kind}"] = rows
+            found[f"layer {layer} rank {rank} shard {number} {kind}"] = rows
             continue
         for other in range(held_by.world_size):
-            for index, share in enumerate(held_by.shares):
-                heads = [min(head, held_by.num_heads - 1) for head in share.heads(other)]
-                found[f"layer {layer} rank {other} share {index} {kind}"] = rows[:, heads]
+            for index, shard in enumerate(held_by.shards):
+                heads = [min(head, held_by.num_heads - 1) for head in shard.heads(other)]
+                found[f"layer {layer} rank {other} shard {index} {kind}"] = rows[:, heads]
     return found
 
 

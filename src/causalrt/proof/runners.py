@@ -86,14 +86,14 @@ class StepRunner(_SideRunner):
         self._memory += 1
         layers = 1 + max(int(name.split(".")[1]) for name in feed if name.startswith("cross_k."))
         cross_kv = [(feed[f"cross_k.{layer}"].clone(), feed[f"cross_v.{layer}"].clone()) for layer in range(layers)]
-        shares = range(len(self.side.bundle.layout.shares))
+        shards = range(len(self.side.bundle.layout.shards))
 
         def on_rank(rank: int) -> dict[str, torch.Tensor]:
             executor, prefix = self.side.executors[rank], f"rank {rank} "
             kv = [
                 [
-                    (feed[f"{prefix}k.{layer}.{share}"].clone(), feed[f"{prefix}v.{layer}.{share}"].clone())
-                    for share in shares
+                    (feed[f"{prefix}k.{layer}.{shard}"].clone(), feed[f"{prefix}v.{layer}.{shard}"].clone())
+                    for shard in shards
                 ]
                 for layer in range(layers)
             ]
@@ -123,9 +123,9 @@ def step_feed(forwards: Sequence[StepTrace]) -> dict[str, torch.Tensor]:
         feed[f"cross_k.{layer}"], feed[f"cross_v.{layer}"] = pair
     for rank, forward in enumerate(forwards):
         feed[f"rank {rank} x"] = forward.x
-        for layer, shares in enumerate(forward.kv):
-            for share, (k, v) in enumerate(shares):
-                feed[f"rank {rank} k.{layer}.{share}"], feed[f"rank {rank} v.{layer}.{share}"] = k, v
+        for layer, shards in enumerate(forward.kv):
+            for shard, (k, v) in enumerate(shards):
+                feed[f"rank {rank} k.{layer}.{shard}"], feed[f"rank {rank} v.{layer}.{shard}"] = k, v
     return feed
 
 

@@ -148,10 +148,10 @@ def _given(forward: StepTrace, rank: int) -> dict[str, torch.Tensor]:
     given = {"x": forward.x, "e": forward.e, "e0": forward.e0}
     for name, number in (("rank", rank), ("first_frame", forward.first_frame), (KV_ROWS, forward.kv_rows)):
         given[name] = torch.tensor([number])
-    for layer, (shares, crossing) in enumerate(zip(forward.kv, forward.cross_kv, strict=True)):
+    for layer, (shards, crossing) in enumerate(zip(forward.kv, forward.cross_kv, strict=True)):
         given[f"cross_k.{layer}"], given[f"cross_v.{layer}"] = crossing
-        for share, (k, v) in enumerate(shares):
-            given[f"k.{layer}.{share}"], given[f"v.{layer}.{share}"] = k, v
+        for shard, (k, v) in enumerate(shards):
+            given[f"k.{layer}.{shard}"], given[f"v.{layer}.{shard}"] = k, v
     return {name: tensor.cpu() for name, tensor in given.items()}
 
 

@@ -33,7 +33,7 @@ class StepTrace:
         e: `[C]`.
         e0: `[6, C]`.
         first_frame: that the step was given.
-        kv: what was bound, before the step wrote to it, by layer and share.
+        kv: what was bound, before the step wrote to it, by layer and shard.
         cross_kv: the prompt's keys and values, by layer.
         kv_rows: filled rows.
         lone: the step of a lone first frame.
@@ -188,10 +188,10 @@ class WatchedExecutor:
         else:
             flow = self._executor.step(x, e, e0, first_frame)
         self.tape.running = None
-        for layer, shares in enumerate(kv):
-            for share, pair in enumerate(shares):
+        for layer, shards in enumerate(kv):
+            for shard, pair in enumerate(shards):
                 for kind, tensor in zip("kv", pair, strict=True):
-                    forward.outputs[f"{kind}.{layer}.{share}"] = tensor.clone()
+                    forward.outputs[f"{kind}.{layer}.{shard}"] = tensor.clone()
         forward.outputs["flow"] = flow.clone()
         self.tape.forwards.append(forward)
         return flow

@@ -1,6 +1,6 @@
 """The KV slots of one session on one rank: memory for keys and values, and the copy of clean frames into history.
 
-    | staging: the current chunk | sinks, pinned | ring of clean frames |      rows of one share: [1, W * T, heads * D]
+    | staging: the current chunk | sinks, pinned | ring of clean frames |      rows of one shard: [1, W * T, heads * D]
     0                            F*T            ...                     W*T                   or [1, heads, W * T, D]
 
 Token by token, the filled rows are a contiguous prefix, and a view of it is bound. Heads slow, the slots are bound whole, as
@@ -18,7 +18,7 @@ from causalrt.model.wan.step import KVPair
 
 
 class KVSlots:
-    """Keys and values by layer and share."""
+    """Keys and values by layer and shard."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class KVSlots:
             return torch.empty(1, rows, heads * dim, dtype=dtype, device=device)
 
         self._pairs: list[list[KVPair]] = [
-            [(slots(share.num_heads), slots(share.num_heads)) for share in layout.shares]
+            [(slots(shard.num_heads), slots(shard.num_heads)) for shard in layout.shards]
             for _ in range(config.model.num_layers)
         ]
         self._frames = self._views_of_frames()
@@ -79,15 +79,15 @@ class KVSlots:
         start = self.plan.chunk_frames * self._tokens_per_frame
         rows = slice(start, max(start, self.filled_rows(first_frame)))
         found = {}
-        for layer, shares in enumerate(self._pairs):
-            for share, pair in enumerate(shares):
+        for layer, shards in enumerate(self._pairs):
+            for shard, pair in enumerate(shards):
                 for kind, tensor in zip("kv", pair, strict=True):
                     if self.whole_slots:
                         view = tensor[0, :, rows].transpose(0, 1)
                     else:
                         heads = tensor.shape[2] // self._head_dim
                         view = tensor[0, rows].view(-1, heads, self._head_dim)
-                    found[f"{kind}.{layer}.{share}"] = view
+                    found[f"{kind}.{layer}.{shard}"] = view
         return found
 
     def commit(self, first_frame: int, *, lone: bool = False) -> None:

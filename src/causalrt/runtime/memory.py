@@ -1,4 +1,4 @@
-"""MemoryEstimate of one rank, predicted from the config before anything is allocated."""
+"""Memory of one rank, predicted from the config before anything is allocated."""
 
 import contextlib
 import sys
@@ -142,7 +142,7 @@ def predict_memory(
     slots = config.slot_rows
     widest = max(6 * model.dim, model.ffn_dim + 2 * model.dim)
     exchange = 2 * layout.world_size * layout.scatter_rows * model.head_dim if layout.world_size > 1 else 0
-    heads_and_rows = [(share.num_heads, layout.world_size * share.query_rows) for share in layout.shares]
+    heads_and_rows = [(shard.num_heads, layout.world_size * shard.query_rows) for shard in layout.shards]
     if config.build.precision == "float32":
         scratch = max(heads * (rows + 2 * slots) * model.head_dim for heads, rows in heads_and_rows)
     else:
@@ -159,7 +159,7 @@ def predict_memory(
 
 
 def available_bytes() -> int | None:
-    """MemoryEstimate that this host, or a control group that holds this process to less, can still give; None if neither says."""
+    """Memory that this host, or a control group that holds this process to less, can still give; None if neither says."""
     limits = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -196,7 +196,7 @@ def check_memory(
 
 
 def device_free_bytes(device: torch.device) -> int | None:
-    """MemoryEstimate that a GPU can still give; None for the host, which is shared (`available_bytes`)."""
+    """Memory that a GPU can still give; None for the host, which is shared (`available_bytes`)."""
     if device.type != "cuda":
         return None
     held_back = sum(

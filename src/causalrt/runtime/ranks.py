@@ -124,7 +124,7 @@ class RankPool:
     def dead_processes(self) -> list[str]:
         """Names of the processes that are known to have ended; none while all of them live, however slow they are.
 
-        The evidence is the kernel's: a process that ends closes its end of its channel, and the supervisor is our own child. This
+        A process that ends closes its end of its channel, and the supervisor is a child of this process. This method
         opens no file, raises nothing, and may be called from any thread, also after `close`.
         """
         keeper_ended = self._process.poll() is not None

@@ -2,8 +2,8 @@
 
 Each rank serves commands from its own socket until the caller closes it, and writes what it logs to a file of its own,
 whose tail explains a failure. The process that forked them stays as their supervisor: it reaps them, and ends them on SIGTERM
-or when the caller has died. When the supervisor dies, the kernel ends the ranks. The decoder's process is of the same kind, with a
-supervisor of its own.
+or when the caller has died. When the supervisor dies, the kernel ends the ranks. The decoder's process is of the same kind,
+with a supervisor of its own.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """The server: video jobs, real-time sessions and a page, over HTTP and WebSocket.
 
     command.py     what `causalrt serve` does            app.py        the routes, put together
-    settings.py    limits and places                     guard.py      what every request passes first
-    auth.py        bearer tokens from a file             problems.py   errors as clients see them
+    settings.py    limits and places                     request_guard.py    what every request passes first
+    auth.py        bearer tokens from a file             api_errors.py  errors as clients see them
     admission.py   who may begin: slots, queue, rate     metrics.py    what Prometheus scrapes
     engine_host.py the engine, loaded again if it dies   generation.py a thread that drives one session
-    jobs.py        jobs and their order                  spool.py      their files
+    jobs.py        jobs and their order                  job_store.py    their files
     videos.py      /v1/videos                            realtime.py   /v1/realtime, with realtime_messages.py
     run.py         listening, and an end that loses nothing
     hosts.py       hosts and origins, compared           floods.py     limits on tiny frames and chunks

@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-from causalrt.server.problems import ApiError, busy, not_ready, rate_limited
+from causalrt.server.api_errors import ApiError, busy, not_ready, rate_limited
 
 RETRY_S = 5.0
 MOST_KEYS = 10_000

@@ -17,12 +17,12 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
+from causalrt.server.api_errors import ApiError, bad_request
 from causalrt.server.engine_host import EngineStatus
-from causalrt.server.guard import Owner, RequestGuard
 from causalrt.server.hosts import normal_origin
 from causalrt.server.metrics import CONTENT_TYPE
-from causalrt.server.problems import ApiError, bad_request
 from causalrt.server.realtime import realtime_routes
+from causalrt.server.request_guard import Owner, RequestGuard
 from causalrt.server.services import Services
 from causalrt.server.videos import video_routes
 

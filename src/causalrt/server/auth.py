@@ -14,7 +14,7 @@ from typing import Self
 
 from causalrt.errors import ConfigError
 from causalrt.regular_files import open_regular_file
-from causalrt.server.problems import unauthorized
+from causalrt.server.api_errors import unauthorized
 
 LEAST_CHARS = 16
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -159,7 +159,7 @@ def checked(arguments: argparse.Namespace) -> "tuple[ServerSettings, Tokens, Bun
     with faults:
         _check_libraries()
         from causalrt.server.auth import Tokens
-        from causalrt.server.spool import check_spool
+        from causalrt.server.job_store import check_spool
 
         with faults:
             if arguments.spool is not None:

@@ -9,7 +9,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from causalrt.server.admission import RateLimit
-from causalrt.server.problems import ApiError
+from causalrt.server.api_errors import ApiError
 
 PER_MINUTE = 3000
 """How many one connection may send, all of them at once if it has been quiet; to parse so many takes about 0.1 s."""

@@ -27,9 +27,9 @@ from causalrt.errors import (
     RequestError,
     VideoError,
 )
+from causalrt.server.api_errors import ApiError, bad_request, busy, not_ready
 from causalrt.server.engine_host import EngineHost, EngineLike, SessionLike
 from causalrt.server.metrics import Metrics
-from causalrt.server.problems import ApiError, bad_request, busy, not_ready
 
 log = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ import torch
 from causalrt.errors import CausalRTError
 from causalrt.media.video_file import Mp4Writer
 from causalrt.server.admission import Admission, LeftError, Ticket
+from causalrt.server.api_errors import ApiError, not_found, not_ready
 from causalrt.server.generation import Control, GenerationRequest, Generator, Switch
+from causalrt.server.job_store import STATUSES, Job, JobStore
 from causalrt.server.metrics import Metrics
-from causalrt.server.offer import ModelLimits
-from causalrt.server.problems import ApiError, not_found, not_ready
+from causalrt.server.model_limits import ModelLimits
 from causalrt.server.settings import ServerSettings
-from causalrt.server.spool import STATUSES, Job, JobStore
 
 log = logging.getLogger(__name__)
 

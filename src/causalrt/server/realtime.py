@@ -19,9 +19,9 @@ from typing import Any
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from causalrt.server.admission import LeftError, Ticket
+from causalrt.server.api_errors import ApiError, bad_request, busy, unauthorized
 from causalrt.server.auth import bearer_token
 from causalrt.server.generation import Control, GenerationRequest, Switch
-from causalrt.server.problems import ApiError, bad_request, busy, unauthorized
 from causalrt.server.realtime_messages import (
     Auth,
     Incoming,

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from causalrt.media.mp4_boxes import boxes
 from causalrt.media.video_file import FragmentWriter
+from causalrt.server.api_errors import ApiError, bad_request
 from causalrt.server.generation import GenerationRequest, Switch
-from causalrt.server.offer import MAX_SEED, ModelLimits, prompt_warnings
-from causalrt.server.problems import ApiError, bad_request
+from causalrt.server.model_limits import MAX_SEED, ModelLimits, prompt_warnings
 
 Outgoing = dict[str, Any] | list[bytes]
 """A message as JSON, or fragments, each of them a message."""

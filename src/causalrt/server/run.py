@@ -78,7 +78,7 @@ class RealtimeProtocol(WebSocketsSansIOProtocol):
             self.transport.abort()
 
     def handle_connect(self, event: Any) -> None:
-        """ModelLimits the way to the application, as an ASGI extension."""
+        """Offer the way to the application, as an ASGI extension."""
         super().handle_connect(event)
         if hasattr(self, "scope"):
             self.scope["extensions"][END] = self._end  # type: ignore[assignment]

@@ -11,15 +11,15 @@ import torch
 from causalrt.errors import RequestError
 from causalrt.model.text.umt5 import PromptTokens
 from causalrt.server.admission import Admission, RateLimit
+from causalrt.server.api_errors import not_ready
 from causalrt.server.auth import Tokens
 from causalrt.server.engine_host import EngineHost, EngineLike
 from causalrt.server.generation import Control, Generator
+from causalrt.server.job_store import JobStore
 from causalrt.server.jobs import Jobs
 from causalrt.server.metrics import Metrics
-from causalrt.server.offer import ModelLimits
-from causalrt.server.problems import not_ready
+from causalrt.server.model_limits import ModelLimits
 from causalrt.server.settings import ServerSettings
-from causalrt.server.spool import JobStore
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse
 
-from causalrt.server.guard import Owner
-from causalrt.server.offer import MAX_SEED, ModelLimits, prompt_warnings
-from causalrt.server.problems import ApiError, bad_request, not_found
+from causalrt.server.api_errors import ApiError, bad_request, not_found
+from causalrt.server.job_store import Job
+from causalrt.server.model_limits import MAX_SEED, ModelLimits, prompt_warnings
+from causalrt.server.request_guard import Owner
 from causalrt.server.services import Services
-from causalrt.server.spool import Job
 
 POLL_MS = 1000
 SECONDS = r"[0-9]{1,5}(\.[0-9]{1,3})?"

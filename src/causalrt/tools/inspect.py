@@ -48,7 +48,7 @@ def inspect_bundle(
             "kv_heads": layout.kv_heads,
             "rows_scattered_to_each_rank": layout.scatter_rows,
             "rows_gathered_to_each_rank": layout.gather_rows,
-            "shares": [asdict(share) for share in layout.shares],
+            "balanced": [asdict(shard) for shard in layout.shards],
         },
         "bytes_per_rank": {name: asdict(rank_memory(bundle, name)) for name in bundle.executors},
         "decoder_bytes": {name: asdict(decoder_memory(bundle, name)) for name in bundle.executors if bundle.vae},

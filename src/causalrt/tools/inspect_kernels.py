@@ -5,7 +5,7 @@
 | kernel                                     | launched                                                |
 |--------------------------------------------|---------------------------------------------------------|
 | `qk_norm_rope`                             | always                                                  |
-| `rope_attention_N`                         | for N shares, over one range of keys                    |
+| `rope_attention_N`                         | for N shards, over one range of keys                    |
 | `rope_attention_split_N`, `combine_splits` | instead of it, where ranges of keys fill the GPU better |
 
 Names are those of the plugins (`plugin_specs`), and so are the launches: KV slots are bound whole. (Eager and inductor
@@ -34,7 +34,7 @@ from causalrt.layout import Layout, layout_from_config
 from causalrt.plugins.kernel_launch import KernelLaunch, require_triton
 from causalrt.plugins.plugin_specs import COMBINE_SPLITS, QK_NORM_ROPE, rope_attention_spec
 from causalrt.plugins.ptx import TARGETS, CompiledKernel, cached_kernel, compile_kernel
-from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import blocks_from_shares
 from causalrt.plugins.tensorrt_plugin import THREADS_PER_WARP
 from causalrt.progress import Progress
 
@@ -188,12 +188,12 @@ def _plan_qk_norm_rope(config: Config, layout: Layout) -> KernelLaunch:
 def _plan_rope_attention(config: Config, layout: Layout, gpu: Gpu, *, rotate: bool) -> list[PlannedKernel]:
     from causalrt.plugins.rope_attention_launch import RopeAttentionPlan, Tiles, plan, small_tiles_for, tiles_for
 
-    shares, dtype = layout.shares, TORCH_DTYPES[config.build.precision]
+    shards, dtype = layout.shards, TORCH_DTYPES[config.build.precision]
     blocks = blocks_from_shares(
         (layout.world_size, layout.scatter_rows, config.model.head_dim),
         num_tokens=layout.num_tokens,
-        num_heads=[share.num_heads for share in shares],
-        splits=[share.split for share in shares],
+        num_heads=[shard.num_heads for shard in shards],
+        splits=[shard.split for shard in shards],
     )
 
     large = tiles_for(gpu.target, dtype=dtype, head_dim=blocks.head_dim, rotate=rotate)
@@ -224,7 +224,7 @@ def _plan_rope_attention(config: Config, layout: Layout, gpu: Gpu, *, rotate: bo
             small_tiles=tiles is not None and tiles != large,
         )
 
-    whole, split = (rope_attention_spec(num_shares=len(shares), split=split).name for split in (False, True))
+    whole, split = (rope_attention_spec(num_shards=len(shards), split=split).name for split in (False, True))
     try:
         best = with_tiles(large, None)
     except KernelError as error:

@@ -15,7 +15,7 @@ from websockets.exceptions import InvalidStatus
 from causalrt.errors import ConfigError
 from causalrt.server import log_limit
 from causalrt.server.auth import Tokens
-from causalrt.server.guard import RequestGuard
+from causalrt.server.request_guard import RequestGuard
 from causalrt.server.settings import ServerSettings
 
 ALICE, BOB = "alice-0123456789", "bob-9876543210-x"

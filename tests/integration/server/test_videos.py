@@ -14,7 +14,7 @@ from running import Running, until
 
 from causalrt.errors import RequestError
 from causalrt.server import jobs
-from causalrt.server.spool import JobStore
+from causalrt.server.job_store import JobStore
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def test_every_session_keeps_its_graphs(recorder: Recorder, world_size: int, ses
 
 
 def test_what_the_driver_takes_for_graphs_is_counted(recorder: Recorder) -> None:
-    """MemoryEstimate that torch's allocator takes meanwhile is its own: the pool that all graphs share."""
+    """Memory that torch's allocator takes meanwhile is its own: the pool that all graphs shard."""
     graphs = CudaGraphs(GPU)
     for memory in range(3):
         graphs.run((memory, 7), recorder.work)

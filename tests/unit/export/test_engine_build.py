@@ -215,28 +215,28 @@ def test_a_bundle_without_the_builders_figures(small, tmp_path, capsys, monkeypa
 
 def test_networks_hold_what_the_step_is_made_of(built):
     model, layout = built.config.model, built.layout
-    layers, shares, ranks = model.num_layers, len(layout.shares), layout.world_size
+    layers, shards, ranks = model.num_layers, len(layout.shards), layout.world_size
     in_engine = built.collectives == "engine"
     attentions = built.all("attentions")
-    assert len(attentions) == layers * (shares + 1)
+    assert len(attentions) == layers * (shards + 1)
     assert not any(attention["decomposable"] for attention in attentions)
 
     over_text = [attention for attention in attentions if attention["key"][-2] == model.text_len]
     over_slots = [attention for attention in attentions if attention["key"][-2] != model.text_len]
     assert len(over_text) == layers
     assert [attention["has_lengths"] for attention in over_text] == [False] * layers
-    assert [attention["has_lengths"] for attention in over_slots] == [in_engine] * (layers * shares)
+    assert [attention["has_lengths"] for attention in over_slots] == [in_engine] * (layers * shards)
     sources = sorted(attention["key_source"] for attention in over_slots)
-    names = [f"k.{layer}.{share}" for layer in range(layers) for share in range(shares)]
+    names = [f"k.{layer}.{shard}" for layer in range(layers) for shard in range(shards)]
     assert sources == sorted(names if in_engine else [f"{name}.written" for name in names])
     rows = {attention["key"][-2] for attention in over_slots}
     assert rows == ({built.config.slot_rows} if in_engine else {-1})
     queried = Counter(attention["query"][-3] * attention["query"][-2] for attention in over_slots)
     assert queried == Counter(
-        share.num_heads * ranks * share.query_rows for share in layout.shares for _ in range(layers)
+        shard.num_heads * ranks * shard.query_rows for shard in layout.shards for _ in range(layers)
     )
 
-    assert sum(network["cache_updates"] for network in built.step) == (2 * layers * shares if in_engine else 0)
+    assert sum(network["cache_updates"] for network in built.step) == (2 * layers * shards if in_engine else 0)
     rows = [[ranks, layout.scatter_rows, model.head_dim], [ranks, layout.gather_rows, model.head_dim]]
     if in_engine and ranks > 1:
         found = built.all("collectives")

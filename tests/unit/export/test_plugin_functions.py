@@ -37,8 +37,8 @@ def fused_step(world_size, *, whole_slots=True, precision="float32", frames=None
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_each_layer_calls_one_function_of_each_kind(world_size):
     config, model = fused_step(world_size)
-    shares = len(layout_from_config(config).shares)
-    names = {"qk_norm_rope", f"rope_attention_{shares}"}
+    shards = len(layout_from_config(config).shards)
+    names = {"qk_norm_rope", f"rope_attention_{shards}"}
     assert {function.name for function in model.functions} == names
     called = Counter(node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN)
     assert {name: called[name] for name in names} == dict.fromkeys(names, config.model.num_layers)

@@ -33,8 +33,8 @@ def with_plugins(world_size, *, num_multiprocessors=1, frames=None):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_functions_go_and_nodes_stay(world_size):
     config, model, before, counts = with_plugins(world_size)
-    shares = {1: 1, 2: 2}[world_size]
-    assert counts == dict.fromkeys(["qk_norm_rope", f"rope_attention_{shares}"], config.model.num_layers)
+    shards = {1: 1, 2: 2}[world_size]
+    assert counts == dict.fromkeys(["qk_norm_rope", f"rope_attention_{shards}"], config.model.num_layers)
     assert not model.functions
     assert {name for node in model.graph.node for name in node.output} == before
     found = Counter(node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN)

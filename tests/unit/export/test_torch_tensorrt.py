@@ -237,14 +237,14 @@ def test_build(torch_tensorrt, checkpoint, tmp_path, world_size):
     networks = json.loads((bundle.path / files.networks).read_text())
     inputs, outputs = step_names(bundle.config, whole_slots=True)
     step = networks[files.step[0]]
-    layers, shares = bundle.config.model.num_layers, len(bundle.layout.shares)
+    layers, shards = bundle.config.model.num_layers, len(bundle.layout.shards)
     assert [entry["name"] for entry in step["inputs"]] == inputs
     assert [entry["name"] for entry in step["outputs"]] == outputs
-    assert len(step["attentions"]) == layers * (1 + shares)
-    assert sum(entry["has_lengths"] for entry in step["attentions"]) == layers * shares
+    assert len(step["attentions"]) == layers * (1 + shards)
+    assert sum(entry["has_lengths"] for entry in step["attentions"]) == layers * shards
     assert not any(entry["decomposable"] for entry in step["attentions"])
     assert [entry["ranks"] for entry in step["collectives"]] == [world_size] * (0 if world_size == 1 else 2 * layers)
-    assert step["cache_updates"] == 2 * layers * shares
+    assert step["cache_updates"] == 2 * layers * shards
     assert [entry["name"] for entry in networks[files.prompt]["outputs"]] == cross_kv_names(bundle.config)
     assert networks[files.time]["inputs"] == [{"name": "sinusoid", "shape": [32], "dtype": "BF16"}]
     assert json.dumps(inspect_bundle(bundle.path))
@@ -320,8 +320,8 @@ def test_every_tensor_of_a_step_has_a_name(world_size):
     for theirs, ours in names.items():
         kind, *place = theirs.split("_")
         if kind == "kv" and place != ["rows"]:
-            layer, share, value = map(int, place)
-            assert ours == f"{'kv'[value]}.{layer}.{share}"
+            layer, shard, value = map(int, place)
+            assert ours == f"{'kv'[value]}.{layer}.{shard}"
         elif kind == "cross":
             layer, value = map(int, place[1:])
             assert ours == f"cross_{'kv'[value]}.{layer}"

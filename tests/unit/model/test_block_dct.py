@@ -148,7 +148,8 @@ def test_it_computes_in_the_type_that_is_asked_for(file):
 
 def test_diffusers_is_not_needed(file):
     code = (
-        "import sys, pathlib, torch; from causalrt.model.codecs.vae_checkpoint import load_vae; from causalrt.model.codecs.wan_vae import encode;"
+        "import sys, pathlib, torch; from causalrt.model.codecs.vae_checkpoint import load_vae;"
+        "from causalrt.model.codecs.wan_vae import encode;"
         f"vae = load_vae(pathlib.Path({str(file)!r})); encode(vae, torch.zeros(1, 3, 8, 8));"
         "sys.exit(any(name in sys.modules for name in ('diffusers', 'transformers')))"
     )

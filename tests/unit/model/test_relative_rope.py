@@ -23,7 +23,7 @@ from causalrt.model.wan.step import ChunkStep, FusedOps
 from causalrt.model.wan.transformer import Wan, wan_from_weights
 from causalrt.plugins.qk_norm_rope import qk_norm_rope
 from causalrt.plugins.rope_attention import attend_in_place, attend_to_copies, rope_attention_rows
-from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import blocks_from_shares
 from causalrt.recipes import recipe
 
 FAR = 30_000_000

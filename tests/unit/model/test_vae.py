@@ -286,7 +286,8 @@ def test_without_diffusers_it_says_what_to_install(vae, tmp_path, monkeypatch):
 
 
 def test_diffusers_is_imported_when_it_is_needed():
-    code = "import sys, causalrt.model.codecs.wan_vae, causalrt.engines.vae, causalrt.export.vae; sys.exit('diffusers' in sys.modules)"
+    modules = "causalrt.model.codecs.wan_vae, causalrt.engines.vae, causalrt.export.vae"
+    code = f"import sys, {modules}; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -37,7 +37,7 @@ def test_this_process_interprets():
 @given(
     case=st.builds(
         Case,
-        plan=st.sampled_from(["shares", "pad", "mesh"]),
+        plan=st.sampled_from(["balanced", "padded", "grouped"]),
         num_heads=st.integers(1, 13),
         world_size=st.integers(1, 16),
         num_tokens=st.integers(1, 48),

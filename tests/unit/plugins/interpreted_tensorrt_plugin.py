@@ -9,10 +9,10 @@ import tensorrt_double as double
 import torch
 from qk_norm_rope_cases import CASES, TOLERANCE, check, operands
 
-from causalrt.layout import plan_shares
+from causalrt.layout import plan_head_shards
 from causalrt.plugins.plugin_specs import SPECS
 from causalrt.plugins.rope_attention import rope_attention_rows
-from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import blocks_from_shares
 from causalrt.plugins.tensorrt_plugin import TYPES, register_plugins
 
 TARGET = 80
@@ -60,15 +60,15 @@ def test_qk_norm_rope(run, case):
 
 @pytest.mark.parametrize("kv_splits", [None, 3])
 @pytest.mark.parametrize(
-    ("num_heads", "world_size", "num_tokens"), [(3, 2, 13), (4, 2, 16)], ids=["2 shares", "1 share"]
+    ("num_heads", "world_size", "num_tokens"), [(3, 2, 13), (4, 2, 16)], ids=["2 shards", "1 shard"]
 )
 def test_rope_attention(run, num_heads, world_size, num_tokens, kv_splits):
     torch.manual_seed(0)
     head_dim, history, spare = 16, 21, 5
     local_tokens = math.ceil(num_tokens / world_size)
-    shares = plan_shares("shares", num_heads=num_heads, world_size=world_size, local_tokens=local_tokens)
-    heads, splits = [share.num_heads for share in shares], [share.split for share in shares]
-    rows = sum(share.num_heads * (share.query_rows + 2 * local_tokens) for share in shares)
+    shards = plan_head_shards("balanced", num_heads=num_heads, world_size=world_size, local_tokens=local_tokens)
+    heads, splits = [shard.num_heads for shard in shards], [shard.split for shard in shards]
+    rows = sum(shard.num_heads * (shard.query_rows + 2 * local_tokens) for shard in shards)
     received = torch.randn(world_size, rows, head_dim)
     blocks = blocks_from_shares(received.shape, num_tokens=num_tokens, num_heads=heads, splits=splits)
     slots = [torch.randn(1, count, num_tokens + history + spare, head_dim) for count in heads for _ in "kv"]

@@ -20,7 +20,7 @@ from triton.runtime import driver
 from causalrt.plugins import qk_norm_rope_launch
 from causalrt.plugins.ptx import compile_kernel
 from causalrt.plugins.rope_attention_launch import plan, tiles_for
-from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import blocks_from_shares
 
 STREAM = 77
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i64": torch.int64, "i32": torch.int32}
@@ -57,12 +57,12 @@ def planned(target, world_size):
     dtype, local_tokens = torch.bfloat16, 4680 // world_size
     rows = {"num_rows": local_tokens, "num_heads": 12, "head_dim": 128, "num_places": 2, "dtype": dtype}
     yield "qk_norm_rope", qk_norm_rope_launch.plan(**rows, eps=1e-6, row_strides=(1536,) * 3)
-    layout = make_layout("shares", 12, world_size, 4680)
+    layout = make_layout("balanced", 12, world_size, 4680)
     blocks = blocks_from_shares(
         (world_size, layout.scatter_rows, 128),
         num_tokens=4680,
-        num_heads=[share.num_heads for share in layout.shares],
-        splits=[share.split for share in layout.shares],
+        num_heads=[shard.num_heads for shard in layout.shards],
+        splits=[shard.split for shard in layout.shards],
     )
     for whole, rotate, kv_splits in ((True, False, 1), (False, True, 3)):
         made = plan(

@@ -14,7 +14,7 @@ import tensorrt_double as double
 import torch
 
 from causalrt.errors import OperandError
-from causalrt.layout import Layout, plan_shares
+from causalrt.layout import Layout, plan_head_shards
 from causalrt.plugins.plugin_specs import COMBINE_SPLITS, LARGE_TILES, QK_NORM_ROPE, SMALL_TILES, SPECS
 from causalrt.plugins.ptx import compile_kernel
 from causalrt.plugins.tensorrt_plugin import enable_in_place, register_plugins
@@ -22,10 +22,10 @@ from causalrt.plugins.tensorrt_plugin import enable_in_place, register_plugins
 # The 1.3B model, 12 heads of 128 channels on 8 ranks: chunks of 4680 tokens, slots of 32760 rows.
 WORLD_SIZE, NUM_TOKENS, SLOT_ROWS, NUM_HEADS, HEAD_DIM = 8, 4680, 32760, 12, 128
 LOCAL_TOKENS = 585
-SHARES = plan_shares("shares", num_heads=NUM_HEADS, world_size=WORLD_SIZE, local_tokens=LOCAL_TOKENS)
-LAYOUT = Layout(num_heads=NUM_HEADS, world_size=WORLD_SIZE, num_tokens=NUM_TOKENS, shares=SHARES)
-SCATTER_ROWS = sum(share.num_heads * (share.query_rows + 2 * LOCAL_TOKENS) for share in SHARES)
-GATHER_ROWS = sum(share.num_heads * share.query_rows for share in SHARES)
+SHARDS = plan_head_shards("balanced", num_heads=NUM_HEADS, world_size=WORLD_SIZE, local_tokens=LOCAL_TOKENS)
+LAYOUT = Layout(num_heads=NUM_HEADS, world_size=WORLD_SIZE, num_tokens=NUM_TOKENS, shards=SHARDS)
+SCATTER_ROWS = sum(shard.num_heads * (shard.query_rows + 2 * LOCAL_TOKENS) for shard in SHARDS)
+GATHER_ROWS = sum(shard.num_heads * shard.query_rows for shard in SHARDS)
 TARGET = 80
 
 
@@ -61,9 +61,9 @@ def qk_norm_rope_case(trt, dtype="BF16"):
 
 def rope_attention_case(trt, dtype="BF16", *, kv_splits=None):
     value = getattr(trt.DataType, dtype)
-    slots = [(value, (1, share.num_heads, SLOT_ROWS, HEAD_DIM)) for share in SHARES for _ in "kv"]
+    slots = [(value, (1, shard.num_heads, SLOT_ROWS, HEAD_DIM)) for shard in SHARDS for _ in "kv"]
     inputs = [(value, (WORLD_SIZE, SCATTER_ROWS, HEAD_DIM)), *slots, (trt.DataType.INT64, (1,))]
-    splits = {f"split_{number}": share.split for number, share in enumerate(SHARES)}
+    splits = {f"split_{number}": shard.split for number, shard in enumerate(SHARDS)}
     more = {"kv_splits": kv_splits} if kv_splits else {}
     return inputs, {"num_tokens": NUM_TOKENS, "gather_rows": GATHER_ROWS} | splits | more
 
@@ -169,13 +169,13 @@ def test_rope_attention_over_ranges_of_keys(build, trt, cache):
 
 def test_combine_is_the_launch_of_the_whole_plan(trt):
     from causalrt.plugins.rope_attention_launch import plan, tiles_for
-    from causalrt.plugins.share_blocks import blocks_from_shares
+    from causalrt.plugins.shard_blocks import blocks_from_shares
 
     blocks = blocks_from_shares(
         (WORLD_SIZE, SCATTER_ROWS, HEAD_DIM),
         num_tokens=NUM_TOKENS,
-        num_heads=[share.num_heads for share in SHARES],
-        splits=[share.split for share in SHARES],
+        num_heads=[shard.num_heads for shard in SHARDS],
+        splits=[shard.split for shard in SHARDS],
     )
     tiles = tiles_for(TARGET, dtype=torch.bfloat16, head_dim=HEAD_DIM, rotate=False)
     both = {"whole_slots": True, "rotate": False, "tiles": tiles, "num_multiprocessors": 108, "kv_splits": 3}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from causalrt.layout import Layout, plan_shares
+from causalrt.layout import Layout, plan_head_shards
 
 # Worst error of a value, relative to the length of its channel pair (rotation keeps it, single channels may cancel):
 # half a step of the type, and what float32 adds to it before the one rounding.
@@ -28,11 +28,11 @@ class Case(NamedTuple):
 
 # Cut heads with an odd S, more ranks than heads, padded heads, groups of heads, one rank.
 CASES = [
-    Case("shares", 12, 8, 35, 16),
-    Case("shares", 5, 7, 1, 64),
-    Case("pad", 5, 4, 26, 24, scale=300.0),
-    Case("mesh", 6, 4, 37, 32, scale=1e-3),
-    Case("shares", 3, 1, 7, 128, eps=1e-2),
+    Case("balanced", 12, 8, 35, 16),
+    Case("balanced", 5, 7, 1, 64),
+    Case("padded", 5, 4, 26, 24, scale=300.0),
+    Case("grouped", 6, 4, 37, 32, scale=1e-3),
+    Case("balanced", 3, 1, 7, 128, eps=1e-2),
 ]
 
 
@@ -61,8 +61,8 @@ def operands(case, dtype, seed=0):
     """Fresh operands; rows of q and of k are parts of longer ones, and what lies between them is not a number."""
     local_tokens = math.ceil(case.num_tokens / case.world_size)
     sizes = {"num_heads": case.num_heads, "world_size": case.world_size}
-    shares = plan_shares(case.plan, **sizes, local_tokens=local_tokens)
-    layout = Layout(**sizes, num_tokens=case.num_tokens, shares=shares)
+    shards = plan_head_shards(case.plan, **sizes, local_tokens=local_tokens)
+    layout = Layout(**sizes, num_tokens=case.num_tokens, shards=shards)
     width = case.num_heads * case.head_dim
     generator = torch.Generator().manual_seed(seed)
 

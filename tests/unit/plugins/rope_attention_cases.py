@@ -9,16 +9,16 @@ import math
 import numpy as np
 import torch
 
-from causalrt.layout import Layout, plan_shares
+from causalrt.layout import Layout, plan_head_shards
 from causalrt.plugins.rope_attention import _device_facts
-from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import blocks_from_shares
 
 NAN = float("nan")
 
 # Worst error beside float64, relative to the largest value of the output.
 KERNEL_ERRORS = {"float32": 6e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
-CUT_HEADS = {"plan": "shares", "heads": 12, "ranks": 8, "tokens": 37, "history": 75, "spare": 3, "dim": 128}
+CUT_HEADS = {"plan": "balanced", "heads": 12, "ranks": 8, "tokens": 37, "history": 75, "spare": 3, "dim": 128}
 CUT_HEADS |= {"whole": True, "rotate": True, "rank": 5, "kv_splits": 2, "block_m": 32, "block_n": 32}
 CUT_HEADS |= {"spread": 1.0, "seed": 1}
 CUT_CASES = [
@@ -30,19 +30,19 @@ CUT_CASES = [
 
 # plan, heads, ranks, tokens, history: odd rows, cut heads, more ranks than heads, ranks without a token, first chunk
 LAYOUTS = [
-    ("shares", 12, 8, 37, 20),
-    ("shares", 3, 2, 13, 8),
-    ("shares", 2, 5, 11, 3),
-    ("shares", 3, 8, 3, 7),
-    ("pad", 5, 3, 8, 0),
-    ("mesh", 6, 4, 9, 5),
-    ("shares", 4, 1, 6, 9),
+    ("balanced", 12, 8, 37, 20),
+    ("balanced", 3, 2, 13, 8),
+    ("balanced", 2, 5, 11, 3),
+    ("balanced", 3, 8, 3, 7),
+    ("padded", 5, 3, 8, 0),
+    ("grouped", 6, 4, 9, 5),
+    ("balanced", 4, 1, 6, 9),
 ]
 
 
 def make_layout(plan, heads, ranks, tokens):
-    shares = plan_shares(plan, num_heads=heads, world_size=ranks, local_tokens=math.ceil(tokens / ranks))
-    return Layout(world_size=ranks, num_tokens=tokens, num_heads=heads, shares=shares)
+    shards = plan_head_shards(plan, num_heads=heads, world_size=ranks, local_tokens=math.ceil(tokens / ranks))
+    return Layout(world_size=ranks, num_tokens=tokens, num_heads=heads, shards=shards)
 
 
 def make_arguments(layout, dim, history, *, whole=False, rotate=False, spare=0, dtype=torch.float32, seed=0):
@@ -54,8 +54,8 @@ def make_arguments(layout, dim, history, *, whole=False, rotate=False, spare=0, 
 
     rows = layout.num_tokens + history + spare
     slots = [
-        randn(1, share.num_heads, rows, dim) if whole else randn(1, rows, share.num_heads * dim)
-        for share in layout.shares
+        randn(1, shard.num_heads, rows, dim) if whole else randn(1, rows, shard.num_heads * dim)
+        for shard in layout.shards
         for _ in "kv"
     ]
     angle = 10 * randn(rows, dim // 2).float()
@@ -65,8 +65,8 @@ def make_arguments(layout, dim, history, *, whole=False, rotate=False, spare=0, 
         slots,
         torch.tensor([layout.num_tokens + history]),
         rotation,
-        [share.num_heads for share in layout.shares],
-        [share.split for share in layout.shares],
+        [shard.num_heads for shard in layout.shards],
+        [shard.split for shard in layout.shards],
         layout.num_tokens,
     )
 
@@ -81,27 +81,27 @@ def expected(received, slots, rotation, blocks):
     """The output in float64, by index arithmetic of its own; `slots` `[rows, heads, D]`, filled rows only, chunk written."""
     ranks, local = blocks.world_size, blocks.local_tokens
     out = torch.full((ranks, blocks.gather_rows, blocks.head_dim), NAN, dtype=torch.float64)
-    for share, k, v in zip(blocks.shares, slots[::2], slots[1::2], strict=True):
+    for shard, k, v in zip(blocks.shards, slots[::2], slots[1::2], strict=True):
         q = [
-            received[p, share.q_start + r * share.num_heads + h].double()
+            received[p, shard.q_start + r * shard.num_heads + h].double()
             for p in range(ranks)
-            for r in range(share.query_rows)
-            for h in range(share.num_heads)
+            for r in range(shard.query_rows)
+            for h in range(shard.num_heads)
         ]
-        q, k, v = torch.stack(q).view(-1, share.num_heads, blocks.head_dim), k.double(), v.double()
+        q, k, v = torch.stack(q).view(-1, shard.num_heads, blocks.head_dim), k.double(), v.double()
         if rotation:
             rank, cos, sin = rotation
-            first = share.first_row(int(rank), local)
+            first = shard.first_row(int(rank), local)
             token = [
                 min(p * local + min(first + r, local - 1), blocks.num_tokens - 1)
                 for p in range(ranks)
-                for r in range(share.query_rows)
+                for r in range(shard.query_rows)
             ]
             q = rotated(q, cos[token].double(), sin[token].double(), received.dtype)
             k = rotated(k, cos[: len(k)].double(), sin[: len(k)].double(), received.dtype)
         weights = (torch.einsum("rhd,lhd->hrl", q, k) / math.sqrt(blocks.head_dim)).softmax(-1)
         rows = torch.einsum("hrl,lhd->rhd", weights, v).reshape(ranks, -1, blocks.head_dim)
-        out[:, share.out_start : share.out_start + share.query_rows * share.num_heads] = rows
+        out[:, shard.out_start : shard.out_start + shard.query_rows * shard.num_heads] = rows
     return out
 
 
@@ -116,15 +116,15 @@ def run(case, device="cpu"):
     dtype = getattr(torch, case["dtype"])
     ranks, tokens, dim, whole = case["ranks"], case["tokens"], case["dim"], case["whole"]
     local = math.ceil(tokens / ranks)
-    shares = plan_shares(case["plan"], num_heads=case["heads"], world_size=ranks, local_tokens=local)
-    heads, splits = [s.num_heads for s in shares], [s.split for s in shares]
-    rows = sum(s.num_heads * (s.query_rows + 2 * local) for s in shares)
+    shards = plan_head_shards(case["plan"], num_heads=case["heads"], world_size=ranks, local_tokens=local)
+    heads, splits = [s.num_heads for s in shards], [s.split for s in shards]
+    rows = sum(s.num_heads * (s.query_rows + 2 * local) for s in shards)
     blocks = blocks_from_shares((ranks, rows, dim), num_tokens=tokens, num_heads=heads, splits=splits)
 
     received = case["spread"] * torch.randn(ranks, rows, dim)
-    for share in blocks.shares:
-        for start in (share.k_start, share.v_start):  # the last ranks' padding rows
-            part = received[:, start : start + local * share.num_heads]
+    for shard in blocks.shards:
+        for start in (shard.k_start, shard.v_start):  # the last ranks' padding rows
+            part = received[:, start : start + local * shard.num_heads]
             rows_of_tokens = part.reshape(ranks * local, -1).clone()
             rows_of_tokens[tokens:] = NAN
             part.copy_(rows_of_tokens.view_as(part))
@@ -174,10 +174,10 @@ def run(case, device="cpu"):
 
     written, problems = [], []
     for number, (old, new) in enumerate(zip(before, slots, strict=True)):
-        share = blocks.shares[number // 2]
-        old, new = token_slow(old, share.num_heads), token_slow(new, share.num_heads)
-        start = share.v_start if number % 2 else share.k_start
-        chunk = received[:, start : start + local * share.num_heads].reshape(-1, share.num_heads, dim)[:tokens]
+        shard = blocks.shards[number // 2]
+        old, new = token_slow(old, shard.num_heads), token_slow(new, shard.num_heads)
+        start = shard.v_start if number % 2 else shard.k_start
+        chunk = received[:, start : start + local * shard.num_heads].reshape(-1, shard.num_heads, dim)[:tokens]
         if not torch.equal(new[:tokens], chunk):
             problems.append(f"staging of slots {number}")
         if not torch.equal(new[tokens:].nan_to_num(12345.0), old[tokens:].nan_to_num(12345.0)):

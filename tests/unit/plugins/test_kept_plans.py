@@ -59,7 +59,7 @@ def call_rope_attention(
 ) -> None:
     layout = layout_from_config(config)
     received = torch.empty(2, layout.scatter_rows, DIM, dtype=dtype, device=device)
-    heads = [share.num_heads for share in layout.shares]
+    heads = [shard.num_heads for shard in layout.shards]
     slots = [
         torch.empty((1, count, slot_rows, DIM) if whole_slots else (1, slot_rows, count * DIM), dtype=dtype)
         for count in heads
@@ -67,7 +67,7 @@ def call_rope_attention(
     ]
     table, number = torch.empty(slot_rows, DIM // 2), torch.zeros(1, dtype=torch.int64)
     rotation = (number, table, table) if rotate else ()
-    splits = [share.split for share in layout.shares]
+    splits = [shard.split for shard in layout.shards]
     rope_attention.run_kernel(received, slots, number, rotation, heads, splits, layout.num_tokens)
 
 
@@ -85,7 +85,7 @@ def test_rope_attention(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> 
             launch = launched[-1]
             assert launch.signature["received"] == f"*{TRITON_TYPES[dtype]}"
             assert launch.constexprs["ROTATE"] == rotate
-            heads = LAYOUT.shares[0].num_heads
+            heads = LAYOUT.shards[0].num_heads
             assert launch.constexprs["ROW_STRIDE_0"] == (DIM if whole_slots else heads * DIM)
             assert launch.constexprs["HEAD_STRIDE_0"] == (slot_rows * DIM if whole_slots else DIM)
             if dtype == torch.bfloat16 and not rotate:
@@ -109,9 +109,9 @@ def test_a_kept_plan_lets_no_wrong_operand_through(launched: Launched) -> None:
 
     def attend(kv_rows: torch.Tensor) -> None:
         received = torch.empty(2, LAYOUT.scatter_rows, DIM)
-        heads = [share.num_heads for share in LAYOUT.shares]
+        heads = [shard.num_heads for shard in LAYOUT.shards]
         slots = [torch.empty(1, LAYOUT.num_tokens, count * DIM) for count in heads for _ in "kv"]
-        splits = [share.split for share in LAYOUT.shares]
+        splits = [shard.split for shard in LAYOUT.shards]
         rope_attention.run_kernel(received, slots, kv_rows, (), heads, splits, LAYOUT.num_tokens)
 
     calls: list[tuple[Callable[[torch.Tensor], None], torch.Tensor, torch.Tensor]] = [

@@ -19,7 +19,7 @@ from causalrt.export import translate
 from causalrt.model.wan.step import HeadExchange
 from causalrt.plugins.attention import kv_attention_in_place
 from causalrt.plugins.rope_attention import rope_attention, rope_attention_in_place, run_kernel
-from causalrt.plugins.share_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import blocks_from_shares
 
 # ---- the kernel, in Triton's interpreter
 
@@ -58,7 +58,7 @@ def interpreter():
 
 
 CASES = {
-    "plan": st.sampled_from(["shares", "pad", "mesh"]),
+    "plan": st.sampled_from(["balanced", "padded", "grouped"]),
     "heads": st.integers(1, 7),
     "ranks": st.integers(1, 9),
     "tokens": st.integers(1, 40),
@@ -108,7 +108,7 @@ def test_small_tiles_against_float64(interpreter, case, kv_splits):
 def plan_at_1_3b(head_plan, capability, **options):
     launch = pytest.importorskip("causalrt.plugins.rope_attention_launch")
     layout = make_layout(head_plan, 12, 8, 4680)
-    heads, splits = [s.num_heads for s in layout.shares], [s.split for s in layout.shares]
+    heads, splits = [s.num_heads for s in layout.shards], [s.split for s in layout.shards]
     blocks = blocks_from_shares((8, layout.scatter_rows, 128), num_tokens=4680, num_heads=heads, splits=splits)
     dtype, rotate = torch.bfloat16, options.pop("rotate", False)
     return launch.plan(
@@ -127,7 +127,7 @@ def plan_at_1_3b(head_plan, capability, **options):
 @pytest.mark.parametrize("capability", [80, 90])
 def test_nothing_spills_at_1_3b(capability, rotate, tmp_path):
     ptx = pytest.importorskip("causalrt.plugins.ptx")
-    plan = plan_at_1_3b("shares", capability, rotate=rotate)
+    plan = plan_at_1_3b("balanced", capability, rotate=rotate)
     for launch in (plan.attend, plan.combine):
         compiled = ptx.compile_kernel(launch, target=capability, cache=tmp_path)
         assert compiled.spill_bytes == 0
@@ -164,7 +164,7 @@ def test_small_tiles_need_48_kib_at_most(dtype, head_dim, capability, tmp_path):
 
 
 def test_one_launch_covers_all_tiles_of_all_shares():
-    plan = plan_at_1_3b("shares", 80, kv_splits=1)
+    plan = plan_at_1_3b("balanced", 80, kv_splits=1)
     assert plan.combine is None
     assert plan.attend.grid == (37 + 19 + 2 * math.ceil(4680 / 64), 1, 1)
 
@@ -180,9 +180,9 @@ def test_keys_are_split_where_waves_are_ragged():
 
 def test_plan_refuses_what_the_kernel_cannot_address():
     with pytest.raises(KernelError, match="shorter window"):
-        plan_at_1_3b("shares", 80, slot_rows=2**24)
+        plan_at_1_3b("balanced", 80, slot_rows=2**24)
     with pytest.raises(KernelError, match="cannot stage"):
-        plan_at_1_3b("shares", 80, slot_rows=4679)
+        plan_at_1_3b("balanced", 80, slot_rows=4679)
 
 
 # ---- the op as torch sees it
@@ -192,7 +192,7 @@ def test_plan_refuses_what_the_kernel_cannot_address():
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype, whole, rotate):
-    arguments = make_arguments(make_layout("shares", 3, 2, 13), 16, 8, whole=whole, rotate=rotate, dtype=dtype)
+    arguments = make_arguments(make_layout("balanced", 3, 2, 13), 16, 8, whole=whole, rotate=rotate, dtype=dtype)
     torch.library.opcheck(rope_attention, arguments)
     torch.library.opcheck(rope_attention_in_place, arguments)
 
@@ -213,7 +213,7 @@ def test_functional_form_is_the_one_in_place_and_writes_no_input(sizes, whole):
 
 
 def test_blocks_of_another_layout_are_refused():
-    received, *rest = make_arguments(make_layout("shares", 3, 2, 13), 16, 8)
+    received, *rest = make_arguments(make_layout("balanced", 3, 2, 13), 16, 8)
     with pytest.raises(OperandError, match="take both from one Layout"):
         rope_attention(received[:, 1:], *rest)
 
@@ -222,7 +222,7 @@ def test_blocks_of_another_layout_are_refused():
     ("number", "change", "message"),
     [
         (0, lambda received: received.transpose(0, 1).contiguous().transpose(0, 1), "received has strides"),
-        (1, lambda slots: slots[:-1], "k and v of 2 shares"),
+        (1, lambda slots: slots[:-1], "k and v of 2 shards"),
         (1, lambda slots: [*slots[:3], slots[3][:, :, :-1]], "slots 3 must be"),
         (1, lambda slots: [slots[0].bfloat16(), *slots[1:]], "slots 0 must be .* torch.float32, got .* torch.bfloat16"),
         (1, lambda slots: [slots[0].mT.contiguous().mT, *slots[1:]], "slots 0 has strides"),
@@ -235,7 +235,7 @@ def test_blocks_of_another_layout_are_refused():
 )
 @pytest.mark.parametrize("whole", [False, True])
 def test_kernel_is_given_what_it_was_planned_for(whole, number, change, message):
-    arguments = list(make_arguments(make_layout("shares", 3, 2, 13), 16, 8, whole=whole, rotate=True))
+    arguments = list(make_arguments(make_layout("balanced", 3, 2, 13), 16, 8, whole=whole, rotate=True))
     arguments[number] = change(arguments[number])
     with pytest.raises(OperandError, match=message):
         run_kernel(*arguments)
@@ -243,7 +243,7 @@ def test_kernel_is_given_what_it_was_planned_for(whole, number, change, message)
 
 def test_kernel_is_not_interpreted_unasked():
     with pytest.raises(KernelError, match="TRITON_INTERPRET=1"):
-        run_kernel(*make_arguments(make_layout("shares", 3, 2, 13), 16, 8))
+        run_kernel(*make_arguments(make_layout("balanced", 3, 2, 13), 16, 8))
 
 
 # ---- its meaning: the unfused graph
@@ -257,7 +257,7 @@ def all_to_all(sent):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 def test_a_layer_equals_the_unfused_one(sizes, whole):
-    """scatter_heads, attention share by share and gather_heads on P ranks, and the op between the same exchanges."""
+    """scatter_heads, attention shard by shard and gather_heads on P ranks, and the op between the same exchanges."""
     *layout, history = sizes
     layout, dim = make_layout(*layout), 8
     ranks, rows = layout.world_size, layout.local_tokens
@@ -270,16 +270,16 @@ def test_a_layer_equals_the_unfused_one(sizes, whole):
     outputs = []
     for rank in range(ranks):
         exchange = HeadExchange(layout, dim, lambda sent, rank=rank: received[rank])
-        pairs = zip(layout.shares, exchange.scatter_heads(*qkv[rank]), slots[rank][::2], slots[rank][1::2], strict=True)
+        pairs = zip(layout.shards, exchange.scatter_heads(*qkv[rank]), slots[rank][::2], slots[rank][1::2], strict=True)
         outputs.append(
             [
                 kv_attention_in_place(
-                    *new, *(x.transpose(1, 2).flatten(2) if whole else x for x in (k, v)), share.num_heads
+                    *new, *(x.transpose(1, 2).flatten(2) if whole else x for x in (k, v)), shard.num_heads
                 )[0]
-                for share, new, k, v in pairs
+                for shard, new, k, v in pairs
             ]
         )
-    sent = torch.stack([torch.cat([x.reshape(ranks, -1, dim) for x in shares], dim=1) for shares in outputs])
+    sent = torch.stack([torch.cat([x.reshape(ranks, -1, dim) for x in shards], dim=1) for shards in outputs])
     torch.testing.assert_close(fused, sent, rtol=0, atol=2e-6)
     for rank in range(ranks):
         exchange = HeadExchange(layout, dim, lambda _, rank=rank: all_to_all(sent)[rank])
@@ -338,7 +338,7 @@ def test_onnx_form(sizes, whole, rotate, tmp_path):
 @pytest.mark.parametrize("rotate", [False, True])
 def test_onnx_form_of_a_prefix_takes_any_length(rotate, tmp_path):
     """The tables are those of all slots, however many are bound."""
-    layout, whole = make_layout("shares", 3, 2, 13), 99
+    layout, whole = make_layout("balanced", 3, 2, 13), 99
     _, _, _, tables, *_ = make_arguments(layout, 8, whole - 13, rotate=rotate)
 
     def arguments(history):

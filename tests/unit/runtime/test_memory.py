@@ -52,7 +52,7 @@ def test_the_released_model_has_its_parameters():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
-@pytest.mark.parametrize("plan", ["shares", "pad", "mesh"])
+@pytest.mark.parametrize("plan", ["balanced", "padded", "grouped"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_kv_slots_allocate_what_was_predicted(name, plan, world_size):
     changes = {"build.world_size": str(world_size), "build.head_plan": plan, "build.precision": "bfloat16"}

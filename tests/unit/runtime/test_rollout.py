@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from causalrt.runtime.session_buffers import SessionBufferPool
 from safetensors.torch import save_file
 
 from causalrt.config import Config, override
@@ -26,6 +25,7 @@ from causalrt.runtime.collectives import LocalCollectives, Traffic
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
 from causalrt.runtime.rollout import ChunkTimes, Rollout
+from causalrt.runtime.session_buffers import SessionBufferPool
 from causalrt.runtime.warm_up import warm_up
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from causalrt.server.admission import Admission, LeftError, RateLimit
-from causalrt.server.problems import ApiError
+from causalrt.server.api_errors import ApiError
 
 
 def run(test):

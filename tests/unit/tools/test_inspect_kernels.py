@@ -43,8 +43,8 @@ def cache(tmp_path_factory):
 
 # ---- the launches are those of the plugins and of the ops
 
-LAYOUTS = [("tiny", 1, "shares"), ("tiny", 2, "shares"), ("wan_1_3b_480p", 1, "shares")]
-LAYOUTS += [("wan_1_3b_480p", 8, plan) for plan in ("shares", "pad", "mesh")]
+LAYOUTS = [("tiny", 1, "balanced"), ("tiny", 2, "balanced"), ("wan_1_3b_480p", 1, "balanced")]
+LAYOUTS += [("wan_1_3b_480p", 8, plan) for plan in ("balanced", "padded", "grouped")]
 
 
 def made_tensors(config):
@@ -53,9 +53,9 @@ def made_tensors(config):
     row, table = (layout.local_tokens, model.dim), (1, layout.local_tokens, model.head_dim // 2)
     shapes = {"q": row, "k": row, "v": row, "norm_q": row[1:], "norm_k": row[1:]}
     shapes["received"] = (layout.world_size, layout.scatter_rows, model.head_dim)
-    for number, share in enumerate(layout.shares):
+    for number, shard in enumerate(layout.shards):
         for kind in "kv":
-            shapes[f"{kind}_slots_{number}"] = (1, share.num_heads, config.slot_rows, model.head_dim)
+            shapes[f"{kind}_slots_{number}"] = (1, shard.num_heads, config.slot_rows, model.head_dim)
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     tensors |= {name: torch.empty(table, device="meta") for name in ("cos", "sin")}
     tensors["destinations"] = torch.from_numpy(layout.scatter_destinations()).to("meta")
@@ -72,7 +72,7 @@ def test_launches_are_those_of_the_plugins(name, ranks, head_plan, target):
     numbers = {"num_heads": config.model.num_heads, "eps": config.model.eps, "dtype": 16}
     numbers |= {"out_rows": layout.world_size * layout.scatter_rows, "num_tokens": layout.num_tokens}
     numbers |= {"gather_rows": layout.gather_rows, "kv_splits": planned[-1].kv_splits}
-    numbers |= {f"split_{number}": share.split for number, share in enumerate(layout.shares)}
+    numbers |= {f"split_{number}": shard.split for number, shard in enumerate(layout.shards)}
     parts = (planned[-1].kv_splits, layout.world_size, layout.gather_rows, config.model.head_dim)
     tensors |= {"parts": torch.empty(parts, device="meta"), "log_sums": torch.empty(parts[:3], device="meta")}
     specs = {spec.name: spec for spec in SPECS}
@@ -102,8 +102,8 @@ def test_an_a100_launches_what_is_planned_for_it(name, ranks, head_plan, time_in
         [tensors[key] for key in tensors if "_slots_" in key],
         tensors["kv_rows"],
         rotation,
-        [share.num_heads for share in layout.shares],
-        [share.split for share in layout.shares],
+        [shard.num_heads for shard in layout.shards],
+        [shard.split for shard in layout.shards],
         layout.num_tokens,
     )
     planned = [kernel.launch for kernel in plan_kernels(config, GPUS[80])]
@@ -143,7 +143,7 @@ def test_nothing_spills_at_1_3b(target, cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_plan", ["shares", "pad", "mesh"])
+@pytest.mark.parametrize("head_plan", ["balanced", "padded", "grouped"])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_spills_at_1_3b_on_any_ranks(target, ranks, head_plan, cache):
@@ -246,7 +246,7 @@ def test_what_the_kernel_cannot_address_is_unavailable(cache):
 
 def test_what_triton_refuses_is_unavailable_and_prints_nothing(monkeypatch, tmp_path, capsys):
     def refuse(*arguments, **options):
-        sys.stdout.write("please share the reproducer")
+        sys.stdout.write("please shard the reproducer")
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr("triton.compile", refuse)

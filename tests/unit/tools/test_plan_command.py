@@ -41,7 +41,7 @@ def test_json_is_the_same_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert said(capsys, *arguments) == first
     found = json.loads(first)
     assert found["predicted_not_measured"] is True
-    assert [each["layout"] for each in found["forecasts"]] == ["shares", "pad", "mesh", "gathered"]
+    assert [each["layout"] for each in found["forecasts"]] == ["balanced", "padded", "grouped", "gathered"]
     assert found["forecasts"][0]["counts"]["all_to_all_calls"] == 5 * 60
     assert found["forecasts"][3]["counts"]["all_to_all_calls"] == 5 * 30
     assert set(found["simulation"]["chunk_ms"]) == {"p50", "p95", "p99"}
@@ -58,15 +58,15 @@ def test_json_is_the_same_twice(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_the_executor_to_build_is_named(capsys: pytest.CaptureFixture[str], gpu: str, built: str) -> None:
-    arguments = ("--gpu", gpu, "--world-size", "1", "--head-plan", "shares")
+    arguments = ("--gpu", gpu, "--world-size", "1", "--head-plan", "balanced")
     assert built in said(capsys, *arguments)
     assert built in json.loads(said(capsys, *arguments, "--json"))["verdict"][-1]
 
 
 def test_a_table_over_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    out = said(capsys, "--gpu", "h100", "--head-plan", "shares", "--collectives", "runtime")
+    out = said(capsys, "--gpu", "h100", "--head-plan", "balanced", "--collectives", "runtime")
     assert "PREDICTED, not measured" in out
-    rows = [line.split()[0] for line in out.splitlines() if " shares " in line and line.strip()[0].isdigit()]
+    rows = [line.split()[0] for line in out.splitlines() if " shards " in line and line.strip()[0].isdigit()]
     assert rows == ["1", "2", "3", "4", "6", "8", "12", "16"]
 
 
@@ -79,12 +79,12 @@ def test_validation(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_small_model_wants_one_gpu() -> None:
     config = override(recipe("tiny"), {"build.precision": "bfloat16"})
     machine = GpuMachine(gpu=GPUS["rtx5090"])
-    found = [forecast(config, machine, "shares", world_size=p, executor="tensorrt") for p in (1, 2, 4)]
+    found = [forecast(config, machine, "balanced", world_size=p, executor="tensorrt") for p in (1, 2, 4)]
     assert "Use one GPU a session" in verdict(found)[0]
 
 
 def test_a_large_model_is_worth_more(capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(said(capsys, "--recipe", "wan_14b_480p", "--gpu", "a800", "--head-plan", "pad", "--json"))
+    found = json.loads(said(capsys, "--recipe", "wan_14b_480p", "--gpu", "a800", "--head-plan", "padded", "--json"))
     assert any("worth it" in sentence for sentence in found["verdict"])
     assert any("real time" in sentence for sentence in found["verdict"])
 
@@ -122,7 +122,7 @@ def test_a_plan_from_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture
     path = tmp_path / "machine.json"
     calibration((1, 2)).write(path)
     found = json.loads(
-        said(capsys, "--recipe", "bench_cpu", "--calibration", str(path), "--head-plan", "shares", "--json")
+        said(capsys, "--recipe", "bench_cpu", "--calibration", str(path), "--head-plan", "balanced", "--json")
     )
     assert [each["world_size"] for each in found["forecasts"]] == [1, 2]
     with pytest.raises(ConfigError, match="onnxruntime x 1"):
@@ -132,7 +132,7 @@ def test_a_plan_from_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_measured_step_by_hand() -> None:
     config = recipe("tiny")
     machine = CalibratedMachine(machine="m", entry=calibration().entries[0])
-    found = forecast(config, machine, "shares", world_size=1, executor="eager")
+    found = forecast(config, machine, "balanced", world_size=1, executor="eager")
     parts = found.chunks[0].parts
     s, c, f, layers = 18, 48, 96, 2
     flops = layers * (6 * 2 * s * c * c + 2 * 2 * s * c * f) + 2 * 2 * s * c * 64
@@ -227,7 +227,7 @@ def test_an_exchange_is_timed_in_the_precision_that_is_planned_for(monkeypatch: 
 def test_this_machine_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two executors on one and on two ranks; a time is never asserted."""
     path = tmp_path / "machine.json"
-    out = said(capsys, "--recipe", "tiny", "--calibrate", str(path), "--head-plan", "shares", "--json")
+    out = said(capsys, "--recipe", "tiny", "--calibrate", str(path), "--head-plan", "balanced", "--json")
     assert [each["world_size"] for each in json.loads(out)["forecasts"]] == [1, 2]
     found = read_calibration(path)
     assert {(entry.runtime, entry.ranks) for entry in found.entries} == {

@@ -63,7 +63,7 @@ def counted_step(config: Config, kv_frames: int) -> tuple[int, int, list[tuple[i
     return counter.get_total_flops(), attended, exchanged
 
 
-@pytest.mark.parametrize("plan", ["shares", "pad", "mesh"])
+@pytest.mark.parametrize("plan", ["balanced", "padded", "grouped"])
 @pytest.mark.parametrize(("ranks", "changes"), [(1, {}), (2, {}), (8, TWELVE_HEADS)])
 def test_a_step_is_counted_as_torch_counts_it(plan: str, ranks: int, changes: dict[str, str]) -> None:
     config = config_for(ranks, **changes, **{"build.head_plan": plan})
@@ -75,7 +75,7 @@ def test_a_step_is_counted_as_torch_counts_it(plan: str, ranks: int, changes: di
     assert work.rows_sent == sum(p * rows for p, rows in exchanged)
 
 
-@pytest.mark.parametrize("plan", ["shares", "pad", "mesh"])
+@pytest.mark.parametrize("plan", ["balanced", "padded", "grouped"])
 def test_kv_bytes_are_those_of_the_slots(plan: str) -> None:
     config = config_for(8, **TWELVE_HEADS, **{"build.head_plan": plan})
     layout = layout_from_config(config)
@@ -93,28 +93,28 @@ def test_the_table_of_the_design() -> None:
     config = override(recipe("wan_1_3b_480p"), {"build.world_size": "8"})
     found = {name: head_layout(config, name) for name in LAYOUTS}
     assert {name: layout.kv_heads for name, layout in found.items()} == {
-        "shares": 2,
-        "pad": 2,
-        "mesh": 3,
+        "balanced": 2,
+        "padded": 2,
+        "grouped": 3,
         "gathered": 12,
     }
     assert {name: sum(layout.exchanged_rows) for name, layout in found.items()} == {
-        "shares": 4096,
-        "pad": 8 * 585,
-        "mesh": 9 * 585 + 3,
+        "balanced": 4096,
+        "padded": 8 * 585,
+        "grouped": 9 * 585 + 3,
         "gathered": 24 * 585,
     }
     tiles = {
         name: [group.num_heads * math.ceil(group.rows / 128) for group in layout.groups]
         for name, layout in found.items()
     }
-    assert tiles == {"shares": [37, 19], "pad": [74], "mesh": [57], "gathered": [60]}
+    assert tiles == {"balanced": [37, 19], "padded": [74], "grouped": [57], "gathered": [60]}
 
 
 def test_the_work_of_the_design() -> None:
     """One forward at 1.3B, chunk 7: 11.7 TFLOP linear, 28.3 self-attention (design section 13)."""
     config = recipe("wan_1_3b_480p")
-    work = step_work(config, head_layout(config, "shares"), kv_rows=config.slot_rows)
+    work = step_work(config, head_layout(config, "balanced"), kv_rows=config.slot_rows)
     inner = sum(attention.count * attention.flops for attention in work.attentions if attention.over_slots)
     assert sum(gemm.count * gemm.flops for gemm in work.gemms) / 1e12 == pytest.approx(11.7, abs=0.05)
     assert inner / 1e12 == pytest.approx(28.3, abs=0.05)

@@ -66,7 +66,7 @@ def test_more_work_takes_no_less(gpu: str, lowering: str) -> None:
     for case in CASES:
         last = 0.0
         for frames in range(3, 22, 3):
-            work = step_work(CONFIG, head_layout(CONFIG, "shares"), kv_rows=1560 * frames)
+            work = step_work(CONFIG, head_layout(CONFIG, "balanced"), kv_rows=1560 * frames)
             seconds = machine.step_time(work, case, slot_rows=CONFIG.slot_rows).total_s
             assert seconds >= last
             assert seconds > machine.bound_seconds(work)
@@ -88,7 +88,7 @@ def test_cases_are_in_order(layout: str, vae: str) -> None:
 
 def test_collectives_of_the_runtime_cost_more_than_those_of_the_engine() -> None:
     engine, runtime = (
-        forecast(CONFIG, GpuMachine(gpu=GPUS["a800"], lowering=how), "shares", world_size=8, executor="tensorrt")
+        forecast(CONFIG, GpuMachine(gpu=GPUS["a800"], lowering=how), "balanced", world_size=8, executor="tensorrt")
         for how in ("engine", "runtime")
     )
     assert runtime.latency_s.nominal > engine.latency_s.nominal

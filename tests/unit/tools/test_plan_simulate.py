@@ -22,7 +22,7 @@ CHUNKS = 12
 
 def a_forecast(vae: str, world_size: int = 4) -> Forecast:
     machine = GpuMachine(gpu=GPUS["a800"], fused_ops=True)
-    return forecast(CONFIG, machine, "shares", world_size=world_size, executor="tensorrt", vae=vae)
+    return forecast(CONFIG, machine, "balanced", world_size=world_size, executor="tensorrt", vae=vae)
 
 
 def times(found: Forecast) -> list[tuple[float, float, float]]:

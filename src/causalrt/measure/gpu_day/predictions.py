@@ -83,7 +83,7 @@ class Planner:
         return over_cases(lambda case: 1e6 * machine.exchange_seconds(work.exchanges[index], ranks, case))
 
     def _work(self, config: Config, kv_rows: int, *, fused_ops: bool) -> StepWork:
-        return step_work(config, head_layout(config, "shares"), kv_rows=kv_rows, fused_ops=fused_ops)
+        return step_work(config, head_layout(config, "balanced"), kv_rows=kv_rows, fused_ops=fused_ops)
 
 
 def planner_for(book: Book) -> Planner:

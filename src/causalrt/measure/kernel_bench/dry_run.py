@@ -20,7 +20,7 @@ Line = tuple[str, Work | None, int]
 def planned_cases(args: argparse.Namespace, config: Config) -> Iterator[Line]:
     """Every case, in order."""
 
-    def of(world_size: int, plan: str = "shares") -> Config:
+    def of(world_size: int, plan: str = "balanced") -> Config:
         return override(config, {"build.world_size": str(world_size), "build.head_plan": plan})
 
     lengths = kv_lengths(args, config)

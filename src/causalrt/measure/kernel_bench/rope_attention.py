@@ -18,10 +18,10 @@ from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import Layout, layout_from_config
 from causalrt.measure.kernel_bench.operands import OTHERS, Random, WrongResultError, element_bytes, interpreted, require
 from causalrt.measure.kernel_bench.timing import Call, Captured, Facts, Output, Work
-from causalrt.plugins.rope_attention import query_tokens, rope_attention_in_place, run_kernel, share_parts
+from causalrt.plugins.rope_attention import query_tokens, rope_attention_in_place, run_kernel, shard_parts
 from causalrt.plugins.rope_attention_launch import RopeAttentionPlan, Tiles, plan, tiles_for
 from causalrt.plugins.rotate import rotate_pairs_real
-from causalrt.plugins.share_blocks import ShareBlocks, blocks_from_shares
+from causalrt.plugins.shard_blocks import ShardBlocks, blocks_from_shares
 
 OUTPUT_ERRORS = {torch.float32: 6e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Worst error relative to the largest value."""
@@ -37,7 +37,7 @@ BACKENDS = {
 }
 
 Parts = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""q, k, v `[1, heads, rows, D]` of each share."""
+"""q, k, v `[1, heads, rows, D]` of each shard."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,16 +57,16 @@ class Slots:
 
 
 class RopeAttention:
-    """One rank's attention of one layer, all shares, over a number of filled slot rows."""
+    """One rank's attention of one layer, all shards, over a number of filled slot rows."""
 
     def __init__(self, config: Config, kv_rows: int) -> None:
         self.layout: Layout = layout_from_config(config)
         self.head_plan, self.world_size = config.build.head_plan, config.build.world_size
         self.dtype, self.kv_rows, self.slot_rows = TORCH_DTYPES[config.build.precision], kv_rows, config.slot_rows
-        self.heads = [share.num_heads for share in self.layout.shares]
-        self.splits = [share.split for share in self.layout.shares]
+        self.heads = [shard.num_heads for shard in self.layout.shards]
+        self.splits = [shard.split for shard in self.layout.shards]
         self.num_tokens = config.tokens_per_chunk
-        self.blocks: ShareBlocks = blocks_from_shares(
+        self.blocks: ShardBlocks = blocks_from_shares(
             (self.world_size, self.layout.scatter_rows, config.model.head_dim),
             num_tokens=self.num_tokens,
             num_heads=self.heads,
@@ -75,8 +75,8 @@ class RopeAttention:
 
     @property
     def query_rows(self) -> list[int]:
-        """Of each share, over all source ranks."""
-        return [self.world_size * share.query_rows for share in self.blocks.shares]
+        """Of each shard, over all source ranks."""
+        return [self.world_size * shard.query_rows for shard in self.blocks.shards]
 
     @property
     def work(self) -> Work:
@@ -111,19 +111,19 @@ class RopeAttention:
         return made
 
     def heads_slow(self, given: Slots) -> Parts:
-        """q, k, v `[1, heads, rows, D]` of each share, contiguous, rotated where attention rotates; whole slots."""
+        """q, k, v `[1, heads, rows, D]` of each shard, contiguous, rotated where attention rotates; whole slots."""
         parts = []
-        pairs = zip(self.blocks.shares, given.slots[::2], given.slots[1::2], strict=True)
-        for share, k_slots, v_slots in pairs:
-            q, *new = share_parts(given.received, self.blocks, share)
-            heads = share.num_heads
+        pairs = zip(self.blocks.shards, given.slots[::2], given.slots[1::2], strict=True)
+        for shard, k_slots, v_slots in pairs:
+            q, *new = shard_parts(given.received, self.blocks, shard)
+            heads = shard.num_heads
             k, v = (
                 torch.cat([chunk, old[:, :, self.num_tokens : self.kv_rows].transpose(1, 2).flatten(2)], dim=1)
                 for chunk, old in zip(new, (k_slots, v_slots), strict=True)
             )
             if given.rotation:
                 rank, cos, sin = given.rotation
-                tokens = query_tokens(rank, self.blocks, share)
+                tokens = query_tokens(rank, self.blocks, shard)
                 q = rotate_pairs_real(q, cos[None, tokens], sin[None, tokens], heads)
                 k = rotate_pairs_real(k, cos[None, : self.kv_rows], sin[None, : self.kv_rows], heads)
             q, k, v = (x.reshape(1, x.shape[1], heads, -1).transpose(1, 2).contiguous() for x in (q, k, v))
@@ -131,7 +131,7 @@ class RopeAttention:
         return parts
 
     def reference(self, given: Slots) -> list[torch.Tensor]:
-        """`[heads, rows, D]` float64 of each share, head by head and few queries at a time."""
+        """`[heads, rows, D]` float64 of each shard, head by head and few queries at a time."""
         outputs = []
         for q, k, v in self.heads_slow(given):
             out = torch.empty_like(q[0], dtype=torch.float64)
@@ -179,7 +179,7 @@ class RopeAttention:
         return call
 
     def sdpa(self, parts: Parts, backend: SDPBackend) -> Call:
-        """`scaled_dot_product_attention` over what `heads_slow` gave, a call for each share."""
+        """`scaled_dot_product_attention` over what `heads_slow` gave, a call for each shard."""
 
         def call() -> Output:
             with sdpa_kernel(backend):
@@ -190,13 +190,13 @@ class RopeAttention:
     # -- checks
 
     def by_share(self, out: Output) -> list[torch.Tensor]:
-        """`[heads, rows, D]` of each share, of a kernel's output or of SDPA's."""
+        """`[heads, rows, D]` of each shard, of a kernel's output or of SDPA's."""
         if isinstance(out, tuple):
             return [x[0] for x in out]
         parts = []
-        for share, rows in zip(self.blocks.shares, self.query_rows, strict=True):
-            part = out[:, share.out_start : share.out_start + share.query_rows * share.num_heads]
-            parts.append(part.reshape(rows, share.num_heads, -1).transpose(0, 1))
+        for shard, rows in zip(self.blocks.shards, self.query_rows, strict=True):
+            part = out[:, shard.out_start : shard.out_start + shard.query_rows * shard.num_heads]
+            parts.append(part.reshape(rows, shard.num_heads, -1).transpose(0, 1))
         return parts
 
     def check(self, name: str, captured: Captured, reference: Sequence[torch.Tensor], *, kernel: bool) -> float:
@@ -218,11 +218,11 @@ class RopeAttention:
     def check_slots(self, name: str, given: Slots, before: Slots) -> None:
         """Staging holds the chunk, and nothing behind it was written."""
         for number, (tensor, old) in enumerate(zip(given.slots, before.slots, strict=True)):
-            share = self.blocks.shares[number // 2]
-            _, *new = share_parts(given.received, self.blocks, share)
+            shard = self.blocks.shards[number // 2]
+            _, *new = shard_parts(given.received, self.blocks, shard)
             chunk = new[number % 2]
             if tensor.dim() == 4:
-                chunk = chunk.reshape(1, self.num_tokens, share.num_heads, -1).transpose(1, 2)
+                chunk = chunk.reshape(1, self.num_tokens, shard.num_heads, -1).transpose(1, 2)
             history = (x[..., self.num_tokens :, :].nan_to_num(12345.0) for x in (tensor, old))
             if not torch.equal(tensor[..., : self.num_tokens, :], chunk) or not torch.equal(*history):
                 raise WrongResultError(f"rope_attention over {self.kv_rows} rows, {name}: slots {number} are wrong")

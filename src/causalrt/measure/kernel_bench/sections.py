@@ -21,7 +21,7 @@ from causalrt.measure.kernel_bench.verdicts import judge, judge_all, progress
 from causalrt.plugins.ptx import compile_kernel, default_cache
 from causalrt.plugins.rope_attention_launch import MAX_KV_SPLITS, RopeAttentionPlan, Tiles
 
-PLANS = ("shares", "pad", "mesh")
+PLANS = ("balanced", "padded", "grouped")
 COPY_FRACTION = 0.8
 SDPA_RATIO = 1.15
 LARGE_COPY_BYTES = 8 * 2**30
@@ -199,14 +199,14 @@ class Bench:
         samples = self._measure(ready, known)
         others: dict[str, str | None] = {}
         for plan in PLANS:
-            name = "two SDPA calls" if plan == "shares" else f"{plan} by SDPA"
+            name = "two SDPA calls" if plan == "balanced" else f"{plan} by SDPA"
             others[name] = fastest(samples, (side for side in sides if side.startswith(f"{plan}, sdpa")))
-            others |= {f"{plan} by our kernel": f"{plan}, kernel"} if plan != "shares" else {}
+            others |= {f"{plan} by our kernel": f"{plan}, kernel"} if plan != "balanced" else {}
         ratios = {}
         for name, side in others.items():
             if side is not None:
-                ratios[side] = ratio(samples["shares, kernel"], samples[side])
-                text = f"plans, P = {world_size}, {kv_rows} keys: shares in one launch is faster than {name}"
+                ratios[side] = ratio(samples["balanced, kernel"], samples[side])
+                text = f"plans, P = {world_size}, {kv_rows} keys: balanced in one launch is faster than {name}"
                 self._claim(text, judge(ratios[side]), f"{ratios[side]} of the time of {side}")
         winner = fastest(samples, ready)
         progress(f"  fastest: {winner}")
@@ -327,7 +327,7 @@ class Bench:
         """Whether it is a CUDA device."""
         return self.device.type == "cuda"
 
-    def _config(self, world_size: int, plan: str = "shares") -> Config:
+    def _config(self, world_size: int, plan: str = "balanced") -> Config:
         return override(self.base, {"build.world_size": str(world_size), "build.head_plan": plan})
 
     def _random(self) -> Random:

@@ -4,7 +4,7 @@
                                      cross-attention, feed-forward } -> head -> flow [S, 64]
 
 What meets other rows is handed in as `StepOps`: eager calls real collectives and writes the KV slots in place; a trace
-records functional ops. Shapes as in `wan.py`; KV tensors are `[1, rows, heads * D]`, one pair for each layer and share.
+records functional ops. Shapes as in `wan.py`; KV tensors are `[1, rows, heads * D]`, one pair for each layer and shard.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from causalrt.model.wan.transformer import AttentionWeights, Wan
 
 KVPair = tuple[torch.Tensor, torch.Tensor]
 KVTensors = Sequence[Sequence[KVPair]]
-"""By layer, by share: (k, v)."""
+"""By layer, by shard: (k, v)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +111,7 @@ class HeadExchange(nn.Module):
     def scatter_heads(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """`[1, S, H*D]` x 3 -> for each share q `[1, P*query_rows, h*D]`, k and v `[1, N, h*D]`; one collective.
+        """`[1, S, H*D]` x 3 -> for each shard q `[1, P*query_rows, h*D]`, k and v `[1, N, h*D]`; one collective.
 
         Every rank calls it, in layer order; all blocks have the same size.
         """
@@ -121,19 +121,19 @@ class HeadExchange(nn.Module):
         stacked = torch.cat([q, k, v]).view(-1, self.head_dim)
         sent = stacked.index_select(0, self.scatter_index).view(ranks, -1, self.head_dim)
         received = self.all_to_all(sent)
-        shares, start = [], 0
-        for share in self.layout.shares:
+        shards, start = [], 0
+        for shard in self.layout.shards:
             parts = []
-            for part_rows in (share.query_rows, rows, rows):
-                part = received[:, start : start + part_rows * share.num_heads]
-                parts.append(part.reshape(1, ranks * part_rows, share.num_heads * self.head_dim))
-                start += part_rows * share.num_heads
+            for part_rows in (shard.query_rows, rows, rows):
+                part = received[:, start : start + part_rows * shard.num_heads]
+                parts.append(part.reshape(1, ranks * part_rows, shard.num_heads * self.head_dim))
+                start += part_rows * shard.num_heads
             tokens = self.layout.num_tokens
-            shares.append((parts[0], parts[1][:, :tokens], parts[2][:, :tokens]))
-        return shares
+            shards.append((parts[0], parts[1][:, :tokens], parts[2][:, :tokens]))
+        return shards
 
     def gather_heads(self, outputs: list[torch.Tensor]) -> torch.Tensor:
-        """For each share `[1, P*query_rows, h*D]` -> `[1, S, H*D]`, this rank's tokens with all heads; one collective."""
+        """For each shard `[1, P*query_rows, h*D]` -> `[1, S, H*D]`, this rank's tokens with all heads; one collective."""
         if self.layout.world_size == 1:
             return outputs[0]
         ranks = self.layout.world_size
@@ -245,7 +245,7 @@ class ChunkStep(nn.Module):
         kv: Sequence[KVPair],
         kv_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[KVPair]]:
-        """`[S, C]` -> `[S, C]`: rotate locally, then each share attends for its heads and rows."""
+        """`[S, C]` -> `[S, C]`: rotate locally, then each shard attends for its heads and rows."""
         if self.ops.fused is not None:
             return self.fused_self_attention(self.ops.fused, weights, y, rotation, kv, kv_rows)
         cos, sin, _ = rotation
@@ -253,8 +253,8 @@ class ChunkStep(nn.Module):
         k = self.ops.rotate(weights.norm_k(weights.k(y))[None], cos, sin, self.num_heads)
         outputs, written = [], []
         scattered = self.exchange.scatter_heads(q, k, weights.v(y)[None])
-        for share, (q_rows, k_rows, v_rows), (k_slots, v_slots) in zip(self.layout.shares, scattered, kv, strict=True):
-            rows, heads = (q_rows, k_rows, v_rows), share.num_heads
+        for shard, (q_rows, k_rows, v_rows), (k_slots, v_slots) in zip(self.layout.shards, scattered, kv, strict=True):
+            rows, heads = (q_rows, k_rows, v_rows), shard.num_heads
             if k_slots.dim() == 3:
                 out, k_slots, v_slots = self.ops.kv_attention(*rows, k_slots, v_slots, heads)
             else:
@@ -276,14 +276,14 @@ class ChunkStep(nn.Module):
     ) -> tuple[torch.Tensor, list[KVPair]]:
         """The same by two ops; `kv_rows` is wanted however the slots are bound."""
         assert kv_rows is not None
-        exchange, shares = self.exchange, self.layout.shares
+        exchange, shards = self.exchange, self.layout.shards
         norms = (weights.norm_q.weight, weights.norm_k.weight)
         tables = (rotation.cos, rotation.sin, exchange.scatter_destinations)
         numbers = (self.num_heads, self.eps, self.layout.world_size * self.layout.scatter_rows)
         rows = fused.qk_norm_rope(weights.q(y), weights.k(y), weights.v(y), *norms, *tables, *numbers)
         received = exchange.swap_blocks(rows.view(self.layout.world_size, -1, exchange.head_dim))
         slots = [tensor for pair in kv for tensor in pair]
-        heads, splits = [share.num_heads for share in shares], [share.split for share in shares]
+        heads, splits = [shard.num_heads for shard in shards], [shard.split for shard in shards]
         attended, written = fused.rope_attention(
             received, slots, kv_rows, rotation.on_read, heads, splits, self.layout.num_tokens
         )

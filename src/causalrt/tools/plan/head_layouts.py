@@ -1,6 +1,6 @@
 """What a rank attends for and exchanges, by head layout: the three that can be built, and one for comparison.
 
-shares, pad, mesh   two all-to-alls a layer                           `causalrt.layout`
+balanced, padded, grouped two all-to-alls a layer                           `causalrt.layout`
 gathered            one all-gather of K and V a layer; every rank keeps the whole cache, and attends for its own rows
 """
 
@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from causalrt.config import Config, HeadPlanName
 from causalrt.layout import layout_from_config
 
-LayoutName = Literal["shares", "pad", "mesh", "gathered"]
+LayoutName = Literal["balanced", "padded", "grouped", "gathered"]
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 
 
@@ -47,7 +47,7 @@ class HeadLayout:
 
 def head_layout(config: Config, name: LayoutName) -> HeadLayout:
     """The layout of a full chunk of `config` on `config.build.world_size` ranks."""
-    plan: HeadPlanName = "shares" if name == "gathered" else name
+    plan: HeadPlanName = "balanced" if name == "gathered" else name
     layout = layout_from_config(replace(config, build=replace(config.build, head_plan=plan)))
     ranks, rows, heads = layout.world_size, layout.local_tokens, layout.num_heads
     groups: tuple[Group, ...]
@@ -55,7 +55,7 @@ def head_layout(config: Config, name: LayoutName) -> HeadLayout:
     if name == "gathered":
         groups, exchanged, kv_heads = (Group(num_heads=heads, rows=rows),), (2 * heads * rows,), heads
     else:
-        groups = tuple(Group(num_heads=s.num_heads, rows=ranks * s.query_rows) for s in layout.shares)
+        groups = tuple(Group(num_heads=s.num_heads, rows=ranks * s.query_rows) for s in layout.shards)
         exchanged, kv_heads = (layout.scatter_rows, layout.gather_rows), layout.kv_heads
     return HeadLayout(
         name=name,

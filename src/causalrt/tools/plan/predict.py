@@ -221,7 +221,7 @@ def _counts(config: Config, work: StepWork, forwards: int) -> dict[str, int]:
 
 
 def _memory(config: Config, name: LayoutName, kv_heads: int, executor: str) -> dict[str, int]:
-    plan = "shares" if name == "gathered" else name
+    plan = "balanced" if name == "gathered" else name
     memory = predict_memory(override(config, {"build.head_plan": plan}), executor)
     if name == "gathered":
         model, size = config.model, TORCH_DTYPES[config.build.precision].itemsize

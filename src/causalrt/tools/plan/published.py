@@ -118,9 +118,9 @@ def compare_published() -> list[Comparison]:
 
 def _alone(config: Config, gpu: str, lowering: Lowering) -> Forecast:
     machine = GpuMachine(gpu=GPUS[gpu], lowering=lowering)
-    return forecast(config, machine, "shares", world_size=1, executor="inductor")
+    return forecast(config, machine, "balanced", world_size=1, executor="inductor")
 
 
 def _a800(config: Config, world_size: int, vae: VaePlace) -> Forecast:
     machine = GpuMachine(gpu=GPUS["a800"], lowering="runtime")
-    return forecast(config, machine, "pad", world_size=world_size, executor="eager", vae=vae)
+    return forecast(config, machine, "padded", world_size=world_size, executor="eager", vae=vae)

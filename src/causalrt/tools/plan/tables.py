@@ -32,7 +32,7 @@ def _spread(span: Estimate, factor: float = 1.0, digits: int = 0) -> str:
 
 
 def layouts_table() -> str:
-    """8 x A800: every layout, both lowerings, self-attention launched for each share or once."""
+    """8 x A800: every layout, both lowerings, self-attention launched for each shard or once."""
     rows = []
     for lowering in LOWERINGS:
         for fused in (False, True):
@@ -44,7 +44,7 @@ def layouts_table() -> str:
                 rows.append(
                     [
                         lowering,
-                        "one launch" if fused else "a launch a share",
+                        "one launch" if fused else "a launch a shard",
                         layout,
                         _spread(last.step_s, 1e3),
                         " / ".join(
@@ -87,7 +87,7 @@ def ranks_table() -> str:
     rows = []
     for ranks in (1, 2, 3, 4, 6, 7, 8, 16):
         own, shared = (
-            forecast(_config(), machine, "shares", world_size=ranks, executor="tensorrt", vae=vae)
+            forecast(_config(), machine, "balanced", world_size=ranks, executor="tensorrt", vae=vae)
             for vae in ("own", "shared")
         )
         rows.append(
@@ -115,7 +115,7 @@ def targets_table() -> str:
     """A800: ranks and faster decoding that each target wants."""
     machine = GpuMachine(gpu=GPUS["a800"], fused_ops=True)
     found = [
-        forecast(_config(), machine, "shares", world_size=ranks, executor="tensorrt", vae="own") for ranks in RANKS
+        forecast(_config(), machine, "balanced", world_size=ranks, executor="tensorrt", vae="own") for ranks in RANKS
     ]
     rows = []
     for target in TARGETS:

@@ -1,10 +1,9 @@
-"""MemoryEstimate of sessions: numbers that every rank gives alike, addresses that stay on a GPU, nothing left of an earlier session."""
+"""Memory of sessions: numbers that every rank gives alike, addresses that stay on a GPU, nothing left of an earlier session."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from causalrt.runtime.session_buffers import SessionBufferPool, SessionBuffers
 from safetensors.torch import save_file
 
 from causalrt.config import override
@@ -18,6 +17,7 @@ from causalrt.runtime import session_buffers
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.rollout import Rollout
+from causalrt.runtime.session_buffers import SessionBufferPool, SessionBuffers
 from causalrt.runtime.warm_up import warm_up
 
 

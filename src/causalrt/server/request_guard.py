@@ -12,8 +12,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from causalrt.server.api_errors import ApiError, too_large
 from causalrt.server.hosts import is_loopback, normal_host, normal_origin
-from causalrt.server.problems import ApiError, too_large
 from causalrt.server.settings import ServerSettings
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -75,7 +75,7 @@ class SessionBufferPool:
     def give_back(self, memory: SessionBuffers, *, opened: bool = True) -> None:
         """The session has ended, or was not `opened` because some rank ran out of memory.
 
-        MemoryEstimate that was made for a session that was not opened is freed: a rank that has none of it could not give it to the
+        Memory that was made for a session that was not opened is freed: a rank that has none of it could not give it to the
         next session when the others do.
         """
         memory.is_new = memory.is_new and not opened

@@ -1,9 +1,9 @@
-"""Where the rows of each share lie in the blocks of the two all-to-alls, as numbers that a kernel is compiled with.
+"""Where the rows of each shard lie in the blocks of the two all-to-alls, as numbers that a kernel is compiled with.
 
 Block p of what a rank receives comes from rank p; block p of what it sends back goes there. Rows of D channels::
 
-    received [P, scatter_rows, D]  | share 0: q rows, k rows, v rows | share 1: q rows, k rows, v rows |
-    output   [P, gather_rows, D]   | share 0: q rows                 | share 1: q rows                 |
+    received [P, scatter_rows, D]  | shard 0: q rows, k rows, v rows | shard 1: q rows, k rows, v rows |
+    output   [P, gather_rows, D]   | shard 0: q rows                 | shard 1: q rows                 |
 
 Row slow, head fast. q has `query_rows` rows for each head, k and v have S. It is what `Layout` says (the layout is made from
 heads and ranks, this from what an op is called with), with the offsets worked out.
@@ -17,11 +17,11 @@ from causalrt.errors import OperandError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShareRows:
-    """One share's rows within a block; offsets in rows of D channels.
+class ShardRows:
+    """One shard's rows within a block; offsets in rows of D channels.
 
     Attributes:
-        num_heads: heads of the share on one rank.
+        num_heads: heads of the shard on one rank.
         split: ranks that divide the query rows of these heads among them.
         query_rows: query rows of each head that come from one source rank, padding included.
         q_start: first q row in a received block.
@@ -39,18 +39,18 @@ class ShareRows:
     out_start: int
 
     def first_row(self, rank: int, local_tokens: int) -> int:
-        """First local row of every source rank that this share computes on `rank`."""
+        """First local row of every source rank that this shard computes on `rank`."""
         return rank % self.split * local_tokens // self.split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShareBlocks:
+class ShardBlocks:
     """The blocks of a chunk's exchange; see the module."""
 
     world_size: int
     num_tokens: int
     head_dim: int
-    shares: tuple[ShareRows, ...]
+    shards: tuple[ShardRows, ...]
 
     @property
     def local_tokens(self) -> int:
@@ -60,37 +60,37 @@ class ShareBlocks:
     @property
     def scatter_rows(self) -> int:
         """Rows of a received block."""
-        return sum(share.num_heads * (share.query_rows + 2 * self.local_tokens) for share in self.shares)
+        return sum(shard.num_heads * (shard.query_rows + 2 * self.local_tokens) for shard in self.shards)
 
     @property
     def gather_rows(self) -> int:
         """Rows of a block that is sent back."""
-        return sum(share.num_heads * share.query_rows for share in self.shares)
+        return sum(shard.num_heads * shard.query_rows for shard in self.shards)
 
 
 def blocks_from_shares(
     received_shape: Sequence[int], *, num_tokens: int, num_heads: Sequence[int], splits: Sequence[int]
-) -> ShareBlocks:
+) -> ShardBlocks:
     """The blocks that arrive as a tensor of `received_shape`.
 
     Args:
         received_shape: `[P, scatter_rows, D]`.
         num_tokens: N, tokens of the chunk.
-        num_heads: heads of each share on one rank.
-        splits: for each share, the ranks that divide its query rows.
+        num_heads: heads of each shard on one rank.
+        splits: for each shard, the ranks that divide its query rows.
 
     Raises:
-        OperandError: the shares do not make up blocks of that shape.
+        OperandError: the shards do not make up blocks of that shape.
     """
     world_size, rows, head_dim = received_shape
     local_tokens = math.ceil(num_tokens / world_size)
-    shares, start, out_start = [], 0, 0
+    shards, start, out_start = [], 0, 0
     for heads, split in zip(num_heads, splits, strict=True):
         query_rows = math.ceil(local_tokens / split)
         k_start = start + heads * query_rows
         v_start = k_start + heads * local_tokens
-        shares.append(
-            ShareRows(
+        shards.append(
+            ShardRows(
                 num_heads=heads,
                 split=split,
                 query_rows=query_rows,
@@ -102,10 +102,10 @@ def blocks_from_shares(
         )
         start = v_start + heads * local_tokens
         out_start += heads * query_rows
-    blocks = ShareBlocks(world_size=world_size, num_tokens=num_tokens, head_dim=head_dim, shares=tuple(shares))
+    blocks = ShardBlocks(world_size=world_size, num_tokens=num_tokens, head_dim=head_dim, shards=tuple(shards))
     if rows != blocks.scatter_rows:
         raise OperandError(
-            f"received has blocks of {rows} rows, but {num_tokens} tokens on {world_size} ranks, shares of "
+            f"received has blocks of {rows} rows, but {num_tokens} tokens on {world_size} ranks, shards of "
             f"{list(num_heads)} heads and query rows divided by {list(splits)} make {blocks.scatter_rows}; "
             "take both from one Layout"
         )

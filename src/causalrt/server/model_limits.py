@@ -10,7 +10,7 @@ from causalrt.errors import PromptError, RequestError
 from causalrt.media.video_file import FragmentWriter
 from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
 from causalrt.model.text.umt5 import PromptTokens, clean_prompt
-from causalrt.server.problems import bad_request
+from causalrt.server.api_errors import bad_request
 from causalrt.server.settings import ServerSettings
 
 DEFAULT_SECONDS = 4  # OpenAI's

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from causalrt.errors import RequestError
-from causalrt.server.spool import Job, JobStore
+from causalrt.server.job_store import Job, JobStore
 
 ONE, TWO = f"video_{'1' * 32}", f"video_{'2' * 32}"
 
