@@ -764,7 +764,7 @@ def whole_video(engine: Engine, seed: int) -> torch.Tensor:
     return all_latents(engine.session(prompt(seed), seed=seed))
 
 
-def test_interleaved_sessions_equal_lone_ones(bundles: Bundles) -> None:
+def test_interleaved_sessions_equal_single_ones(bundles: Bundles) -> None:
     with load(bundles(2)) as engine:
         expected = [whole_video(engine, seed) for seed in (1, 2)]
         assert largest_difference(*expected) > 0.5

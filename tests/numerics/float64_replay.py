@@ -60,7 +60,7 @@ def schedule(c: dict) -> tuple[list[float], list[float]]:
 
 
 def sizes_of_chunks(c: dict) -> list[int]:
-    """Frames of each chunk of the video, given ones first; one for a lone first frame."""
+    """Frames of each chunk of the video, given ones first; one for an independent first frame."""
     frames, given = c["num_frame_per_block"], len(c.get("given_chunk_frames", []))
     sizes = [frames] * (given + c["num_chunks"])
     return [1, *sizes[1:]] if c.get("independent_first_frame") else sizes

@@ -45,7 +45,7 @@ class Chunk:
 
     Attributes:
         index: from 0.
-        latents: `[F, 16, H, W]`, float32, normalised VAE latents; `[1, 16, H, W]` for a lone first frame.
+        latents: `[F, 16, H, W]`, float32, normalised VAE latents; F is that of the chunk (`video.frames_at`).
         frames: uint8 `[T, 8H, 8W, 3]`, or None without a VAE; 4 frames a latent, but one for the video's first.
         latency_ms: from the request to latents and frames in the caller's hands; stages that ran before the request, where
             chunks are made ahead, are no part of it.

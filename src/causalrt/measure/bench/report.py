@@ -151,8 +151,9 @@ def _exchange(config: Config, samples: Sequence[ChunkSample]) -> dict[str, Any]:
 def _fractions(side: Replica, samples: Sequence[ChunkSample], ceilings: Ceilings) -> dict[str, Any] | None:
     """Time of the steps at the ceilings of the same rounds / time that they took, over whole rollouts."""
     eager, own = ceilings.eager_way(side), ceilings.own_way(side)
-    # A lone first frame is a chunk of other sizes, which were not measured.
-    whole = [sample for sample in samples if sample.chunk or not side.config.video.lone_first_frame]
+    # The ceilings were measured with the sizes of step 0 alone.
+    video = side.config.video
+    whole = [sample for sample in samples if video.step_at(video.first_frame_of(sample.chunk)) == 0]
     if not whole:
         return None
     return {
