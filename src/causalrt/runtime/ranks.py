@@ -24,7 +24,7 @@ from typing import IO, Any, Literal, NoReturn
 from causalrt import errors
 from causalrt.child_python import python_command, python_environment
 from causalrt.errors import CausalRTError, EngineClosedError, ForkError, RankError
-from causalrt.runtime.messages import Command, Done, Failed, Reply, VaeCommand, receive, send
+from causalrt.runtime.messages import Command, Done, Failed, Reply, VaeCommand, packed, receive
 
 logger = logging.getLogger(__name__)
 LOG_TAIL_LINES = 40
@@ -127,16 +127,16 @@ class RankPool:
         A process that ends closes its end of its channel, and the supervisor is a child of this process. This method
         opens no file, raises nothing, and may be called from any thread, also after `close`.
         """
-        keeper_ended = self._process.poll() is not None
+        supervisor_ended = self._process.poll() is not None
         poller = select.poll()
         with self._channels_lock:  # otherwise `close` could free a descriptor here, and a new file could get its number
             for channel in self._channels:
                 poller.register(channel, 0)  # a hang-up is always reported
             hung_up = {descriptor for descriptor, _ in poller.poll(0)}
             dead = [self._name(rank) for rank, channel in enumerate(self._channels) if channel.fileno() in hung_up]
-            if keeper_ended and not self._channels:
+            if supervisor_ended and not self._channels:
                 dead = [self._name(rank) for rank in range(self.world_size)]
-        if keeper_ended:
+        if supervisor_ended:
             dead.append(f"the process that started the {self._role if self._role == 'decoder' else 'ranks'}")
         return dead
 
@@ -169,9 +169,11 @@ class RankPool:
         self.check_open()
         self._waiting = {channel: rank for rank, channel in enumerate(self._channels)}
         self._heard = time.monotonic()
+        parts = packed(command)  # once, since a prompt's embeddings are megabytes
         for rank, channel in enumerate(self._channels):
             try:
-                send(channel, command)
+                for part in parts:
+                    channel.send_bytes(part)
             except BlockingIOError:
                 self._fail_silent([rank], self.timeout_s)
             except OSError:
