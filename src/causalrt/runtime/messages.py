@@ -266,7 +266,7 @@ def packed(message: Command | VaeCommand | Reply) -> list[bytes | memoryview]:
     """
     pixels: list[bytes | memoryview] = []
     if isinstance(message, Frames):  # 14 MB a chunk at 832x480, which pickle would copy
-        pixels.append(memoryview(message.frames.contiguous().view(-1).numpy()))
+        pixels.append(message.frames.contiguous().view(-1).numpy().data)
         message = replace(message, frames=torch.empty(0, *message.frames.shape[1:], dtype=torch.uint8))
     return [pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL), *pixels]
 
