@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder(kind: str) -> Path:
-    """`$XDG_CACHE_HOME/causalrt/<kind>`, or the same in `~/.cache` if that is unset or empty, or in the temporary folder without a home."""
+    """`$XDG_CACHE_HOME/causalrt/<kind>`; `~/.cache` and then the temporary folder stand in for an unset `$XDG_CACHE_HOME`."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "causalrt"
     except RuntimeError:

@@ -1,7 +1,7 @@
 """The collectives between the ranks of an engine: torch.distributed, or nothing on a single rank.
 
-They count the rows that are sent and the time that the caller waits, so that the amount of traffic is measured and can be checked
-against the formula.
+They count the rows that are sent and the time that the caller waits, so that the amount of traffic is measured and can be
+checked against the formula.
 """
 
 import ctypes
@@ -129,8 +129,8 @@ class TorchCollectives:
         pointer = backend._comm_ptr() if hasattr(backend, "_comm_ptr") else 0
         if not pointer:
             raise ExecutorError(
-                f"torch {torch.__version__} does not give access to its NCCL communicator; install torch 2.9 or newer, or build with "
-                "`--collectives runtime`"
+                f"torch {torch.__version__} does not give access to its NCCL communicator; install torch 2.9 or newer, "
+                "or build with `--collectives runtime`"
             )
         return capsule(pointer, CAPSULE_NAME)
 

@@ -1,8 +1,8 @@
 """Starting, talking to, and ending the rank processes, from the caller's side.
 
 There is one socket for each rank, and every rank gets the same commands in the same order. When a rank dies, its socket closes,
-which is detected at once; a rank that hangs is detected after `timeout_s`. In both cases all ranks are killed and the caller gets
-one RankError.
+which is detected at once; a rank that hangs is detected after `timeout_s`. In both cases all ranks are killed and the caller
+gets one RankError.
 
 The caller's only child is the supervisor (`worker.py`), which forks the ranks and reaps them, so none is left as a zombie.
 """

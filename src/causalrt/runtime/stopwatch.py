@@ -12,7 +12,7 @@ class Stopwatch(Protocol):
     """Marks moments and measures the time between two of them."""
 
     def mark(self) -> int:
-        """Mark a moment and return its number, without waiting. On a GPU, it is the moment when the work queued so far is done."""
+        """Mark a moment and return its number, without waiting; on a GPU, the moment when the work queued so far is done."""
 
     def wait(self, mark: int) -> None:
         """Wait until that moment has come."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 WAIT_WARNING = "called a synchronizing CUDA operation"
-"""The text of torch's warning. (Enabling the mode emits another one, about "synchronizing operations", which does not count.)"""
+"""Part of torch's warning of a wait. (Enabling the mode emits another warning, which does not contain it.)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,8 +49,8 @@ def serve(server: Server, channel: "Connection[Any, Any]", name: str) -> int:
 def _die_with_supervisor(supervisor: int) -> None:
     """Have the kernel kill this process when the supervisor ends, however it ends.
 
-    The supervisor cannot use this for itself: the signal comes when the parent's *thread* ends, and the thread of the caller that
-    loads an engine may end before the engine does.
+    The supervisor cannot use this for itself: the signal comes when the parent's *thread* ends, and the thread of the caller
+    that loads an engine may end before the engine does.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != supervisor:
