@@ -491,7 +491,7 @@ def test_rank_killed_while_nobody_is_waiting(bundles: Bundles) -> None:
         assert processes(group) == []
 
 
-def test_keeper_killed(bundles: Bundles) -> None:
+def test_supervisor_killed(bundles: Bundles) -> None:
     """The ranks go with it, by the kernel's hand."""
     with load(bundles(2)) as engine:
         session = engine.session(prompt())

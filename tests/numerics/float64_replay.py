@@ -1,7 +1,7 @@
 """An independent replay of the reference in float64, sharing no code with the package: recordings of any sizes.
 
-It follows docs/model_spec.md line by line, with the reference's rolling cache (section 5) where the package has KV slots,
-and is itself held against the recorded cases R, J and J2. n tokens of a chunk, H heads of D channels, d = H * D.
+It follows docs/internal/model_spec.md line by line, with the reference's rolling cache (section 5) where the package has KV
+slots, and is itself held against the recorded cases R, J and J2. n tokens of a chunk, H heads of D channels, d = H * D.
 """
 
 import json

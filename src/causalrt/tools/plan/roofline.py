@@ -27,7 +27,7 @@ Lowering = Literal["engine", "runtime", "eager"]
 """Who exchanges: the engine, inside one CUDA graph; the runtime, between segments; torch, op by op, without a graph."""
 ELEMENT_BYTES = 2
 SEGMENTS_A_LAYER = 3
-"""Cuts at two all-to-alls and a cache write (docs/architecture.md)."""
+"""Cuts at two all-to-alls and a cache write (docs/internal/chunk-walkthrough.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
