@@ -26,9 +26,11 @@ from causalrt.config import Config, Precision
 from causalrt.engines.base import Executor
 from causalrt.model.schedule import schedule_from_config
 from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.proof.compare import replay_here
 from causalrt.proof.emulate import write_graphs
 from causalrt.proof.recording import Recording, open_recording
-from causalrt.proof.replay import Outputs, Player, eager_player, emulated_player, recorded_outputs, replay_here
+from causalrt.proof.replica import Replica, eager_replica, emulated_replica, replica_on
+from causalrt.proof.rollouts import Outputs
 
 ROOT = Path(__file__).parents[1]
 WORLD_SIZES = (1, 8)
@@ -101,7 +103,7 @@ def recorded_inputs(recording: Recording, expected: Outputs) -> list[torch.Tenso
     noise, sigmas = recording.noise(0), schedule_from_config(recording.config.sampler).sigmas
     inputs = []
     for chunk in range(recording.num_chunks):
-        clean = [expected[0, f"out.c{chunk}.s{step}.x0"] for step in range(len(sigmas))]
+        clean = [expected[f"element 0 out.c{chunk}.s{step}.x0"] for step in range(len(sigmas))]
         inputs.append(noise[chunk][0])
         inputs += [
             (1 - s) * x0 + s * noise[chunk][k + 1] for k, (s, x0) in enumerate(zip(sigmas[1:], clean, strict=False))
@@ -114,24 +116,23 @@ def errors_by_chunk(got: Outputs, expected: Outputs, num_chunks: int, ending: st
     """Root mean square of the difference over that of the expected values, of each chunk."""
     errors = []
     for chunk in range(num_chunks):
-        names = [
-            key for key in expected if key[1].split(".")[1] == f"c{chunk}" and key[1].endswith(ending or f"c{chunk}")
-        ]
+        names = [key for key in expected if key.split(".")[1] == f"c{chunk}" and key.endswith(ending or f"c{chunk}")]
         ours, theirs = (torch.stack([outputs[key].double() for key in names]) for outputs in (got, expected))
         errors.append(float((ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt()))
     return errors
 
 
-def players(config: Config, checkpoint: Path, folder: Path) -> dict[str, Player]:
+def replicas(config: Config, checkpoint: Path, folder: Path) -> dict[str, Replica]:
     """Eager, and the emulated engine graph on each number of ranks."""
     folder.mkdir()
-    made = {"eager": eager_player(config, checkpoint=checkpoint, folder=folder / "eager")}
+    made = {"eager": eager_replica(config, checkpoint=checkpoint, folder=folder / "eager")}
     for world_size in WORLD_SIZES:
         graphs_folder = folder / f"graphs-{world_size}"
         graphs_folder.mkdir()
         ranks = replace(config, build=replace(config.build, world_size=world_size))
         graphs = write_graphs(ranks, checkpoint=checkpoint, folder=graphs_folder, collectives="engine")
-        made[f"engine graph, P = {world_size}"] = emulated_player(graphs, num_threads=torch.get_num_threads())
+        name = f"engine graph, P = {world_size}"
+        made[name] = emulated_replica(name, graphs, num_threads=torch.get_num_threads())
     return made
 
 
@@ -146,14 +147,15 @@ def measure(num_chunks: int) -> Curves:
         folder = Path(name)
         recording = record(folder / "recording.safetensors", num_chunks)
         checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
-        expected = recorded_outputs(recording)
+        expected = recording.outputs()
         inputs = recorded_inputs(recording, expected)
         for precision in get_args(Precision):
             config = replace(recording.config, build=replace(recording.config.build, precision=precision))
-            for name, player in players(config, checkpoint, folder / precision).items():
+            for name, replica in replicas(config, checkpoint, folder / precision).items():
                 print(f"{precision}, {name}", file=sys.stderr)
-                free = replay_here(recording, player)
-                forced = replay_here(recording, replace(player, executor=Forced(player.executor, inputs)))
+                free = replay_here(recording, replica)
+                forcing = Forced(replica.executors[0], inputs)
+                forced = replay_here(recording, replica_on(forcing, replica.config, replica.layout))
                 for kind, outputs, ending in (("free-running", free, ""), ("teacher-forced", forced, ".flow")):
                     errors = errors_by_chunk(outputs, expected, num_chunks, ending)
                     curves[kind].setdefault(precision, {})[name] = errors

@@ -10,8 +10,10 @@ import torch
 from causalrt.engines.base import Executor
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.export.build import build
+from causalrt.proof.compare import replay_here
 from causalrt.proof.recording import Recording, open_recording
-from causalrt.proof.replay import Outputs, Player, replay_here
+from causalrt.proof.replica import replica_on
+from causalrt.proof.rollouts import Outputs
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
@@ -40,8 +42,8 @@ def make_case(
 
 def play(case: Case, executor: Executor) -> Outputs:
     """The whole rollout, on one rank; outputs on the CPU."""
-    player = Player(executor=executor, config=case.bundle.config, layout=case.bundle.layout)
-    return replay_here(case.recording, player)
+    replica = replica_on(executor, case.bundle.config, case.bundle.layout)
+    return replay_here(case.recording, replica)
 
 
 def largest_difference(one: Outputs, other: Outputs) -> float:

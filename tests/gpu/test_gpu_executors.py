@@ -22,8 +22,9 @@ from causalrt.engines.tensorrt import TensorRTExecutor
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError
-from causalrt.proof.compare import EAGER_RATIO, TOLERANCE, largest_errors, rms_errors
-from causalrt.proof.replay import Outputs, recorded_outputs, replay
+from causalrt.proof.compare import largest_errors, replay, rms_errors
+from causalrt.proof.differences import EAGER_RATIO, TOLERANCE
+from causalrt.proof.rollouts import Outputs
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.load import load
 
@@ -66,7 +67,7 @@ def cases(tmp_path_factory):
 
 def check(outputs: Outputs, expected: Outputs, tolerance: float) -> None:
     for name, error in largest_errors(outputs, expected).items():
-        assert error.largest <= tolerance, f"{name}: {error.largest:.2e} at {error.at}"
+        assert error.error <= tolerance, f"{name}: {error.error:.2e} at {error.name}"
 
 
 def check_low(outputs: Outputs, eager: Outputs, expected: Outputs, ratio: float) -> None:
@@ -87,7 +88,7 @@ def eager_outputs(case: Case) -> Outputs:
 def test_float32_is_the_recording_and_the_cpu(cases, kind):
     case = cases("float32")
     outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE))
-    check(outputs, recorded_outputs(case.recording), TOLERANCE)
+    check(outputs, case.recording.outputs(), TOLERANCE)
     on_cpu = play(case, EagerExecutor(case.bundle, LocalCollectives(), device=torch.device("cpu")))
     check(outputs, on_cpu, TOLERANCE)
 
@@ -97,7 +98,7 @@ def test_float32_is_the_recording_and_the_cpu(cases, kind):
 def test_two_kinds_of_step(cases, kind, name):
     case = cases("float32", name=name)
     outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE))
-    check(outputs, recorded_outputs(case.recording), TOLERANCE)
+    check(outputs, case.recording.outputs(), TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", [EagerExecutor, InductorExecutor])
@@ -105,7 +106,7 @@ def test_fused_kernels_in_float32(cases, kind):
     pytest.importorskip("triton", reason="the fused kernels need Triton")
     case = cases("float32")
     outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE, plugins=True))
-    check(outputs, recorded_outputs(case.recording), TOLERANCE)
+    check(outputs, case.recording.outputs(), TOLERANCE)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -114,7 +115,7 @@ def test_fused_kernels_in_low_precision(cases, kind, precision):
     pytest.importorskip("triton", reason="the fused kernels need Triton")
     case = cases(precision)
     outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE, plugins=True))
-    check_low(outputs, eager_outputs(case), recorded_outputs(case.recording), EAGER_RATIO)
+    check_low(outputs, eager_outputs(case), case.recording.outputs(), EAGER_RATIO)
 
 
 @pytest.mark.parametrize("name", ["B", *TWO_KINDS])
@@ -126,7 +127,7 @@ def test_onnxruntime_on_cuda(cases, name):
     executor = make_executor(
         "onnxruntime", case.bundle, LocalCollectives(), num_threads=1, device=DEVICE, plugins=False
     )
-    check(play(case, executor), recorded_outputs(case.recording), TOLERANCE)
+    check(play(case, executor), case.recording.outputs(), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["B", "J"])
@@ -138,7 +139,7 @@ def test_through_a_rank_process(cases, executor, name):
         outputs = replay(case.recording, engine)
         session = engine.session(case.recording.prompt(0), num_chunks=2)
         times = [chunk.times for chunk in session]
-    check(outputs, recorded_outputs(case.recording), TOLERANCE)
+    check(outputs, case.recording.outputs(), TOLERANCE)
     for stages in times:
         assert all(0 < ms < 60_000 for ms in stages.denoise_ms)
         assert stages.exchange_ms is None, "nobody waits for an exchange on a GPU"
@@ -149,7 +150,7 @@ def test_through_a_rank_process(cases, executor, name):
 def test_two_ranks_over_nccl(cases, executor):
     case = cases("float32", world_size=2)
     with load(case.bundle.path, executor=executor, device="cuda") as engine:
-        check(replay(case.recording, engine), recorded_outputs(case.recording), TOLERANCE)
+        check(replay(case.recording, engine), case.recording.outputs(), TOLERANCE)
 
 
 # bfloat16
@@ -158,7 +159,7 @@ def test_two_ranks_over_nccl(cases, executor):
 def test_inductor_in_bfloat16_is_as_good_as_eager(cases):
     case = cases("bfloat16")
     outputs = play(case, InductorExecutor(case.bundle, LocalCollectives(), device=DEVICE))
-    check_low(outputs, eager_outputs(case), recorded_outputs(case.recording), EAGER_RATIO)
+    check_low(outputs, eager_outputs(case), case.recording.outputs(), EAGER_RATIO)
 
 
 # CUDA graphs, and waiting
@@ -213,7 +214,7 @@ def test_tensorrt_is_as_good_as_eager(cases, flavour, collectives):
     case = tensorrt_case(cases, flavour, collectives)
     executor = TensorRTExecutor(FLAVOURS[flavour], case.bundle, LocalCollectives(), device=DEVICE)
     outputs = play(case, executor)
-    check_low(outputs, eager_outputs(case), recorded_outputs(case.recording), ENGINE_RATIO)
+    check_low(outputs, eager_outputs(case), case.recording.outputs(), ENGINE_RATIO)
     graphs = len(executor._graphs._graphs)
     assert graphs == (1 if collectives == "engine" else case.recording.num_chunks)
     step_without_waiting(case, executor)
@@ -224,7 +225,7 @@ def test_tensorrt_is_as_good_as_eager(cases, flavour, collectives):
 def test_tensorrt_after_a_first_chunk_of_one_frame(cases, flavour, collectives):
     case = tensorrt_case(cases, flavour, collectives, name=TWO_KINDS[0])
     executor = TensorRTExecutor(FLAVOURS[flavour], case.bundle, LocalCollectives(), device=DEVICE)
-    check_low(play(case, executor), eager_outputs(case), recorded_outputs(case.recording), ENGINE_RATIO)
+    check_low(play(case, executor), eager_outputs(case), case.recording.outputs(), ENGINE_RATIO)
     assert len(executor._graphs._graphs) == (2 if collectives == "engine" else case.recording.num_chunks)
 
 
@@ -246,7 +247,7 @@ def test_tensorrt_on_two_ranks(cases, flavour, collectives):
     case, alone = tensorrt_case(cases, flavour, collectives, world_size=2), cases("bfloat16", name=FUSED)
     with load(case.bundle.path, executor=flavour) as engine:
         outputs = replay(case.recording, engine)
-    check_low(outputs, eager_outputs(alone), recorded_outputs(case.recording), ENGINE_RATIO)
+    check_low(outputs, eager_outputs(alone), case.recording.outputs(), ENGINE_RATIO)
 
 
 def test_what_tensorrt_rtx_says_of_an_engine_for_another_gpu(cases, record_property):

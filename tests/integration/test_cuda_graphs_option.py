@@ -9,7 +9,7 @@ from small_bundles import bundle_factory, tiny_config, write_checkpoint
 
 from causalrt.cli import main
 from causalrt.errors import ExecutorError
-from causalrt.proof import compare, sides
+from causalrt.proof import compare, replica
 from causalrt.runtime import engine as engine_module
 from causalrt.runtime import load as load_module
 from causalrt.tools import demo
@@ -73,13 +73,13 @@ def test_it_reaches_the_engine(bundle, embeds, loaded, tmp_path, command):
 def test_it_reaches_the_executors_of_a_certificate(bundle, loaded, monkeypatch):
     pytest.importorskip("polygraphy", reason="a certificate needs Polygraphy: pip install 'causalrt[proof]'")
     made = []
-    right = sides.make_executor
+    right = replica.make_executor
 
     def make_executor(name, *arguments, cuda_graphs, **options):
         made.append((name, cuda_graphs))
         return right("eager", *arguments, **options)
 
-    monkeypatch.setattr(sides, "make_executor", make_executor)
+    monkeypatch.setattr(replica, "make_executor", make_executor)
     monkeypatch.setattr("causalrt.engines.inductor.check_can_compile", lambda: None)
     words = ["compare", str(bundle), "--executor", "inductor", "--chunks", "1", "--no-processes"]
     assert main([*words, "--cuda-graphs", "off"]) == 0

@@ -32,9 +32,10 @@ from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.tensorrt import TensorRTExecutor
 from causalrt.engines.tensorrt_engine import EngineLoader, LoadedEngine
 from causalrt.errors import ExecutorError
-from causalrt.proof.compare import TOLERANCE, largest_errors
+from causalrt.proof.compare import largest_errors
+from causalrt.proof.differences import TOLERANCE
 from causalrt.proof.recording import Recording, open_recording
-from causalrt.proof.replay import Outputs, recorded_outputs
+from causalrt.proof.rollouts import Outputs
 from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, capsule
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise, SeededNoise
@@ -163,10 +164,10 @@ def test_rollout_is_the_recorded_one(
             session = open_session(executor, ranks, bundle, text=text, noise=noise)
             for index, rows in enumerate(checked_given(bundle.config, recording.given(element))):
                 for record in session.take_given(rows, record=True):
-                    outputs[element, f"out.g{index}.ctx.flow"] = record.flow
+                    outputs[f"element {element} out.g{index}.ctx.flow"] = record.flow
                 ranks.take_traffic()
             for index in range(recording.num_chunks):
-                outputs |= {(element, name): tensor for name, tensor in play(session, index).items()}
+                outputs |= {f"element {element} {name}": tensor for name, tensor in play(session, index).items()}
                 if collectives == "runtime":  # what the refresh added; the denoising steps' was taken by the rollout
                     assert ranks.take_traffic().all_to_all_calls == exchanges
         forwards = recording.batch_size * (recording.num_given + recording.num_chunks * (steps + 1))
@@ -176,8 +177,8 @@ def test_rollout_is_the_recorded_one(
         return outputs
 
     outputs = run_ranks(world_size, replay)[0]
-    for name, error in largest_errors(outputs, recorded_outputs(recording)).items():
-        assert error.largest <= TOLERANCE, f"{name}: {error.largest:.2e} at {error.at}"
+    for name, error in largest_errors(outputs, recording.outputs()).items():
+        assert error.error <= TOLERANCE, f"{name}: {error.error:.2e} at {error.name}"
 
 
 @pytest.mark.parametrize("collectives", LOWERINGS)

@@ -19,9 +19,9 @@ from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.qk_norm_rope import write_rows
 from causalrt.plugins.rope_attention import run_kernel
 from causalrt.plugins.rotate import rotate_pairs
-from causalrt.proof.compare import largest_errors
+from causalrt.proof.compare import largest_errors, replay_here
 from causalrt.proof.recording import open_recording
-from causalrt.proof.replay import Player, recorded_outputs, replay_here
+from causalrt.proof.replica import replica_on
 from causalrt.runtime.collectives import LocalCollectives
 
 
@@ -55,9 +55,9 @@ def main() -> None:
     checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
     bundle = open_bundle(build(config, checkpoint=checkpoint, out=folder / "bundle", executors=["eager"]))
     executor = EagerExecutor(bundle, LocalCollectives(), device=torch.device("cpu"), ops=KERNELS)
-    outputs = replay_here(recording, Player(executor=executor, config=bundle.config, layout=bundle.layout))
-    errors = largest_errors(outputs, recorded_outputs(recording))
-    sys.stdout.write(json.dumps({name: error.largest for name, error in errors.items()}) + "\n")
+    outputs = replay_here(recording, replica_on(executor, bundle.config, bundle.layout))
+    errors = largest_errors(outputs, recording.outputs())
+    sys.stdout.write(json.dumps({name: error.error for name, error in errors.items()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ from causalrt.export.checkpoint import DIGESTS
 from causalrt.install_hint import install_extra
 from causalrt.layout import layout_from_config
 from causalrt.proof import certify as certify_module
-from causalrt.proof import numerics, sides
+from causalrt.proof import comparisons, replica
+from causalrt.proof.certificate import Certificate
 from causalrt.proof.certify import certify
-from causalrt.proof.record import Certificate
-from causalrt.proof.watch import WatchedCollectives
-from causalrt.proof.weights import check_digests
+from causalrt.proof.file_checks import check_digests
+from causalrt.proof.trace import TracedCollectives
 
 RANKS = 2
 
@@ -238,7 +238,7 @@ def test_a_full_disk_is_no_fault_of_the_bundle(bundles, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("causalrt.proof.polygraphy_files.save_json", full)
+    monkeypatch.setattr("causalrt.proof.segments.save_json", full)
     with pytest.raises(RequestError, match=r"No space left.*--out"):
         certified(bundles(1), out=tmp_path / "certificate")
     assert list(tmp_path.iterdir()) == []
@@ -429,14 +429,14 @@ def test_a_graph_that_cannot_be_read_is_a_finding(broken):
 
 def swap_blocks_of(monkeypatch: pytest.MonkeyPatch, *, exchange: int) -> None:
     """Rank 1 takes the blocks of one exchange of each forward in the wrong order."""
-    right = WatchedCollectives.__mro__[1].all_to_all
+    right = TracedCollectives.__mro__[1].all_to_all
 
-    def wrong(self: WatchedCollectives, received: torch.Tensor, sent: torch.Tensor) -> None:
+    def wrong(self: TracedCollectives, received: torch.Tensor, sent: torch.Tensor) -> None:
         right(self, received, sent)
         if self.rank == 1 and getattr(self, "exchanges", -1) == exchange:
             received.copy_(received.flip(0))
 
-    monkeypatch.setattr(WatchedCollectives.__mro__[1], "all_to_all", wrong)
+    monkeypatch.setattr(TracedCollectives.__mro__[1], "all_to_all", wrong)
 
 
 def test_a_block_that_is_exchanged_with_another(bundles, monkeypatch):
@@ -498,7 +498,7 @@ def test_everything_runs_on_the_process_s_own_stream(bundles, monkeypatch):
         return call
 
     seen = []
-    for module in (certify_module, sides):
+    for module in (certify_module, replica):
         monkeypatch.setattr(module, "own_stream", recorded)
     monkeypatch.setattr(EagerExecutor, "__init__", inside(EagerExecutor.__init__))
     for name in ("__init__", "encode_prompt", "embed_time", "bind", "step"):
@@ -569,7 +569,7 @@ def test_without_polygraphy_it_says_what_to_install(bundles, monkeypatch):
 
 
 def test_what_would_not_fit_in_memory_is_refused(bundles, tmp_path, monkeypatch):
-    monkeypatch.setattr(numerics, "available_bytes", lambda: 100_000)
+    monkeypatch.setattr(comparisons, "available_bytes", lambda: 100_000)
     with pytest.raises(OutOfMemoryError, match=r"tensors of 6 forwards.*--chunks 1"):
         certified(bundles(RANKS), out=tmp_path / "certificate")
     assert list(tmp_path.iterdir()) == []

@@ -14,10 +14,11 @@ import pytest
 from safetensors import safe_open
 
 from causalrt.cli import main
-from causalrt.proof.compare import EAGER_RATIO, EMULATED, TOLERANCE, compare_emulated, rms_errors
+from causalrt.proof.compare import EMULATED, compare_emulated, replay_here, rms_errors
+from causalrt.proof.differences import EAGER_RATIO, TOLERANCE
 from causalrt.proof.emulate import write_graphs
 from causalrt.proof.recording import open_recording
-from causalrt.proof.replay import eager_player, emulated_player, recorded_outputs, replay_here
+from causalrt.proof.replica import eager_replica, emulated_replica
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 # `tests/integration/test_tensorrt_executor.py` replays B, D and R on more ranks, through the same graphs.
@@ -62,9 +63,9 @@ def test_the_graph_is_as_close_to_float64_as_eager(float64_recording, tmp_path, 
     config = replace(recording.config, build=replace(recording.config.build, precision=precision))
     checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
     graphs = write_graphs(config, checkpoint=checkpoint, folder=tmp_path, collectives="engine")
-    expected = recorded_outputs(recording)
-    ours = replay_here(recording, emulated_player(graphs))
-    theirs = replay_here(recording, eager_player(config, checkpoint=checkpoint, folder=tmp_path / "eager"))
+    expected = recording.outputs()
+    ours = replay_here(recording, emulated_replica("emulated", graphs))
+    theirs = replay_here(recording, eager_replica(config, checkpoint=checkpoint, folder=tmp_path / "eager"))
     error, eager_error, apart = rms_errors(ours, expected), rms_errors(theirs, expected), rms_errors(ours, theirs)
     unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[precision]
     for kind in error:

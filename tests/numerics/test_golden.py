@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from causalrt.export.build import build
-from causalrt.proof.compare import TOLERANCE, Outputs, largest_errors, recorded_outputs, replay
+from causalrt.proof.compare import largest_errors, replay
+from causalrt.proof.differences import TOLERANCE
 from causalrt.proof.recording import open_recording
+from causalrt.proof.rollouts import Outputs
 from causalrt.runtime.load import load
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -42,7 +44,7 @@ def rollouts(tmp_path_factory):
             for executor in EXECUTORS:
                 with load(bundle, executor=executor, device="cpu", timeout_s=120) as engine:
                     outputs[executor] = replay(recording, engine)
-            made[case, world_size] = outputs, recorded_outputs(recording)
+            made[case, world_size] = outputs, recording.outputs()
         return made[case, world_size]
 
     return get
@@ -54,7 +56,7 @@ def test_rollout_is_the_recorded_one(rollouts, executor, case, world_size):
     outputs, recorded = rollouts(case, world_size)
     errors = largest_errors(outputs[executor], recorded)
     for name, error in errors.items():
-        assert error.largest <= TOLERANCE, f"{name}: {error.largest:.2e} at {error.at}"
+        assert error.error <= TOLERANCE, f"{name}: {error.error:.2e} at {error.name}"
 
 
 @pytest.mark.parametrize(("case", "world_size"), [rollout(case, ranks) for case in CASES for ranks in (2, 3, 8)])
@@ -64,4 +66,4 @@ def test_ranks_agree_with_one_rank(rollouts, executor, case, world_size):
     alone, _ = rollouts(case, 1)
     errors = largest_errors(outputs[executor], alone[executor])
     for name, error in errors.items():
-        assert error.largest <= RANK_TOLERANCE, f"{name}: {error.largest:.2e} at {error.at}"
+        assert error.error <= RANK_TOLERANCE, f"{name}: {error.error:.2e} at {error.name}"

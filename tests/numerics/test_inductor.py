@@ -15,9 +15,10 @@ from causalrt.engines.base import make_executor
 from causalrt.engines.bundle import open_bundle
 from causalrt.engines.inductor import InductorExecutor, cpp_compiler
 from causalrt.export.build import build
-from causalrt.proof.compare import TOLERANCE, largest_errors
+from causalrt.proof.compare import largest_errors, replay, replay_here
+from causalrt.proof.differences import TOLERANCE
 from causalrt.proof.recording import open_recording
-from causalrt.proof.replay import Player, recorded_outputs, replay, replay_here
+from causalrt.proof.replica import replica_on
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.load import load
 
@@ -32,8 +33,8 @@ def recording_and_bundle(world_size, folder, case="B"):
 
 
 def check(outputs, recording):
-    for name, error in largest_errors(outputs, recorded_outputs(recording)).items():
-        assert error.largest <= TOLERANCE, f"{name}: {error.largest:.2e} at {error.at}"
+    for name, error in largest_errors(outputs, recording.outputs()).items():
+        assert error.error <= TOLERANCE, f"{name}: {error.error:.2e} at {error.name}"
 
 
 @pytest.fixture
@@ -59,9 +60,9 @@ def test_compiled_once_for_all_chunks_and_sessions(tmp_path, compiled_graphs):
         bind(kv, cross_kv, **bound)
 
     executor.bind = bind_and_tell
-    player = Player(executor=executor, config=bundle.config, layout=bundle.layout)
+    replica = replica_on(executor, bundle.config, bundle.layout)
     for _ in range(2):
-        check(replay_here(recording, player), recording)
+        check(replay_here(recording, replica), recording)
         assert compiled_graphs() == 1
     assert lengths == [48, 96, 144] * 2
 
@@ -71,9 +72,9 @@ def test_each_kind_of_step_is_compiled_once_too(tmp_path, compiled_graphs):
     recording, path = recording_and_bundle(1, tmp_path, "J")
     bundle = open_bundle(path)
     executor = InductorExecutor(bundle, LocalCollectives(), device=torch.device("cpu"))
-    player = Player(executor=executor, config=bundle.config, layout=bundle.layout)
+    replica = replica_on(executor, bundle.config, bundle.layout)
     for _ in range(2):
-        check(replay_here(recording, player), recording)
+        check(replay_here(recording, replica), recording)
         assert compiled_graphs() == 2
 
 

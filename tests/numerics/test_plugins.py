@@ -13,9 +13,9 @@ import pytest
 from causalrt.engines.bundle import open_bundle
 from causalrt.errors import ConfigError, ExecutorError, RequestError
 from causalrt.export.build import build
-from causalrt.proof.compare import EMULATED, TOLERANCE, compare_emulated, compare_recorded, largest_errors
+from causalrt.proof.compare import EMULATED, compare_emulated, compare_recorded, largest_errors, replay
+from causalrt.proof.differences import TOLERANCE
 from causalrt.proof.recording import open_recording
-from causalrt.proof.replay import recorded_outputs, replay
 from causalrt.runtime.load import load
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -78,8 +78,8 @@ def test_inside_a_compiled_step(tmp_path):
     checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
     path = build(recording.config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"])
     with load(path, executor="inductor", device="cpu", plugins=True, timeout_s=300) as engine:
-        errors = largest_errors(replay(recording, engine), recorded_outputs(recording))
-    assert max(error.largest for error in errors.values()) <= TOLERANCE
+        errors = largest_errors(replay(recording, engine), recording.outputs())
+    assert max(error.error for error in errors.values()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("time_index", ["global", pytest.param("relative", marks=pytest.mark.slow)])

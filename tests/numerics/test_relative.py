@@ -18,9 +18,10 @@ from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor, cpp_compiler
 from causalrt.errors import RequestError
 from causalrt.export.random_weights import random_weights
-from causalrt.proof.compare import TOLERANCE, compare_emulated, compare_recorded, largest_errors
+from causalrt.proof.compare import compare_emulated, compare_recorded, largest_errors, replay_here
+from causalrt.proof.differences import TOLERANCE
 from causalrt.proof.recording import open_recording
-from causalrt.proof.replay import Player, recorded_outputs, replay_here
+from causalrt.proof.replica import replica_on
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.requests import checked_chunks
@@ -80,9 +81,9 @@ def test_compiled_once_for_all_chunks(tmp_path):
     torch.compiler.reset()
     counters.clear()
     executor = InductorExecutor(bundle, LocalCollectives(), device=torch.device("cpu"))
-    outputs = replay_here(recording, Player(executor=executor, config=config, layout=bundle.layout))
-    for name, error in largest_errors(outputs, recorded_outputs(recording)).items():
-        assert error.largest <= TOLERANCE, f"{name}: {error.largest:.2e} at {error.at}"
+    outputs = replay_here(recording, replica_on(executor, config, bundle.layout))
+    for name, error in largest_errors(outputs, recording.outputs()).items():
+        assert error.error <= TOLERANCE, f"{name}: {error.error:.2e} at {error.name}"
     assert counters["stats"]["unique_graphs"] == 1
     torch.compiler.reset()
 

@@ -7,9 +7,10 @@ import float64_replay
 import pytest
 from safetensors import safe_open
 
-from causalrt.proof.compare import TOLERANCE, compare_recorded, largest_errors
+from causalrt.proof.compare import compare_recorded, largest_errors, replay_here
+from causalrt.proof.differences import TOLERANCE
 from causalrt.proof.recording import open_recording
-from causalrt.proof.replay import eager_player, recorded_outputs, replay_here
+from causalrt.proof.replica import eager_replica
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SMALL = {"dim": 60, "num_heads": 6, "num_layers": 1, "ffn_dim": 50, "freq_dim": 20}
@@ -168,7 +169,7 @@ def test_prompt_switches(tmp_path, policy, window, sink, first_frame):
     float64_replay.record(golden("R")[0] | SMALL | sizes | window_and_sink, path, policy=policy)
     recording = open_recording(path, world_size=1)
     checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
-    player = eager_player(recording.config, checkpoint=checkpoint, folder=tmp_path / "bundle")
-    errors = largest_errors(replay_here(recording, player, policy=policy), recorded_outputs(recording))
+    replica = eager_replica(recording.config, checkpoint=checkpoint, folder=tmp_path / "bundle")
+    errors = largest_errors(replay_here(recording, replica, policy=policy), recording.outputs())
     for name, error in errors.items():
-        assert error.largest <= TOLERANCE, f"{name}: {error.largest:.2e} at {error.at}"
+        assert error.error <= TOLERANCE, f"{name}: {error.error:.2e} at {error.name}"

@@ -1,14 +1,17 @@
-"""The parity certificate of a bundle: `causalrt compare BUNDLE` (docs/certificate.md).
+"""Proof: recordings of the reference replayed (`causalrt compare --recorded`), and certificates (`causalrt compare BUNDLE`).
 
-command, certify      arguments; everything that is checked, in order
-subject, record       what a certificate is about, and what it holds
-tables, weights       what lies in the bundle's files
-ranks, watch, sides   P ranks as threads of this process, and what they compute and exchange, written down
-rollouts, processes   whole rollouts of a side: in threads, and by the real rank processes
-runners, errors       the sides as Polygraphy runners; how far two tensors are apart
-stage, *_comparisons  what is compared with what; numerics is the order
-transport, segments   what the exchanges have moved; each ONNX segment, fed with eager's own tensors
-bisect                where the first difference arises
-polygraphy_files      what `polygraphy run` can check again
-report, picture       JSON, Markdown, PNG
+Both stand on three things: a replica (an executor on all ranks), a rollout, and the differences between two sets of tensors.
+
+replica, ranks, trace     executors on all ranks of this process, ranks as threads; what they compute and exchange
+rollouts                  a rollout from a recording or a seed, by a replica or through the rank processes
+differences               how far tensors are apart; all rules and tolerances
+recording, compare        the recordings' format; their replay
+emulate, emulated_graph   TensorRT's graphs run by ONNX Runtime
+command, certify          the command's arguments; everything that a certificate checks, in order
+certificate, report       the findings; JSON, Markdown, picture
+file_checks               tables, references and weights in the bundle's files
+traced_rollout            the rollout of a certificate and its traces
+comparisons               rollouts and exchanges of replicas, rank processes
+step_comparisons          single steps and segments, and where the first difference arises
+segments                  each ONNX segment run on eager's tensors; files for `polygraphy run`
 """

@@ -1,13 +1,12 @@
 """`certify`: everything that is checked of a bundle, in order.
 
 files      tables and indices, references, weights
-threads    eager on 1 rank | eager on P ranks | the executor on P ranks       free-running; then step by step, fed alike
-segments   each ONNX file, fed with eager's own tensors                       the first that differs names layer and part
-processes  the executor as users run it; the canary in its exchanges
+rollouts   eager on 1 rank | eager on P ranks | the executor on P ranks, free-running in threads of this process
+steps      single steps and ONNX segments from eager's own inputs; the first difference gives layer and part
+processes  the executor in its rank processes, and the exchange self-test
 """
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,15 +18,12 @@ from causalrt.errors import BundleError, ExecutorError
 from causalrt.install_hint import install_extra
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.progress import Progress
-from causalrt.proof.attempt import attempt
-from causalrt.proof.compare import TOLERANCE
-from causalrt.proof.record import Certificate, Check, NotChecked
+from causalrt.proof.certificate import Certificate, describe_subject
+from causalrt.proof.differences import TOLERANCE
+from causalrt.proof.file_checks import check_files
+from causalrt.proof.replica import ranks_device
 from causalrt.proof.report import new_folder, write_report
-from causalrt.proof.rollouts import plan_rollout
-from causalrt.proof.sides import ranks_device
-from causalrt.proof.subject import describe_subject
-from causalrt.proof.tables import check_references, check_tables, graph_files
-from causalrt.proof.weights import check_against_checkpoint, check_digests
+from causalrt.proof.traced_rollout import plan_rollout
 
 
 def certify(
@@ -49,26 +45,28 @@ def certify(
 
     Args:
         path: the bundle.
-        executor: to certify; by default the best that the bundle was built for.
-        out: folder for JSON, Markdown, picture and what Polygraphy reads; written whole or not at all. None writes nothing.
-        checkpoint: that the bundle was built from, to compare every weight with.
-        num_chunks: of the rollouts; by default up to the first one after eviction.
+        executor: the executor to certify; by default the best that the bundle was built for.
+        out: folder for JSON, Markdown, the picture and Polygraphy's files, written atomically. None writes nothing.
+        checkpoint: the checkpoint that the bundle was built from, to compare every weight with.
+        num_chunks: chunks of the rollouts; by default up to the first one after an eviction.
         seed: of noise and prompts.
-        bisect: look for the layer where the executor leaves eager though nothing is out of tolerance; otherwise that is done
-            only if something is. It then says where the largest difference arises.
-        emulate: TensorRT without a GPU: run the graphs that its engines were built from, all ranks in this process.
-        device: `cpu` or `cuda`; by default the CPU, where the executor runs there.
-        cuda_graphs: have inductor and TensorRT capture steps on a GPU.
-        processes: run the executor in rank processes too, and the canary in their exchanges.
-        on_progress: told of each stage.
+        bisect: find where the largest difference arises even if everything is within the tolerance.
+        emulate: for TensorRT without a GPU: run the graphs that its engines were built from, all ranks in this process.
+        device: `cpu` or `cuda`; by default the CPU if the executor runs there.
+        cuda_graphs: let inductor and TensorRT capture steps on a GPU.
+        processes: run the executor and the exchange self-test in rank processes too.
+        on_progress: called at the start and the end of each stage.
 
     Raises:
-        BundleError: no bundle, or damaged in a way that its manifest tells.
+        BundleError: the folder is not a bundle, or a file differs from the manifest.
         ExecutorError: the executor cannot run here, or Polygraphy or matplotlib is missing.
-        CheckpointError, RequestError, OutOfMemoryError: as they say.
+        CheckpointError: the checkpoint cannot be read, or has other sizes than the bundle.
+        RequestError: the seed or the number of chunks is out of range, or the certificate cannot be written.
+        OutOfMemoryError: the traces of the rollouts would not fit.
     """
     _require_proof()
-    from causalrt.proof.numerics import compare_sides  # needs Polygraphy
+    from causalrt.proof.comparisons import Stage, compare_exchanges, compare_processes, compare_rollouts, make_replicas
+    from causalrt.proof.step_comparisons import compare_segments, compare_steps, find_first
 
     started = time.perf_counter()
     bundle = open_bundle(path)
@@ -80,31 +78,42 @@ def certify(
         subject=describe_subject(bundle, chosen, plan, device=where, emulated=emulate),
         tolerance=None if low else TOLERANCE,
     )
+    stage = Stage(
+        certificate=certificate,
+        bundle=bundle,
+        executor=chosen,
+        plan=plan,
+        device=where,
+        emulate=emulate,
+        cuda_graphs=cuda_graphs,
+    )
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(out)) if out is not None else None
         scratch = stack.enter_context(TemporaryFolder("certificate"))
         stack.enter_context(unchanged(bundle))
         stack.enter_context(own_stream(ranks_device(where)))
         on_progress("files", 0, 1)
-        _check_files(certificate, bundle, checkpoint)
+        check_files(certificate, bundle, checkpoint)
         on_progress("files", 1, 1)
-        compare_sides(
-            certificate,
-            bundle,
-            chosen,
-            plan,
-            device=where,
-            emulate=emulate,
-            cuda_graphs=cuda_graphs,
-            always_bisect=bisect,
-            processes=processes,
-            scratch=scratch,
-            folder=folder,
-            out=out,
-            on_progress=on_progress,
-        )
+        stage.check_memory()
+        if plan.evicted_chunk is None or plan.evicted_chunk >= plan.num_chunks:
+            why = "the window holds the whole horizon" if plan.evicted_chunk is None else "too few chunks; add --chunks"
+            stage.skip("a chunk after eviction", why)
+        make_replicas(stage, scratch)
+        compare_rollouts(stage, on_progress)
+        compare_exchanges(stage)
+        step = compare_steps(stage, on_progress)
+        compare_segments(stage, folder, out, on_progress, always_bisect=bisect)
+        find_first(stage, step)
+        if not processes:
+            stage.skip("rank processes", "they were left out by the caller")
+        elif emulate:
+            why = "its engines want a GPU; only the graphs that they were built from were run"
+            stage.skip(f"rank processes and engines of {chosen}", why)
+        else:
+            compare_processes(stage, on_progress)
         if bundle.vae is not None:
-            certificate.not_checked.append(NotChecked(what="the VAE", why="a certificate is of latents"))
+            stage.skip("the VAE", "a certificate is of latents")
         certificate.subject["seconds"] = time.perf_counter() - started
         if folder is not None:
             write_report(certificate, folder)
@@ -122,7 +131,12 @@ def _require_proof() -> None:
 
 
 def _where(bundle: Bundle, executor: str, *, emulate: bool, device: str | None) -> str:
-    """The device to run on, everything that cannot be done here having been refused."""
+    """The device to run on.
+
+    Raises:
+        BundleError: the bundle was not built for the executor, or has no graphs to emulate.
+        ExecutorError: the executor cannot run here.
+    """
     kind = executor_kind(executor)
     lacking = bundle.why_not(executor)
     if lacking is not None and not (emulate and executor in bundle.unfinished):
@@ -150,59 +164,3 @@ def _where(bundle: Bundle, executor: str, *, emulate: bool, device: str | None) 
         raise ExecutorError(
             f"{error}. Here, `--emulate` compares the graphs that the engines were built from, and `--executor eager` the ranks"
         ) from error
-
-
-def _check_files(certificate: Certificate, bundle: Bundle, checkpoint: Path | None) -> None:
-    """Tables, references and weights."""
-
-    def add(name: str, what: str, check: Callable[[], tuple[int, list[str]]]) -> int:
-        result, fault = attempt(f"the check of {name}", check)
-        count, faults = result or (0, [fault])
-        if count or faults:
-            certificate.checks.append(Check(name=name, count=count, found=f"{count} {what}", faults=tuple(faults)))
-        return count
-
-    add("hashes", "files as the manifest has them", lambda: (len(bundle.hashes), []))
-    if graph_files(bundle):
-        add("tables", "constants of graphs equal the tables of this version, bit for bit", lambda: _tables(bundle))
-        add("references", "references of graphs to weights", lambda: check_references(bundle))
-    if len(bundle.unfinished) < len(bundle.engines):
-        _check_engine_tables(certificate, bundle)
-    if not add("weights", "weights are finite, and what the build wrote of them", lambda: check_digests(bundle)):
-        why = "the weight file holds no digests (it was built by an earlier version)"
-        certificate.not_checked.append(NotChecked(what="weights against what the build wrote", why=why))
-    if checkpoint is not None:
-        add("checkpoint", f"weights equal {checkpoint.name}", lambda: check_against_checkpoint(bundle, checkpoint))
-    else:
-        why = "no checkpoint was given; add --checkpoint FILE"
-        certificate.not_checked.append(NotChecked(what="weights against a checkpoint", why=why))
-
-
-def _tables(bundle: Bundle) -> tuple[int, list[str]]:
-    found, faults = check_tables(bundle)
-    return sum(found.values()), faults
-
-
-def _check_engine_tables(certificate: Certificate, bundle: Bundle) -> None:
-    """What the build wrote of the networks that engines were built from."""
-    from causalrt.tools.inspect_engines import describe_engines
-
-    def check() -> tuple[int, list[str]]:
-        count, faults = 0, []
-        try:
-            engines = describe_engines(bundle)
-        except BundleError as error:
-            return 0, [str(error)]
-        for engine in engines:
-            for step in engine["steps"]:
-                for name, table in step["constants"].items():
-                    count += table["equal_constants"]
-                    if not table["equal_constants"]:
-                        at = f"{engine['flavour']} {engine['target']} {step['frames']}-frame step"
-                        faults.append(f"{at}: no constant of the network equals the table {name}")
-        return count, faults
-
-    result, fault = attempt("the check of the engines' networks", check)
-    count, faults = result or (0, [fault])
-    found = f"{count} constants of the networks that engines were built from equal the tables"
-    certificate.checks.append(Check(name="networks", count=count, found=found, faults=tuple(faults)))

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace, *, on_progress: Progress) -> tuple[int, s
     from causalrt.export.checkpoint import open_checkpoint
     from causalrt.proof.certify import certify
     from causalrt.proof.report import as_plain, as_text, check_target
-    from causalrt.proof.rollouts import plan_rollout
+    from causalrt.proof.traced_rollout import plan_rollout
 
     faults = Faults()
     with faults:

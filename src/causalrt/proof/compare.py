@@ -1,46 +1,67 @@
 """Replay a recorded rollout, free-running, and compare every forward with the recording.
 
-Either through a bundle and its rank processes, or, emulated, through the graphs that TensorRT parses.
+The replay runs either in the rank processes of a bundle, or in this process on a replica, such as the emulated graphs that
+TensorRT parses. Its outputs have the recording's own names.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from causalrt.config import HeadPlanName, Precision, TimeIndex
+from causalrt.config import Config, HeadPlanName, Precision, TimeIndex
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.build import build, fused_ops_wanted
 from causalrt.export.options import CollectivesMode, PluginsMode
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.progress import Progress
-from causalrt.proof.recording import open_recording
-from causalrt.proof.replay import Outputs, eager_player, emulated_player, recorded_outputs, replay, replay_here
+from causalrt.proof.differences import (
+    EAGER_RATIO,
+    RECORDED,
+    TensorError,
+    differences,
+    largest_by_kind,
+    rms_by_kind,
+)
+from causalrt.proof.recording import Recording, open_recording
+from causalrt.proof.replica import Replica, eager_replica, emulated_replica
+from causalrt.proof.rollouts import Outputs, play, play_session
+from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import load
+from causalrt.runtime.rollout import SwitchPolicy
 
-TOLERANCE = 5e-5
-"""Largest difference from a float32 recording: golden data agree with a float64 replay within 5e-6, and the smallest
-mistake worth the name (exact GELU for tanh) moves the latents by 3e-4."""
-EAGER_RATIO = 1.25
-"""How much further from a recording than eager, both in a lower precision, emulated graphs may be, by root mean square over a
-rollout: over the recorded cases A to D, L, N1, N2 and R, bfloat16 and float16, the ratio lies between 0.89 and 1.08."""
 EMULATED = "emulated: the graph that TensorRT parses, run by ONNX Runtime"
+KINDS = ("flow", "x0", "latents")
 
 
-@dataclass(kw_only=True, slots=True)
-class Errors:
-    """Largest absolute difference, and where it is."""
+def replay(recording: Recording, engine: Engine) -> Outputs:
+    """Replay every batch element in a session of its own of an engine."""
+    outputs: Outputs = {}
+    for element in range(recording.batch_size):
+        outputs |= play_session(engine, recording.rollout(element))
+    return outputs
 
-    largest: float = 0.0
-    at: str = ""
 
-    def add(self, got: torch.Tensor, expected: torch.Tensor, at: str) -> None:
-        """Take in one comparison; NaN counts as infinitely wrong."""
-        error = float((got.double() - expected.double()).abs().nan_to_num(nan=torch.inf).max())
-        if error > self.largest or not self.at:
-            self.largest, self.at = error, at
+def replay_here(recording: Recording, replica: Replica, *, policy: SwitchPolicy = "keep") -> Outputs:
+    """Replay every batch element in this process; `policy` is what becomes of the history when the prompt changes."""
+    outputs: Outputs = {}
+    for element in range(recording.batch_size):
+        outputs |= play(replica, recording.rollout(element), policy=policy)
+    return outputs
+
+
+def largest_errors(got: Outputs, expected: Outputs) -> dict[str, TensorError]:
+    """The largest absolute difference of a flow, of an x0 and of latents; infinite if one side lacks an output."""
+    in_order = {name: expected[name] for name in got if name in expected} | expected
+    largest = largest_by_kind(differences(in_order, got, RECORDED))
+    return {kind: largest[kind] for kind in KINDS}
+
+
+def rms_errors(got: Outputs, expected: Outputs) -> dict[str, float]:
+    """The relative root mean square error of flows, of x0 and of latents."""
+    errors = rms_by_kind({name: expected[name] for name in got if name in expected} | expected, got)
+    return {kind: errors[kind] for kind in KINDS}
 
 
 def compare_recorded(
@@ -53,27 +74,26 @@ def compare_recorded(
     time_index: TimeIndex = "global",
     cuda_graphs: bool = True,
     num_threads: int | None = None,
-    tolerance: float = TOLERANCE,
     on_progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Build a bundle from a recording, replay it on `world_size` ranks, and report the largest errors.
 
-    Attention sees differences of time alone, so a recording, which ends with its horizon, is the same by either `time_index`.
+    Attention depends on differences of time only, so a recording, which ends within the horizon, gives the same outputs with
+    either `time_index`.
 
     Returns:
         `{"executor", "world_size", "time_index", "max_abs_error": {"flow", "x0", "latents"}, "worst", "tolerance", "passed"}`.
 
     Raises:
         RecordingError: the recording cannot be replayed.
-        CausalRTError: whatever `build` and `load` raise.
+        CausalRTError: as `build` and `load` raise it.
     """
     if executor in FLAVOURS:
         raise ConfigError(
             f"recordings are float32, and {executor} has fused attention kernels in bfloat16 and float16 only; add --emulate "
             "to replay the graphs that it is built from"
         )
-    recording = open_recording(path, world_size=world_size, head_plan=head_plan)
-    config = replace(recording.config, video=replace(recording.config.video, time_index=time_index))
+    recording, config = _open(path, world_size, head_plan, time_index)
     with TemporaryFolder("compare") as folder:
         checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
         mode: PluginsMode = "on" if plugins else "auto"
@@ -87,17 +107,10 @@ def compare_recorded(
         )
         on_progress("replay", 0, 1)
         with load(bundle, executor=executor, cuda_graphs=cuda_graphs, num_threads=num_threads) as engine:
-            errors = largest_errors(replay(recording, engine), recorded_outputs(recording))
+            errors = largest_errors(replay(recording, engine), recording.outputs())
         on_progress("replay", 1, 1)
-    return {
-        "executor": executor,
-        "world_size": world_size,
-        "time_index": time_index,
-        "max_abs_error": {name: error.largest for name, error in errors.items()},
-        "worst": {name: error.at for name, error in errors.items()},
-        "tolerance": tolerance,
-        "passed": all(error.largest <= tolerance for error in errors.values()),
-    }
+    result = {"executor": executor, "world_size": world_size, "time_index": time_index}
+    return result | _plain_errors(errors) | _verdict(errors)
 
 
 def compare_emulated(
@@ -110,18 +123,17 @@ def compare_emulated(
     head_plan: HeadPlanName = "balanced",
     plugins: bool = False,
     time_index: TimeIndex = "global",
-    tolerance: float = TOLERANCE,
     on_progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Replay a recording through the graphs that TensorRT parses, run by ONNX Runtime with all ranks in this process.
+    """Replay a recording on the graphs that TensorRT parses, run by ONNX Runtime with all ranks in this process.
 
-    In float32 the errors are held against `tolerance`. In a lower precision the recording is further away than any tolerance
-    worth the name; then eager is replayed in that precision too, and the graphs pass if their error is no more than
-    `EAGER_RATIO` of eager's own. With `plugins`, what TensorRT takes for a plugin is run by its ONNX function.
+    In float32, errors must be within the tolerance. A lower precision is further from the recording than any useful tolerance;
+    eager is then replayed in that precision too, and the root mean square error of the graphs must be at most `EAGER_RATIO`
+    times that of eager. With `plugins`, what TensorRT replaces by a plugin is run by its ONNX function.
 
     Returns:
-        What `compare_recorded` returns, and `"emulated"` (what was run, in words), `"collectives"`, `"precision"`; in a lower
-        precision `"rms_error"` and `"eager_rms_error"` too, and no tolerance.
+        As `compare_recorded`, with `"emulated"` (what was run, in words), `"collectives"` and `"precision"`. A lower precision
+        has `"rms_error"`, `"eager_rms_error"` and `"eager_ratio"` in place of `"tolerance"`.
 
     Raises:
         RecordingError: the recording cannot be replayed.
@@ -129,14 +141,10 @@ def compare_emulated(
     """
     from causalrt.proof.emulate import write_graphs  # needs ONNX Runtime, which may be missing
 
-    recording = open_recording(path, world_size=world_size, head_plan=head_plan)
-    config = replace(
-        recording.config,
-        video=replace(recording.config.video, time_index=time_index),
-        build=replace(recording.config.build, precision=precision),
-    )
+    recording, config = _open(path, world_size, head_plan, time_index)
+    config = replace(config, build=replace(config.build, precision=precision))
     fused = fused_ops_wanted("on" if plugins else "auto", config, (executor,), "onnx")
-    expected = recorded_outputs(recording)
+    expected = recording.outputs()
     result: dict[str, Any] = {
         "executor": executor,
         "emulated": EMULATED + (", plugins by their ONNX functions" if plugins else ""),
@@ -151,44 +159,31 @@ def compare_emulated(
         graphs = write_graphs(config, checkpoint=checkpoint, folder=folder, collectives=collectives, fused=fused)
         on_progress("graphs", 1, 1)
         on_progress("replay", 0, 1)
-        outputs = replay_here(recording, emulated_player(graphs))
+        outputs = replay_here(recording, emulated_replica(EMULATED, graphs))
         on_progress("replay", 1, 1)
         errors = largest_errors(outputs, expected)
-        result["max_abs_error"] = {kind: error.largest for kind, error in errors.items()}
-        result["worst"] = {kind: error.at for kind, error in errors.items()}
+        result |= _plain_errors(errors)
         if precision == "float32":
-            passed = all(error.largest <= tolerance for error in errors.values())
-            return result | {"tolerance": tolerance, "passed": passed}
+            return result | _verdict(errors)
         on_progress("replay in eager", 0, 1)
-        eager = replay_here(recording, eager_player(config, checkpoint=checkpoint, folder=folder / "eager"))
+        eager = replay_here(recording, eager_replica(config, checkpoint=checkpoint, folder=folder / "eager"))
         on_progress("replay in eager", 1, 1)
     ours, theirs = rms_errors(outputs, expected), rms_errors(eager, expected)
     passed = all(ours[kind] <= EAGER_RATIO * theirs[kind] for kind in ours)
     return result | {"rms_error": ours, "eager_rms_error": theirs, "eager_ratio": EAGER_RATIO, "passed": passed}
 
 
-def largest_errors(got: Outputs, expected: Outputs) -> dict[str, Errors]:
-    """Largest difference of flow, x0 and latents; both sides must hold the same outputs."""
-    assert got.keys() == expected.keys(), sorted(got.keys() ^ expected.keys())
-    errors = {"flow": Errors(), "x0": Errors(), "latents": Errors()}
-    for (element, name), tensor in got.items():
-        errors[_kind(name)].add(tensor, expected[element, name], f"element {element} {name}")
-    return errors
+def _open(path: Path, world_size: int, head_plan: HeadPlanName, time_index: TimeIndex) -> tuple[Recording, Config]:
+    recording = open_recording(path, world_size=world_size, head_plan=head_plan)
+    return recording, replace(recording.config, video=replace(recording.config.video, time_index=time_index))
 
 
-def rms_errors(got: Outputs, expected: Outputs) -> dict[str, float]:
-    """Root mean square of the difference over that of the expected values, of flow, x0 and latents; NaN stays NaN."""
-    assert got.keys() == expected.keys(), sorted(got.keys() ^ expected.keys())
-    errors = {}
-    for kind in ("flow", "x0", "latents"):
-        keys = [key for key in got if _kind(key[1]) == kind]
-        difference = torch.stack([(got[key].double() - expected[key].double()).square().sum() for key in keys]).sum()
-        size = torch.stack([expected[key].double().square().sum() for key in keys]).sum()
-        errors[kind] = float((difference / size).sqrt())
-    return errors
+def _plain_errors(errors: Mapping[str, TensorError]) -> dict[str, Any]:
+    return {
+        "max_abs_error": {kind: error.error for kind, error in errors.items()},
+        "worst": {kind: error.name for kind, error in errors.items()},
+    }
 
 
-def _kind(name: str) -> str:
-    """`flow`, `x0` or, for a name that ends with the chunk, `latents`."""
-    last = name.rpartition(".")[2]
-    return last if last in ("flow", "x0") else "latents"
+def _verdict(errors: Mapping[str, TensorError]) -> dict[str, Any]:
+    return {"tolerance": RECORDED.tolerance, "passed": all(errors.values())}

@@ -1,11 +1,11 @@
-"""The graphs that TensorRT parses, written as a build writes them and run by ONNX Runtime, all ranks in this process.
+"""The graphs that TensorRT parses, written as a build writes them and run by ONNX Runtime with all ranks in this process.
 
     checkpoint -> weights, prompt.onnx, time.onnx, whole-step.onnx or cut-step-*.onnx      the build's own functions
                -> DistCollective to Split and Concat, low precision to rounded float32     emulated_graph
-               -> an executor that plays all P ranks                                       here
+               -> an executor that runs all P ranks                                        here
 
-To the rollout it is an executor on one rank: it takes and returns all N rows, and the KV slots of all ranks are bound to it,
-rank after rank. Rows that pad the last ranks are NaN here, so that one that is read anywhere shows.
+A rollout uses it as an executor on one rank: it takes and returns all N rows, and the KV slots of all ranks are bound to it,
+rank after rank. Rows that pad the last ranks are NaN, so that a step that reads one of them returns NaN.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ import torch
 
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
-from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
+from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS, Bundle
 from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
@@ -36,7 +36,7 @@ from causalrt.model.wan.transformer import sinusoid
 from causalrt.proof.emulated_graph import emulate_precision, emulate_ranks, rank_name
 
 Arrays = dict[str, npt.NDArray[Any]]
-"""Tensors by their name in a graph; float32 or int64."""
+"""Tensors by their names in a graph; float32 or int64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +44,11 @@ class EngineGraphs:
     """Graphs as TensorRT parses them, weights beside them.
 
     Attributes:
-        folder: that holds them; a bundle's will do.
-        config: that they were written from.
-        collectives: who exchanges.
+        folder: the folder of the graphs, which may be a bundle's.
+        config: the config that they were written from.
+        collectives: whether the engine or the runtime exchanges.
         steps: for each kind of step, its parts in order.
-        fused: self-attention is made of the fused ops; the step takes KV slots whole.
+        fused: self-attention consists of the fused ops; the step takes whole KV slots.
     """
 
     folder: Path
@@ -61,10 +61,10 @@ class EngineGraphs:
 def write_graphs(
     config: Config, *, checkpoint: Path, folder: Path, collectives: CollectivesMode, fused: bool = False
 ) -> EngineGraphs:
-    """What a build for TensorRT writes before it builds engines, in any precision.
+    """Write what a build for TensorRT writes before it builds engines, in any precision.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or is not of this config.
+        CheckpointError: the checkpoint cannot be read, or has other sizes than the config.
     """
 
     def on_progress(stage: str, done: int, total: int) -> None: ...
@@ -89,8 +89,19 @@ def write_graphs(
     return EngineGraphs(folder=folder, config=config, collectives=collectives, fused=fused, steps=steps)
 
 
+def bundle_graphs(bundle: Bundle, flavour: str) -> EngineGraphs:
+    """The graphs that a bundle's engines were built from."""
+    return EngineGraphs(
+        folder=bundle.path,
+        config=bundle.config,
+        collectives="engine" if bundle.engines[flavour].collectives == "engine" else "runtime",
+        steps=[step.tensorrt for step in bundle.steps],
+        fused=bundle.plugins,
+    )
+
+
 class _Graph:
-    """One graph of the folder, in one session."""
+    """A graph of the folder, loaded by ONNX Runtime."""
 
     def __init__(self, folder: Path, file: str, *, num_threads: int, world_size: int | None = None) -> None:
         model = expand_functions(onnx.load(folder / file, load_external_data=False))
@@ -98,7 +109,7 @@ class _Graph:
             model = emulate_ranks(model, world_size)
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
-        options.log_severity_level = 3  # TensorScatter warns of every cache that is not bound in place
+        options.log_severity_level = 3  # TensorScatter warns about every cache that is not bound in place
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         source = emulate_precision(model).SerializeToString()
         self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -106,13 +117,13 @@ class _Graph:
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def run(self, values: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """All outputs; `values` may hold more than the graph reads."""
+        """Compute all outputs; `values` may hold more than the graph's inputs."""
         results = self._session.run(self._outputs, {name: values[name] for name in self._inputs})
         return dict(zip(self._outputs, results, strict=True))
 
 
 class _AllRanks:
-    """What both lowerings share: prompt and time, and what each rank's step is given."""
+    """What both kinds of exchange share: prompt and time, and the inputs of each rank's step."""
 
     device = torch.device("cpu")
 
@@ -130,7 +141,7 @@ class _AllRanks:
         return self._layouts[self._number]
 
     def warmed_up(self) -> None:
-        """Nothing to keep."""
+        """See `Executor.warmed_up`."""
 
     def graph_bytes(self) -> int:
         """See `Executor.graph_bytes`."""
@@ -147,7 +158,7 @@ class _AllRanks:
         return torch.from_numpy(made["e"]), torch.from_numpy(made["e0"])
 
     def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
-        """See `Executor.bind`; a layer's pairs are those of rank 0's shards, of rank 1's, and so on."""
+        """See `Executor.bind`; the pairs of a layer are those of all head shards of rank 0, then of rank 1, and so on."""
         self._number = step
         shards = len(self._layout.shards)
         self._bound = []
@@ -161,7 +172,7 @@ class _AllRanks:
             self._bound.append(values)
 
     def _given(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> list[Arrays]:
-        """What each rank's step reads: its rows, padding NaN, and all that is bound."""
+        """Inputs of each rank's step: its rows, with NaN for padding, and what is bound."""
         rows = torch.full((len(self._ranks) * self._layout.local_tokens, x.shape[1]), torch.nan)
         rows[: len(x)] = x
         common = {"e": e.numpy(), "e0": e0.numpy(), "first_frame": np.array([first_frame])}
@@ -175,7 +186,7 @@ class _AllRanks:
 
 
 class EmulatedEngine(_AllRanks):
-    """Engine collectives: the whole step of all ranks in one graph."""
+    """Exchanges in the engine: the whole step of all ranks is one graph."""
 
     whole_slots = True
 
@@ -199,7 +210,7 @@ class EmulatedEngine(_AllRanks):
 
 
 class EmulatedSegments(_AllRanks):
-    """Runtime collectives: segment by segment on all ranks; between them, exchanges and writes to the slots."""
+    """Exchanges by the runtime: each segment runs on all ranks; exchanges and writes to the KV slots follow it."""
 
     def __init__(self, graphs: EngineGraphs, *, num_threads: int) -> None:
         super().__init__(graphs, num_threads=num_threads)
@@ -216,12 +227,12 @@ class EmulatedSegments(_AllRanks):
             for values in ranks:
                 made = segment.run(values)
                 for name in made.keys() & {f"{name}.written" for name in values}:
-                    values[name.removesuffix(".written")][:] = made.pop(name)  # a fused op's slots, whole
+                    values[name.removesuffix(".written")][:] = made.pop(name)  # a fused op returns whole KV slots
                 values |= made
                 for source, target in part.writes.items():
                     slots = values[target.removesuffix(".written")]
                     slots[:, : values[source].shape[1]] = values[source]
-                    values[target] = slots  # only now: a segment that reads it sooner fails
+                    values[target] = slots  # not before the write, so that a segment that reads them too early fails
             if part.sent is not None and part.received is not None:
                 for rank, values in enumerate(ranks):
                     values[part.received] = np.stack([other[part.sent][rank] for other in ranks])
@@ -229,13 +240,13 @@ class EmulatedSegments(_AllRanks):
 
 
 def emulated_executor(graphs: EngineGraphs, *, num_threads: int) -> EmulatedEngine | EmulatedSegments:
-    """The executor that plays all ranks of `graphs`; a rollout on it has `rollout_view` of the config."""
+    """An executor that runs all ranks of `graphs`, for rollouts with `rollout_view` of their config."""
     kind = EmulatedEngine if graphs.collectives == "engine" else EmulatedSegments
     return kind(graphs, num_threads=num_threads)
 
 
 def rollout_view(config: Config) -> tuple[Config, Layout]:
-    """Config and layout for a rollout on an emulated executor: one rank with all rows and every rank's KV slots, float32."""
+    """Config and layout of a rollout on an emulated executor: float32, one rank with all rows and all ranks' KV slots."""
     layout = layout_from_config(config)
     build = replace(config.build, world_size=1, precision="float32")
     every = replace(layout, world_size=1, shards=layout.shards * layout.world_size)

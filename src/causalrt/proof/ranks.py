@@ -1,4 +1,4 @@
-"""P ranks as P threads of one process: what they exchange can be seen, and replaced, from outside."""
+"""Ranks as threads of one process, so that what they exchange can be recorded, and replaced."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,11 +12,11 @@ from causalrt.runtime.collectives import Traffic
 Result = TypeVar("Result")
 Ranked = TypeVar("Ranked")
 WAIT_S = 600.0
-"""A rank that the others wait for so long has failed."""
+"""A rank that the others wait for longer than this has failed."""
 
 
 class ThreadGroup:
-    """Where ranks show each other what they have. One that fails breaks it up for all."""
+    """A barrier at which the ranks share objects. A rank that fails breaks it for all."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -24,7 +24,7 @@ class ThreadGroup:
         self._shown: list[Any] = [None] * world_size
 
     def show(self, rank: int, thing: Any, use: Callable[[Sequence[Any]], Any]) -> Any:
-        """`use` what all ranks have shown; nobody goes on before everybody has."""
+        """Call `use` with what every rank has shown; no rank continues before all have done so."""
         self._shown[rank] = thing
         self._barrier.wait()
         try:
@@ -40,9 +40,9 @@ class ThreadGroup:
 class ThreadCollectives:
     """`Collectives` between threads."""
 
-    def __init__(self, meeting: ThreadGroup, rank: int) -> None:
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
         self.rank = rank
-        self._meeting = meeting
+        self._group = group
         self._traffic = Traffic()
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
@@ -55,19 +55,23 @@ class ThreadCollectives:
             for source, blocks in enumerate(shown):
                 received[source].copy_(blocks[self.rank])
 
-        self._meeting.show(self.rank, sent, take)
+        self._group.show(self.rank, sent, take)
         self._traffic.all_to_all_calls += 1
         self._traffic.rows_sent += sent.shape[0] * sent.shape[1]
 
     def communicator(self) -> object:
-        """Threads have none."""
+        """Threads have no communicator.
+
+        Raises:
+            ExecutorError: always.
+        """
         raise ExecutorError(
             "an engine that exchanges by itself needs rank processes, each with a GPU; use `causalrt.load`"
         )
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor | None:
         """See `Collectives.gather`."""
-        gathered: torch.Tensor | None = self._meeting.show(
+        gathered: torch.Tensor | None = self._group.show(
             self.rank, rows, lambda shown: torch.cat(list(shown)) if self.rank == 0 else None
         )
         return gathered
@@ -78,15 +82,19 @@ class ThreadCollectives:
         return taken
 
 
-def meet(world_size: int, make: Callable[[ThreadGroup, int], Ranked]) -> tuple[ThreadGroup, list[Ranked]]:
-    """What each rank needs to meet the others."""
-    meeting = ThreadGroup(world_size)
-    return meeting, [make(meeting, rank) for rank in range(world_size)]
+def thread_group(world_size: int, make: Callable[[ThreadGroup, int], Ranked]) -> tuple[ThreadGroup, list[Ranked]]:
+    """A group of ranks, and the collectives that `make` returns for each of them."""
+    group = ThreadGroup(world_size)
+    return group, [make(group, rank) for rank in range(world_size)]
 
 
-def run_threads(meeting: ThreadGroup, work: Callable[[int], Result]) -> list[Result]:
-    """`work` on every rank, each in a thread; the results in rank order, or the error of the rank that failed first."""
-    results: list[Any] = [None] * meeting.world_size
+def run_threads(group: ThreadGroup, work: Callable[[int], Result]) -> list[Result]:
+    """Run `work` on every rank, each in a thread of its own; returns the results in rank order.
+
+    Raises:
+        BaseException: the error of the rank that failed first.
+    """
+    results: list[Any] = [None] * group.world_size
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
@@ -94,9 +102,9 @@ def run_threads(meeting: ThreadGroup, work: Callable[[int], Result]) -> list[Res
             results[rank] = work(rank)
         except BaseException as error:
             errors.append(error)
-            meeting.break_up()
+            group.break_up()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(meeting.world_size)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(group.world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from causalrt.config import BuildConfig, Config, HeadPlanName, ModelConfig, SamplerConfig, VideoConfig
 from causalrt.errors import ConfigError, RecordingError
 from causalrt.model.tokens import tokens_from_latents
+from causalrt.proof.rollouts import OutputNames, Outputs, RolloutSpec
 from causalrt.regular_files import regular_file
 
 
@@ -99,10 +100,35 @@ class Recording:
             draws.append(torch.stack([tokens_from_latents(latents, self.config) for latents in (start, *again)]))
         return draws
 
-    def latents(self, element: int) -> list[torch.Tensor]:
-        """What was generated, for each chunk `[F, 16, H, W]`."""
-        generated = self.tensors["out.latents"][element, sum(self.given_frames) :]
-        return list(torch.split(generated, self.chunk_frames))
+    def rollout(self, element: int) -> RolloutSpec:
+        """The rollout that repeats a batch element; its outputs have the names of `outputs`."""
+        prefix = f"element {element} out."
+        return RolloutSpec(
+            num_chunks=self.num_chunks,
+            prompt=self.prompt(element),
+            second_prompt=None if self.switch_chunk is None else self.second_prompt(element),
+            switch_chunk=self.switch_chunk,
+            initial_latents=self.given(element),
+            noise=self.noise(element),
+            names=OutputNames(
+                step=prefix + "c{chunk}.s{step}.{kind}",
+                context=prefix + "c{chunk}.ctx.flow",
+                latents=prefix + "c{chunk}",
+                initial=prefix + "g{chunk}.ctx.flow",
+            ),
+        )
+
+    def outputs(self) -> Outputs:
+        """The recorded outputs of all batch elements, `[N, 64]` each: every flow and x0, and each chunk's latents."""
+        expected: Outputs = {}
+        for element in range(self.batch_size):
+            for name, tensor in self.tensors.items():
+                if name.startswith(("out.c", "out.g")) and name.endswith((".flow", ".x0")):
+                    expected[f"element {element} {name}"] = tokens_from_latents(tensor[element], self.config)
+            generated = self.tensors["out.latents"][element, sum(self.given_frames) :]
+            for chunk, latents in enumerate(torch.split(generated, self.chunk_frames)):
+                expected[f"element {element} out.c{chunk}"] = tokens_from_latents(latents, self.config)
+        return expected
 
 
 def _spans(sizes: list[int]) -> list[tuple[int, int]]:

@@ -1,15 +1,17 @@
-"""Each ONNX segment of a step by itself, fed with what eager had at that place, and where within it the values part.
+"""Each ONNX segment of a step by itself, run on eager's tensors; where in it values leave eager; and its files for Polygraphy.
 
-    eager's forward:   x, time, prompt, slots | exchanges sent, received | what each LayerNorm is given | slots, flow
+    eager's forward:   x, time, prompt, slots | exchanges sent, received | inputs of LayerNorms | slots, flow
     a segment:         x, time, prompt, slots,  received, residual stream -> sent, residual stream, slots, flow
 
-The LayerNorms of a graph read the residual stream three times a layer and once in the head, in the order in which eager's
-do: their inputs are made outputs of a copy of the graph, so that the first one that differs names layer and part. What a
-segment reads and eager cannot tell (the rows of the rotary tables) is the previous segment's own.
+A graph's LayerNorms read the residual stream three times a layer and once in the head, in the same order as eager's. Their
+inputs are made outputs of a copy of the graph, so that the first one that differs gives the layer and the part of it. Inputs
+of a segment that eager does not have (rows of rotary tables) are taken from the previous segment.
 """
 
+import shlex
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.comparator import RunResults
+from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from causalrt.control_groups import available_cpus
@@ -25,9 +29,14 @@ from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
-from causalrt.proof.errors import Comparison, TensorError, as_tensors
-from causalrt.proof.runners import compared, forwards_at, results_of
-from causalrt.proof.watch import StepId, StepTrace, Trace, exchange_name, residual_name
+from causalrt.errors import RequestError
+from causalrt.proof.differences import TOLERANCE, TensorError, differences
+from causalrt.proof.trace import StepId, StepTrace, exchange_name, residual_name
+from causalrt.proof.traced_rollout import RolloutTrace
+
+FOLDER = "polygraphy"
+BUDGET_BYTES = 64 * 2**20
+"""Largest size of all tensors written for Polygraphy; as JSON they take a third more."""
 
 EAGER = "eager"
 ONNX_TYPES = {
@@ -39,12 +48,12 @@ ONNX_TYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentGraph:
-    """A segment's graph, and what its values are in eager's words.
+    """A segment's graph, and the names that its values have in a trace of eager.
 
     Attributes:
-        part: of the step.
-        model: the graph, without its weights; what LayerNorms are given is among the outputs.
-        words: by graph tensor what it is, for those that eager knows, in the order of the graph.
+        part: the segment in the bundle's manifest.
+        model: the graph without its weights; the inputs of LayerNorms are among its outputs.
+        words: the trace's name of each graph tensor that eager has too, in the order of the graph.
     """
 
     part: StepPart
@@ -54,7 +63,7 @@ class SegmentGraph:
 
 @dataclass(kw_only=True, slots=True)
 class SegmentRun:
-    """What was put into a segment and came out of it, for a forward of a rank; the runs of one segment are in order."""
+    """Inputs and outputs of a segment for one forward of one rank, and what eager computed of the outputs."""
 
     place: StepId
     rank: int
@@ -87,37 +96,38 @@ def read_segments(bundle: Bundle, step: int) -> list[SegmentGraph]:
         for name in (*inputs, *made):
             if name in exchanged or name in residuals:
                 words[name] = exchanged.get(name) or residuals[name]
-            elif name in outputs and (name == "flow" or name.endswith(".written")):
-                words[name] = _words_of_slots(name)
+            elif name in outputs and name == "flow":
+                words[name] = name
+            elif name in outputs and name.endswith(".written"):
+                words[name] = slots_name(name.removesuffix(".written"))
         graphs.append(SegmentGraph(part=part, model=model, words=words))
     return graphs
 
 
-def _words_of_slots(name: str) -> str:
-    if name == "flow":
-        return name
-    kind, layer, share, _ = name.split(".")
-    return f"layer {layer} KV slots {kind} of share {share}"
+def slots_name(name: str) -> str:
+    """The KV slots `k.LAYER.SHARD` in words."""
+    kind, layer, shard = name.split(".")
+    return f"layer {layer} KV slots {kind} of share {shard}"
 
 
 def open_session(graph: SegmentGraph, folder: Path) -> ort.InferenceSession:
-    """A session of the marked graph, weights from the bundle's file."""
+    """A session of the graph, with the weights of the bundle in `folder`."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = available_cpus()
-    options.log_severity_level = 3  # TensorScatter warns of caches that are not bound in place
+    options.log_severity_level = 3  # TensorScatter warns about every cache that is not bound in place
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return ort.InferenceSession(graph.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def run_segments(
-    bundle: Bundle, tapes: Sequence[Trace], places: Sequence[StepId]
+    bundle: Bundle, trace: RolloutTrace, places: Sequence[StepId]
 ) -> Iterator[tuple[SegmentGraph, list[SegmentRun]]]:
-    """Each segment with what went in and came out, in order; one of them is open at a time."""
+    """Run the segments in order on the traced forwards; only one of them is loaded at a time."""
     for step in range(len(bundle.steps)):
         forwards = [
             (place, rank, forward)
             for place in places
-            for rank, forward in enumerate(forwards_at(tapes, place))
+            for rank, forward in enumerate(trace.forwards(place))
             if forward.step == step
         ]
         values = [_given(forward, rank) for _, rank, forward in forwards]
@@ -134,7 +144,7 @@ def run_segments(
                         name: eager[graph.words[name]] if graph.words.get(name) in eager else own[name]
                         for name in wanted
                     }
-                    outputs = as_tensors(runner.infer(inputs))
+                    outputs = {name: torch.as_tensor(value).cpu() for name, value in runner.infer(inputs).items()}
                     own |= {name: tensor.clone() for name, tensor in outputs.items()}
                     expected = {
                         name: eager[word] for name, word in graph.words.items() if word in eager and name in outputs
@@ -144,7 +154,7 @@ def run_segments(
 
 
 def _given(forward: StepTrace, rank: int) -> dict[str, torch.Tensor]:
-    """A step's own inputs, by name in the graph."""
+    """Inputs of a step by their names in the graph."""
     given = {"x": forward.x, "e": forward.e, "e0": forward.e0}
     for name, number in (("rank", rank), ("first_frame", forward.first_frame), (KV_ROWS, forward.kv_rows)):
         given[name] = torch.tensor([number])
@@ -156,66 +166,34 @@ def _given(forward: StepTrace, rank: int) -> dict[str, torch.Tensor]:
 
 
 def _known(forward: StepTrace) -> dict[str, torch.Tensor]:
-    """What eager had, in words."""
+    """The values of eager's forward by their names in `SegmentGraph.words`."""
     known = {residual_name(number): value for number, value in enumerate(forward.residuals)}
     for name, value in forward.outputs.items():
-        known[_words_of_slots(f"{name}.written") if name.startswith(("k.", "v.")) else name] = value
+        known[slots_name(name) if name.startswith(("k.", "v.")) else name] = value
     return {word: value.cpu() for word, value in known.items()}
 
 
-def compare_segment(
-    graph: SegmentGraph, fed: Sequence[SegmentRun], *, tolerance: float, candidate: str
-) -> list[TensorError]:
-    """Errors of what eager knows, forward by forward and rank by rank."""
-    expected = [{word: run.expected[name] for name, word in _in_order(graph, run)} for run in fed]
-    got = [{word: run.outputs[name] for name, word in _in_order(graph, run)} for run in fed]
-    lists = compared(
-        results_of({EAGER: expected, candidate: got}), reference=EAGER, candidate=candidate, tolerance=tolerance
-    )
+def compare_segment(graph: SegmentGraph, runs: Sequence[SegmentRun]) -> list[TensorError]:
+    """Errors of every value that eager has too, forward by forward and rank by rank."""
     names = {word: name for name, word in graph.words.items()}
-    return [
-        TensorError(
-            name=f"chunk {run.place[0]} {run.place[1]}, {graph.part.file}, {error.name}, rank {run.rank}",
-            error=error.error,
-            tolerance=tolerance,
-            index=error.index,
-            got=error.got,
-            expected=error.expected,
-            where={
-                "chunk": run.place[0],
-                "forward": run.place[1],
-                "rank": run.rank,
-                "segment": graph.part.file,
-                "value": error.name,
-                "graph_tensor": names[error.name],
-            },
-        )
-        for run, errors in zip(fed, lists, strict=True)
-        for error in errors
-    ]
-
-
-def _in_order(graph: SegmentGraph, run: SegmentRun) -> list[tuple[str, str]]:
-    return [(name, word) for name, word in graph.words.items() if name in run.expected]
-
-
-def segment_comparison(
-    errors: Sequence[TensorError], *, places: Sequence[StepId], tolerance: float, candidate: str, fault: str = ""
-) -> Comparison:
-    """All segments' errors as one comparison, forward by forward."""
-    order = {place: number for number, place in enumerate(places)}
-    return Comparison(
-        name="segment",
-        reference="eager's own tensors",
-        candidate=candidate,
-        rule=f"every tensor within {tolerance:.0e}",
-        errors=tuple(sorted(errors, key=lambda error: order[error.where["chunk"], error.where["forward"]])),
-        faults=(fault,) if fault else (),
-    )
+    errors = []
+    for run in runs:
+        words = [(name, word) for name, word in graph.words.items() if name in run.expected]
+        expected, got = ({word: values[name] for name, word in words} for values in (run.expected, run.outputs))
+        at = {"chunk": run.place[0], "forward": run.place[1], "rank": run.rank, "segment": graph.part.file}
+        errors += [
+            replace(
+                error,
+                name=f"chunk {run.place[0]} {run.place[1]}, {graph.part.file}, {error.name}, rank {run.rank}",
+                where=at | {"value": error.name, "graph_tensor": names[error.name]},
+            )
+            for error in differences(expected, got)
+        ]
+    return errors
 
 
 def explain(graph: SegmentGraph, error: TensorError) -> dict[str, Any]:
-    """The operations between the last values that eager shares and the one that differs, the last one first."""
+    """The operations between the last values that eager has too and the one that differs, the last operation first."""
     bad = error.where["graph_tensor"]
     makers = {name: node for node in graph.model.graph.node for name in node.output}
     waiting, seen, operations = [bad], set[str](), list[str]()
@@ -240,7 +218,7 @@ def explain(graph: SegmentGraph, error: TensorError) -> dict[str, Any]:
 
 
 def describe(value: str) -> str:
-    """The part of the model that makes a value."""
+    """The part of the model that computes a value."""
     if value == "flow":
         return "head"
     if "scatter_heads" in value:
@@ -250,3 +228,55 @@ def describe(value: str) -> str:
     if "KV slots" in value:
         return f"{value.partition(' KV')[0]} self-attention: keys and values put into the KV slots"
     return value
+
+
+class SavedSegments:
+    """Inputs of segments and eager's outputs, written as Polygraphy's JSON until they would exceed the budget.
+
+    Attributes:
+        files: by segment, the files of inputs and outputs, relative to the certificate's folder.
+        left_out: segments that would have exceeded the budget.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, tuple[str, str]] = {}
+        self.left_out: list[str] = []
+        self._folder, self._bytes = folder / FOLDER, 0
+
+    def save(self, segment: Path, fed: SegmentRun) -> None:
+        """Write one forward of one rank. Outputs that eager does not have (rows of rotary tables) are the segment's own.
+
+        Raises:
+            RequestError: the files cannot be written.
+        """
+        held = {value.name for value in onnx.load(segment, load_external_data=False).graph.output}
+        outputs = {name: fed.expected.get(name, value) for name, value in fed.outputs.items() if name in held}
+        size = sum(tensor.nbytes for tensor in (*fed.inputs.values(), *outputs.values()))
+        if self._bytes + size > BUDGET_BYTES:
+            self.left_out.append(segment.name)
+            return
+        self._bytes += size
+        inputs_file, outputs_file = (f"{segment.stem}.{kind}.json" for kind in ("inputs", "outputs"))
+        results = RunResults()
+        results.add([_arrays(outputs)], runtime=0.0, runner_name=EAGER)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+                save_json([_arrays(fed.inputs)], str(self._folder / inputs_file))
+                results.save(str(self._folder / outputs_file))
+        except OSError as error:
+            raise RequestError(
+                f"writing what Polygraphy reads of {segment.name} failed: {error}; choose another folder with --out"
+            ) from error
+        self.files[segment.name] = f"{FOLDER}/{inputs_file}", f"{FOLDER}/{outputs_file}"
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> "OrderedDict[str, Any]":
+    return OrderedDict((name, tensor.numpy()) for name, tensor in tensors.items())
+
+
+def command_line(bundle: Path, out: Path, segment: str, files: tuple[str, str]) -> str:
+    """The command by which Polygraphy repeats the comparison of a segment."""
+    words = ["polygraphy", "run", str(bundle / segment), "--onnxrt"]
+    words += ["--load-inputs", str(out / files[0]), "--load-outputs", str(out / files[1])]
+    return shlex.join([*words, "--atol", f"{TOLERANCE:g}", "--rtol", f"{TOLERANCE:g}"])

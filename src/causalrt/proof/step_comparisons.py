@@ -1,69 +1,85 @@
-"""Below whole rollouts: exchanges bit for bit, chunk steps and segments fed alike, and where the first difference arises."""
+"""Comparisons below whole rollouts: single steps and segments from eager's inputs, and where the first difference arises."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from causalrt.progress import Progress
-from causalrt.proof.attempt import attempt
-from causalrt.proof.bisect import bisect_eager, bisect_step
-from causalrt.proof.compare import TOLERANCE
-from causalrt.proof.errors import Comparison, TensorError
-from causalrt.proof.polygraphy_files import SavedSegments, command_line
-from causalrt.proof.record import Check, NotChecked
-from causalrt.proof.runners import StepRunner, compared, forwards_at, run, step_feed
-from causalrt.proof.segments import SegmentGraph, compare_segment, explain, run_segments, segment_comparison
-from causalrt.proof.stage import Stage
-from causalrt.proof.transport import check_transport
+from causalrt.proof.certificate import attempt
+from causalrt.proof.comparisons import Stage
+from causalrt.proof.differences import CERTIFIED, Comparison, TensorError, differences, tensor_error
+from causalrt.proof.replica import Replica
+from causalrt.proof.rollouts import Outputs
+from causalrt.proof.segments import (
+    SavedSegments,
+    SegmentGraph,
+    command_line,
+    compare_segment,
+    describe,
+    explain,
+    run_segments,
+    slots_name,
+)
+from causalrt.proof.trace import StepId, StepTrace, Trace, clone_pairs, residual_name
 
-
-def compare_exchanges(stage: Stage) -> None:
-    """What the ranks of this process have moved, bit for bit."""
-    if stage.world_size == 1:
-        return
-    blocks, faults = 0, list[str]()
-    for name, played in stage.played.items():
-        if len(played.tapes) == stage.world_size:
-            count, wrong = check_transport(
-                played.tapes, stage.plan.places, num_layers=stage.bundle.config.model.num_layers
-            )
-            blocks += count
-            faults += [f"{name}: {fault}" for fault in wrong]
-    found = f"{blocks} blocks arrived as they were sent, between threads"
-    stage.certificate.checks.append(Check(name="exchanges", count=blocks, found=found, faults=tuple(faults)))
+STEP_BUFFERS = itertools.count(1_000)
+"""Numbers for `Executor.bind` that no session has."""
 
 
 def compare_steps(stage: Stage, on_progress: Progress) -> Comparison | None:
-    """The executor's chunk steps, each fed with what eager had."""
-    if not _has_inside(stage):
+    """Compare single steps of the executor with eager's, from the inputs that eager had; None if they cannot be compared."""
+    if not _has_single_steps(stage):
         return None
-    eager, candidate = stage.sides[stage.eager], stage.sides[stage.candidate or ""]
-    feeds = [step_feed(forwards_at(stage.played[stage.eager].tapes, place)) for place in stage.plan.places]
+    eager, candidate = stage.replicas[stage.eager], stage.replicas[stage.candidate or ""]
     on_progress("chunk steps", 0, 1)
-    runners = [StepRunner(side, feeds[0]) for side in (eager, candidate)]
-    results, fault = attempt("a chunk step", lambda: run(runners, feeds))
+
+    def every_step() -> list[TensorError]:
+        errors = []
+        for place in stage.plan.places:
+            forwards = stage.traces[stage.eager].forwards(place)
+            expected, got = run_step(eager, forwards), run_step(candidate, forwards)
+            errors += [_at_place(error, place) for error in differences(expected, got)]
+        return errors
+
+    errors, fault = attempt("a chunk step", every_step)
     on_progress("chunk steps", 1, 1)
-    errors: list[TensorError] = []
-    if results is not None:
-        lists = compared(results, reference=eager.name, candidate=candidate.name, tolerance=TOLERANCE)
-        for place, found in zip(stage.plan.places, lists, strict=True):
-            errors += [_at_place(error, place) for error in found]
     comparison = Comparison(
         name="chunk step",
         reference=f"{eager.name}, fed alike",
         candidate=candidate.name,
-        rule=f"every tensor within {TOLERANCE:.0e}",
-        errors=tuple(errors),
+        rule=CERTIFIED.text,
+        errors=tuple(errors or ()),
         faults=(fault,) if fault else (),
     )
     stage.certificate.comparisons.append(comparison)
     return comparison
 
 
-def _has_inside(stage: Stage) -> bool:
-    """Whether the executor's single steps can be compared with eager's."""
-    if stage.candidate not in stage.played or stage.eager not in stage.played:
+def run_step(replica: Replica, forwards: list[StepTrace]) -> Outputs:
+    """Run one forward on all ranks from traced inputs; the outputs are named by value and rank."""
+    common, number = forwards[0], next(STEP_BUFFERS)
+
+    def on_rank(rank: int) -> Outputs:
+        executor, forward = replica.executors[rank], forwards[rank]
+        trace = executor.trace = Trace([(0, "step 0")], num_steps=1)
+        kv, cross_kv = [clone_pairs(layer) for layer in forward.kv], clone_pairs(common.cross_kv)
+        executor.bind(kv, cross_kv, kv_rows=common.kv_rows, memory=number, step=common.step)
+        executor.step(forward.x.clone(), common.e, common.e0, common.first_frame)
+        executor.trace = None
+        return trace.forwards[0, "step 0"].outputs
+
+    by_rank = replica.run(on_rank)
+    return {f"{name}, rank {rank}": found[name] for name in by_rank[0] for rank, found in enumerate(by_rank)}
+
+
+def _has_single_steps(stage: Stage) -> bool:
+    """Whether single steps of the executor can be compared with eager's; the certificate notes why not."""
+    if stage.candidate not in stage.traces or stage.eager not in stage.traces:
         return False
-    whole_slots = stage.sides[stage.candidate].executors[0].whole_slots
+    whole_slots = stage.replicas[stage.candidate].executors[0].whole_slots
     why = None
     if stage.low:
         why = "a lower precision has no tolerance for a single step; the rule is about whole rollouts"
@@ -72,15 +88,29 @@ def _has_inside(stage: Stage) -> bool:
     elif whole_slots:
         why = "it takes KV slots whole, in another order than eager's"
     if why is not None:
-        stage.certificate.not_checked.append(NotChecked(what=f"single chunk steps of {stage.executor}", why=why))
+        stage.skip(f"single chunk steps of {stage.executor}", why)
     return why is None
+
+
+def _at_place(error: TensorError, place: StepId) -> TensorError:
+    value, _, rank = error.name.rpartition(", rank ")
+    where = {"chunk": place[0], "forward": place[1], "rank": int(rank), "value": value}
+    return replace(error, name=f"chunk {place[0]} {place[1]}, {error.name}", where=where)
 
 
 def compare_segments(
     stage: Stage, folder: Path | None, out: Path | None, on_progress: Progress, *, always_bisect: bool
 ) -> None:
-    """Each ONNX file by itself; where the first that differs does so."""
-    if stage.executor != "onnxruntime" or stage.low or stage.eager not in stage.played:
+    """Compare each ONNX segment with eager, and explain the first one that differs.
+
+    Args:
+        stage: what is certified.
+        folder: that Polygraphy's files are written to; None writes none.
+        out: where `folder` will be when the certificate is finished.
+        on_progress: called after each segment.
+        always_bisect: explain the largest difference if all are within the tolerance.
+    """
+    if stage.executor != "onnxruntime" or stage.low or stage.eager not in stage.traces:
         return
     saved = SavedSegments(folder) if folder is not None else None
     errors: list[TensorError] = []
@@ -88,18 +118,24 @@ def compare_segments(
     total = sum(len(step.segments) for step in stage.bundle.steps)
 
     def every_segment() -> None:
-        tapes, places = stage.played[stage.eager].tapes, stage.plan.places
-        for done, (graph, fed) in enumerate(run_segments(stage.bundle, tapes, places)):
+        runs = run_segments(stage.bundle, stage.traces[stage.eager], stage.plan.places)
+        for done, (graph, fed) in enumerate(runs):
             on_progress("segments", done, total)
             graphs[graph.part.file] = graph
-            errors.extend(compare_segment(graph, fed, tolerance=TOLERANCE, candidate=graph.part.file))
+            errors.extend(compare_segment(graph, fed))
             if saved is not None:
                 saved.save(stage.bundle.path / graph.part.file, fed[-1])
         on_progress("segments", total, total)
 
     _, fault = attempt("a segment by itself", every_segment)
-    comparison = segment_comparison(
-        errors, places=stage.plan.places, tolerance=TOLERANCE, candidate="onnxruntime, each segment", fault=fault
+    order = {place: number for number, place in enumerate(stage.plan.places)}
+    comparison = Comparison(
+        name="segment",
+        reference="eager's own tensors",
+        candidate="onnxruntime, each segment",
+        rule=CERTIFIED.text,
+        errors=tuple(sorted(errors, key=lambda error: order[error.where["chunk"], error.where["forward"]])),
+        faults=(fault,) if fault else (),
     )
     stage.certificate.comparisons.append(comparison)
     wrong = comparison.first_wrong
@@ -109,34 +145,50 @@ def compare_segments(
         stage.certificate.bisected = explain(graphs[wrong.where["segment"]], wrong)
     if saved is not None and out is not None:
         for segment, files in saved.files.items():
-            stage.certificate.polygraphy[segment] = command_line(
-                stage.bundle.path, out.absolute(), segment, files, tolerance=TOLERANCE
-            )
+            stage.certificate.polygraphy[segment] = command_line(stage.bundle.path, out.absolute(), segment, files)
         if saved.left_out:
             why = f"their inputs and outputs are larger than is written: {', '.join(saved.left_out)}"
-            stage.certificate.not_checked.append(NotChecked(what="some segments by Polygraphy's command line", why=why))
+            stage.skip("some segments by Polygraphy's command line", why)
 
 
 def find_first(stage: Stage, step: Comparison | None) -> None:
-    """Where sides part, if the segments have not told."""
+    """Find where the executor leaves eager if the comparison of segments has not found it."""
     certificate = stage.certificate
-    if stage.reference not in stage.played or stage.low:
+    if stage.reference not in stage.traces or stage.low:
         return
     rollout = next((c for c in certificate.comparisons if c.name == "rollout" and c.candidate == stage.eager), None)
-    if certificate.bisected is None and rollout is not None and not rollout.passed and stage.eager in stage.played:
-        certificate.bisected = bisect_eager(
-            stage.played[stage.reference].tapes,
-            stage.played[stage.eager].tapes,
-            stage.plan.places,
-            stage.bundle.layout,
-            tolerance=TOLERANCE,
-        )
+    if certificate.bisected is None and rollout is not None and not rollout.passed and stage.eager in stage.traces:
+        certificate.bisected = _bisect_eager(stage)
     if certificate.bisected is None and step is not None:
-        certificate.bisected = bisect_step(step)
+        certificate.bisected = _bisect_step(step)
 
 
-def _at_place(error: TensorError, place: tuple[int, str]) -> TensorError:
-    """A chunk step's error, said where it is."""
-    value, _, rank = error.name.rpartition(", rank ")
-    where = {"chunk": place[0], "forward": place[1], "rank": int(rank), "value": value}
-    return replace(error, name=f"chunk {place[0]} {place[1]}, {error.name}", where=where)
+def _bisect_eager(stage: Stage) -> dict[str, Any] | None:
+    """The first layer at which eager on P ranks leaves eager on one, according to the residual stream."""
+    for place in stage.plan.places:
+        (one,), every = stage.traces[stage.reference].forwards(place), stage.traces[stage.eager].forwards(place)
+        values = {residual_name(n): (r, [f.residuals[n] for f in every]) for n, r in enumerate(one.residuals)}
+        values["flow"] = one.outputs["flow"], [forward.outputs["flow"] for forward in every]
+        for name, (expected, parts) in values.items():
+            error = tensor_error(name, expected, torch.cat(parts)[: len(expected)])
+            if not error:
+                rank = error.index[0] // len(parts[0]) if error.index else 0
+                where = {"chunk": place[0], "forward": place[1], "rank": rank}
+                made_by = "what comes after the last residual value that agrees with one rank's"
+                return where | {"segment": "eager on several ranks", "value": name} | _found(name, made_by)
+    return None
+
+
+def _bisect_step(comparison: Comparison) -> dict[str, Any] | None:
+    """The first exchange or KV slot of a single step that leaves eager, where no segment by itself does."""
+    wrong = comparison.first_wrong
+    if wrong is None:
+        return None
+    value = str(wrong.where["value"])
+    value = slots_name(value) if value.startswith(("k.", "v.")) else value
+    made_by = "what the executor does around its graphs"
+    return {**wrong.where, "segment": "the executor as it runs"} | _found(value, made_by)
+
+
+def _found(value: str, made_by: str) -> dict[str, Any]:
+    return {"part": describe(value), "made_by": made_by, "operations": [], "agreed_before": []}

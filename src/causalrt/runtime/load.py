@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from causalrt.engines.bundle import open_bundle
+from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.kinds import choose_device, executor_kind
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import BundleError, ExecutorError, Faults, RequestError
@@ -14,7 +14,7 @@ TIMEOUT_S = {"cpu": 600.0, "cuda": 60.0}
 
 
 def load(
-    bundle: str | Path,
+    bundle: str | Path | Bundle,
     *,
     executor: str | None = None,
     world_size: int | None = None,
@@ -32,7 +32,7 @@ def load(
     """Verify a bundle, start its rank processes, and keep them warm.
 
     Args:
-        bundle: folder written by `causalrt build`.
+        bundle: folder written by `causalrt build`; or the bundle that `open_bundle` returned for it, which is not hashed again.
         executor: one of `EXECUTORS`; by default the best that the bundle was built for.
         world_size: ranks that the caller expects; must be what the bundle was built for.
         device: `cuda` (rank r on GPU r) or `cpu`; by default GPUs, where the executor can use them and each rank has one.
@@ -63,11 +63,11 @@ def load(
     check_rank_limits(num_threads=num_threads, timeout_s=timeout_s)
     if max_sessions is not None and max_sessions < 1:
         raise RequestError(f"max_sessions must be at least 1, got {max_sessions}; leave it out for what fits in memory")
-    opened = open_bundle(Path(bundle))
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     built_for = opened.config.build.world_size
     if world_size is not None and world_size != built_for:
         raise BundleError(
-            f"{bundle} was built for {built_for} rank(s), not {world_size}; load it with world_size={built_for}, "
+            f"{opened.path} was built for {built_for} rank(s), not {world_size}; load it with world_size={built_for}, "
             f"or build one with `--world-size {world_size}`"
         )
     chosen = executor or opened.executors[-1]
@@ -79,12 +79,13 @@ def load(
     fused = opened.plugins if plugins is None else plugins
     if not fused and opened.config.video.time_index == "relative":
         raise ExecutorError(
-            f"{bundle} has video.time_index=relative, which is what the fused ops do; load it with plugins on"
+            f"{opened.path} has video.time_index=relative, which is what the fused ops do; load it with plugins on"
         )
     if fused != opened.plugins and kind.compiled:
         built, wanted = ("on", "off") if opened.plugins else ("off", "on")
         raise ExecutorError(
-            f"{chosen} runs what was built, and {bundle} was built with plugins {built}; build again with `--plugins {wanted}`"
+            f"{chosen} runs what was built, and {opened.path} was built with plugins {built}; build again with "
+            f"`--plugins {wanted}`"
         )
     decodes = opened.vae is not None if vae is None else vae
     if decodes:
@@ -100,7 +101,7 @@ def load(
         require_triton_launches()
     if where == "cpu" and chosen == "onnxruntime" and opened.config.build.precision != "float32":
         raise ExecutorError(
-            f"onnxruntime on a CPU runs float32 only, and {bundle} is {opened.config.build.precision}; load it with "
+            f"onnxruntime on a CPU runs float32 only, and {opened.path} is {opened.config.build.precision}; load it with "
             "executor='eager', run it on a GPU, or build it again with `--dtype float32`"
         )
     decoder_executor = (vae_executor or (chosen if where == "cuda" else "eager")) if decodes else None

@@ -1,23 +1,19 @@
 """What is in a bundle's TensorRT engines: told from the networks that they were built from, and, on a GPU, by themselves."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.network_record import NetworkRecord, read_networks, working_bytes
 from causalrt.engines.step_record import TargetEngines
+from causalrt.engines.step_tables import check_constants
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError
-from causalrt.layout import layouts_from_config
-from causalrt.model.wan.relative_rope import RelativeRope
-from causalrt.model.wan.rope import rope_tables
 from causalrt.runtime.memory import predict_memory
 
 
@@ -78,41 +74,6 @@ def describe_step(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> d
         "collectives_at_runtime": sum(part.sent is not None for part in parts),
         "ranks_of_collectives": sorted(set(ranks)),
         "constants": check_constants(bundle, step, networks),
-    }
-
-
-def expected_constants(bundle: Bundle, step: int = 0) -> dict[str, np.ndarray[Any, Any]]:
-    """The tables that a step folds in, by name: rotary angles of the global time index, and the exchange's packing."""
-    layout, config = layouts_from_config(bundle.config)[step], bundle.config
-    if config.video.time_index == "relative" and config.slot_rows == config.tokens_per_chunk:
-        # Nothing but staging: no table depends on `first_frame`, and the exporter looks them up once and for all.
-        slots = RelativeRope(config)(torch.zeros(1, dtype=torch.int64))
-        rotary = dict(zip(("slot_cos", "slot_sin"), slots, strict=True))
-    elif config.video.time_index == "relative":
-        rotary = {name: table for name, table in RelativeRope(config).named_buffers() if table.is_floating_point()}
-    else:
-        rotary = dict(rope_tables(config, layout).constants())
-    tables = {name: table.numpy() for name, table in rotary.items()}
-    if bundle.plugins:
-        tables["scatter_destinations"] = layout.scatter_destinations()
-    elif layout.world_size > 1:
-        tables["scatter_index"] = layout.scatter_index().ravel()
-    if layout.world_size > 1:
-        tables["gather_index"] = layout.gather_index()
-    return tables
-
-
-def check_constants(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> dict[str, dict[str, Any]]:
-    """For each table its shape, type, size, and how many constants of the networks equal it, bit for bit."""
-    digests = Counter(digest for network in networks for digest in network.constant_digests)
-    return {
-        name: {
-            "shape": list(table.shape),
-            "dtype": str(table.dtype),
-            "bytes": table.nbytes,
-            "equal_constants": digests[hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()],
-        }
-        for name, table in expected_constants(bundle, step).items()
     }
 
 

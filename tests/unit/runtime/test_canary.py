@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from causalrt.config import Config, override
-from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
+from causalrt.proof.ranks import ThreadCollectives, run_threads, thread_group
 from causalrt.recipes import recipe
 from causalrt.runtime.canary import ExchangeCheck, check_exchanges
 from causalrt.runtime.collectives import LocalCollectives
@@ -19,7 +19,7 @@ def config(world_size: int, **changes: str) -> Config:
 
 
 def checks(found: Config, dtype: torch.dtype = torch.float32) -> list[ExchangeCheck]:
-    meeting, collectives = meet(found.build.world_size, ThreadCollectives)
+    meeting, collectives = thread_group(found.build.world_size, ThreadCollectives)
     by_rank = run_threads(meeting, lambda rank: check_exchanges(collectives[rank], found, dtype=dtype, device=CPU))
     assert all(ranks.take_traffic().all_to_all_calls == 0 for ranks in collectives)
     return [check for rank in by_rank for check in rank]

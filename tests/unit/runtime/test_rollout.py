@@ -18,7 +18,7 @@ from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
 from causalrt.layout import history_lengths
-from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
+from causalrt.proof.ranks import ThreadCollectives, run_threads, thread_group
 from causalrt.recipes import recipe
 from causalrt.runtime import session_buffers
 from causalrt.runtime.collectives import LocalCollectives, Traffic
@@ -364,7 +364,7 @@ def test_two_ranks_warm_up_together_and_compute_what_cold_ones_do(
     bundle = bundle_of({**changes, "build.world_size": "2"})
     played = []
     for warm in (False, True):
-        meeting, collectives = meet(2, ThreadCollectives)
+        meeting, collectives = thread_group(2, ThreadCollectives)
 
         def on_rank(rank: int, warm: bool = warm, ranks: Sequence[ThreadCollectives] = collectives) -> torch.Tensor:
             config, executor = bundle.config, EagerExecutor(bundle, ranks[rank], device=CPU)

@@ -20,6 +20,7 @@ from causalrt.measure.gpu_day.parts import PARTS, Part, golden, ranks
 from causalrt.measure.gpu_day.predictions import Planner, columns, known_gpu
 from causalrt.measure.gpu_day.report import Report, as_markdown, markdown_table
 from causalrt.measure.gpu_day.runner import Outcome
+from causalrt.proof.ranks import ThreadCollectives
 
 FAKES = {
     "hanging": """
@@ -291,7 +292,7 @@ def test_rank_threads_replay_a_recording_and_a_wrong_exchange_is_found(tmp_path,
     def own_block_only(self, received, sent):
         received.copy_(sent)
 
-    monkeypatch.setattr(ranks.ThreadCollectives, "all_to_all", own_block_only)
+    monkeypatch.setattr(ThreadCollectives, "all_to_all", own_block_only)
     book = book_at(tmp_path)
     ranks.run(book)
     assert not any(row["ok"] for row in book.record.tables[ranks.TABLE])

@@ -18,9 +18,9 @@ from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.predictions import columns, planner_for
 from causalrt.measure.gpu_day.rollouts import make_case, recording_file
 from causalrt.measure.gpu_day.steps import MOST_ERROR, StepSession, compare_steps, eager, noise_of, random_state
-from causalrt.proof.compare import rms_errors
+from causalrt.proof.compare import replay_here, rms_errors
 from causalrt.proof.recording import open_recording
-from causalrt.proof.replay import Player, recorded_outputs, replay_here
+from causalrt.proof.replica import replica_on
 from causalrt.recipes import recipe
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.tools.plan.roofline import Lowering
@@ -82,11 +82,11 @@ def _small(book: Book, flavour: Flavour, target: str, collectives: CollectivesMo
         book.row(SMALL, **row, captured=None, built=True)
         book.headline("engines", f"Small {flavour.name} engines for {target} build.")
         return
-    bundle, expected = open_bundle(path), recorded_outputs(recording)
+    bundle, expected = open_bundle(path), recording.outputs()
 
     def rms(executor: EagerExecutor | TensorRTExecutor) -> float:
-        player = Player(executor=executor, config=bundle.config, layout=bundle.layout)
-        return rms_errors(replay_here(recording, player), expected)["latents"]
+        replica = replica_on(executor, bundle.config, bundle.layout)
+        return rms_errors(replay_here(recording, replica), expected)["latents"]
 
     eagers = rms(EagerExecutor(bundle, LocalCollectives(), device=book.device))
     for captured in (False, True):

@@ -11,8 +11,9 @@ from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor
 from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.rollouts import RECORDINGS, Case, exact_float32, make_case
-from causalrt.proof.compare import TOLERANCE, largest_errors
-from causalrt.proof.replay import Player, recorded_outputs, replay_here
+from causalrt.proof.compare import largest_errors, replay_here
+from causalrt.proof.differences import TOLERANCE
+from causalrt.proof.replica import replica_on
 from causalrt.runtime.collectives import LocalCollectives
 
 TABLE = "largest errors"
@@ -96,19 +97,19 @@ def _replay(book: Book, name: str, way: Way, case: Case) -> float:
     start = time.perf_counter()
     torch.compiler.reset()  # it would take the step of another executor for one compiled too often
     with way.stance():
-        player = Player(executor=way.executor(case, book.device), config=case.bundle.config, layout=case.bundle.layout)
-        outputs = replay_here(case.recording, player)
-    errors = largest_errors(outputs, recorded_outputs(case.recording))
-    worst = max(errors.values(), key=lambda error: error.largest)
-    agrees = worst.largest <= TOLERANCE
+        replica = replica_on(way.executor(case, book.device), case.bundle.config, case.bundle.layout)
+        outputs = replay_here(case.recording, replica)
+    errors = largest_errors(outputs, case.recording.outputs())
+    worst = max(errors.values(), key=lambda error: error.error)
+    agrees = worst.error <= TOLERANCE
     book.row(
         TABLE,
         recording=name,
         way=way.name,
-        **{kind: error.largest for kind, error in errors.items()},
+        **{kind: error.error for kind, error in errors.items()},
         ok=agrees,
         seconds=round(time.perf_counter() - start, 1),
     )
     if not agrees:
-        book.wrong(f"{name}, {way.name}: {worst.largest:.2e} at {worst.at}, allowed {TOLERANCE:.0e}")
-    return worst.largest
+        book.wrong(f"{name}, {way.name}: {worst.error:.2e} at {worst.name}, allowed {TOLERANCE:.0e}")
+    return worst.error

@@ -2,16 +2,15 @@
 
 import time
 
-import torch
-
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.eager import EagerExecutor
+from causalrt.engines.streams import own_stream
 from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.rollouts import RECORDINGS, Case, exact_float32, make_case
-from causalrt.proof.compare import TOLERANCE, largest_errors
-from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
-from causalrt.proof.replay import Outputs, Player, recorded_outputs, replay_here
-from causalrt.runtime.canary import ExchangeCheck, check_exchanges
+from causalrt.proof.compare import largest_errors, replay_here
+from causalrt.proof.differences import TOLERANCE
+from causalrt.proof.replica import Replica
+from causalrt.runtime.canary import check_exchanges
 
 WORLD_SIZES = (2, 3, 8)
 TABLE = "largest errors"
@@ -42,35 +41,27 @@ def run(book: Book) -> None:
 
 def _replay(book: Book, name: str, case: Case, *, plugins: bool) -> float:
     config, layout, device = case.bundle.config, case.bundle.layout, book.device
-    meeting, collectives = meet(layout.world_size, ThreadCollectives)
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-    def on_rank(rank: int) -> tuple[Outputs, tuple[ExchangeCheck, ...]]:
-        if stream is not None:  # one for all ranks, so that what a rank copies is queued after what has written it
-            torch.cuda.set_device(device)
-            torch.cuda.set_stream(stream)
-        mine = collectives[rank]
-        dtype = TORCH_DTYPES[config.build.precision]
-        checks = check_exchanges(mine, config, dtype=dtype, device=device)
-        executor = EagerExecutor(case.bundle, mine, device=device, plugins=plugins)
-        player = Player(executor=executor, config=config, layout=layout, collectives=mine)
-        return replay_here(case.recording, player), checks
-
-    start, threads = time.perf_counter(), torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // layout.world_size))
-    try:
-        found = run_threads(meeting, on_rank)
-    finally:
-        torch.set_num_threads(threads)
-    errors = largest_errors(found[0][0], recorded_outputs(case.recording))
-    faults = [check.fault for _, checks in found for check in checks if check.fault]
-    largest = max(error.largest for error in errors.values())
+    replica = Replica(
+        name,
+        config,
+        layout,
+        lambda collectives: EagerExecutor(case.bundle, collectives, device=device, plugins=plugins),
+    )
+    dtype, start = TORCH_DTYPES[config.build.precision], time.perf_counter()
+    with own_stream(device):
+        checks = replica.run(
+            lambda rank: check_exchanges(replica.collectives[rank], config, dtype=dtype, device=device)
+        )
+        outputs = replay_here(case.recording, replica)
+    errors = largest_errors(outputs, case.recording.outputs())
+    faults = [check.fault for found in checks for check in found if check.fault]
+    largest = max(error.error for error in errors.values())
     book.row(
         TABLE,
         recording=name,
         ranks=layout.world_size,
         way="fused ops" if plugins else "eager",
-        **{kind: error.largest for kind, error in errors.items()},
+        **{kind: error.error for kind, error in errors.items()},
         exchange="ok" if not faults else faults[0],
         ok=largest <= TOLERANCE and not faults,
         seconds=round(time.perf_counter() - start, 1),

@@ -1,10 +1,10 @@
-"""What a rank computes and exchanges, written down while it runs.
+"""Traces: what each rank computes and exchanges, recorded while it runs.
 
-    Rollout -> WatchedExecutor -> Executor -> WatchedCollectives -> ThreadCollectives
+    Rollout -> TracedExecutor -> Executor -> TracedCollectives -> ThreadCollectives
                     |                               |
-                    +----------> Trace <-------------+          a tape a rank, a StepTrace for each forward that is looked at
+                    +----------> Trace <------------+          one trace a rank, one StepTrace for each traced forward
 
-A forward's inputs are kept as well, so that another side can be given the very same ones.
+A forward's inputs are recorded as well, so that another replica can run the forward from the same inputs.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -20,7 +20,7 @@ from causalrt.model.wan.step import KVPair, KVTensors
 from causalrt.proof.ranks import ThreadCollectives, ThreadGroup
 
 StepId = tuple[int, str]
-"""Chunk and forward: `(1, "step 0")`, `(1, "refresh")`."""
+"""Chunk and forward: `(1, "step 0")`, or `(1, "refresh")` for the context pass."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,17 +28,17 @@ class StepTrace:
     """One forward on one rank.
 
     Attributes:
-        place: where in the rollout.
+        place: chunk and forward.
         x: `[S, 64]`.
         e: `[C]`.
         e0: `[6, C]`.
-        first_frame: that the step was given.
-        kv: what was bound, before the step wrote to it, by layer and shard.
+        first_frame: time index that the step was called with.
+        kv: the KV tensors that were bound, as they were before the step, by layer and head shard.
         cross_kv: the prompt's keys and values, by layer.
-        kv_rows: filled rows.
+        kv_rows: number of filled rows.
         step: number of the kind of step.
-        outputs: by name, in the order in which they arise: exchanges sent and received, flow, KV slots as the step left them.
-        residuals: what each LayerNorm was given, `[S, C]`, in order; eager alone tells.
+        outputs: by name, in the order in which they are computed: blocks sent and received, KV slots after the step, flow.
+        residuals: the input of each LayerNorm, `[S, C]`, in order; recorded for eager only.
     """
 
     place: StepId
@@ -55,32 +55,27 @@ class StepTrace:
 
 
 class Trace:
-    """The forwards of one rank that are looked at."""
+    """The traced forwards of one rank; every chunk has `num_steps` denoising steps and a context pass."""
 
     def __init__(self, places: Collection[StepId], *, num_steps: int) -> None:
-        self.forwards: list[StepTrace] = []
+        self.forwards: dict[StepId, StepTrace] = {}
         self.running: StepTrace | None = None
-        self._places, self._num_steps = places, num_steps
-        self._chunk = self._count = 0
-
-    def begin_chunk(self, chunk: int) -> None:
-        """The next forwards are of this chunk."""
-        self._chunk, self._count = chunk, 0
+        self._places, self._num_steps, self._count = places, num_steps, 0
 
     def next_place(self) -> StepId | None:
-        """Where the next forward is, if it is looked at."""
-        label = f"step {self._count}" if self._count < self._num_steps else "refresh"
+        """The place of the next forward, or None if it is not traced."""
+        chunk, step = divmod(self._count, self._num_steps + 1)
         self._count += 1
-        place = self._chunk, label
+        place = chunk, f"step {step}" if step < self._num_steps else "refresh"
         return place if place in self._places else None
 
 
-class WatchedCollectives(ThreadCollectives):
-    """Collectives whose blocks are put on a tape."""
+class TracedCollectives(ThreadCollectives):
+    """Collectives whose blocks are recorded while a traced forward runs."""
 
-    def __init__(self, meeting: ThreadGroup, rank: int) -> None:
-        super().__init__(meeting, rank)
-        self.tape: Trace | None = None
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        super().__init__(group, rank)
+        self.trace: Trace | None = None
         self.exchanges = 0
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
@@ -88,19 +83,19 @@ class WatchedCollectives(ThreadCollectives):
         super().all_to_all(received, sent)
         name = exchange_name(self.exchanges)
         self.exchanges += 1
-        if self.tape is not None and self.tape.running is not None:
-            self.tape.running.outputs[f"{name} sent"] = sent.detach().clone()
-            self.tape.running.outputs[f"{name} received"] = received.detach().clone()
+        if self.trace is not None and self.trace.running is not None:
+            self.trace.running.outputs[f"{name} sent"] = sent.detach().clone()
+            self.trace.running.outputs[f"{name} received"] = received.detach().clone()
 
 
 def exchange_name(number: int) -> str:
-    """Name of a forward's exchange by its number."""
+    """Name of a forward's exchange `number`; a layer has two."""
     layer, second = divmod(number, 2)
     return f"layer {layer} {'gather_heads' if second else 'scatter_heads'}"
 
 
 class LayerNormInputs(TorchFunctionMode):
-    """Keeps what every LayerNorm is given: the residual stream, wherever the model looks at it."""
+    """Records the input of every LayerNorm, which is the residual stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,64 +104,49 @@ class LayerNormInputs(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run `func`, having looked at its argument."""
+        """Run `func`; record its input if it is a LayerNorm."""
         if func is F.layer_norm:
             self.seen.append(args[0].detach().clone())
         return func(*args, **(kwargs or {}))
 
 
 def residual_name(number: int) -> str:
-    """What made the value that the forward's LayerNorm `number` reads; a layer has three, the head one."""
+    """The part of the model that computed the input of a forward's LayerNorm `number`; a layer has three, the head one."""
     layer, part = divmod(number, 3)
     if part:
         return f"layer {layer} {'self-attention' if part == 1 else 'cross-attention'}"
     return f"layer {layer - 1} feed-forward" if layer else "patch embedding"
 
 
-class WatchedExecutor:
-    """An executor whose forwards are put on a tape."""
+class TracedExecutor:
+    """An executor whose forwards are recorded while it has a trace."""
 
-    def __init__(self, executor: Executor, collectives: WatchedCollectives) -> None:
+    def __init__(self, executor: Executor, collectives: TracedCollectives, *, with_residuals: bool = False) -> None:
         self.device, self.whole_slots = executor.device, executor.whole_slots
-        self._executor, self._collectives = executor, collectives
+        self.encode_prompt, self.embed_time = executor.encode_prompt, executor.embed_time
+        self.warmed_up, self.graph_bytes = executor.warmed_up, executor.graph_bytes
+        self._executor, self._collectives, self._with_residuals = executor, collectives, with_residuals
         self._bound: tuple[KVTensors, Sequence[KVPair], int, int] = ((), (), 0, 0)
-        self.watches_residuals = False
 
     @property
-    def tape(self) -> Trace | None:
-        """Where forwards go; None to watch nothing."""
-        return self._collectives.tape
+    def trace(self) -> Trace | None:
+        """The trace that forwards are recorded in; None records nothing."""
+        return self._collectives.trace
 
-    @tape.setter
-    def tape(self, tape: Trace | None) -> None:
-        self._collectives.tape = tape
-
-    def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
-        """See `Executor.encode_prompt`."""
-        return self._executor.encode_prompt(text)
-
-    def embed_time(self, timestep: float) -> KVPair:
-        """See `Executor.embed_time`."""
-        return self._executor.embed_time(timestep)
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self._collectives.trace = trace
 
     def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
         """See `Executor.bind`."""
         self._bound = kv, cross_kv, kv_rows, step
         self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, step=step)
 
-    def warmed_up(self) -> None:
-        """See `Executor.warmed_up`."""
-        self._executor.warmed_up()
-
-    def graph_bytes(self) -> int:
-        """See `Executor.graph_bytes`."""
-        return self._executor.graph_bytes()
-
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         self._collectives.exchanges = 0
-        place = self.tape.next_place() if self.tape is not None else None
-        if self.tape is None or place is None:
+        place = self.trace.next_place() if self.trace is not None else None
+        if self.trace is None or place is None:
             return self._executor.step(x, e, e0, first_frame)
         kv, cross_kv, kv_rows, step = self._bound
         forward = StepTrace(
@@ -175,23 +155,28 @@ class WatchedExecutor:
             e=e.clone(),
             e0=e0.clone(),
             first_frame=first_frame,
-            kv=[[(k.clone(), v.clone()) for k, v in layer] for layer in kv],
-            cross_kv=[(k.clone(), v.clone()) for k, v in cross_kv],
+            kv=[clone_pairs(layer) for layer in kv],
+            cross_kv=clone_pairs(cross_kv),
             kv_rows=kv_rows,
             step=step,
         )
-        self.tape.running = forward
-        if self.watches_residuals:
-            with LayerNormInputs() as watched:
+        self.trace.running = forward
+        if self._with_residuals:
+            with LayerNormInputs() as norms:
                 flow = self._executor.step(x, e, e0, first_frame)
-            forward.residuals = watched.seen
+            forward.residuals = norms.seen
         else:
             flow = self._executor.step(x, e, e0, first_frame)
-        self.tape.running = None
+        self.trace.running = None
         for layer, shards in enumerate(kv):
             for shard, pair in enumerate(shards):
                 for kind, tensor in zip("kv", pair, strict=True):
                     forward.outputs[f"{kind}.{layer}.{shard}"] = tensor.clone()
         forward.outputs["flow"] = flow.clone()
-        self.tape.forwards.append(forward)
+        self.trace.forwards[place] = forward
         return flow
+
+
+def clone_pairs(pairs: Sequence[KVPair]) -> list[KVPair]:
+    """Copies of keys and values."""
+    return [(k.clone(), v.clone()) for k, v in pairs]

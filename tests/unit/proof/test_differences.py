@@ -5,18 +5,23 @@ import math
 import pytest
 import torch
 
-from causalrt.proof.errors import (
+from causalrt.proof.differences import (
     Comparison,
+    Rule,
     TensorError,
-    Within,
+    differences,
+    kind_of,
+    largest_by_kind,
     precision_comparison,
-    rms_by_group,
+    rms_by_kind,
     tensor_error,
 )
 
+RULE = Rule(tolerance=1e-3)
+
 
 def error(expected: torch.Tensor | None, got: torch.Tensor | None) -> TensorError:
-    return tensor_error("x", expected, got, tolerance=1e-3)
+    return tensor_error("x", expected, got, RULE)
 
 
 def test_small_values_have_an_absolute_error_and_large_ones_a_relative_one():
@@ -50,8 +55,30 @@ def test_a_scalar_and_an_empty_tensor():
 
 def test_both_sides_names_are_compared():
     one = torch.ones(1)
-    found = Within(1e-3)({"a": one, "b": one}, {"a": one, "c": one})
-    assert [(name, bool(made)) for name, made in found.items()] == [("a", True), ("b", False), ("c", False)]
+    found = differences({"a": one, "b": one}, {"a": one, "c": one}, RULE)
+    assert [(made.name, bool(made)) for made in found] == [("a", True), ("b", False), ("c", False)]
+
+
+def test_an_unscaled_rule_takes_the_absolute_difference_of_large_values_too():
+    (found,) = differences(
+        {"x": torch.tensor([500.0])}, {"x": torch.tensor([500.5])}, Rule(tolerance=1e-3, scaled=False)
+    )
+    assert (found.error, bool(found)) == (0.5, False)
+
+
+def test_the_largest_error_of_each_kind_is_the_first_of_equals():
+    names = ("element 0 out.c0.s0.flow", "chunk 1 step 0 flow", "element 1 out.c12", "chunk 0 latents", "layer 0 k")
+    assert [kind_of(name) for name in names] == ["flow", "flow", "latents", "latents", "k"]
+    errors = [
+        TensorError(name=name, error=size, tolerance=1.0)
+        for name, size in zip(names, (0.2, 0.2, 0.0, 0.1, 0.0), strict=True)
+    ]
+    largest = largest_by_kind(errors)
+    assert {kind: error.name for kind, error in largest.items()} == {
+        "flow": names[0],
+        "latents": names[3],
+        "k": names[4],
+    }
 
 
 def comparison(*errors: float, faults: tuple[str, ...] = ()) -> Comparison:
@@ -82,12 +109,11 @@ def test_groups_of_a_lower_precision_are_held_against_eagers_own_error():
             reference="eager, float32",
             candidate="x",
             yardstick="eager",
-            ratio=1.25,
-            ours=rms_by_group(expected, got),
-            theirs=rms_by_group(expected, eager),
+            ours=rms_by_kind(expected, got),
+            theirs=rms_by_kind(expected, eager),
         )
 
-    assert rms_by_group(expected, eager) == pytest.approx({"flow": 0.01, "k": 0.01}, rel=1e-4)
+    assert rms_by_kind(expected, eager) == pytest.approx({"flow": 0.01, "k": 0.01}, rel=1e-4)
     assert held(good).passed
     assert [fault.split(":")[0] for fault in held(bad).faults] == ["k"]
     assert [fault.split(":")[0] for fault in held(lost).faults] == ["flow"]
