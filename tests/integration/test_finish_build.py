@@ -107,7 +107,7 @@ def test_finished_without_the_checkpoint_it_is_what_one_command_makes(inputs, bu
     assert (opened.executors, opened.unfinished) == (("eager", "tensorrt"), ())
     engines = opened.engines["tensorrt"].targets["sm80"]
     assert len(engines.vae) == 2
-    assert opened.plugins
+    assert opened.fused_ops
     assert all(
         (bundle / file).read_bytes().startswith(b"stand-in engine") for file in (*engines.steps[0], *engines.vae)
     )

@@ -59,7 +59,7 @@ def replay_error(case: str, folder: Path) -> float:
         bundle.layout,
         text=text,
         noise=RecordedNoise(recorded.noise(0)),
-        memory=SessionBufferPool(executor, config, bundle.layout).take(),
+        buffers=SessionBufferPool(executor, config, bundle.layout).take(),
     )
     latents: list[torch.Tensor] = []
     for chunk in range(recorded.num_chunks):

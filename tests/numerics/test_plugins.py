@@ -109,8 +109,8 @@ def bundles(tmp_path_factory):
 
 
 def test_the_manifest_says_what_was_built(bundles):
-    assert not open_bundle(bundles["auto"]).plugins
-    assert open_bundle(bundles["on"]).plugins
+    assert not open_bundle(bundles["auto"]).fused_ops
+    assert open_bundle(bundles["on"]).fused_ops
     for mode, functions in (("auto", 0), ("on", 2)):
         assert len(onnx.load(bundles[mode] / "step-000.onnx", load_external_data=False).functions) == functions
 
@@ -127,7 +127,7 @@ def test_relative_time_is_not_run_without_fused_ops(tmp_path):
     config = replace(recording.config, video=replace(recording.config.video, time_index="relative"))
     checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
     path = build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"])
-    assert open_bundle(path).plugins
+    assert open_bundle(path).fused_ops
     with pytest.raises(ExecutorError, match="load it with plugins on"):
         load(path, plugins=False)
 

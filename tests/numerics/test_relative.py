@@ -166,7 +166,7 @@ def test_a_rollout_does_not_age(tmp_path, sink):
             bundle.layout,
             text=text,
             noise=LaterNoise(shift),
-            memory=memories.take(),
+            buffers=memories.take(),
         )
         for index in (0, 1, 2, 3, *(shift + later for later in range(4, 8))):
             made.chunk(index, refresh=True, record=False, deliver=lambda rows, times: chunks.append(rows))

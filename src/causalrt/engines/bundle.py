@@ -1,6 +1,6 @@
 """The bundle: the folder that a build writes and the runtime loads.
 
-    manifest.json         schema, config, plugins, vae, steps, engines, toolchain, and every other file with bytes and sha256
+    manifest.json         schema, config, fused_ops, vae, steps, engines, toolchain, and every other file with bytes and sha256
     weights.safetensors   all weights, once, in the build's precision
     vae.safetensors       those of the VAE, if the bundle has one
     *.onnx                graphs; their weights are references into weights.safetensors
@@ -30,7 +30,7 @@ import torch
 from causalrt.atomic_files import atomic_folder
 from causalrt.config import Config, config_from_dict
 from causalrt.engines.kinds import EXECUTORS, executor_kind
-from causalrt.engines.step_record import FlavourEngines, StepGraphs, files_of, parse_engines, parse_steps
+from causalrt.engines.step_record import FlavourEngines, StepGraphs, expect, files_of, parse_engines, parse_steps
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
@@ -65,7 +65,7 @@ class Bundle:
         path: its folder.
         config: what it was built from.
         layout: who holds what, derived from `config`.
-        plugins: self-attention is made of the fused ops.
+        fused_ops: self-attention is made of the fused ops.
         vae: sizes of the VAE (or the constants of a cosine transform), or None if the bundle was built without one.
         executors: names of the executors that it holds everything for.
         steps: the graphs of each kind of step, numbered as in `config.video.step_frames`.
@@ -80,7 +80,7 @@ class Bundle:
     path: Path
     config: Config
     layout: Layout
-    plugins: bool
+    fused_ops: bool
     vae: AnyVaeConfig | None
     executors: tuple[str, ...]
     steps: tuple[StepGraphs, ...]
@@ -183,70 +183,31 @@ def _layout_record(layout: Layout) -> dict[str, Any]:
 
 
 def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
-    """What the digest cannot tell: types, a layout that this version would not plan, files that no hash covers.
+    """Check what the digest cannot tell: types, layouts that this version would not plan, files that no hash covers.
 
     Raises:
         CheckpointError, ConfigError, KeyError, TypeError: the manifest is not one that a build writes.
     """
     config = config_from_dict(manifest["config"])
-    layout = layout_from_config(config)
-    for key, kind in (("files", dict), ("steps", list), ("toolchain", dict), ("executors", list)):
-        if not isinstance(manifest[key], kind):
-            raise TypeError(f"{key} must be a {kind.__name__}, got {manifest[key]!r}")
-    for name, entry in manifest["files"].items():
-        if (
-            not isinstance(entry, dict)
-            or type(entry.get("bytes")) is not int
-            or not isinstance(entry.get("sha256"), str)
-        ):
-            raise TypeError(f"files: {name} has no bytes and sha256")
-    if not all(isinstance(version, str) for version in manifest["toolchain"].values()):
-        raise TypeError(f"toolchain must hold versions, got {manifest['toolchain']!r:.200}")
-    if manifest["plugins"] not in ("on", "off"):
-        raise TypeError(f"plugins must be on or off, got {manifest['plugins']!r}")
-    if manifest["plugins"] == "off" and config.video.time_index == "relative":
-        raise TypeError("plugins are off, and video.time_index=relative is what they do")
-    executors = manifest["executors"]
-    if "eager" not in executors or not all(isinstance(name, str) and name in EXECUTORS for name in executors):
-        raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
-    steps = parse_steps(manifest["steps"], len(config.video.step_frames))
-    for plain, planned in zip(manifest["steps"], _step_records(config, steps), strict=True):
-        for key in ("frames", "layout"):
-            if plain.get(key) != planned[key]:
-                raise TypeError(f"a step has the {key} {plain.get(key)}, and this version plans {planned[key]}")
+    _check_types(manifest)
+    if config.video.time_index == "relative" and not manifest["fused_ops"]:
+        raise TypeError("fused_ops is false, but video.time_index=relative needs the fused ops")
+    steps = _read_steps(manifest["steps"], config)
     vae = None if manifest["vae"] is None else vae_config_from_mapping(manifest["vae"])
     if vae is not None and vae.z_dim != config.model.latent_channels:
         raise TypeError(
             f"the VAE has {vae.z_dim} channels, and model.latent_channels is {config.model.latent_channels}"
         )
     engines = parse_engines(manifest["engines"], steps)
-    if {name for name in executors if name in FLAVOURS} != {
-        name for name, record in engines.items() if record.targets
-    } or any(bool(step.segments) != ("onnxruntime" in executors) for step in steps):
-        raise TypeError(f"executors {executors} do not fit the graphs and engines")
-    segments = [part.file for step in steps for part in step.segments]
-    needed = [WEIGHTS, *segments, *(part.file for step in steps for part in step.tensorrt), *files_of(engines)]
-    if segments or not all(record.targets for record in engines.values()):
-        needed += [PROMPT_GRAPH, TIME_GRAPH]
-    if vae is not None:
-        needed += [VAE_WEIGHTS, *((FIRST_GRAPH, NEXT_GRAPH) if segments or engines else ())]
-    if any(
-        bool(target.vae) != (vae is not None) for flavour in engines.values() for target in flavour.targets.values()
-    ):
-        raise TypeError("a VAE has two engines for each target, and there are none without it")
-    empty = [name for name in files_of(engines) if manifest["files"].get(name, {}).get("bytes") == 0]
-    if empty:
-        raise TypeError(f"engines without a byte: {', '.join(empty)}")
-    unlisted = [name for name in needed if name not in manifest["files"]]
-    if unlisted:
-        raise TypeError(f"it does not list files that its executors need: {', '.join(map(repr, unlisted))}")
+    _check_executors(manifest["executors"], steps, engines)
+    _check_files(manifest["files"], steps, engines, has_vae=vae is not None)
     return Bundle(
         path=path,
         config=config,
-        layout=layout,
-        plugins=manifest["plugins"] == "on",
+        layout=layout_from_config(config),
+        fused_ops=manifest["fused_ops"],
         vae=vae,
-        executors=tuple(executors),
+        executors=tuple(manifest["executors"]),
         steps=steps,
         engines=engines,
         digest=manifest["digest"],
@@ -257,11 +218,62 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     )
 
 
+def _check_types(manifest: Mapping[str, Any]) -> None:
+    for key, kind in (("files", dict), ("steps", list), ("toolchain", dict), ("executors", list), ("fused_ops", bool)):
+        expect(kind, manifest[key], key)
+    for name, entry in manifest["files"].items():
+        expect(int, expect(dict, entry, f"files: {name}").get("bytes"), f"files: bytes of {name}")
+        expect(str, entry.get("sha256"), f"files: sha256 of {name}")
+    for name, version in manifest["toolchain"].items():
+        expect(str, version, f"toolchain: {name}")
+    executors = manifest["executors"]
+    if "eager" not in executors or not all(isinstance(name, str) and name in EXECUTORS for name in executors):
+        raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
+
+
+def _read_steps(plain: Any, config: Config) -> tuple[StepGraphs, ...]:
+    steps = parse_steps(plain, len(config.video.step_frames))
+    for number, (found, planned) in enumerate(zip(plain, _step_records(config, steps), strict=True)):
+        for key in ("frames", "layout"):
+            if found.get(key) != planned[key]:
+                raise TypeError(f"steps[{number}] has {key} {found.get(key)}, this version plans {planned[key]}")
+    return steps
+
+
+def _check_executors(
+    executors: Sequence[str], steps: Sequence[StepGraphs], engines: Mapping[str, FlavourEngines]
+) -> None:
+    built = {name for name, record in engines.items() if record.targets}
+    runs_segments = any(EXECUTORS[name].graphs == "segments" for name in executors)
+    if built != FLAVOURS.keys() & set(executors) or any(bool(step.segments) != runs_segments for step in steps):
+        raise TypeError(f"executors {executors} do not fit the graphs and engines")
+
+
+def _check_files(
+    files: Mapping[str, Any], steps: Sequence[StepGraphs], engines: Mapping[str, FlavourEngines], *, has_vae: bool
+) -> None:
+    """Check that all files that the bundle's executors need are listed, and that no engine is empty."""
+    if any(bool(target.vae) != has_vae for record in engines.values() for target in record.targets.values()):
+        raise TypeError("a VAE has two engines for each target, and there are none without it")
+    segments = [part.file for step in steps for part in step.segments]
+    needed = [WEIGHTS, *segments, *(part.file for step in steps for part in step.tensorrt), *files_of(engines)]
+    if segments or not all(record.targets for record in engines.values()):
+        needed += [PROMPT_GRAPH, TIME_GRAPH]
+    if has_vae:
+        needed += [VAE_WEIGHTS, *((FIRST_GRAPH, NEXT_GRAPH) if segments or engines else ())]
+    empty = [name for name in files_of(engines) if files.get(name, {}).get("bytes") == 0]
+    if empty:
+        raise TypeError(f"engines without a byte: {', '.join(empty)}")
+    unlisted = [name for name in needed if name not in files]
+    if unlisted:
+        raise TypeError(f"it does not list files that its executors need: {', '.join(map(repr, unlisted))}")
+
+
 def write_manifest(
     folder: Path,
     *,
     config: Config,
-    plugins: bool,
+    fused_ops: bool,
     executors: tuple[str, ...],
     steps: Sequence[StepGraphs],
     engines: Mapping[str, Any],
@@ -280,7 +292,7 @@ def write_manifest(
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "config": config.as_dict(),
-        "plugins": "on" if plugins else "off",
+        "fused_ops": fused_ops,
         "vae": None if vae is None else vae.to_mapping(),
         "executors": list(executors),
         "steps": _step_records(config, steps),

@@ -14,7 +14,7 @@ from causalrt.errors import ExecutorError
 
 logger = logging.getLogger(__name__)
 Key = tuple[int, int, int]
-"""Number of the session's memory, number of the step, and rows of the filled prefix (0 where one graph serves all of them)."""
+"""Number of the session's buffers, number of the step, and rows of the filled prefix (0 where one graph serves all of them)."""
 
 
 class CudaGraphs:
@@ -37,12 +37,12 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
         self._side = torch.cuda.Stream(device) if self.enabled else None  # type: ignore[no-untyped-call]
 
-    def bind(self, memory: int, addresses: tuple[int, ...]) -> None:
-        """Say where the memory of this number lies; graphs of another one that had the number are dropped."""
-        if self._addresses.get(memory, addresses) != addresses:
-            for key in [key for key in self._graphs if key[0] == memory]:
+    def bind(self, buffers_id: int, addresses: tuple[int, ...]) -> None:
+        """Record where the buffers of this number lie; drop the graphs of other buffers that had the number."""
+        if self._addresses.get(buffers_id, addresses) != addresses:
+            for key in [key for key in self._graphs if key[0] == buffers_id]:
                 del self._graphs[key]
-        self._addresses[memory] = addresses
+        self._addresses[buffers_id] = addresses
 
     def run(self, key: Key, work: Callable[[], None]) -> None:
         """Do `work`: on a new key run it, then capture it; on a known one replay.

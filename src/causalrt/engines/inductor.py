@@ -17,12 +17,14 @@ import torch._inductor.config
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 
-from causalrt.engines.base import Collectives
+from causalrt.engines.base import Collectives, SessionView, StepBuffers
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.engines.eager import EagerExecutor
+from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.errors import ExecutorError
-from causalrt.model.wan.step import KVPair, KVTensors, StepOps
+from causalrt.model.wan.conditioning import Conditioning, time_arguments
+from causalrt.model.wan.step import StepOps
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.kernel_launch import require_triton_launches
@@ -145,14 +147,14 @@ class InductorExecutor(EagerExecutor):
         *,
         device: torch.device,
         num_threads: int | None = None,
-        plugins: bool = False,
+        fused_ops: bool = False,
         cuda_graphs: bool = True,
     ) -> None:
         if device.type == "cpu":
             require_cpp_compiler()
         else:
             require_triton_launches()
-        super().__init__(bundle, collectives, device=device, plugins=plugins, ops=COMPILED_OPS)
+        super().__init__(bundle, collectives, device=device, fused_ops=fused_ops, ops=COMPILED_OPS)
         if num_threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             # By default every rank would compile in as many processes as there are cores, whatever its share of them is.
             torch._inductor.config.compile_threads = num_threads
@@ -160,45 +162,42 @@ class InductorExecutor(EagerExecutor):
         dynamic = False if len(self._steps) > 1 else None
         self._compiled = [torch.compile(step, fullgraph=True, dynamic=dynamic) for step in self._steps]
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)
-        model = bundle.config.model
-        self._xs = [
-            torch.zeros(step.layout.local_tokens, model.patch_features, dtype=self._dtype, device=device)
-            for step in self._steps
-        ]
-        self._e = torch.zeros(model.dim, dtype=self._dtype, device=device)
-        self._e0 = torch.zeros(6, model.dim, dtype=self._dtype, device=device)
-        self._flows = [torch.zeros_like(x) for x in self._xs]
+        self._buffers = [self._make_buffers(step.layout.local_tokens) for step in self._steps]
         self._number = 0
         self._rows = range(bundle.config.tokens_per_chunk, bundle.config.slot_rows + 1)
         self._key = (-1, 0, 0)
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
+    def _make_buffers(self, rows: int) -> StepBuffers:
+        features = self._wan.config.patch_features
+        time = {name: torch.zeros_like(tensor) for name, tensor in self.embed_time(0.0).items()}
+        x = torch.zeros(rows, features, dtype=self._dtype, device=self.device)
+        numbers = {"first_frame": self._first_frame, KV_ROWS: self._kv_rows}
+        return StepBuffers(x=x, flow=torch.zeros_like(x), **time, **numbers)
+
+    def bind(self, view: SessionView) -> None:
         """See `Executor.bind`."""
-        super().bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, step=step)
-        self._number = step
-        tensors = [tensor for layer in kv for pair in layer for tensor in pair]
-        if len(self._rows) > 1 and step == 0:  # another step has no history, and always as many rows
-            for tensor in tensors:
+        super().bind(view)
+        self._number = view.step
+        if len(self._rows) > 1 and view.step == 0:  # other steps have no history, and always as many rows
+            for tensor in view.slots().values():
                 torch._dynamo.mark_dynamic(tensor, 1, min=self._rows[0], max=self._rows[-1])
-        crossing = [tensor for pair in cross_kv for tensor in pair]
-        self._graphs.bind(memory, tuple(tensor.data_ptr() for tensor in [*tensors, *crossing]))
-        self._key = (memory, step, kv_rows)
+        self._graphs.bind(view.buffers_id, tuple(tensor.data_ptr() for tensor in view.tensors().values()))
+        self._key = (view.buffers_id, view.step, view.kv_rows)
 
     def graph_bytes(self) -> int:
         """See `Executor.graph_bytes`."""
         return self._graphs.held_bytes
 
     @torch.no_grad()
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
-        self._xs[self._number].copy_(x)
-        self._e.copy_(e)
-        self._e0.copy_(e0)
-        self._first_frame.fill_(first_frame)
+        buffers = self._buffers[self._number]
+        buffers.copy_from(x, time, first_frame=first_frame, kv_rows=self._key[-1])
         self._graphs.run(self._key, self._work)
-        return self._flows[self._number]
+        return buffers["flow"]
 
     def _work(self) -> None:
-        compiled, x = self._compiled[self._number], self._xs[self._number]
-        flow, _ = compiled(x, self._e, self._e0, self._rank, self._first_frame, self._kv, self._cross_kv, self._kv_rows)
-        self._flows[self._number].copy_(flow)
+        compiled, buffers = self._compiled[self._number], self._buffers[self._number]
+        numbers = self._rank, self._first_frame
+        flow, _ = compiled(buffers["x"], *time_arguments(buffers), *numbers, self._kv, self._cross_kv, self._kv_rows)
+        buffers["flow"].copy_(flow)

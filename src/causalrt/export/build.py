@@ -156,7 +156,7 @@ def build(
         write_manifest(
             folder,
             config=config,
-            plugins=fused,
+            fused_ops=fused,
             vae=None if decoder is None else vae_config_from_mapping(decoder.config),
             executors=tuple(name for name in chosen if name not in later),
             steps=steps,
@@ -321,7 +321,7 @@ def _write_graphs(
         segments: tuple[StepPart, ...] = ()
         engine_parts: tuple[StepPart, ...] = ()
         segmented = None
-        if "onnxruntime" in chosen:
+        if any(executor_kind(name).graphs == "segments" for name in chosen):
             segmented = step_graph(wan, config, folder, progress, whole_slots=False, fused=fused, step=step)
             name = f"{step_prefix(config, step)}step"
             segments = write_segments(runtime_graph(segmented, config), folder, name, progress, at_cache_writes=False)

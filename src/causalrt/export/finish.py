@@ -105,7 +105,7 @@ def finish_build(
             folder=folder,
             config=source.config,
             steps=source.steps,
-            fused=source.plugins,
+            fused=source.fused_ops,
             has_vae=source.vae is not None,
         )
         engines = {
@@ -117,7 +117,7 @@ def finish_build(
         write_manifest(
             folder,
             config=source.config,
-            plugins=source.plugins,
+            fused_ops=source.fused_ops,
             vae=source.vae,
             executors=tuple(name for name in EXECUTORS if name in source.executors or name in engines),
             steps=source.steps,

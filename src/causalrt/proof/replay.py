@@ -96,7 +96,7 @@ def replay_here(recording: Recording, player: Player, *, policy: SwitchPolicy = 
     Where several ranks play, each in a thread of its own, rank 0's call returns the outputs, and the others' return none.
     """
     outputs: Outputs = {}
-    memories = SessionBufferPool(player.executor, player.config, player.layout)
+    pool = SessionBufferPool(player.executor, player.config, player.layout)
     for element in range(recording.batch_size):
         noise, text = RecordedNoise(recording.noise(element)), checked_text(player.config, recording.prompt(element))
         session = Rollout(
@@ -106,7 +106,7 @@ def replay_here(recording: Recording, player: Player, *, policy: SwitchPolicy = 
             player.layout,
             text=text,
             noise=noise,
-            memory=memories.take(),
+            buffers=pool.take(),
         )
         for index, rows in enumerate(checked_given(player.config, recording.given(element))):
             for record in session.take_given(rows, record=True):

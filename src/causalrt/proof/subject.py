@@ -22,7 +22,7 @@ def describe_subject(
             "manifest_sha256": file_digest(bundle.path / MANIFEST),
             "files": dict(bundle.hashes),
             "toolchain": dict(bundle.toolchain),
-            "plugins": bundle.plugins,
+            "plugins": bundle.fused_ops,
         },
         "executor": f"{executor} (emulated by onnxruntime)" if emulated else executor,
         "world_size": build.world_size,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from causalrt.engines.bundle import open_bundle
-from causalrt.engines.kinds import choose_device, executor_kind
+from causalrt.engines.kinds import choose_device, executor_kind, precision_fault
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import BundleError, ExecutorError, Faults, RequestError
 from causalrt.plugins.kernel_launch import require_triton_launches
@@ -76,13 +76,13 @@ def load(
         raise BundleError(lacking)
     if plugins not in (None, True, False):
         raise RequestError(f"plugins must be True, False, or None (as the bundle was built), got {plugins!r}")
-    fused = opened.plugins if plugins is None else plugins
+    fused = opened.fused_ops if plugins is None else plugins
     if not fused and opened.config.video.time_index == "relative":
         raise ExecutorError(
             f"{bundle} has video.time_index=relative, which is what the fused ops do; load it with plugins on"
         )
-    if fused != opened.plugins and kind.compiled:
-        built, wanted = ("on", "off") if opened.plugins else ("off", "on")
+    if fused != opened.fused_ops and kind.compiled:
+        built, wanted = ("on", "off") if opened.fused_ops else ("off", "on")
         raise ExecutorError(
             f"{chosen} runs what was built, and {bundle} was built with plugins {built}; build again with `--plugins {wanted}`"
         )
@@ -98,10 +98,9 @@ def load(
         check_can_compile()
     if where == "cuda" and (chosen == "inductor" or (fused and not kind.compiled)):
         require_triton_launches()
-    if where == "cpu" and chosen == "onnxruntime" and opened.config.build.precision != "float32":
+    if (fault := precision_fault(chosen, opened.config.build.precision, where)) is not None:
         raise ExecutorError(
-            f"onnxruntime on a CPU runs float32 only, and {bundle} is {opened.config.build.precision}; load it with "
-            "executor='eager', run it on a GPU, or build it again with `--dtype float32`"
+            f"{bundle}: {fault}; load it with executor='eager' or on another device, or build it again with another --dtype"
         )
     decoder_executor = (vae_executor or (chosen if where == "cuda" else "eager")) if decodes else None
     if decoder_executor is not None and where not in executor_kind(decoder_executor).devices:

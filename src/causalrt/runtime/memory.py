@@ -14,7 +14,6 @@ from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
 from causalrt.engines.kinds import executor_kind
 from causalrt.engines.network_record import read_networks, working_bytes
-from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, OutOfMemoryError
 from causalrt.layout import layout_from_config
 from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig
@@ -23,9 +22,6 @@ from causalrt.model.wan.transformer import num_parameters
 
 UNLIMITED = sys.maxsize
 """Sessions on a host that does not say what is free."""
-EAGER_ACTIVATIONS, DECODER_ACTIVATIONS = 16, {"onnxruntime": 45}
-"""Activations of the decoder alive at once, in units of its widest one: 14 to 18 were seen in eager on a CPU, which others are
-taken to need, and 41 to 52 in ONNX Runtime there, which unfolds each input of a convolution in three dimensions."""
 _COMMON_POOL = (0, 0)
 """Of torch's allocator. What the pool of CUDA graphs holds is given to no other tensor, used or not."""
 _RAN_OUT = (
@@ -98,13 +94,13 @@ def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
 
 def predict_decoder_memory(vae: AnyVaeConfig, config: Config, executor: str, *, weights_bytes: int) -> DecoderMemory:
     """Bytes that a decoder will hold, with one session open; graphs keep a second set of caches."""
-    video, dtype = config.video, TORCH_DTYPES[config.build.precision]
+    video, dtype, kind = config.video, TORCH_DTYPES[config.build.precision], executor_kind(executor)
     caches = cache_bytes(vae, latent_height=video.latent_height, latent_width=video.latent_width, dtype=dtype)
     widest = vae.decoder_dim * TEMPORAL_SCALE * video.pixel_height * video.pixel_width
     return DecoderMemory(
         weights_bytes=weights_bytes,
-        cache_bytes=(2 if executor_kind(executor).compiled else 1) * caches,
-        activation_bytes=DECODER_ACTIVATIONS.get(executor, EAGER_ACTIVATIONS) * widest * dtype.itemsize,
+        cache_bytes=(2 if kind.compiled else 1) * caches,
+        activation_bytes=kind.decoder_activations * widest * dtype.itemsize,
     )
 
 
@@ -135,8 +131,8 @@ def predict_memory(
         device: `cpu` or `cuda`.
         activation_bytes: what the activations take, if that is known; estimated otherwise.
     """
-    copies = executor in FLAVOURS or (executor == "onnxruntime" and device == "cuda")
-    weight_sets = len(config.video.step_frames) if copies else 1
+    kind = executor_kind(executor)
+    weight_sets = len(config.video.step_frames) if device in kind.copies_weights else 1
     layout, model = layout_from_config(config), config.model
     size = ELEMENT_BYTES[config.build.precision]
     slots = config.slot_rows
@@ -154,7 +150,7 @@ def predict_memory(
         kv_bytes=2 * model.num_layers * layout.kv_heads * slots * model.head_dim * size,
         cross_kv_bytes=2 * model.num_layers * model.text_len * model.dim * size,
         activation_bytes=activation_bytes,
-        attention_bytes=scratch * size if executor == "onnxruntime" else 0,
+        attention_bytes=scratch * size if kind.attention_scratch else 0,
     )
 
 

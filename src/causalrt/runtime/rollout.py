@@ -30,7 +30,7 @@ from causalrt.engines.base import Executor
 from causalrt.errors import RequestError
 from causalrt.layout import Layout
 from causalrt.model.schedule import schedule_from_config
-from causalrt.model.wan.step import KVPair
+from causalrt.model.wan.conditioning import Conditioning
 from causalrt.runtime.collectives import CountingCollectives
 from causalrt.runtime.noise import Noise
 from causalrt.runtime.session_buffers import SessionBuffers
@@ -84,7 +84,7 @@ class Rollout:
         *,
         text: torch.Tensor,
         noise: Noise,
-        memory: SessionBuffers,
+        buffers: SessionBuffers,
     ) -> None:
         self._executor, self._collectives = executor, collectives
         self._config = config
@@ -92,8 +92,8 @@ class Rollout:
         self._step_number = config.video.step_at(0)
         self._noise = noise
         self._drawn: tuple[int, torch.Tensor] | None = None
-        self.memory, self.slots = memory, memory.slots
-        memory.begin(executor.encode_prompt(text))
+        self.buffers, self.slots = buffers, buffers.slots
+        buffers.begin(executor.encode_prompt(text))
         self._schedule = schedule_from_config(config.sampler)
         self._times = [executor.embed_time(t) for t in self._schedule.timesteps]
         self._context_time = executor.embed_time(self._schedule.context_timestep)
@@ -132,17 +132,16 @@ class Rollout:
         watch, times = stopwatch_for(self._device), ChunkTimes(kv_frames=self.kv_frames)
         self._bind()
         records: list[StepRecord] = []
-        sigmas = self._schedule.sigmas
         self._collectives.take_traffic()
 
         x = self._first_noise(index)
         steps = []
-        for k, (e, e0) in enumerate(self._times):
+        for k, time in enumerate(self._times):
             start = watch.mark()
-            flow = self._step(x, (e, e0))
-            x0 = (x.double() - sigmas[k] * flow.double()).float()
-            if k + 1 < len(sigmas):
-                x = (1 - sigmas[k + 1]) * x0 + sigmas[k + 1] * self._local_noise(index, k + 1)
+            flow = self._step(x, time)
+            x0 = self._schedule.clean(k, x, flow)
+            if k + 1 < len(self._times):
+                x = self._schedule.add_noise(k + 1, x0, self._local_noise(index, k + 1))
             steps.append((start, watch.mark()))
             if record:
                 self._record(records, flow, x0)
@@ -205,7 +204,7 @@ class Rollout:
         To compute history again, the chunks whose frames the window holds are refreshed in order, as if nothing had been before
         them but the sink; each is seen at its own place in time (or, where time is relative, in what is left of history).
         """
-        self.memory.change_prompt(self._executor.encode_prompt(text))
+        self.buffers.change_prompt(self._executor.encode_prompt(text))
         if policy != "keep":
             kept = self._clean if policy == "recache" else []
             where = self._frame
@@ -273,17 +272,11 @@ class Rollout:
     def _bind(self) -> None:
         """Go to the next chunk, and bind what it attends to."""
         self._shape_for_next()
-        self._executor.bind(
-            self.slots.filled(self._history, step=self._step_number),
-            self.memory.cross_kv,
-            kv_rows=self.slots.filled_rows(self._history, step=self._step_number),
-            memory=self.memory.number,
-            step=self._step_number,
-        )
+        self._executor.bind(self.buffers.view(self._history, step=self._step_number))
 
-    def _step(self, x: torch.Tensor, time: KVPair) -> torch.Tensor:
+    def _step(self, x: torch.Tensor, time: Conditioning) -> torch.Tensor:
         relative = self._config.video.time_index == "relative"
-        return self._executor.step(x, *time, self._history if relative else self._frame)
+        return self._executor.step(x, time, self._history if relative else self._frame)
 
     def _commit(self, clean: torch.Tensor) -> None:
         """Staging holds a clean chunk, whose rows are `clean`: make it history, and go on to the next."""

@@ -12,21 +12,21 @@ from causalrt.runtime.session_buffers import SessionBufferPool
 
 
 def warm_up(
-    executor: Executor, collectives: CountingCollectives, config: Config, layout: Layout, memories: SessionBufferPool
+    executor: Executor, collectives: CountingCollectives, config: Config, layout: Layout, pool: SessionBufferPool
 ) -> None:
     """Play a whole chunk of each kind, and a step over each number of KV rows that occurs.
 
-    It is a session like any other, in the memory that the first one will take on a GPU, and nothing of it is left.
+    It is a session like any other, in the buffers that the first one will take on a GPU, and nothing of it is left.
     Collective: every rank calls it once it has made its executor.
     """
-    model, video, memory = config.model, config.video, memories.take()
+    model, video, buffers = config.model, config.video, pool.take()
     text, clean = (
         torch.zeros(model.text_len, model.text_dim),
         torch.zeros(config.tokens_per_chunk, model.patch_features),
     )
     # After a first chunk of another length, history is that chunk and whole ones, or whole ones alone once a flush dropped it.
     for flush in (False, True) if len(video.step_frames) > 1 else (False,):
-        rollout = Rollout(executor, collectives, config, layout, text=text, noise=SeededNoise(0), memory=memory)
+        rollout = Rollout(executor, collectives, config, layout, text=text, noise=SeededNoise(0), buffers=buffers)
         attended = _play(rollout, 0)
         if flush:
             rollout.switch_prompt(text, "flush")
@@ -37,7 +37,7 @@ def warm_up(
             attended = rollout.kv_frames
             rollout.take_given(clean, record=False)
     collectives.take_traffic()
-    memories.give_back(memory)
+    pool.give_back(buffers)
     executor.warmed_up()
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from causalrt.engines.base import ONNX_TYPES, make_executor
+from causalrt.engines.base import ONNX_TYPES
 from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind, warms_up
+from causalrt.engines.make import make_executor
 from causalrt.engines.step_record import FlavourEngines, TargetEngines
 from causalrt.errors import ExecutorError
 
@@ -33,7 +34,7 @@ def test_unknown_executor_is_refused_with_the_known_ones():
     for call in (
         lambda: executor_kind("cuda"),
         lambda: choose_device("cuda", asked=None, world_size=1),
-        lambda: make_executor("cuda", None, None, num_threads=1, device=torch.device("cpu"), plugins=False),
+        lambda: make_executor("cuda", None, None, num_threads=1, device=torch.device("cpu"), fused_ops=False),
     ):
         with pytest.raises(ExecutorError, match=f"no executor 'cuda'; this version has: {', '.join(EXECUTORS)}$"):
             call()
@@ -175,12 +176,12 @@ def test_device_that_is_none(gpus, asked):
 def test_library_that_is_missing_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    files = TargetEngines(version="1", prompt="p", time="t", step=("s",), networks="n", names={})
+    files = TargetEngines(version="1", prompt="p", time="t", steps=(("s",),), networks="n", names={})
     record = FlavourEngines(collectives="engine", frontend="onnx", targets={"sm80": files})
     config = SimpleNamespace(build=SimpleNamespace(precision="bfloat16", world_size=1))
     bundle = SimpleNamespace(engines={name: record}, config=config)
     with pytest.raises(ExecutorError, match=rf"{name} needs the Python module {name}, .*`pip install '"):
-        make_executor(name, bundle, None, num_threads=1, device=torch.device("cpu"), plugins=False)
+        make_executor(name, bundle, None, num_threads=1, device=torch.device("cpu"), fused_ops=False)
 
 
 def test_types_are_numbered_as_onnx_numbers_them():

@@ -50,7 +50,7 @@ def fill(folder, contents=CONTENTS, *, config=CONFIG, steps=STEPS, vae=None):
     for name, data in contents.items():
         (folder / name).write_bytes(data)
     executors = ("eager", "onnxruntime")
-    write_manifest(folder, config=config, plugins=False, executors=executors, steps=steps, engines={}, vae=vae)
+    write_manifest(folder, config=config, fused_ops=False, executors=executors, steps=steps, engines={}, vae=vae)
 
 
 def make_bundle(target, *, overwrite=False, contents=CONTENTS, then=lambda: None, vae=None):

@@ -7,7 +7,7 @@ from typing import Any
 
 from causalrt.config import Config
 from causalrt.engines.bundle import open_bundle
-from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind
+from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind, precision_fault
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ExecutorError, OutOfMemoryError
 from causalrt.measure.bench.sources import BenchRequest, Source
@@ -103,10 +103,8 @@ def why_not(executor: str, source: Source, device: str, can: Mapping[str, Mappin
     for need in wanted:
         if not can[need]["ok"]:
             return str(can[need]["detail"])
-    if executor == "onnxruntime" and device == "cpu" and build_config.precision != "float32":
-        return f"on a CPU it runs float32 only, and this is {build_config.precision}"
-    if executor in FLAVOURS and build_config.precision == "float32":
-        return "its fused attention is for bfloat16 and float16; add `--dtype bf16`"
+    if (fault := precision_fault(executor, build_config.precision, device)) is not None:
+        return fault
     try:
         choose_device(executor, asked=device, world_size=build_config.world_size)
     except ExecutorError as error:

@@ -86,7 +86,7 @@ def bundles_of(paths: Sequence[Path], wishes: BenchRequest) -> list[Source]:
                 f"`--world-size {ranks}`, or leave it out of --world-sizes"
             )
     return [
-        Source(path=bundle.path, config=bundle.config, plugins=bundle.plugins, bundle=bundle)
+        Source(path=bundle.path, config=bundle.config, plugins=bundle.fused_ops, bundle=bundle)
         for bundle in opened
         if wishes.world_sizes is None or bundle.config.build.world_size in wishes.world_sizes
     ]

@@ -20,9 +20,11 @@ from causalrt.engines.base import TORCH_DTYPES, Executor
 from causalrt.engines.bundle import WEIGHTS, Bundle, new_bundle, open_bundle, write_manifest
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor
+from causalrt.engines.step_record import StepGraphs
 from causalrt.export.random_weights import random_weights
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.session_buffers import SessionBuffers
 from causalrt.runtime.usage import WaitCounter
 
 MakeExecutor = Callable[[Bundle, torch.device], Executor]
@@ -33,13 +35,13 @@ MOST_ERROR = 0.05
 
 def eager(*, plugins: bool = False) -> MakeExecutor:
     """Eager, by the fused ops or not."""
-    return lambda bundle, device: EagerExecutor(bundle, LocalCollectives(), device=device, plugins=plugins)
+    return lambda bundle, device: EagerExecutor(bundle, LocalCollectives(), device=device, fused_ops=plugins)
 
 
 def inductor(*, plugins: bool = False, cuda_graphs: bool = True) -> MakeExecutor:
     """Inductor, by the fused ops or not, captured or not."""
     return lambda bundle, device: InductorExecutor(
-        bundle, LocalCollectives(), device=device, plugins=plugins, cuda_graphs=cuda_graphs
+        bundle, LocalCollectives(), device=device, fused_ops=plugins, cuda_graphs=cuda_graphs
     )
 
 
@@ -58,7 +60,8 @@ def random_bundle(config: Config, path: Path, *, device: torch.device) -> Bundle
         size = sum(tensor.nbytes for tensor in weights.values())
         with new_bundle(path, overwrite=False, needed_bytes=size) as folder:
             save_file(weights, folder / WEIGHTS)
-            write_manifest(folder, config=config, plugins=False, executors=("eager",), graphs={}, engines={})
+            steps = [StepGraphs() for _ in config.video.step_frames]
+            write_manifest(folder, config=config, fused_ops=False, executors=("eager",), steps=steps, engines={})
     return open_bundle(path, verify=False)
 
 
@@ -74,21 +77,22 @@ class StepSession:
         self.executor, self._device = make(bundle, device), device
         dtype = TORCH_DTYPES[config.build.precision]
         whole = self.executor.whole_slots
-        self._slots = KVSlots(config, bundle.layout, dtype, whole_slots=whole, device=device)
+        slots = KVSlots(config, bundle.layout, dtype, whole_slots=whole, device=device)
+        self._buffers = SessionBuffers(0, slots)
         generator = torch.Generator().manual_seed(0)
         text = torch.randn(config.model.text_len, config.model.text_dim, generator=generator)
-        self._cross_kv = self.executor.encode_prompt(text)
+        self._buffers.begin(self.executor.encode_prompt(text))
         self._time = self.executor.embed_time(TIME)
 
     def bind(self, first_frame: int) -> int:
         """Take up the chunk that begins at this frame; the number of filled KV rows."""
-        rows = self._slots.filled_rows(first_frame)
-        self.executor.bind(self._slots.filled(first_frame), self._cross_kv, kv_rows=rows, memory=0)
-        return rows
+        view = self._buffers.view(first_frame)
+        self.executor.bind(view)
+        return view.kv_rows
 
     def step(self, x: torch.Tensor, first_frame: int) -> torch.Tensor:
         """One chunk step."""
-        return self.executor.step(x, *self._time, first_frame)
+        return self.executor.step(x, self._time, first_frame)
 
     def timed_step(self, x: torch.Tensor, first_frame: int) -> float:
         """Milliseconds of one chunk step, from its first call to an idle device."""
@@ -110,7 +114,7 @@ class StepSession:
 
     def commit(self, first_frame: int) -> None:
         """Make the chunk history."""
-        self._slots.commit(first_frame)
+        self._buffers.slots.commit(first_frame)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

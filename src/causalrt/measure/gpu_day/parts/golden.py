@@ -37,9 +37,9 @@ class Way:
     def executor(self, case: Case, device: torch.device) -> Executor:
         """The executor; eager steps are captured by the class that captures compiled ones, told not to compile."""
         if not (self.compiled or self.captured):
-            return EagerExecutor(case.bundle, LocalCollectives(), device=device, plugins=self.plugins)
+            return EagerExecutor(case.bundle, LocalCollectives(), device=device, fused_ops=self.plugins)
         return InductorExecutor(
-            case.bundle, LocalCollectives(), device=device, plugins=self.plugins, cuda_graphs=self.captured
+            case.bundle, LocalCollectives(), device=device, fused_ops=self.plugins, cuda_graphs=self.captured
         )
 
     def stance(self) -> AbstractContextManager[object]:

@@ -52,7 +52,7 @@ def _replay(book: Book, name: str, case: Case, *, plugins: bool) -> float:
         mine = collectives[rank]
         dtype = TORCH_DTYPES[config.build.precision]
         checks = check_exchanges(mine, config, dtype=dtype, device=device)
-        executor = EagerExecutor(case.bundle, mine, device=device, plugins=plugins)
+        executor = EagerExecutor(case.bundle, mine, device=device, fused_ops=plugins)
         player = Player(executor=executor, config=config, layout=layout, collectives=mine)
         return replay_here(case.recording, player), checks
 
