@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from causalrt.tools.plan.calibrate import calibrate
 from safetensors.torch import save_file
 
 from causalrt import Config, Engine, build, load, override, recipe
 from causalrt.control_groups import available_cpus
 from causalrt.export.random_weights import random_weights
-from causalrt.tools.plan.calibration import CalibratedMachine, Calibration, Runtime, read_calibration
+from causalrt.tools.ops.micro_ops import OpExecutor
+from causalrt.tools.plan.calibration import CalibratedMachine, Calibration, calibrate, read_calibration
 from causalrt.tools.plan.predict import forecast
 
 EXECUTORS: tuple[OpExecutor, ...] = ("eager", "onnxruntime")

@@ -76,9 +76,9 @@ class Forced:
         """See `Executor.graph_bytes`."""
         return self._executor.graph_bytes()
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
         """See `Executor.bind`."""
-        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, lone=lone)
+        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, step=step)
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""

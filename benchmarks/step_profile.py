@@ -20,7 +20,7 @@ from rich.table import Table
 
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.tensor_names import is_callers
-from causalrt.layout import chunk_starts, slots_from_config
+from causalrt.layout import history_lengths, slots_from_config
 
 TYPES = {"tensor(float)": (torch.float32, TensorProto.FLOAT), "tensor(int64)": (torch.int64, TensorProto.INT64)}
 KINDS = {"MultiHeadAttention": "attention", "Attention": "attention", "Gemm": "products", "MatMul": "products"}
@@ -37,7 +37,7 @@ def profile(bundle: Bundle, filled_rows: int, *, steps: int, folder: Path) -> di
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "profile")
     session = ort.InferenceSession(
-        str(bundle.path / bundle.segments[0].file), options, providers=["CPUExecutionProvider"]
+        str(bundle.path / bundle.steps[0].segments[0].file), options, providers=["CPUExecutionProvider"]
     )
     binding, tensors = session.io_binding(), {}
     for output, values in ((False, session.get_inputs()), (True, session.get_outputs())):
@@ -77,14 +77,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
     bundle = open_bundle(arguments.bundle)
-    if len(bundle.segments) != 1:
-        parser.error(
-            f"the step of {arguments.bundle} has {len(bundle.segments)} segments; build one for onnxruntime and one rank"
-        )
+    if (segments := len(bundle.steps[0].segments)) != 1:
+        parser.error(f"the step of {arguments.bundle} has {segments} segments; build one for onnxruntime and one rank")
     ort.set_global_thread_pool_sizes(arguments.threads, 1)
     config = bundle.config
     slots = slots_from_config(config)
-    frames = sorted({slots.valid_frames(start) for start in chunk_starts(config)})
+    frames = sorted({slots.valid_frames(start) for start in history_lengths(config)})
     with tempfile.TemporaryDirectory(prefix="causalrt-profile-") as folder:
         columns = [
             profile(bundle, each * config.tokens_per_frame, steps=arguments.steps, folder=Path(folder))

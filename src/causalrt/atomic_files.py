@@ -1,7 +1,6 @@
-"""Files and folders that appear whole or not at all: written beside their place under hidden names, and renamed at the end.
+"""Files and folders that are written atomically: under hidden names beside their place, and renamed at the end.
 
-What a killed writer leaves behind is removed by the next one that writes to the same place (see `owned_paths.py`), unless
-that leaves it to somebody else.
+What a killed writer leaves behind is removed by the next writer to the same place (see `owned_paths.py`).
 """
 
 import contextlib
@@ -27,16 +26,16 @@ _CHANGED = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, private: bool = False, sweeps: bool = True) -> Iterator[Path]:
-    """Where to write what `path` is to hold: renamed to it if the block ends well, and removed if not.
+    """Yield a temporary path to write to. It is renamed to `path` if the block succeeds, and removed otherwise.
 
     Args:
-        path: the file; what is there until then stays as it is.
-        private: readable by its owner alone, rather than by whom the umask lets.
-        sweeps: remove what killed writers of this file have left, which lists the folder. A folder of many files is better
-            swept once, by whoever opens it.
+        path: the file; an existing file stays as it is until then.
+        private: make it readable by its owner only, instead of applying the umask.
+        sweeps: first remove what killed writers of this file have left, which lists the folder. A folder of many files is
+            better swept once, by the code that opens it.
 
     Raises:
-        OSError: it cannot be made or renamed; its folder is not there, say.
+        OSError: it cannot be created or renamed, for example because its folder is missing.
     """
     path = path.absolute()
     prefix = f".{path.name}."
@@ -55,18 +54,18 @@ def atomic_file(path: Path, *, private: bool = False, sweeps: bool = True) -> It
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, *, replaces: str | None = None, private: bool = False) -> Iterator[Path]:
-    """A new folder to fill: renamed to `target` if the block ends well, and removed if not.
+    """Yield a new folder to fill. It is renamed to `target` if the block succeeds, and removed otherwise.
 
-    It takes the place of an old folder in one step, and the old one is removed afterwards, so whoever opens `target` finds one
-    or the other. Files of the old folder that are open or mapped stay readable.
+    It replaces an old folder in one step, and the old one is removed afterwards, so a reader of `target` finds one or the
+    other. Files of the old folder that are open or mapped stay readable.
 
     Args:
         target: where it goes; its parent folder must exist. A link is followed, and what it points to is replaced.
-        replaces: a folder that is at `target` by then gives way if it holds a file of this name; no other does.
-        private: open to its owner alone, rather than to whom the umask lets.
+        replaces: a folder at `target` is replaced if it holds a file of this name, and no other folder is.
+        private: make it accessible to its owner only, instead of applying the umask.
 
     Raises:
-        OSError: it cannot be made or renamed, something else being at `target`, say; what is there stays.
+        OSError: it cannot be created or renamed, for example because something else is at `target`, which then stays.
     """
     target = Path(os.path.realpath(target))
     _sweep_beside(target, replaces)
@@ -105,7 +104,7 @@ def _place_folder(work: Path, target: Path, replaces: str | None) -> None:
             _exchange(old, target)
             if (old / replaces).is_file():
                 return
-            _exchange(old, target)  # another process has put something else there meanwhile: give it back
+            _exchange(old, target)  # another process has put something else there meanwhile; put it back
         except OSError as error:
             if error.errno not in _CHANGED:
                 raise

@@ -1,4 +1,4 @@
-"""How to run a module of this package in a process of its own, which finds modules where this process finds them."""
+"""Running a module of this package in another process, with the same module search path."""
 
 import json
 import os
@@ -11,16 +11,16 @@ _RUN = (
 
 
 def python_command(module: str) -> list[str]:
-    """The start of a command line that runs a module as `python -m` does; its arguments follow.
+    """The start of a command line that runs a module as `python -m` does; append the module's arguments.
 
-    The paths of modules are an argument, because in `PYTHONPATH` one that contains a colon would be taken for two. The working
-    directory is not among them (`-P`) unless it is one of this process's.
+    The search path is an argument, because a path with a colon would count as two in `PYTHONPATH`. The working directory is not
+    added to it (`-P`).
     """
     return [sys.executable, "-P", "-c", _RUN, json.dumps(_paths()), module]
 
 
 def python_environment(**changes: str) -> dict[str, str]:
-    """The environment for `python_command`, with `PYTHONPATH` for what reads that at the start, such as `sitecustomize`."""
+    """The environment for `python_command`; it sets `PYTHONPATH` for what is imported at the start, such as `sitecustomize`."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(_paths()), **changes}
 
 

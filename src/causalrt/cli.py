@@ -188,7 +188,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         found = inspect_bundle(
             arguments.bundle, kernels=arguments.target if arguments.kernels else None, on_progress=progress
         )
-    steps = [step for engines in found["engines"] for step in (engines["step"], engines["lone_step"]) if step]
+    steps = [step for engines in found["engines"] for step in engines["steps"]]
     tables = [table for step in steps for table in step["constants"].values()]
     code = 0 if all(table["equal_constants"] for table in tables) else EXIT_FAILED
     if arguments.json:
@@ -236,9 +236,9 @@ def _add_engine_rows(table: Table, engines: dict[str, Any]) -> None:
         f"{engines['flavour']} {engines['version']}, {len(files)} files for every rank, "
         f"{sum(file['bytes'] for file in files.values()) / 2**20:,.1f} MiB, by {engines['frontend']}",
     )
-    for kind, step in (("step", engines["step"]), ("lone step", engines["lone_step"])):
-        if step:
-            _add_step_rows(table, f"{name}, {kind}", step, engines["collectives"])
+    for number, step in enumerate(engines["steps"]):
+        kind = f"{step['frames']}-frame step" if number else "step"
+        _add_step_rows(table, f"{name}, {kind}", step, engines["collectives"])
     if engines["collectives"] == "engine":
         step_file, entry = list(files.items())[2]
         table.add_row(f"{name}, one for all ranks", f"{step_file}, sha256 {entry['sha256'][:16]}...")

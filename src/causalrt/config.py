@@ -80,8 +80,8 @@ class VideoConfig:
     `window_frames` counts the current chunk, the sink and the rolled history (the reference's `local_attn_size`); None is
     full attention, whose window is the whole horizon.
 
-    With `independent_first_frame` a video's first chunk, generated or given, is one frame, and all others are `chunk_frames`:
-    image to video, say (model_spec section 7b). The horizon is then one frame and whole chunks.
+    With `independent_first_frame` the first chunk of a video has one latent frame, as image to video wants it, and all other
+    chunks have `chunk_frames` (model_spec section 7b). The horizon is then one frame and a whole number of chunks.
 
     `time_index` is what rotary angles count time by. `global`: the frame's number, and keys are kept rotated; no rollout
     is longer than the horizon. `relative`: the distance to the current chunk, and keys are rotated whenever they are read,
@@ -135,14 +135,21 @@ class VideoConfig:
         )
 
     @property
-    def lone_first_frame(self) -> bool:
-        """A video's first chunk has fewer frames than the others: one."""
-        return self.independent_first_frame and self.chunk_frames > 1
+    def step_frames(self) -> tuple[int, ...]:
+        """Latent frames of each kind of step, which has graphs of its own: `(3,)`, or `(3, 1)` with a first chunk of one frame.
 
-    @property
-    def kinds_of_chunk(self) -> tuple[bool, ...]:
-        """Whether lone, for each kind of chunk that there is; each has a step graph of its own."""
-        return (False, True) if self.lone_first_frame else (False,)
+        Wherever a step's number is wanted, it is an index into this tuple. Step 0 makes all chunks but possibly the first.
+        """
+        shorter_first = self.independent_first_frame and self.chunk_frames > 1
+        return (self.chunk_frames, 1) if shorter_first else (self.chunk_frames,)
+
+    def step_at(self, first_frame: int) -> int:
+        """Number of the step that makes the chunk at `first_frame` of the video."""
+        return 0 if first_frame else len(self.step_frames) - 1
+
+    def frames_at(self, first_frame: int) -> int:
+        """Frames of the chunk at `first_frame` of the video."""
+        return self.step_frames[self.step_at(first_frame)]
 
     @property
     def horizon_chunks(self) -> int:
@@ -150,21 +157,17 @@ class VideoConfig:
         return self.chunks_in(self.horizon_frames)
 
     def chunks_in(self, frames: int) -> int:
-        """Chunks that so many frames of a video's beginning are, a lone first one among them."""
-        return math.ceil(frames / self.chunk_frames)
-
-    def frames_at(self, first_frame: int) -> int:
-        """Frames of the chunk that begins at `first_frame` of the video."""
-        return 1 if self.lone_first_frame and first_frame == 0 else self.chunk_frames
+        """Whole chunks in the first `frames` latent frames of a video."""
+        after_first = frames - self.frames_at(0)
+        return 1 + after_first // self.chunk_frames if after_first >= 0 else 0
 
     def first_frame_of(self, chunk: int) -> int:
-        """Where a chunk of a video begins."""
-        return chunk * self.chunk_frames - (self.chunk_frames - 1 if self.lone_first_frame and chunk else 0)
+        """Latent frame of the video at which a chunk begins."""
+        return self.frames_at(0) + (chunk - 1) * self.chunk_frames if chunk else 0
 
     def frames_of_chunks(self, num_chunks: int, *, first_chunk: int = 0) -> list[int]:
-        """Frames of each of `num_chunks` chunks of a video, from its chunk `first_chunk` on."""
-        chunks = range(first_chunk, first_chunk + num_chunks)
-        return [self.frames_at(chunk) for chunk in chunks]  # chunk 0 begins at frame 0, and no other does
+        """Latent frames of each of `num_chunks` consecutive chunks, the first of which is number `first_chunk` of the video."""
+        return [self.frames_at(self.first_frame_of(first_chunk + index)) for index in range(num_chunks)]
 
     @property
     def pixel_height(self) -> int:

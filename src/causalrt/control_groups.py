@@ -17,13 +17,13 @@ NO_LIMIT_BYTES = 2**62
 
 
 def available_cpus() -> int:
-    """How many threads are worth starting: one for each processor that this process may use, as far as its quota goes."""
+    """The number of processors that this process may use, limited by its quota: how many threads are worth starting."""
     visible, quota = len(os.sched_getaffinity(0)), cpu_quota()
     return visible if quota is None else max(1, min(visible, int(quota)))
 
 
 def cpu_quota() -> float | None:
-    """Processors' worth of time that this process may take, for example 0.5; None without a limit."""
+    """The number of processors whose time this process may use, for example 0.5; None without a limit."""
     quotas = []
     for group in _groups("cpu"):
         limit = _read(group / "cpu.max").split()

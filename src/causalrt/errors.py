@@ -1,7 +1,7 @@
 """Typed errors of CausalRT.
 
-`ValueError` subclasses answer for what a caller gave; `RuntimeError` subclasses for what broke underneath. Every message
-names the thing, the value got, the value wanted, and what to do about it.
+Subclasses of `ValueError` are about what a caller passed; subclasses of `RuntimeError` are about what failed. Every message
+names the object, the value that was found, the value that was expected, and what to do about it.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class CheckpointError(CausalRTError, ValueError):
 
 
 class BundleError(CausalRTError, ValueError):
-    """A bundle is damaged, incomplete, or made for something else than what is asked of it."""
+    """A bundle is damaged, incomplete, or built for something other than what is requested."""
 
 
 class BuildError(CausalRTError, RuntimeError):
@@ -72,14 +72,14 @@ class CapacityError(CausalRTError, RuntimeError):
 
 
 class VideoError(CausalRTError, RuntimeError):
-    """A video cannot be encoded or written, for a full disk for example; nothing was left at the target."""
+    """A video cannot be encoded or written, for example because the disk is full; nothing was left at the target."""
 
 
 class RankError(CausalRTError, RuntimeError):
     """A rank process died, hung, or raised; the engine is closed and can be loaded again.
 
     Attributes:
-        rank: the first rank that failed, or None if all of them went silent.
+        rank: the first rank that failed, or None if none of them answered.
         log_tail: the last lines that this rank logged.
     """
 
@@ -90,7 +90,7 @@ class RankError(CausalRTError, RuntimeError):
 
 
 class MeasurementError(CausalRTError, RuntimeError):
-    """Sides of a benchmark did not do the same work, so that no figure of it would mean anything."""
+    """The executors that a benchmark compares did not do the same work, so its figures would mean nothing."""
 
 
 class EngineClosedError(CausalRTError, RuntimeError):

@@ -194,11 +194,9 @@ def layout_from_config(config: Config) -> Layout:
 
 
 def layouts_from_config(config: Config) -> tuple[Layout, ...]:
-    """The layout of a chunk and, where a video's first chunk is one frame, of that: `layouts[lone]`."""
+    """The layout of each kind of step (`video.step_frames`)."""
     layout = layout_from_config(config)
-    return tuple(
-        layout.with_tokens(config.tokens_per_frame) if lone else layout for lone in config.video.kinds_of_chunk
-    )
+    return tuple(layout.with_tokens(frames * config.tokens_per_frame) for frames in config.video.step_frames)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,39 +205,47 @@ class SlotPlan:
 
     The filled slots are always a prefix::
 
-        | staging: F frames of the current chunk | sink frames, pinned | ring of clean frames |
-        0                                        F                     F + sink               W
+        | staging: the current chunk | sink frames, pinned | ring of clean frames |
+        0                            F                     F + sink               W          F = staging_frames
 
-    The attended set is the reference's (model_spec section 5): sink, the newest
-    W - sink - F clean frames, and the current chunk. Order among keys does not matter to attention.
+    The attended set is the reference's (model_spec section 5): the sink, the newest W - sink - F clean frames, and the current
+    chunk. The order of keys does not matter to attention.
 
-    A lone first frame is staged in the first of the F frames. It has no history (nothing is lone after a flush), so what is
-    filled is a prefix then too; afterwards it is one frame of history like any other.
+    A chunk that is shorter than staging lies in the first of its frames. Only the first chunk of a video may be shorter, and it
+    has no history, so the filled slots are a prefix then too.
     """
 
     capacity_frames: int
-    chunk_frames: int
+    step_frames: tuple[int, ...]
     sink_frames: int
+
+    @property
+    def staging_frames(self) -> int:
+        """F: slots of the current chunk, as many as the longest step has frames."""
+        return max(self.step_frames)
 
     @property
     def ring_frames(self) -> int:
         """Slots of the ring."""
-        return self.capacity_frames - self.sink_frames - self.chunk_frames
+        return self.capacity_frames - self.sink_frames - self.staging_frames
 
-    def valid_frames(self, first_frame: int, *, lone: bool = False) -> int:
-        """Filled slots, staging included, while the chunk that begins at `first_frame` is generated."""
-        assert not (lone and first_frame), "only the first chunk of a video is lone"
-        return 1 if lone else self.chunk_frames + min(first_frame, self.capacity_frames - self.chunk_frames)
+    def valid_frames(self, history_frames: int, *, step: int = 0) -> int:
+        """Filled slots, staging included, while a step runs after `history_frames` frames of history."""
+        frames = self.step_frames[step]
+        assert frames == self.staging_frames or not history_frames, (
+            "a gap in staging: the filled slots would be no prefix"
+        )
+        return frames + min(history_frames, self.capacity_frames - self.staging_frames)
 
-    def commits(self, first_frame: int, *, lone: bool = False) -> Iterator[tuple[int, int]]:
-        """(staging slot, history slot) of each frame to keep, once the chunk at `first_frame` is clean."""
-        end = first_frame + (1 if lone else self.chunk_frames)
-        for frame in range(first_frame, end):
+    def commits(self, history_frames: int, *, step: int = 0) -> Iterator[tuple[int, int]]:
+        """(staging slot, history slot) of each frame to keep, once a chunk after `history_frames` frames is clean."""
+        end = history_frames + self.step_frames[step]
+        for frame in range(history_frames, end):
             if frame < self.sink_frames:
-                yield frame - first_frame, self.chunk_frames + frame
+                yield frame - history_frames, self.staging_frames + frame
             elif frame >= end - self.ring_frames:
                 slot = (frame - self.sink_frames) % self.ring_frames
-                yield frame - first_frame, self.chunk_frames + self.sink_frames + slot
+                yield frame - history_frames, self.staging_frames + self.sink_frames + slot
 
 
 def slots_from_config(config: Config) -> SlotPlan:
@@ -247,19 +253,17 @@ def slots_from_config(config: Config) -> SlotPlan:
     video = config.video
     return SlotPlan(
         capacity_frames=video.capacity_frames,
-        chunk_frames=video.chunk_frames,
-        sink_frames=min(video.sink_frames, video.capacity_frames - video.chunk_frames),
+        step_frames=video.step_frames,
+        sink_frames=min(video.sink_frames, video.capacity_frames - max(video.step_frames)),
     )
 
 
-def chunk_starts(config: Config) -> list[int]:
-    """Frames of history that a chunk of F frames may find, within the horizon, in rising order.
+def history_lengths(config: Config) -> list[int]:
+    """Frames of history that step 0 may find within the horizon, in rising order.
 
-    Whole chunks, and with a lone first frame one more or, once a flush has dropped that, whole chunks again.
+    They are whole chunks after the video's first chunk, or whole chunks alone once a flush has dropped it.
     """
     video = config.video
     last = video.horizon_frames - video.chunk_frames
-    starts = set(range(0, last + 1, video.chunk_frames))
-    if video.lone_first_frame:
-        starts.update(range(1, last + 1, video.chunk_frames))
-    return sorted(starts)
+    starts = {0, video.frames_at(0) % video.chunk_frames}
+    return sorted(frames for start in starts for frames in range(start, last + 1, video.chunk_frames))

@@ -1,7 +1,7 @@
 """Results that are kept in the user's cache (`$XDG_CACHE_HOME/causalrt`), so that they need not be computed again.
 
-Files, such as TensorRT's measured kernel times, are written whole or not at all. Of each kind of folder a limited number is
-kept; a folder that a process uses is locked, and is not removed.
+Files, such as TensorRT's timings of kernels, are written atomically. A limited number of folders of each kind is kept; a folder
+in use is locked and is not removed.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder(kind: str) -> Path:
-    """`$XDG_CACHE_HOME/causalrt/<kind>`, or in `~/.cache` if that is unset or empty; without a home, among temporary files."""
+    """`$XDG_CACHE_HOME/causalrt/<kind>`; `~/.cache` and then the temporary folder stand in for an unset `$XDG_CACHE_HOME`."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "causalrt"
     except RuntimeError:
@@ -30,12 +30,12 @@ def cache_folder(kind: str) -> Path:
 
 
 def cache_file(kind: str, name: str) -> Path:
-    """Where `name` is kept in the cache folder of its kind."""
+    """The path of `name` in the cache folder of its kind."""
     return cache_folder(kind) / name
 
 
 def read_cache(path: Path) -> bytes:
-    """What is kept there; nothing if there is nothing, or it cannot be read."""
+    """The contents of a cached file; empty if it does not exist or cannot be read."""
     try:
         return regular_file(path).read_bytes()
     except OSError:
@@ -43,7 +43,7 @@ def read_cache(path: Path) -> bytes:
 
 
 def keep_in_cache(path: Path, data: bytes | memoryview) -> bool:
-    """Keep it for the next time; nothing fails for want of a cache."""
+    """Write a file to the cache. A failure is logged and returned as False."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with atomic_file(path) as partial:

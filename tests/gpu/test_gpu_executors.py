@@ -34,7 +34,7 @@ pytestmark = [
 ]
 FUSED = "A"
 """The recording for TensorRT: its heads have 32 channels, and for the 8 of B there is no fused kernel."""
-LONE = ("J", "J2")
+TWO_KINDS = ("J", "J2")
 """Recordings whose first chunk is one frame, generated and given."""
 GRAPH_TOLERANCE = 2e-5
 """With CUDA graphs and without, float32: a matrix product may be given another workspace, and so another order of sums."""
@@ -92,9 +92,9 @@ def test_float32_is_the_recording_and_the_cpu(cases, kind):
     check(outputs, on_cpu, TOLERANCE)
 
 
-@pytest.mark.parametrize("name", LONE)
+@pytest.mark.parametrize("name", TWO_KINDS)
 @pytest.mark.parametrize("kind", [EagerExecutor, InductorExecutor])
-def test_a_lone_first_frame(cases, kind, name):
+def test_two_kinds_of_step(cases, kind, name):
     case = cases("float32", name=name)
     outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE))
     check(outputs, recorded_outputs(case.recording), TOLERANCE)
@@ -117,7 +117,7 @@ def test_fused_kernels_in_low_precision(cases, kind, precision):
     check_low(outputs, eager_outputs(case), recorded_outputs(case.recording), EAGER_RATIO)
 
 
-@pytest.mark.parametrize("name", ["B", *LONE])
+@pytest.mark.parametrize("name", ["B", *TWO_KINDS])
 def test_onnxruntime_on_cuda(cases, name):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -221,8 +221,8 @@ def test_tensorrt_is_as_good_as_eager(cases, flavour, collectives):
 
 @pytest.mark.parametrize("collectives", ["engine", "runtime"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_tensorrt_after_a_lone_first_frame(cases, flavour, collectives):
-    case = tensorrt_case(cases, flavour, collectives, name=LONE[0])
+def test_tensorrt_after_a_first_chunk_of_one_frame(cases, flavour, collectives):
+    case = tensorrt_case(cases, flavour, collectives, name=TWO_KINDS[0])
     executor = TensorRTExecutor(FLAVOURS[flavour], case.bundle, LocalCollectives(), device=DEVICE)
     check_low(play(case, executor), eager_outputs(case), recorded_outputs(case.recording), ENGINE_RATIO)
     assert len(executor._graphs._graphs) == (2 if collectives == "engine" else case.recording.num_chunks)

@@ -7,7 +7,7 @@ import numpy as np
 from tensorrt_stand_in import communicator_handle
 
 from causalrt.proof import ranks
-from causalrt.proof.ranks import Meeting, meet, run_threads
+from causalrt.proof.ranks import ThreadGroup, meet, run_threads
 from causalrt.runtime.collectives import CAPSULE_NAME, capsule
 
 Result = TypeVar("Result")
@@ -16,9 +16,9 @@ Result = TypeVar("Result")
 class NcclDouble:
     """A rank's communicator, as the stand-in engine sees it."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self._meeting = meeting
-        self.rank, self.world_size = rank, meeting.world_size
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self._meeting = group
+        self.rank, self.world_size = rank, group.world_size
         self.joined = 0
         self.exchanges = 0
 
@@ -40,9 +40,9 @@ class NcclDouble:
 class ThreadCollectives(ranks.ThreadCollectives):
     """`Collectives` between threads."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        super().__init__(meeting, rank)
-        self.nccl = NcclDouble(meeting, rank)
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        super().__init__(group, rank)
+        self.nccl = NcclDouble(group, rank)
         self._handle = communicator_handle(self.nccl)
 
     def communicator(self) -> object:
@@ -51,5 +51,5 @@ class ThreadCollectives(ranks.ThreadCollectives):
 
 def run_ranks(world_size: int, work: Callable[[ThreadCollectives], Result]) -> list[Result]:
     """`work` on every rank, each in a thread; the results in rank order, or the error of the rank that failed first."""
-    meeting, collectives = meet(world_size, ThreadCollectives)
-    return run_threads(meeting, lambda rank: work(collectives[rank]))
+    group, collectives = meet(world_size, ThreadCollectives)
+    return run_threads(group, lambda rank: work(collectives[rank]))

@@ -324,7 +324,7 @@ def test_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler")
-def test_inductor_and_a_lone_first_frame(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inductor_and_two_kinds_of_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = ["video.independent_first_frame=true", "video.horizon_frames=7", "video.window_frames=7"]
     flags = ["--executors", "eager,inductor", "--world-sizes", 2, "--repeats", 1, "--json", "--no-picture"]
     sets = [flag for change in changes for flag in ("--set", change)]

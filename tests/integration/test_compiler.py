@@ -31,7 +31,7 @@ def no_ranks(monkeypatch):
     def refuse(*arguments, **settings):
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr("causalrt.runtime.engine.RankPool", refuse)
+    monkeypatch.setattr("causalrt.runtime.workers.RankPool", refuse)
 
 
 def script(folder, body: str) -> str:

@@ -35,7 +35,6 @@ from causalrt.errors import (
     RankError,
     RequestError,
 )
-from causalrt.runtime import engine as engine_module
 from causalrt.runtime import load as load_module
 from causalrt.runtime import memory, ranks
 from causalrt.runtime.messages import ChunkCommand, OpenCommand
@@ -74,12 +73,12 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("rank processes were started")
 
-    monkeypatch.setattr(engine_module, "RankPool", refuse)
+    monkeypatch.setattr("causalrt.runtime.workers.RankPool", refuse)
 
 
 def supervisor(engine: Engine) -> int:
     """The process that forked the ranks; all of them are in its session."""
-    return engine._pool._process.pid
+    return engine.workers.ranks._process.pid
 
 
 def processes(session: int) -> list[str]:
@@ -492,7 +491,7 @@ def test_rank_killed_while_nobody_is_waiting(bundles: Bundles) -> None:
         assert processes(group) == []
 
 
-def test_keeper_killed(bundles: Bundles) -> None:
+def test_supervisor_killed(bundles: Bundles) -> None:
     """The ranks go with it, by the kernel's hand."""
     with load(bundles(2)) as engine:
         session = engine.session(prompt())
@@ -536,7 +535,7 @@ engine = load(sys.argv[1])
 session = engine.session(prompt())
 if sys.argv[2] == "idle":
     next(session)
-print(engine._pool._process.pid, flush=True)
+print(engine.workers.ranks._process.pid, flush=True)
 for _ in session if sys.argv[2] == "chunk" else sys.stdin:
     pass
 """
@@ -591,7 +590,7 @@ def test_error_inside_a_rank_arrives_with_its_log(bundles: Bundles) -> None:
     with load(bundles(2)) as engine:
         group = supervisor(engine)
         with pytest.raises(RankError) as caught:
-            engine._run(OpenCommand(session=99, text=torch.zeros(8, 5), noise=SeededNoise(0)))
+            engine.workers.run(OpenCommand(session=99, text=torch.zeros(8, 5), noise=SeededNoise(0)))
         assert "raised RuntimeError: mat1 and mat2 shapes cannot be multiplied (8x5 and 24x48)" in str(caught.value)
         assert "encode_prompt" in caught.value.log_tail
         assert processes(group) == []
@@ -601,7 +600,7 @@ def test_first_rank_to_raise_is_the_one_that_is_named(bundles: Bundles, monkeypa
     """The others fail in their collectives a moment later, and all of it may be in the channels by then."""
     with load(bundles(3)) as engine:
         session = engine.session(prompt())
-        pool = engine._pool
+        pool = engine.workers.ranks
         chunk = ChunkCommand(session=session.number, index=0, frame=0, refresh=True, record=False)
         real = ranks.send
 
@@ -733,7 +732,7 @@ def test_fork_of_the_caller_does_not_end_its_ranks(bundles: Bundles) -> None:
     with load(bundles(2)) as engine:
         pid = os.fork()
         if pid == 0:
-            engine._pool.close(kill=True)
+            engine.workers.ranks.close(kill=True)
             os._exit(0)
         os.waitpid(pid, 0)
         assert all_latents(engine.session(prompt())).shape[0] == 12
@@ -765,7 +764,7 @@ def whole_video(engine: Engine, seed: int) -> torch.Tensor:
     return all_latents(engine.session(prompt(seed), seed=seed))
 
 
-def test_interleaved_sessions_equal_lone_ones(bundles: Bundles) -> None:
+def test_interleaved_sessions_equal_single_ones(bundles: Bundles) -> None:
     with load(bundles(2)) as engine:
         expected = [whole_video(engine, seed) for seed in (1, 2)]
         assert largest_difference(*expected) > 0.5

@@ -108,7 +108,9 @@ def test_finished_without_the_checkpoint_it_is_what_one_command_makes(inputs, bu
     engines = opened.engines["tensorrt"].targets["sm80"]
     assert len(engines.vae) == 2
     assert opened.plugins
-    assert all((bundle / file).read_bytes().startswith(b"stand-in engine") for file in (*engines.step, *engines.vae))
+    assert all(
+        (bundle / file).read_bytes().startswith(b"stand-in engine") for file in (*engines.steps[0], *engines.vae)
+    )
     assert os.listdir(bundle.parent) == ["bundle"]
 
 

@@ -265,7 +265,7 @@ def test_closing_beside_a_living_child(
         thread.join()
     sleeping_child()
     next(session)
-    pools = [closing._pool, *([closing.decoder._pool] if closing.decoder else [])]
+    pools = [closing.workers.ranks, *([closing.decoder._pool] if closing.decoder else [])]
     closing.close()
     assert [pool._process.returncode for pool in pools] == [0] * len(pools)
     assert "killing them" not in caplog.text

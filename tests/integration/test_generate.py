@@ -112,14 +112,14 @@ def test_an_interrupted_video_leaves_nothing(flags, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_image_is_a_lone_first_chunk(tmp_path, capsys):
+def test_an_image_is_a_first_chunk(tmp_path, capsys):
     """Given frames are counted before anything is started: a chunk that is not there has no prompt, and is not asked for."""
     bundles = bundle_factory(tmp_path, vae=write_vae(tmp_path / "vae"))
-    lone = bundles(1, {"video.independent_first_frame": "true", "video.horizon_frames": "13"})
+    bundle = bundles(1, {"video.independent_first_frame": "true", "video.horizon_frames": "13"})
     torch.save(torch.zeros(2, tiny_config().model.text_dim), tmp_path / "prompt.pt")
     write_image(tmp_path / "image.png")
     flags = [
-        lone,
+        bundle,
         "--device",
         "cpu",
         "--prompt-embeds",

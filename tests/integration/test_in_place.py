@@ -29,23 +29,22 @@ SCRIPT = """
     e, e0 = executor.embed_time(1000.0)
     kept = []  # bindings hold addresses only
     cross = executor.encode_prompt(torch.zeros(model.text_len, model.text_dim))
-    lone = config.video.lone_first_frame
-    for first_frame in (0, 1, 4) if lone else (0, 3, 6):
-        alone = lone and first_frame == 0
-        kv = slots.filled(first_frame, lone=alone)
+    for first_frame in map(config.video.first_frame_of, range(3)):
+        step = config.video.step_at(first_frame)
+        kv = slots.filled(first_frame, step=step)
         before = kv[0][0][0].clone()
-        executor.bind(kv, cross, kv_rows=slots.filled_rows(first_frame, lone=alone), memory=0, lone=alone)
+        executor.bind(kv, cross, kv_rows=slots.filled_rows(first_frame, step=step), memory=0, step=step)
         if sys.argv[2] == "elsewhere":
             for segment in executor._segments:
                 for name in segment.outputs:
                     if name.startswith("k."):
                         kept.append(torch.empty_like(before))
                         segment.bind(name, kept[-1], output=True)
-        rows = config.tokens_per_frame if alone else config.tokens_per_chunk
+        rows = config.tokens_per_frame * config.video.step_frames[step]
         executor.step(torch.randn(rows, 64), e, e0, first_frame)
         assert sys.argv[2] == "elsewhere" or not torch.equal(kv[0][0][0][:, :rows], before[:, :rows])
 """
-LONE = {"video.independent_first_frame": "true", "video.horizon_frames": "13"}
+TWO_KINDS = {"video.independent_first_frame": "true", "video.horizon_frames": "13"}
 ANONYMOUS = """
     import dataclasses
     import sys
@@ -60,7 +59,7 @@ ANONYMOUS = """
 
     bundle = open_bundle(sys.argv[1])
     if sys.argv[2] == "one step":
-        bundle = dataclasses.replace(bundle, lone_segments=())
+        bundle = dataclasses.replace(bundle, steps=bundle.steps[:1])
     before = anonymous_bytes()
     executor = OnnxRuntimeExecutor(bundle, LocalCollectives(), num_threads=1, device=torch.device("cpu"))
     print(anonymous_bytes() - before)
@@ -69,7 +68,7 @@ ANONYMOUS = """
 
 @pytest.fixture(
     scope="module",
-    params=[({}, "off"), ({}, "on"), ({"video.time_index": "relative"}, "auto"), (LONE, "off"), (LONE, "on")],
+    params=[({}, "off"), ({}, "on"), ({"video.time_index": "relative"}, "auto"), (TWO_KINDS, "off"), (TWO_KINDS, "on")],
     ids=str,
 )
 def bundle(request, tmp_path_factory):
@@ -93,10 +92,10 @@ def test_onnxruntime_copies_a_cache_only_when_made_to(bundle, where, copies):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc/self/smaps_rollup")
-def test_a_lone_frames_step_holds_no_weights_of_its_own(tmp_path):
+def test_a_step_of_one_frame_holds_no_weights_of_its_own(tmp_path):
     """They are read where the file is mapped; the step of chunks packs a copy, which shows that one would be seen."""
     sizes = {"model.dim": "768", "model.num_heads": "6", "model.ffn_dim": "4096"}
-    config = override(recipe("tiny"), {**sizes, **LONE})
+    config = override(recipe("tiny"), {**sizes, **TWO_KINDS})
     checkpoint = tmp_path / "checkpoint.safetensors"
     save_file(dict(random_weights(config.model, seed=0)), checkpoint)
     path = build(config, checkpoint=checkpoint, out=tmp_path / "bundle")

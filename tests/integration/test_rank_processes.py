@@ -142,7 +142,7 @@ def test_dead_processes_are_named_and_slow_ones_are_not(bundle_with_decoder):
 
 def test_the_process_that_started_the_ranks_is_watched_too(bundles):
     with causalrt.load(bundles(1)) as engine:
-        os.kill(engine._pool._process.pid, signal.SIGKILL)
+        os.kill(engine.workers.ranks._process.pid, signal.SIGKILL)
         assert wait_until(lambda: engine.dead_processes() == ["rank 0", STARTER])
 
 
@@ -233,7 +233,7 @@ def test_two_engines_in_an_odd_temporary_folder(bundles, set_temporary_folder, t
     bundle = bundles(2)
     with causalrt.load(bundle) as one, causalrt.load(bundle) as other:
         assert torch.equal(first_chunk(one), first_chunk(other))
-        os.killpg(one._pool._process.pid, signal.SIGKILL)  # nothing that it leaves may hinder the next one
+        os.killpg(one.workers.ranks._process.pid, signal.SIGKILL)  # nothing that it leaves may hinder the next one
         with causalrt.load(bundle) as third:
             assert torch.equal(first_chunk(third), first_chunk(other))
     assert surroundings() == before

@@ -47,7 +47,7 @@ def test_a_reader_that_timed_out_goes_on(engine, wanted):
 def test_an_interrupt_while_a_chunk_is_made_ahead(engine, wanted, monkeypatch):
     session = engine.session(prompt(), seed=2, ahead=True)
     chunks = [next(session)]
-    made = session._made
+    made = session._made_ahead
     result = made.result
 
     def interrupted():  # in the thread of the caller, as a signal is handled
@@ -66,17 +66,17 @@ def test_an_interrupt_while_a_session_waits_to_be_closed(engine):
     session = engine.session(prompt())
     next(session)
     engine.wait()
-    engine._lock.acquire()  # another session's turn
+    engine.workers._lock.acquire()  # another session's turn
 
     def interrupt():
-        while not engine._lock._waiting:
+        while not engine.workers._lock._waiting:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         session.close()
-    engine._lock.release()
+    engine.workers._lock.release()
     assert engine.open_sessions == 1
     session.close()
     assert engine.open_sessions == 0
@@ -87,7 +87,7 @@ def test_a_session_closed_by_another_thread(engine, wanted, monkeypatch):
     other = engine.session(prompt(), seed=2)
     session = engine.session(prompt(1), seed=1)
     chunks = [next(other)]
-    encoding, closing, told = threading.Event(), threading.Event(), []
+    encoding, closing, switch_ms = threading.Event(), threading.Event(), []
     real = engine.encode_prompt
 
     def slow(text):
@@ -95,10 +95,10 @@ def test_a_session_closed_by_another_thread(engine, wanted, monkeypatch):
         assert closing.wait(10)
         return real(text)
 
-    monkeypatch.setattr(engine, "encode_prompt", slow)
+    monkeypatch.setattr(session, "_encode_prompt", slow)
 
     def switch():
-        told.append(session.switch_prompt(prompt(2)))
+        switch_ms.append(session.switch_prompt(prompt(2)))
 
     def close():
         closing.set()
@@ -115,7 +115,7 @@ def test_a_session_closed_by_another_thread(engine, wanted, monkeypatch):
     with pytest.raises(EngineClosedError, match="the session was closed"):
         session.switch_prompt(prompt(2))
     chunks += other
-    assert len(told) == 1
+    assert len(switch_ms) == 1
     assert len(chunks) == 4
     assert all_right(chunks, wanted)
 

@@ -27,7 +27,7 @@ def vae_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory, vae_folder):
-    """For two executors, on two ranks, with a lone first frame and a window that the sink divides unevenly."""
+    """For two executors, on two ranks, with an independent first frame and a window that the sink divides unevenly."""
     folder = tmp_path_factory.mktemp("bundle")
     changes = {"video.independent_first_frame": "true", "video.horizon_frames": "16", "video.window_frames": "8"}
     config = tiny_config(2, changes | {"video.sink_frames": "2"})
@@ -293,7 +293,7 @@ def test_a_header_that_was_edited(engine, written):
 
 
 def test_a_session_that_began_with_given_frames(engine, tmp_path):
-    first = next(engine.session(prompt(), seed=3)).latents  # a lone frame
+    first = next(engine.session(prompt(), seed=3)).latents  # one frame
     whole = list(engine.session(prompt(), seed=3, given=first))
     session = engine.session(prompt(), seed=3, given=first)
     next(session)

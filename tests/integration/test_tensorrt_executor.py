@@ -170,7 +170,7 @@ def test_rollout_is_the_recorded_one(
                 if collectives == "runtime":  # what the refresh added; the denoising steps' was taken by the rollout
                     assert ranks.take_traffic().all_to_all_calls == exchanges
         forwards = recording.batch_size * (recording.num_given + recording.num_chunks * (steps + 1))
-        engines = len(bundle.config.video.kinds_of_chunk)
+        engines = len(bundle.steps)
         assert ranks.nccl.joined == (engines if collectives == "engine" and world_size > 1 else 0)
         assert ranks.nccl.exchanges == (forwards * exchanges if collectives == "engine" else 0)
         return outputs
@@ -470,8 +470,8 @@ def test_graphs_are_kept_by_session_and_kv_length(replays: Replays, collectives:
 
 
 @pytest.mark.parametrize("collectives", LOWERINGS)
-def test_a_lone_first_frame_has_graphs_of_its_own(replays: Replays, collectives: str) -> None:
-    """Two sessions take turns, so that one is lone while the other is not; the memory stays where it is."""
+def test_each_kind_of_step_has_graphs_of_its_own(replays: Replays, collectives: str) -> None:
+    """Two sessions take turns, one at its first chunk of one frame while the other is not; the memory stays where it is."""
     _, bundle = replays("J", 1, collectives)
     executor = make(bundle, LocalCollectives())
     graphs = executor._graphs = KeptKeys()  # type: ignore[assignment]
@@ -485,21 +485,21 @@ def test_a_lone_first_frame_has_graphs_of_its_own(replays: Replays, collectives:
         play(session, index)
         (key,) = set(graphs.keys)
         by_chunk.append(key)
-    lone, first, other_lone, second, other_first = by_chunk
-    assert len({lone, first, other_lone, other_first}) == 4
-    assert (first == second) == (collectives == "engine")
+    first, second, other_first, third, other_second = by_chunk
+    assert len({first, second, other_first, other_second}) == 4
+    assert (second == third) == (collectives == "engine")
     assert all(len(addresses) == 1 for addresses in graphs.addresses.values())
 
 
 @pytest.mark.parametrize("collectives", LOWERINGS)
-def test_a_flush_after_a_lone_first_frame(replays: Replays, collectives: str) -> None:
+def test_a_flush_after_a_first_chunk_of_one_frame(replays: Replays, collectives: str) -> None:
     """History is whole chunks then, and no longer one frame more; the warm-up has met each length of it."""
     _, bundle = replays("J", 1, collectives)
     executor = make(bundle, LocalCollectives())
     graphs = executor._graphs = KeptKeys()  # type: ignore[assignment]
     memories = SessionBufferPool(executor, bundle.config, bundle.layout)
     warm_up(executor, LocalCollectives(), bundle.config, bundle.layout, memories)
-    warmed = {key[1] for key in graphs.keys}
+    warmed = {key[1:] for key in graphs.keys}
     text = torch.zeros(bundle.config.model.text_len, bundle.config.model.text_dim)
     for switch, frames in ((None, [1, 4, 7]), (1, [1, 3, 6]), (2, [1, 4, 3])):
         session = open_session(executor, LocalCollectives(), bundle, text=text, noise=SeededNoise(0))
@@ -513,7 +513,7 @@ def test_a_flush_after_a_lone_first_frame(replays: Replays, collectives: str) ->
             attended.append(times.kv_frames)
             assert bool(torch.isfinite(latents[0]).all())
         assert attended == frames
-    assert {key[1] for key in graphs.keys} <= warmed
+    assert {key[1:] for key in graphs.keys} <= warmed
 
 
 # What TensorRT refuses
@@ -831,7 +831,7 @@ def test_engines_with_names_of_their_own(damaged: tuple[Bundle, Path], replays: 
     flavour = bundle.engines["tensorrt_rtx"]
     record = flavour.targets[TARGET]
     names = {}
-    for graph, engine in (("prompt", record.prompt), ("time", record.time), ("whole-step", *record.step)):
+    for graph, engine in (("prompt", record.prompt), ("time", record.time), ("whole-step", *record.steps[0])):
         model = onnx.compose.add_prefix(onnx.load(bundle.path / f"{graph}.onnx"), "own/")
         renamed = bundle.path / "renamed.onnx"
         onnx.save(model, renamed)

@@ -114,13 +114,13 @@ def test_noise_is_drawn_ahead_for_every_chunk_that_follows(
 ) -> None:
     """After the last chunk none is drawn, though a recorded one is refreshed too."""
     with load(bundles(1)) as engine:
-        sent, real = list[Command](), engine._pool.send
+        sent, real = list[Command](), engine.workers.ranks.send
 
         def send(command: Command) -> None:
             sent.append(command)
             real(command)
 
-        monkeypatch.setattr(engine._pool, "send", send)
+        monkeypatch.setattr(engine.workers.ranks, "send", send)
         with engine.session(prompt(), num_chunks=CHUNKS, record=record) as session:
             list(session)
     chunks = [command for command in sent if isinstance(command, ChunkCommand)]

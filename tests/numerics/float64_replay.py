@@ -1,7 +1,7 @@
 """An independent replay of the reference in float64, sharing no code with the package: recordings of any sizes.
 
-It follows docs/model_spec.md line by line, with the reference's rolling cache (section 5) where the package has KV slots,
-and is itself held against the recorded cases R, J and J2. n tokens of a chunk, H heads of D channels, d = H * D.
+It follows docs/internal/model_spec.md line by line, with the reference's rolling cache (section 5) where the package has KV
+slots, and is itself held against the recorded cases R, J and J2. n tokens of a chunk, H heads of D channels, d = H * D.
 """
 
 import json
@@ -60,7 +60,7 @@ def schedule(c: dict) -> tuple[list[float], list[float]]:
 
 
 def sizes_of_chunks(c: dict) -> list[int]:
-    """Frames of each chunk of the video, given ones first; one for a lone first frame."""
+    """Frames of each chunk of the video, given ones first; one for an independent first frame."""
     frames, given = c["num_frame_per_block"], len(c.get("given_chunk_frames", []))
     sizes = [frames] * (given + c["num_chunks"])
     return [1, *sizes[1:]] if c.get("independent_first_frame") else sizes

@@ -1,8 +1,8 @@
 """Executors on 1, 2, 3 and 8 CPU ranks against the reference's own recordings, free-running over whole rollouts.
 
 B has 12 heads (8 ranks: one whole and half of another each), A, D and L 4 heads (8 ranks: half a head each), and
-the token counts 36, 48, 24, 15 and 18 leave padding on most of these numbers of ranks. J and J2 begin with a lone first
-frame, generated and given: chunks of 10 and 30, of 9 and 27 tokens.
+the token counts 36, 48, 24, 15 and 18 leave padding on most of these numbers of ranks. J and J2 begin with a first chunk
+of one frame, generated and given: chunks of 10 and 30, of 9 and 27 tokens.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ RANK_TOLERANCE = 2e-5
 
 
 def rollout(case: str, world_size: int):
-    """Several ranks are left to the slow run, but for some cases: 12 heads, a window that rolls, a lone first frame."""
+    """Several ranks are left to the slow run, but for some cases: 12 heads, a window that rolls, an independent first frame."""
     slow = (world_size in (2, 3) and case != "B") or (world_size == 8 and case not in ("B", "J", "R"))
     return pytest.param(case, world_size, marks=[pytest.mark.slow] if slow else [])
 

@@ -21,7 +21,7 @@ OTHER = 1e-3
 FULL = {"window_frames": "none", "sink_frames": "0"}
 ROLLING = {"window_frames": "7", "sink_frames": "0"}
 SINK = {"window_frames": "9", "sink_frames": "3"}
-LONE = {"independent_first_frame": "true", "horizon_frames": "19"}
+FIRST_FRAME = {"independent_first_frame": "true", "horizon_frames": "19"}
 """A video's first chunk is one frame; with any of the above."""
 FIRST, SECOND = 0, 1
 """Seeds of two prompts."""
@@ -58,7 +58,7 @@ def noise(config, num_chunks=7):
     """One tensor; where the first frame is alone one for each chunk, the first of them cut short."""
     shape = (num_chunks, len(config.sampler.steps), config.tokens_per_chunk, config.model.patch_features)
     draws = torch.randn(shape, generator=torch.Generator().manual_seed(7))
-    if not config.video.lone_first_frame:
+    if len(config.video.step_frames) == 1:
         return draws
     sizes = config.video.frames_of_chunks(num_chunks)
     return [draw[:, : frames * config.tokens_per_frame] for draw, frames in zip(draws, sizes, strict=True)]
@@ -215,21 +215,21 @@ def test_switches_that_cannot_be_are_refused(engines):
         session.switch_prompt(prompt(SECOND))
 
 
-# ---- after a lone first frame
+# ---- after a first chunk of one frame
 
 
 @pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
 @pytest.mark.parametrize("video", [FULL, ROLLING, SINK], ids=["full", "rolling", "sink"])
-def test_a_video_with_a_lone_first_frame_goes_on_where_it_was_left(engines, world_size, executor, video):
-    engine = engines(world_size, executor, **video, **LONE)
+def test_a_video_with_an_independent_first_frame_goes_on_where_it_was_left(engines, world_size, executor, video):
+    engine = engines(world_size, executor, **video, **FIRST_FRAME)
     whole = rollout(engine, range(6))
     assert [len(latents) for latents in whole] == [1, 3, 3, 3, 3, 3]
     for taken in (1, 4):
         assert apart(rollout(engine, range(taken, 6), given=torch.cat(whole[:taken])), whole[taken:]) < SAME
 
 
-def test_a_lone_first_frame_is_of_the_same_noise_on_all_ranks(engines):
-    one, two = (engines(*how, **SINK, **LONE) for how in ((1, "eager"), (2, "onnxruntime")))
+def test_an_independent_first_frame_is_of_the_same_noise_on_all_ranks(engines):
+    one, two = (engines(*how, **SINK, **FIRST_FRAME) for how in ((1, "eager"), (2, "onnxruntime")))
     videos = []
     for engine in (one, two):
         with engine.session(prompt(FIRST), seed=5) as session:
@@ -240,8 +240,8 @@ def test_a_lone_first_frame_is_of_the_same_noise_on_all_ranks(engines):
 
 
 @pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
-def test_recached_history_begins_with_the_lone_frame(engines, world_size, executor):
-    engine = engines(world_size, executor, **FULL, **LONE)
+def test_recached_history_begins_with_the_first_frame(engines, world_size, executor):
+    engine = engines(world_size, executor, **FULL, **FIRST_FRAME)
     before = rollout(engine, range(4))
     got = rollout(engine, range(6), switch=4, policy="recache")
     expected = rollout(engine, range(4, 6), first=SECOND, given=torch.cat(before))
@@ -249,8 +249,8 @@ def test_recached_history_begins_with_the_lone_frame(engines, world_size, execut
     assert apart(got[4:], expected) < SAME
 
 
-def test_recached_history_whose_lone_frame_has_left_the_window(engines):
-    engine, plain = engines(**ROLLING, **LONE), engines(**ROLLING)
+def test_recached_history_whose_first_frame_has_left_the_window(engines):
+    engine, plain = engines(**ROLLING, **FIRST_FRAME), engines(**ROLLING)
     before = rollout(engine, range(4))
     got = rollout(engine, range(6), switch=4, policy="recache")
     expected = rollout(plain, range(4, 6), first=SECOND, given=torch.cat(before[-2:]))
@@ -259,29 +259,29 @@ def test_recached_history_whose_lone_frame_has_left_the_window(engines):
 
 @pytest.mark.parametrize("video", [FULL, SINK], ids=["full", "sink"])
 @pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
-def test_after_a_flush_nothing_is_lone(engines, world_size, executor, video):
-    engine = engines(world_size, executor, **video, **LONE)
+def test_after_a_flush_all_chunks_are_whole(engines, world_size, executor, video):
+    engine = engines(world_size, executor, **video, **FIRST_FRAME)
     got = rollout(engine, range(6), switch=3, policy="flush")
     assert apart(got[3:], rollout(engines(**video), range(3, 6), first=SECOND)) < SAME
 
 
 @pytest.mark.parametrize("policy", ["recache", "flush"])
-def test_a_switch_before_the_lone_frame_leaves_it_alone(engines, policy):
-    engine = engines(**SINK, **LONE)
+def test_a_switch_before_the_first_frame_leaves_it_alone(engines, policy):
+    engine = engines(**SINK, **FIRST_FRAME)
     assert apart(rollout(engine, range(2), switch=0, policy=policy), rollout(engine, range(2), first=SECOND)) == 0
 
 
 @pytest.mark.parametrize("frames", [0, 2, 3, 6])
-def test_given_frames_that_do_not_begin_with_a_lone_one_are_refused(engines, frames):
-    engine = engines(**SINK, **LONE)
+def test_given_frames_that_do_not_begin_with_a_single_one_are_refused(engines, frames):
+    engine = engines(**SINK, **FIRST_FRAME)
     with pytest.raises(
-        RequestError, match=rf"{frames} latent frames given; .* one frame, alone, and then whole chunks of 3"
+        RequestError, match=rf"{frames} latent frames given; .* a first chunk of 1 frame\(s\), then whole chunks of 3"
     ):
         engine.session(prompt(FIRST), given=torch.zeros(frames, 16, 4, 6))
 
 
-def test_a_lone_frame_counts_towards_the_horizon(engines):
-    config = engines(**SINK, **LONE).config
+def test_the_first_frame_counts_towards_the_horizon(engines):
+    config = engines(**SINK, **FIRST_FRAME).config
     assert [checked_chunks(config, None, num_given=given) for given in range(7)] == [7, 6, 5, 4, 3, 2, 1]
     with pytest.raises(RequestError, match=r"8 chunks .* horizon is 19 latent frames \(7 chunks\)"):
         checked_chunks(config, 8)
@@ -323,7 +323,7 @@ def test_generate_goes_on_and_switches(engines, files, capsys):
 
 
 def test_generate_from_one_image(engines, files, capsys):
-    engine = engines(**SINK, **LONE)
+    engine = engines(**SINK, **FIRST_FRAME)
     assert generate(engine, files, "--chunks", "2")[0] == 0
     out = files / "out.safetensors"
     whole = load_file(out)["latents"]

@@ -66,7 +66,7 @@ def test_compiled_once_for_all_chunks_and_sessions(tmp_path, compiled_graphs):
     assert lengths == [48, 96, 144] * 2
 
 
-def test_a_lone_first_frame_is_compiled_once_too(tmp_path, compiled_graphs):
+def test_each_kind_of_step_is_compiled_once_too(tmp_path, compiled_graphs):
     """Each of the two steps for its own sizes, with chunks' KV rows symbolic as ever."""
     recording, path = recording_and_bundle(1, tmp_path, "J")
     bundle = open_bundle(path)

@@ -80,7 +80,7 @@ CASES = {
         "local_attn_size": 3,
         "sink_size": 0,
     },
-    "lone first frame, window of three chunks with a sink of one": {
+    "independent first frame, window of three chunks with a sink of one": {
         "latent_h": 2,
         "latent_w": 6,
         "num_chunks": 8,
@@ -88,7 +88,7 @@ CASES = {
         "local_attn_size": 9,
         "sink_size": 3,
     },
-    "lone first frame, window and sink that no chunk divides, batch 2": {
+    "independent first frame, window and sink that no chunk divides, batch 2": {
         "latent_h": 4,
         "latent_w": 2,
         "num_chunks": 7,
@@ -97,7 +97,7 @@ CASES = {
         "local_attn_size": 7,
         "sink_size": 1,
     },
-    "lone first frame, one token a frame": {
+    "independent first frame, one token a frame": {
         "latent_h": 2,
         "latent_w": 2,
         "num_frame_per_block": 4,
@@ -151,12 +151,18 @@ def test_any_sizes(tmp_path, case, executor, world_size):
     assert result["passed"], result
 
 
-@pytest.mark.parametrize("lone", [False, True])
+@pytest.mark.parametrize("first_frame", [False, True])
 @pytest.mark.parametrize(("window", "sink"), [(-1, 0), (9, 3), (8, 2), (7, 0)])
 @pytest.mark.parametrize("policy", ["keep", "recache", "flush"])
-def test_prompt_switches(tmp_path, policy, window, sink, lone):
+def test_prompt_switches(tmp_path, policy, window, sink, first_frame):
     """History dropped or computed again by cache rules that know no slots; the reference itself keeps it."""
-    sizes = {"latent_h": 2, "latent_w": 6, "num_chunks": 7, "prompt_switch_chunk": 4, "independent_first_frame": lone}
+    sizes = {
+        "latent_h": 2,
+        "latent_w": 6,
+        "num_chunks": 7,
+        "prompt_switch_chunk": 4,
+        "independent_first_frame": first_frame,
+    }
     path = tmp_path / "recording.safetensors"
     window_and_sink = {"local_attn_size": window, "sink_size": sink}
     float64_replay.record(golden("R")[0] | SMALL | sizes | window_and_sink, path, policy=policy)

@@ -156,33 +156,37 @@ def test_capacity_is_the_window_within_the_horizon(window, horizon, capacity):
     assert video.capacity_frames == capacity
 
 
-def lone(*, chunk: int = 3, horizon: int) -> VideoConfig:
+def with_first_frame(*, chunk: int = 3, horizon: int) -> VideoConfig:
     geometry = {"latent_height": 2, "latent_width": 2, "chunk_frames": chunk, "horizon_frames": horizon}
     return VideoConfig(**geometry, independent_first_frame=True)
 
 
-def test_a_lone_first_frame_and_whole_chunks():
-    video = lone(horizon=10)
-    assert video.kinds_of_chunk == (False, True)
+def test_an_independent_first_frame_and_whole_chunks():
+    video = with_first_frame(horizon=10)
+    assert video.step_frames == (3, 1)
+    assert [video.step_at(frame) for frame in (0, 1, 4, 7)] == [1, 0, 0, 0]
+    assert [video.first_frame_of(chunk) for chunk in range(4)] == [0, 1, 4, 7]
+    assert [video.chunks_in(frames) for frames in (0, 1, 3, 4, 10)] == [0, 1, 1, 2, 4]
     assert [video.frames_at(frame) for frame in (0, 1, 4, 7)] == [1, 3, 3, 3]
     assert (video.frames_of_chunks(4), video.frames_of_chunks(2, first_chunk=1)) == ([1, 3, 3, 3], [3, 3])
     assert (video.horizon_chunks, video.capacity_frames) == (4, 10)
 
 
-def test_where_chunks_have_one_frame_none_is_lone():
-    video = lone(chunk=1, horizon=5)
-    assert (video.kinds_of_chunk, video.frames_at(0), video.horizon_chunks) == ((False,), 1, 5)
+def test_where_chunks_have_one_frame_there_is_one_kind_of_step():
+    video = with_first_frame(chunk=1, horizon=5)
+    assert (video.step_frames, video.frames_at(0), video.horizon_chunks) == ((1,), 1, 5)
 
 
-def test_without_the_flag_no_frame_is_lone():
+def test_without_the_flag_there_is_one_kind_of_step():
     video = recipe("tiny").video
-    assert (video.kinds_of_chunk, video.frames_at(0), video.horizon_chunks) == ((False,), 3, 4)
+    assert (video.step_frames, video.frames_at(0), video.horizon_chunks) == ((3,), 3, 4)
+    assert [video.chunks_in(frames) for frames in (0, 2, 3, 12)] == [0, 0, 1, 4]
 
 
 @pytest.mark.parametrize(("horizon", "said"), [(1, "4 or 7"), (3, "4 or 7"), (12, "10 or 13"), (21, "19 or 22")])
-def test_horizons_that_a_lone_first_frame_does_not_fit(horizon, said):
+def test_horizons_that_an_independent_first_frame_does_not_fit(horizon, said):
     with pytest.raises(ConfigError, match=rf"horizon_frames \({horizon}\) .* {said}, say"):
-        lone(horizon=horizon)
+        with_first_frame(horizon=horizon)
 
 
 # ---- override

@@ -5,71 +5,73 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from causalrt.config import Config, VideoConfig, override
-from causalrt.layout import SlotPlan, chunk_starts, layout_from_config, slots_from_config
+from causalrt.layout import SlotPlan, history_lengths, layout_from_config, slots_from_config
 from causalrt.recipes import recipe
 from causalrt.runtime.kv_slots import KVSlots
 
-PASSES = 5  # four denoising steps and the refresh
+PASSES = 5  # four denoising steps and the context pass
 
 
-def chunks_of(*, chunk, chunks, lone=False):
-    """(first frame, frames) of each chunk."""
-    first = 1 if lone else chunk
+def chunks_of(*, chunk, chunks, first=None):
+    """(first frame, frames) of each chunk; the first chunk has `first` frames, or as many as the others."""
+    first = first or chunk
     return [(0, first), *((first + c * chunk, chunk) for c in range(chunks - 1))]
 
 
-def reference_windows(*, chunk, window, sink, chunks, lone=False):
+def reference_windows(*, chunk, window, sink, chunks, first=None):
     """Frames attended in every pass of every chunk, by the reference's cache rules (model_spec section 5)."""
     capacity = (
-        sum(frames for _, frames in chunks_of(chunk=chunk, chunks=chunks, lone=lone)) if window is None else window
+        sum(frames for _, frames in chunks_of(chunk=chunk, chunks=chunks, first=first)) if window is None else window
     )
     slots = [None] * capacity
     global_end = local_end = 0
-    for c, (first, frames) in enumerate(chunks_of(chunk=chunk, chunks=chunks, lone=lone)):
+    for c, (start, frames) in enumerate(chunks_of(chunk=chunk, chunks=chunks, first=first)):
         for _ in range(PASSES):
-            end = first + frames
+            end = start + frames
             local = local_end + (end - global_end)
             if window is not None and end > global_end and frames + local_end > capacity:
                 evicted = frames + local_end - capacity
                 keep = local_end - evicted - sink
                 slots[sink : sink + keep] = slots[sink + evicted : sink + evicted + keep]
                 local -= evicted
-            slots[local - frames : local] = range(first, end)
+            slots[local - frames : local] = range(start, end)
             attended = slots[max(0, local - capacity) : local]
             assert len(set(attended)) == len(attended)
             yield c, set(attended)
             global_end, local_end = end, local
 
 
-def plan_windows(plan: SlotPlan, chunks: int, *, lone=False):
+def plan_windows(plan: SlotPlan, chunks: int):
     """Frames attended in every pass of every chunk, by the slot plan: staging is written, the filled prefix is read."""
     slots = [None] * plan.capacity_frames
-    for c, (first, frames) in enumerate(chunks_of(chunk=plan.chunk_frames, chunks=chunks, lone=lone)):
-        alone = lone and c == 0
-        filled = plan.valid_frames(first, lone=alone)
+    for c, (start, frames) in enumerate(
+        chunks_of(chunk=plan.step_frames[0], chunks=chunks, first=plan.step_frames[-1])
+    ):
+        step = plan.step_frames.index(frames)
+        filled = plan.valid_frames(start, step=step)
         for _ in range(PASSES):
-            slots[:frames] = range(first, first + frames)
+            slots[:frames] = range(start, start + frames)
             assert None not in slots[:filled]
             assert set(slots[filled:]) <= {None}, "the filled slots are no prefix"
             assert len(set(slots[:filled])) == filled, "a frame is attended twice"
             yield c, set(slots[:filled])
-        moves = list(plan.commits(first, lone=alone))
+        moves = list(plan.commits(start, step=step))
         assert len(moves) <= frames
         for staged, slot in moves:
             assert 0 <= staged < frames
-            assert plan.chunk_frames <= slot < plan.capacity_frames
+            assert plan.staging_frames <= slot < plan.capacity_frames
             slots[slot] = slots[staged]
 
 
-def video(*, chunk, window, sink, chunks, lone=False) -> Config:
+def video(*, chunk, window, sink, chunks, first=None) -> Config:
     geometry = VideoConfig(
         latent_height=2,
         latent_width=2,
         chunk_frames=chunk,
         window_frames=window,
         sink_frames=sink,
-        horizon_frames=sum(frames for _, frames in chunks_of(chunk=chunk, chunks=chunks, lone=lone)),
-        independent_first_frame=lone,
+        horizon_frames=sum(frames for _, frames in chunks_of(chunk=chunk, chunks=chunks, first=first)),
+        independent_first_frame=first == 1,
     )
     return Config(model=recipe("tiny").model, video=geometry)
 
@@ -89,19 +91,19 @@ def frames(text: str) -> list[set[int]]:
     sink=st.integers(0, 6),
     spare=st.one_of(st.none(), st.integers(0, 14)),
     chunks=st.integers(1, 13),
-    lone=st.booleans(),
+    first=st.sampled_from([None, 1]),
 )
-def test_attends_to_what_the_reference_attends_to(chunk, sink, spare, chunks, lone):
+def test_attends_to_what_the_reference_attends_to(chunk, sink, spare, chunks, first):
     window = None if spare is None else sink + chunk + spare
     sizes = {
         "chunk": chunk,
         "window": window,
         "sink": sink,
         "chunks": chunks,
-        "lone": lone and chunk > 1 and chunks > 1,
+        "first": first if chunk > 1 and chunks > 1 else None,
     }
     plan = slots_from_config(video(**sizes))
-    assert list(plan_windows(plan, chunks, lone=sizes["lone"])) == list(reference_windows(**sizes))
+    assert list(plan_windows(plan, chunks)) == list(reference_windows(**sizes))
 
 
 @pytest.mark.parametrize(("window", "sink"), [(None, 4), (None, 100), (20, 5), (9, 6)])
@@ -136,25 +138,25 @@ def test_recorded_rolling_layouts(window, sink, held):
         (None, 0, "0 | 0-3 | 0-6 | 0-9"),
     ],
 )
-def test_rolling_layouts_after_a_lone_first_frame(window, sink, held):
+def test_rolling_layouts_after_a_first_chunk_of_one_frame(window, sink, held):
     expected = frames(held)
-    sizes = {"chunk": 3, "window": window, "sink": sink, "chunks": len(expected), "lone": True}
-    by_chunk = dict(plan_windows(slots_from_config(video(**sizes)), len(expected), lone=True))
+    sizes = {"chunk": 3, "window": window, "sink": sink, "chunks": len(expected), "first": 1}
+    by_chunk = dict(plan_windows(slots_from_config(video(**sizes)), len(expected)))
     assert [by_chunk[c] for c in range(len(expected))] == expected
     assert dict(reference_windows(**sizes)) == by_chunk
 
 
 def test_history_that_a_chunk_may_find():
-    """Whole chunks; after a lone first frame one frame more, or whole chunks again once a flush has dropped it."""
-    assert chunk_starts(video(chunk=3, window=7, sink=1, chunks=4)) == [0, 3, 6, 9]
-    assert chunk_starts(video(chunk=3, window=7, sink=1, chunks=4, lone=True)) == [0, 1, 3, 4, 6, 7]
-    assert chunk_starts(video(chunk=1, window=None, sink=0, chunks=3, lone=False)) == [0, 1, 2]
+    """Whole chunks; after a first chunk of one frame one more, or whole chunks again once a flush has dropped it."""
+    assert history_lengths(video(chunk=3, window=7, sink=1, chunks=4)) == [0, 3, 6, 9]
+    assert history_lengths(video(chunk=3, window=7, sink=1, chunks=4, first=1)) == [0, 1, 3, 4, 6, 7]
+    assert history_lengths(video(chunk=1, window=None, sink=0, chunks=3)) == [0, 1, 2]
 
 
 @settings(max_examples=100, deadline=None)
 @given(chunk=st.integers(1, 6), sink=st.integers(0, 6), ring=st.integers(0, 300), number=st.integers(0, 1000))
 def test_a_commit_moves_at_most_one_chunk_whatever_the_window(chunk, sink, ring, number):
-    plan = SlotPlan(capacity_frames=chunk + sink + ring, chunk_frames=chunk, sink_frames=sink)
+    plan = SlotPlan(capacity_frames=chunk + sink + ring, step_frames=(chunk,), sink_frames=sink)
     moves = list(plan.commits(number * chunk))
     assert len(moves) <= chunk
     assert len({slot for _, slot in moves}) == len(moves)
@@ -217,8 +219,8 @@ PLANS = [
     {"chunk": 3, "window": None, "sink": 0},
     {"chunk": 3, "window": 7, "sink": 1},
     {"chunk": 3, "window": 9, "sink": 3},
-    {"chunk": 3, "window": 8, "sink": 2, "lone": True},
-    {"chunk": 2, "window": 9, "sink": 3, "lone": True},
+    {"chunk": 3, "window": 8, "sink": 2, "first": 1},
+    {"chunk": 2, "window": 9, "sink": 3, "first": 1},
     {"chunk": 1, "window": 4, "sink": 1},
     {"chunk": 4, "window": 6, "sink": 0},
 ]
@@ -243,17 +245,15 @@ def test_a_commit_is_to_the_bit_what_copying_frame_by_frame_gives(plan, whole_sl
     config = override(video(**plan, chunks=7), {"build.world_size": str(world_size)})
     slots, rows = random_slots(config, whole_slots=whole_slots), config.tokens_per_frame
     expected = [tensor.clone() for tensor in all_tensors(slots)]
-    for chunk, (first_frame, _) in enumerate(
-        chunks_of(chunk=plan["chunk"], chunks=7, lone=config.video.lone_first_frame)
-    ):
-        lone = config.video.lone_first_frame and chunk == 0
+    for first_frame, _ in chunks_of(chunk=plan["chunk"], chunks=7, first=plan.get("first")):
+        step = config.video.step_at(first_frame)
         for tensor, copy in zip(all_tensors(slots), expected, strict=True):
             staged = torch.randn(tensor[..., : plan["chunk"] * rows, :].shape).to(tensor.dtype)
             tensor[..., : plan["chunk"] * rows, :] = copy[..., : plan["chunk"] * rows, :] = staged
-        for source, target in slots.plan.commits(first_frame, lone=lone):
+        for source, target in slots.plan.commits(first_frame, step=step):
             for copy in expected:
                 copy[..., target * rows : (target + 1) * rows, :] = copy[..., source * rows : (source + 1) * rows, :]
-        slots.commit(first_frame, lone=lone)
+        slots.commit(first_frame, step=step)
         assert all(torch.equal(*pair) for pair in zip(all_tensors(slots), expected, strict=True))
 
 

@@ -53,7 +53,7 @@ class Executor(Protocol):
     def embed_time(self, timestep: float) -> KVPair:
         """Timestep -> (e `[C]`, e0 `[6, C]`); the caller keeps them."""
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
         """Use these KV slots (views into the session's memory) and this prompt until bound again.
 
         Args:
@@ -62,7 +62,7 @@ class Executor(Protocol):
             kv_rows: filled rows, staging included.
             memory: number of the memory that `kv` and `cross_kv` lie in. Equal numbers mean equal addresses on this rank, and
                 all ranks give the same numbers in the same order: by them CUDA graphs are found again.
-            lone: step a first chunk of one frame, for which there are graphs of their own (`video.lone_first_frame`).
+            step: number of the kind of step to run (`video.step_frames`).
         """
 
     def warmed_up(self) -> None:

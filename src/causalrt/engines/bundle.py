@@ -1,6 +1,6 @@
 """The bundle: the folder that a build writes and the runtime loads.
 
-    manifest.json         schema, config, plugins, vae, layout, toolchain, graphs, and every other file with bytes and sha256
+    manifest.json         schema, config, plugins, vae, steps, engines, toolchain, and every other file with bytes and sha256
     weights.safetensors   all weights, once, in the build's precision
     vae.safetensors       those of the VAE, if the bundle has one
     *.onnx                graphs; their weights are references into weights.safetensors
@@ -19,8 +19,8 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,14 @@ import torch
 from causalrt.atomic_files import atomic_folder
 from causalrt.config import Config, config_from_dict
 from causalrt.engines.kinds import EXECUTORS, executor_kind
-from causalrt.engines.step_record import FlavourEngines, StepPart, files_of, parse_engines, parse_parts
+from causalrt.engines.step_record import FlavourEngines, StepGraphs, files_of, parse_engines, parse_steps
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
 from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
 from causalrt.regular_files import regular_file
 
-SCHEMA = 4
+SCHEMA = 5
 MAX_NAME = 200
 """Characters of a file's name in a bundle; no build writes longer ones, and a file system may not take them."""
 MANIFEST = "manifest.json"
@@ -68,11 +68,7 @@ class Bundle:
         plugins: self-attention is made of the fused ops.
         vae: sizes of the VAE (or the constants of a cosine transform), or None if the bundle was built without one.
         executors: names of the executors that it holds everything for.
-        graphs: what the manifest says of the graph files.
-        segments: onnxruntime's parts of the step.
-        lone_segments: those of a lone first frame's step; none where there is no such frame.
-        engine_parts: the parts of the step that TensorRT's engines were built from; none if no ONNX file was.
-        lone_engine_parts: those of a lone first frame's step.
+        steps: the graphs of each kind of step, numbered as in `config.video.step_frames`.
         engines: TensorRT's engines by flavour, those that are still to be built among them (`unfinished`).
         digest: sha256 of the manifest, which lists every file with its sha256; bundles with equal digests are the same.
         hashes: sha256 of every file.
@@ -87,11 +83,7 @@ class Bundle:
     plugins: bool
     vae: AnyVaeConfig | None
     executors: tuple[str, ...]
-    graphs: Mapping[str, Any]
-    segments: tuple[StepPart, ...]
-    lone_segments: tuple[StepPart, ...]
-    engine_parts: tuple[StepPart, ...]
-    lone_engine_parts: tuple[StepPart, ...]
+    steps: tuple[StepGraphs, ...]
     engines: Mapping[str, FlavourEngines]
     digest: str
     hashes: Mapping[str, str]
@@ -176,12 +168,12 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
         ) from error
 
 
-def _layout_record(config: Config) -> dict[str, Any]:
-    layout, *lone = map(_record_of_layout, layouts_from_config(config))
-    return layout | ({"lone": lone[0]} if lone else {})
+def _step_records(config: Config, steps: Sequence[StepGraphs]) -> list[dict[str, Any]]:
+    sizes = zip(config.video.step_frames, layouts_from_config(config), steps, strict=True)
+    return [{"frames": frames, "layout": _layout_record(layout), **asdict(step)} for frames, layout, step in sizes]
 
 
-def _record_of_layout(layout: Layout) -> dict[str, Any]:
+def _layout_record(layout: Layout) -> dict[str, Any]:
     return {
         "local_tokens": layout.local_tokens,
         "scatter_rows": layout.scatter_rows,
@@ -198,7 +190,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     """
     config = config_from_dict(manifest["config"])
     layout = layout_from_config(config)
-    for key, kind in (("files", dict), ("graphs", dict), ("toolchain", dict), ("executors", list)):
+    for key, kind in (("files", dict), ("steps", list), ("toolchain", dict), ("executors", list)):
         if not isinstance(manifest[key], kind):
             raise TypeError(f"{key} must be a {kind.__name__}, got {manifest[key]!r}")
     for name, entry in manifest["files"].items():
@@ -214,31 +206,26 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         raise TypeError(f"plugins must be on or off, got {manifest['plugins']!r}")
     if manifest["plugins"] == "off" and config.video.time_index == "relative":
         raise TypeError("plugins are off, and video.time_index=relative is what they do")
-    executors, graphs = manifest["executors"], manifest["graphs"]
+    executors = manifest["executors"]
     if "eager" not in executors or not all(isinstance(name, str) and name in EXECUTORS for name in executors):
         raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
-    if manifest["layout"] != _layout_record(config):
-        raise TypeError(f"it has the layout {manifest['layout']}, this version plans {_layout_record(config)}")
+    steps = parse_steps(manifest["steps"], len(config.video.step_frames))
+    for plain, planned in zip(manifest["steps"], _step_records(config, steps), strict=True):
+        for key in ("frames", "layout"):
+            if plain.get(key) != planned[key]:
+                raise TypeError(f"a step has the {key} {plain.get(key)}, and this version plans {planned[key]}")
     vae = None if manifest["vae"] is None else vae_config_from_mapping(manifest["vae"])
     if vae is not None and vae.z_dim != config.model.latent_channels:
         raise TypeError(
             f"the VAE has {vae.z_dim} channels, and model.latent_channels is {config.model.latent_channels}"
         )
-    segments, lone_segments, engine_parts, lone_engine_parts = (
-        parse_parts(graphs.get(key, []), f"graphs.{key}")
-        for key in ("segments", "lone_segments", "tensorrt", "lone_tensorrt")
-    )
-    lone = config.video.lone_first_frame
-    engines = parse_engines(manifest["engines"], engine_parts, lone_engine_parts, lone=lone)
-    runs_segments = "onnxruntime" in executors
-    if (
-        {name for name in executors if name in FLAVOURS} != {name for name, record in engines.items() if record.targets}
-        or bool(segments) != runs_segments
-        or bool(lone_segments) != (runs_segments and lone)
-    ):
+    engines = parse_engines(manifest["engines"], steps)
+    if {name for name in executors if name in FLAVOURS} != {
+        name for name, record in engines.items() if record.targets
+    } or any(bool(step.segments) != ("onnxruntime" in executors) for step in steps):
         raise TypeError(f"executors {executors} do not fit the graphs and engines")
-    needed = [WEIGHTS, *(part.file for part in (*segments, *lone_segments))]
-    needed += files_of(engines, (*engine_parts, *lone_engine_parts))
+    segments = [part.file for step in steps for part in step.segments]
+    needed = [WEIGHTS, *segments, *(part.file for step in steps for part in step.tensorrt), *files_of(engines)]
     if segments or not all(record.targets for record in engines.values()):
         needed += [PROMPT_GRAPH, TIME_GRAPH]
     if vae is not None:
@@ -247,7 +234,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         bool(target.vae) != (vae is not None) for flavour in engines.values() for target in flavour.targets.values()
     ):
         raise TypeError("a VAE has two engines for each target, and there are none without it")
-    empty = [name for name in files_of(engines, ()) if manifest["files"].get(name, {}).get("bytes") == 0]
+    empty = [name for name in files_of(engines) if manifest["files"].get(name, {}).get("bytes") == 0]
     if empty:
         raise TypeError(f"engines without a byte: {', '.join(empty)}")
     unlisted = [name for name in needed if name not in manifest["files"]]
@@ -260,11 +247,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         plugins=manifest["plugins"] == "on",
         vae=vae,
         executors=tuple(executors),
-        graphs=graphs,
-        segments=segments,
-        lone_segments=lone_segments,
-        engine_parts=engine_parts,
-        lone_engine_parts=lone_engine_parts,
+        steps=steps,
         engines=engines,
         digest=manifest["digest"],
         hashes={name: entry["sha256"] for name, entry in manifest["files"].items()},
@@ -280,7 +263,7 @@ def write_manifest(
     config: Config,
     plugins: bool,
     executors: tuple[str, ...],
-    graphs: Mapping[str, Any],
+    steps: Sequence[StepGraphs],
     engines: Mapping[str, Any],
     vae: AnyVaeConfig | None = None,
     toolchain: Mapping[str, str] | None = None,
@@ -299,9 +282,8 @@ def write_manifest(
         "config": config.as_dict(),
         "plugins": "on" if plugins else "off",
         "vae": None if vae is None else vae.to_mapping(),
-        "layout": _layout_record(config),
         "executors": list(executors),
-        "graphs": dict(graphs),
+        "steps": _step_records(config, steps),
         "engines": dict(engines),
         "toolchain": toolchain_versions() if toolchain is None else dict(toolchain),
         "files": files,

@@ -13,8 +13,8 @@ import torch
 from causalrt.errors import ExecutorError
 
 logger = logging.getLogger(__name__)
-Key = tuple[int, int]
-"""Number of the session's memory, and what else tells two graphs apart: the rows of its filled prefix."""
+Key = tuple[int, int, int]
+"""Number of the session's memory, number of the step, and rows of the filled prefix (0 where one graph serves all of them)."""
 
 
 class CudaGraphs:

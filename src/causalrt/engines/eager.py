@@ -52,7 +52,7 @@ class EagerExecutor:
             ChunkStep(self._wan, bundle.config, layout, ops).eval().to(device)
             for layout in layouts_from_config(bundle.config)
         ]
-        self._step = self._steps[0]
+        self._bound = self._steps[0]
         self._rank = torch.tensor([collectives.rank], device=device)
         self._first_frame = torch.zeros(1, dtype=torch.int64, device=device)
         self._kv_rows = torch.zeros(1, dtype=torch.int64, device=device)
@@ -75,9 +75,9 @@ class EagerExecutor:
         e, e0 = self._time(sinusoid(timestep, self._freq_dim).to(self.device, self._dtype))
         return e, e0
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
         """See `Executor.bind`."""
-        self._step = self._steps[lone]
+        self._bound = self._steps[step]
         self._kv, self._cross_kv = kv, cross_kv
         self._kv_rows.fill_(kv_rows)
 
@@ -93,7 +93,7 @@ class EagerExecutor:
         """See `Executor.step`."""
         self._first_frame.fill_(first_frame)
         flow: torch.Tensor
-        flow, _ = self._step(
+        flow, _ = self._bound(
             x.to(self._dtype), e, e0, self._rank, self._first_frame, self._kv, self._cross_kv, self._kv_rows
         )
         return flow

@@ -156,7 +156,7 @@ class InductorExecutor(EagerExecutor):
         if num_threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             # By default every rank would compile in as many processes as there are cores, whatever its share of them is.
             torch._inductor.config.compile_threads = num_threads
-        # Of two steps, each is compiled for its own sizes alone (`dynamic`); what is marked dynamic stays so.
+        # With several steps, torch must not generalise from one's sizes to another's; what is marked dynamic stays so.
         dynamic = False if len(self._steps) > 1 else None
         self._compiled = [torch.compile(step, fullgraph=True, dynamic=dynamic) for step in self._steps]
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)
@@ -168,21 +168,21 @@ class InductorExecutor(EagerExecutor):
         self._e = torch.zeros(model.dim, dtype=self._dtype, device=device)
         self._e0 = torch.zeros(6, model.dim, dtype=self._dtype, device=device)
         self._flows = [torch.zeros_like(x) for x in self._xs]
-        self._lone = False
+        self._number = 0
         self._rows = range(bundle.config.tokens_per_chunk, bundle.config.slot_rows + 1)
-        self._key = (-1, 0)
+        self._key = (-1, 0, 0)
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
         """See `Executor.bind`."""
-        super().bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, lone=lone)
-        self._lone = lone
+        super().bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, step=step)
+        self._number = step
         tensors = [tensor for layer in kv for pair in layer for tensor in pair]
-        if len(self._rows) > 1 and not lone:
+        if len(self._rows) > 1 and step == 0:  # another step has no history, and always as many rows
             for tensor in tensors:
                 torch._dynamo.mark_dynamic(tensor, 1, min=self._rows[0], max=self._rows[-1])
         crossing = [tensor for pair in cross_kv for tensor in pair]
         self._graphs.bind(memory, tuple(tensor.data_ptr() for tensor in [*tensors, *crossing]))
-        self._key = (memory, kv_rows)
+        self._key = (memory, step, kv_rows)
 
     def graph_bytes(self) -> int:
         """See `Executor.graph_bytes`."""
@@ -191,14 +191,14 @@ class InductorExecutor(EagerExecutor):
     @torch.no_grad()
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
-        self._xs[self._lone].copy_(x)
+        self._xs[self._number].copy_(x)
         self._e.copy_(e)
         self._e0.copy_(e0)
         self._first_frame.fill_(first_frame)
         self._graphs.run(self._key, self._work)
-        return self._flows[self._lone]
+        return self._flows[self._number]
 
     def _work(self) -> None:
-        compiled, x = self._compiled[self._lone], self._xs[self._lone]
+        compiled, x = self._compiled[self._number], self._xs[self._number]
         flow, _ = compiled(x, self._e, self._e0, self._rank, self._first_frame, self._kv, self._cross_kv, self._kv_rows)
-        self._flows[self._lone].copy_(flow)
+        self._flows[self._number].copy_(flow)

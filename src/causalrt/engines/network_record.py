@@ -119,8 +119,8 @@ def working_bytes(networks: Mapping[str, NetworkRecord], files: TargetEngines, b
     if len(told) < len(memories):
         return None
     buffers = sum(
-        _buffer_bytes([networks[name] for name in names], parts)
-        for names, parts in ((files.step, bundle.engine_parts), (files.lone_step, bundle.lone_engine_parts))
+        _buffer_bytes([networks[name] for name in names], step.tensorrt)
+        for names, step in zip(files.steps, bundle.steps, strict=True)
     )
     scratch = max(memory.activation_bytes for memory in told)
     return scratch + sum(memory.device_persistent_bytes for memory in told) + buffers

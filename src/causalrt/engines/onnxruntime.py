@@ -142,11 +142,13 @@ class OnnxRuntimeExecutor:
         self._time = segment(str(folder / TIME_GRAPH), device)
         self._steps = [
             self._open_step(
-                # Packed weights are a copy. A lone frame's steps, five a video, read them where the file is mapped.
-                [segment(str(folder / part.file), device, part.sent, part.received, prepack=not lone) for part in parts]
+                # Packed weights are a copy. Steps other than 0 run once a video, and read them where the file is mapped.
+                [
+                    segment(str(folder / part.file), device, part.sent, part.received, prepack=number == 0)
+                    for part in step.segments
+                ]
             )
-            for lone, parts in ((False, bundle.segments), (True, bundle.lone_segments))
-            if parts
+            for number, step in enumerate(bundle.steps)
         ]
         self._segments, self._buffers = self._steps[0]
         self._bound: list[torch.Tensor] = []
@@ -178,9 +180,9 @@ class OnnxRuntimeExecutor:
         made = self._time.run_alone({"sinusoid": sinusoid(timestep, self._freq_dim).to(self.device, self._dtype)})
         return made["e"], made["e0"]
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
         """See `Executor.bind`."""
-        self._segments, self._buffers = self._steps[lone]
+        self._segments, self._buffers = self._steps[step]
         named: dict[str, torch.Tensor] = {}
         for layer in self._layers:
             named[f"cross_k.{layer}"], named[f"cross_v.{layer}"] = cross_kv[layer]

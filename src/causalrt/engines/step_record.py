@@ -1,11 +1,11 @@
-"""What a manifest says of the step's parts and of TensorRT's engines, as types, checked once when a bundle is opened.
+"""What a manifest says of the step graphs and of TensorRT's engines, as types, checked once when a bundle is opened.
 
-graphs.segments    onnxruntime's parts of the step, in order
-graphs.tensorrt    the parts that TensorRT's engines were built from, in order (torch-tensorrt leaves none)
-engines            {flavour: {collectives, frontend, targets: {target: {version, prompt, time, step, vae, networks, names}}}}
-                   or, until a GPU has finished the bundle, {flavour: {collectives, frontend, targets: {}, wanted: [target]}}
-
-A lone first frame has parts and engines of its own: graphs.lone_segments, graphs.lone_tensorrt, lone_step beside step.
+steps[i]    {frames, layout, segments, tensorrt} of each kind of step, numbered as in `video.step_frames`:
+            segments are ONNX Runtime's parts of the step, and tensorrt are the parts that TensorRT's engines are built from,
+            both in order; torch-tensorrt leaves none
+engines     {flavour: {collectives, frontend, targets: {target: {version, prompt, time, steps, vae, networks, names}}}}
+            or, until a GPU has finished the bundle, {flavour: {collectives, frontend, targets: {}, wanted: [target]}};
+            steps[i] lists the engines of step i in order
 """
 
 import re
@@ -36,25 +36,36 @@ class StepPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StepGraphs:
+    """The graphs of one kind of step; either tuple is empty in a bundle that was not built for those who run it.
+
+    Attributes:
+        segments: ONNX Runtime's parts of the step, in order.
+        tensorrt: the parts that TensorRT's engines are built from, in order.
+    """
+
+    segments: tuple[StepPart, ...] = ()
+    tensorrt: tuple[StepPart, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TargetEngines:
     """Engines for one GPU architecture.
 
     Attributes:
-        version: of TensorRT that built them.
+        version: version of the TensorRT that built them.
         prompt: file of the prompt's engine.
         time: file of the time's engine.
-        step: files of the step's engines, in order.
-        lone_step: those of a lone first frame's step; none where there is no such frame.
-        vae: files of the VAE's two engines, for the first latent and for the next ones; none without a VAE.
-        networks: file that says what is in them.
+        steps: for each kind of step, the files of its engines in order.
+        vae: files of the VAE's two engines, for the first latent and for the next ones; empty without a VAE.
+        networks: file that describes the networks the engines were built from.
         names: by file, our name of each tensor that the engine calls something else.
     """
 
     version: str
     prompt: str
     time: str
-    step: tuple[str, ...]
-    lone_step: tuple[str, ...] = ()
+    steps: tuple[tuple[str, ...], ...]
     vae: tuple[str, ...] = ()
     networks: str
     names: Mapping[str, Mapping[str, str]]
@@ -62,7 +73,7 @@ class TargetEngines:
     @property
     def engine_files(self) -> tuple[str, ...]:
         """The engines of the transformer."""
-        return (self.prompt, self.time, *self.step, *self.lone_step)
+        return (self.prompt, self.time, *(file for files in self.steps for file in files))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,12 +99,25 @@ class FlavourEngines:
         return {"collectives": self.collectives, "frontend": self.frontend, "targets": targets, **wanted}
 
 
-def parse_parts(plain: Any, where: str) -> tuple[StepPart, ...]:
-    """The parts of a step.
+def parse_steps(plain: Any, count: int) -> tuple[StepGraphs, ...]:
+    """The graphs of each kind of step, of which there must be `count`.
 
     Raises:
         TypeError: something is missing or of a wrong type.
     """
+    steps = expect(list, plain, "steps")
+    if len(steps) != count:
+        raise TypeError(f"steps must have {count} entries, one for each kind of step, got {len(steps)}")
+    return tuple(
+        StepGraphs(
+            segments=_parse_parts(expect(dict, entry, f"steps[{number}]").get("segments"), f"steps[{number}].segments"),
+            tensorrt=_parse_parts(entry.get("tensorrt"), f"steps[{number}].tensorrt"),
+        )
+        for number, entry in enumerate(steps)
+    )
+
+
+def _parse_parts(plain: Any, where: str) -> tuple[StepPart, ...]:
     parts = []
     for number, entry in enumerate(expect(list, plain, where)):
         at = f"{where}[{number}]"
@@ -108,10 +132,8 @@ def parse_parts(plain: Any, where: str) -> tuple[StepPart, ...]:
     return tuple(parts)
 
 
-def parse_engines(
-    plain: Any, parts: tuple[StepPart, ...], lone_parts: tuple[StepPart, ...] = (), *, lone: bool = False
-) -> dict[str, FlavourEngines]:
-    """Engines by flavour; `parts` and `lone_parts` are those of the graphs they were built from.
+def parse_engines(plain: Any, steps: tuple[StepGraphs, ...]) -> dict[str, FlavourEngines]:
+    """Engines by flavour; `steps` are the graphs that they were built from.
 
     Raises:
         TypeError: something is missing, of a wrong type, or does not fit the rest.
@@ -126,55 +148,53 @@ def parse_engines(
             raise TypeError(f"{at}: collectives {collectives!r} or frontend {frontend!r} is not known")
         if collectives == "runtime" and frontend != "onnx":
             raise TypeError(f"{at}: {frontend} leaves no graphs for collectives at runtime")
-        counts = (len(parts), len(lone_parts)) if frontend == "onnx" else (1, int(lone))
+        counts = [len(step.tensorrt) if frontend == "onnx" else 1 for step in steps]
         targets = {
-            target: _parse_target(files, f"{at}.targets.{target}", counts, lone=lone)
+            target: _parse_target(files, f"{at}.targets.{target}", counts)
             for target, files in expect(dict, entry.get("targets"), f"{at}.targets").items()
         }
-        wanted = tuple(
-            expect(str, target, f"{at}.wanted") for target in expect(list, entry.get("wanted", []), f"{at}.wanted")
-        )
+        wanted = _texts(entry.get("wanted", []), f"{at}.wanted")
         wrong = [target for target in (*targets, *wanted) if not re.fullmatch(r"sm\d{2,3}", target)]
         if wrong or bool(targets) == ("wanted" in entry):
             raise TypeError(f"{at}.targets must be architectures as sm80, got {wrong or list(targets) or 'none'}")
-        if not targets and (not counts[0] or bool(counts[1]) != lone):
-            raise TypeError(f"{at}: graphs.tensorrt has no parts of the step to build engines of")
-        cut = any(part.sent or part.writes for part in (*parts, *lone_parts))
-        if collectives == "engine" and (counts != (1, int(lone)) or cut):
-            raise TypeError(f"{at}: the whole step is one engine, and graphs.tensorrt says otherwise")
+        if not all(counts):
+            raise TypeError(f"{at}: steps have no graphs to build engines of")
+        cut = any(part.sent or part.writes for step in steps for part in step.tensorrt)
+        if collectives == "engine" and (any(count != 1 for count in counts) or cut):
+            raise TypeError(f"{at}: each step is one engine, and its graphs were cut into several parts")
         found[flavour] = FlavourEngines(collectives=collectives, frontend=frontend, targets=targets, wanted=wanted)
     return found
 
 
-def _parse_target(plain: Any, at: str, counts: tuple[int, int], *, lone: bool) -> TargetEngines:
+def _parse_target(plain: Any, at: str, counts: list[int]) -> TargetEngines:
     expect(dict, plain, at)
     texts = {key: expect(str, plain.get(key), f"{at}.{key}") for key in ("version", "prompt", "time", "networks")}
-    steps = {}
-    for key, count, wanted in (("step", counts[0], True), ("lone_step", counts[1], lone)):
-        names_of_step = expect(list, plain.get(key, []), f"{at}.{key}")
-        steps[key] = tuple(expect(str, name, f"{at}.{key}") for name in names_of_step)
-        if len(steps[key]) != count or bool(count) != wanted:
-            raise TypeError(f"{at}.{key} has {len(steps[key])} engines for {count} parts of the step")
-    vae = tuple(expect(str, name, f"{at}.vae") for name in expect(list, plain.get("vae", []), f"{at}.vae"))
+    steps = tuple(_texts(names, f"{at}.steps") for names in expect(list, plain.get("steps"), f"{at}.steps"))
+    if (found := [len(files) for files in steps]) != counts:
+        raise TypeError(f"{at}.steps has {found} engines for {counts} parts of the steps")
+    vae = _texts(plain.get("vae", []), f"{at}.vae")
     if len(vae) not in (0, 2):
         raise TypeError(f"{at}.vae has {len(vae)} engines, wanted 2 or none")
     names = {
         file: _names(mapping, f"{at}.names.{file}")
         for file, mapping in expect(dict, plain.get("names", {}), f"{at}.names").items()
     }
-    return TargetEngines(**texts, step=steps["step"], lone_step=steps["lone_step"], vae=vae, names=names)
+    return TargetEngines(**texts, steps=steps, vae=vae, names=names)
 
 
-def files_of(engines: Mapping[str, FlavourEngines], parts: tuple[StepPart, ...]) -> Iterator[str]:
-    """Every file that engines and their parts name."""
-    yield from (part.file for part in parts)
+def files_of(engines: Mapping[str, FlavourEngines]) -> Iterator[str]:
+    """Every file that belongs to engines."""
     for flavour in engines.values():
         for target in flavour.targets.values():
             yield from (*target.engine_files, *target.vae, target.networks)
 
 
+def _texts(plain: Any, at: str) -> tuple[str, ...]:
+    return tuple(expect(str, text, at) for text in expect(list, plain, at))
+
+
 def _names(plain: Any, at: str) -> dict[str, str]:
-    """A mapping between names that can be turned round."""
+    """A mapping between names, no two of which are given the same one."""
     mapping = {key: expect(str, value, at) for key, value in expect(dict, plain, at).items()}
     if len(set(mapping.values())) != len(mapping):
         raise TypeError(f"{at} gives one name to two tensors")

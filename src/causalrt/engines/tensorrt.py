@@ -8,6 +8,7 @@ Every tensor has one address for as long as a session is bound, and nothing in a
 
 import contextlib
 import ctypes
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -82,16 +83,17 @@ class TensorRTExecutor:
             for engine in steps:
                 engine.set_communicator(communicator)
             check_one_nccl(MAPS.read_text())  # in case TensorRT has looked elsewhere
+        loaded = iter(steps)
         self._sets = [
-            self._make_step(steps[: len(files.step)], bundle.engine_parts, files.step, config.tokens_per_chunk)
+            self._make_step(
+                list(itertools.islice(loaded, len(names))), step.tensorrt, names, frames * config.tokens_per_frame
+            )
+            for names, step, frames in zip(files.steps, bundle.steps, config.video.step_frames, strict=True)
         ]
-        if files.lone_step:
-            lone = steps[len(files.step) :]
-            self._sets.append(self._make_step(lone, bundle.lone_engine_parts, files.lone_step, config.tokens_per_frame))
         self._set = self._sets[0]
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)
         self._kv_rows = 0
-        self._key = (-1, 0)
+        self._key = (-1, 0, 0)
         self._bound: dict[str, torch.Tensor] = {}
 
     def _make_step(
@@ -121,9 +123,9 @@ class TensorRTExecutor:
         made = self._time.run_alone({"sinusoid": features})
         return made["e"], made["e0"]
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
         """See `Executor.bind`."""
-        self._set = self._sets[lone]
+        self._set = self._sets[step]
         named: dict[str, torch.Tensor] = {}
         for layer, (shards, cross) in enumerate(zip(kv, cross_kv, strict=True)):
             named[f"cross_k.{layer}"], named[f"cross_v.{layer}"] = cross
@@ -136,8 +138,7 @@ class TensorRTExecutor:
                 named[output] = named[written][:, : self._set.staged]
         self._bound = named  # engines and graphs hold addresses only
         self._kv_rows = kv_rows
-        # Whole slots: `kv_rows` is read as a tensor, and one graph serves all; a lone frame's, whose rows are its own, another.
-        self._key = (memory, 0 if self.whole_slots and not lone else kv_rows)
+        self._key = (memory, step, 0 if self.whole_slots else kv_rows)  # whole slots: `kv_rows` is read as a tensor
         buffers = self._set.buffers
         for engine in self._set.engines:
             engine.select_profile(kv_rows)

@@ -11,7 +11,7 @@ from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import WEIGHTS, new_bundle, write_manifest
 from causalrt.engines.kinds import EXECUTORS, executor_kind
-from causalrt.engines.step_record import FlavourEngines
+from causalrt.engines.step_record import FlavourEngines, StepGraphs, StepPart
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError, Faults
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
@@ -116,7 +116,7 @@ def build(
     weight_bytes = sum(dtype.itemsize * math.prod(shape) for shape in opened.shapes.values())
     chosen = tuple(name for name in EXECUTORS if name == "eager" or name in executors)
     here = {name: plan.targets for name, plan in plans.items() if not plan.later}
-    engine_sets = sum(map(len, here.values())) * len(config.video.kinds_of_chunk)
+    engine_sets = sum(map(len, here.values())) * len(config.video.step_frames)
     if decoder is not None:
         weight_bytes += sum(parameter.nbytes for parameter in decoder.parameters())
     needed_bytes = weight_bytes * (1 + engine_sets) + GRAPH_BYTES
@@ -128,9 +128,9 @@ def build(
             out=folder / WEIGHTS,
             on_progress=lambda done, total: progress("weights", done, total),
         )
-        graphs: dict[str, Any] = {}
+        steps = [StepGraphs() for _ in config.video.step_frames]
         if any(executor_kind(name).compiled for name in chosen):
-            graphs = _write_graphs(config, folder, chosen, bool(plans), collectives, frontend, progress, fused)
+            steps = _write_graphs(config, folder, chosen, bool(plans), collectives, frontend, progress, fused)
         if decoder is not None:
             from causalrt.export.vae import write_vae
 
@@ -147,7 +147,7 @@ def build(
             name: FlavourEngines(collectives=collectives, frontend=frontend, targets={}, wanted=plan.targets)
             for name, plan in plans.items()
         }
-        prepared = Prepared(folder=folder, config=config, graphs=graphs, fused=fused, has_vae=decoder is not None)
+        prepared = Prepared(folder=folder, config=config, steps=steps, fused=fused, has_vae=decoder is not None)
         built = {
             name: build_flavour(prepared, name, records[name], found, timing_cache, progress)
             for name, found in here.items()
@@ -159,7 +159,7 @@ def build(
             plugins=fused,
             vae=None if decoder is None else vae_config_from_mapping(decoder.config),
             executors=tuple(name for name in chosen if name not in later),
-            graphs=graphs,
+            steps=steps,
             engines={name: record.as_record() for name, record in records.items()} | built,
         )
         progress("hashes", 1, 1)
@@ -308,28 +308,29 @@ def _write_graphs(
     frontend: FrontEnd,
     progress: Progress,
     fused: bool,
-) -> dict[str, Any]:
-    """The ONNX files of every executor that wants some; the traced model is gone when this returns."""
+) -> list[StepGraphs]:
+    """Write the ONNX files of every executor that needs some; the traced model is freed when this returns."""
     from causalrt.export.engine_files import write_engine_graphs
-    from causalrt.export.onnx import runtime_graph, step_graph, write_segments, write_small_graphs
+    from causalrt.export.onnx import runtime_graph, step_graph, step_prefix, write_segments, write_small_graphs
     from causalrt.export.trace import wan_from_file
 
     wan = wan_from_file(config, folder / WEIGHTS)
     write_small_graphs(wan, config, folder, progress)
-    graphs: dict[str, Any] = {}
-    for lone in config.video.kinds_of_chunk:
-        prefix, key = ("lone-", "lone_") if lone else ("", "")
+    steps = []
+    for step in range(len(config.video.step_frames)):
+        segments: tuple[StepPart, ...] = ()
+        engine_parts: tuple[StepPart, ...] = ()
         segmented = None
         if "onnxruntime" in chosen:
-            segmented = step_graph(wan, config, folder, progress, whole_slots=False, fused=fused, lone=lone)
-            graphs[f"{key}segments"] = write_segments(
-                runtime_graph(segmented, config), folder, f"{prefix}step", progress, at_cache_writes=False
-            )
+            segmented = step_graph(wan, config, folder, progress, whole_slots=False, fused=fused, step=step)
+            name = f"{step_prefix(config, step)}step"
+            segments = write_segments(runtime_graph(segmented, config), folder, name, progress, at_cache_writes=False)
         if tensorrt and frontend == "onnx":
-            graphs[f"{key}tensorrt"] = write_engine_graphs(
-                wan, config, folder, progress, collectives=collectives, segmented=segmented, fused=fused, lone=lone
+            engine_parts = write_engine_graphs(
+                wan, config, folder, progress, collectives=collectives, segmented=segmented, fused=fused, step=step
             )
+        steps.append(StepGraphs(segments=segments, tensorrt=engine_parts))
         del segmented
     del wan
     gc.collect()
-    return graphs
+    return steps

@@ -11,11 +11,12 @@ standard ops that their ONNX functions are made of, which any TensorRT builds.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import subprocess
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,18 @@ from causalrt import errors
 from causalrt.child_python import python_command, python_environment
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH
+from causalrt.engines.step_record import StepGraphs, StepPart
 from causalrt.engines.tensorrt_flavour import Flavour, device_file_name
 from causalrt.errors import BuildError
 from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
 from causalrt.export.dist_collective import lower_exchanges_pass
 from causalrt.export.engine_worker import EngineRequest, PluginDevice, request_json
-from causalrt.export.onnx import step_graph, write_segments
+from causalrt.export.onnx import step_graph, step_prefix, write_segments
 from causalrt.export.options import CollectivesMode
 from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.scale_queries import scale_queries_pass
-from causalrt.export.split_lone_heads import split_lone_heads_pass
-from causalrt.layout import chunk_starts, slots_from_config
+from causalrt.export.split_single_heads import split_single_heads_pass
+from causalrt.layout import history_lengths, slots_from_config
 from causalrt.model.wan.transformer import Wan
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.progress import Progress
@@ -59,8 +61,8 @@ def write_engine_graphs(
     collectives: CollectivesMode,
     segmented: onnx.ModelProto | None,
     fused: bool = False,
-    lone: bool = False,
-) -> list[dict[str, Any]]:
+    step: int = 0,
+) -> tuple[StepPart, ...]:
     """Write the step in the lowering that TensorRT parses.
 
     Args:
@@ -71,27 +73,27 @@ def write_engine_graphs(
         collectives: who exchanges.
         segmented: the step graph over the filled prefix, if it is at hand.
         fused: self-attention is made of the fused ops.
-        lone: the step is that of a lone first frame.
+        step: number of the kind of step.
 
     Returns:
-        The step's parts in order, as the manifest has them.
+        The step's parts in order.
     """
-    prefix = "lone-" if lone else ""
+    prefix = step_prefix(config, step)
     if collectives == "runtime" and not fused:
-        step = segmented or step_graph(wan, config, folder, on_progress, whole_slots=False, lone=lone)
-        prepare_attentions(step, config)
-        return write_segments(step, folder, f"{prefix}cut-step", on_progress, at_cache_writes=True)
+        graph = segmented or step_graph(wan, config, folder, on_progress, whole_slots=False, step=step)
+        prepare_attentions(graph, config)
+        return write_segments(graph, folder, f"{prefix}cut-step", on_progress, at_cache_writes=True)
     plugins = wants_plugins(config, fused=fused)
-    step = step_graph(wan, config, folder, on_progress, whole_slots=True, fused=fused, lone=lone)
+    graph = step_graph(wan, config, folder, on_progress, whole_slots=True, fused=fused, step=step)
     if not plugins:
-        step = expand_functions(step)
-    prepare_attentions(step, config, plugins=plugins)
+        graph = expand_functions(graph)
+    prepare_attentions(graph, config, plugins=plugins)
     if collectives == "runtime":
-        return write_segments(step, folder, f"{prefix}cut-step", on_progress, at_cache_writes=False)
-    exchanges = lower_exchanges_pass(step, world_size=config.build.world_size)
+        return write_segments(graph, folder, f"{prefix}cut-step", on_progress, at_cache_writes=False)
+    exchanges = lower_exchanges_pass(graph, world_size=config.build.world_size)
     assert exchanges == (2 * config.model.num_layers if config.build.world_size > 1 else 0)
-    onnx.save(step, folder / f"{prefix}{WHOLE_STEP}")
-    return [{"file": f"{prefix}{WHOLE_STEP}", "sent": None, "received": None, "writes": {}}]
+    onnx.save(graph, folder / f"{prefix}{WHOLE_STEP}")
+    return (StepPart(file=f"{prefix}{WHOLE_STEP}"),)
 
 
 def wants_plugins(config: Config, *, fused: bool) -> bool:
@@ -101,52 +103,48 @@ def wants_plugins(config: Config, *, fused: bool) -> bool:
 
 def prepare_attentions(step: onnx.ModelProto, config: Config, *, plugins: bool = False) -> None:
     """The passes that both lowerings share, in place; what plugins hold is not touched."""
-    split_lone_heads_pass(step)
+    split_single_heads_pass(step)
     scaled = scale_queries_pass(step, head_dim=config.model.head_dim)
     assert scaled >= config.model.num_layers * (1 if plugins else 2)
 
 
 def kv_lengths(config: Config) -> tuple[int, ...]:
-    """Rows of the filled prefix that occur with chunks of F frames, in rising order."""
+    """Numbers of rows that the filled prefix has in step 0, in rising order."""
     plan = slots_from_config(config)
-    return tuple(sorted({plan.valid_frames(frame) * config.tokens_per_frame for frame in chunk_starts(config)}))
+    return tuple(sorted({plan.valid_frames(frames) * config.tokens_per_frame for frames in history_lengths(config)}))
 
 
 def build_engines(
     config: Config,
     folder: Path,
-    parts: Sequence[Mapping[str, Any]],
+    steps: Sequence[StepGraphs],
     on_progress: Progress,
     *,
     flavour: Flavour,
     target: str,
     timing_cache: Path | None,
     fused: bool = False,
-    lone_parts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Build the engines of one target in a child process; what the manifest says of them.
-
-    `parts` are those of a chunk's step, `lone_parts` those of a lone first frame's, if there is one.
+    """Build the engines of one target in a child process, and return their record in the manifest.
 
     Raises:
         BuildError: TensorRT refused a graph, or the child died.
         ExecutorError: TensorRT is not installed.
     """
     prefix = f"{flavour.name}-{target}"
-    names = [PROMPT_GRAPH, TIME_GRAPH, *(part["file"] for part in (*parts, *lone_parts))]
+    names = [PROMPT_GRAPH, TIME_GRAPH, *(part.file for step in steps for part in step.tensorrt)]
     requests = [_request(config, folder, name, f"{prefix}-{Path(name).stem}.engine") for name in names]
     plugins = plugin_device(target) if wants_plugins(config, fused=fused) else None
     answer = run_child(request_json(flavour, target, folder, timing_cache, requests, plugins), target, on_progress)
     networks = f"{prefix}-networks.json"
     (folder / networks).write_text(json.dumps(answer["networks"], indent=1))
-    engines = [request.engine for request in requests]
+    engines = iter([request.engine for request in requests])
     return {
         "version": answer["version"],
         "networks": networks,
-        "prompt": engines[0],
-        "time": engines[1],
-        "step": engines[2 : 2 + len(parts)],
-        **({"lone_step": engines[2 + len(parts) :]} if lone_parts else {}),
+        "prompt": next(engines),
+        "time": next(engines),
+        "steps": [list(itertools.islice(engines, len(step.tensorrt))) for step in steps],
     }
 
 

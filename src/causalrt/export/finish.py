@@ -10,7 +10,7 @@ Both ways build engines by `build_flavour`.
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from causalrt.engines.bundle import (
     write_manifest,
 )
 from causalrt.engines.kinds import EXECUTORS
-from causalrt.engines.step_record import FlavourEngines
+from causalrt.engines.step_record import FlavourEngines, StepGraphs
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ConfigError, ExecutorError, Faults
 from causalrt.progress import Progress
@@ -46,14 +46,14 @@ class Prepared:
     Attributes:
         folder: holds the weights and the graphs.
         config: of the bundle.
-        graphs: what the manifest says of the graph files.
+        steps: the graphs of each kind of step.
         fused: self-attention is made of the fused ops.
         has_vae: there are graphs of a VAE too.
     """
 
     folder: Path
     config: Config
-    graphs: Mapping[str, Any]
+    steps: Sequence[StepGraphs]
     fused: bool
     has_vae: bool
 
@@ -94,7 +94,7 @@ def finish_build(
     in_place = os.path.realpath(target) == os.path.realpath(source.path)
     if in_place:
         _check_nothing_else(source)
-    engine_sets = sum(map(len, targets.values())) * len(source.config.video.kinds_of_chunk)
+    engine_sets = sum(map(len, targets.values())) * len(source.config.video.step_frames)
     weight_bytes = source.sizes[WEIGHTS] + source.sizes.get(VAE_WEIGHTS, 0)
     needed_bytes = sum(source.sizes.values()) + engine_sets * weight_bytes
     with new_bundle(target, overwrite=in_place or overwrite, needed_bytes=needed_bytes) as folder, unchanged(source):
@@ -104,7 +104,7 @@ def finish_build(
         prepared = Prepared(
             folder=folder,
             config=source.config,
-            graphs=source.graphs,
+            steps=source.steps,
             fused=source.plugins,
             has_vae=source.vae is not None,
         )
@@ -120,7 +120,7 @@ def finish_build(
             plugins=source.plugins,
             vae=source.vae,
             executors=tuple(name for name in EXECUTORS if name in source.executors or name in engines),
-            graphs=source.graphs,
+            steps=source.steps,
             engines={name: record.as_record() for name, record in source.engines.items()} | engines,
             toolchain={**source.toolchain, **built},
         )
@@ -230,7 +230,7 @@ def _build_target(
     from causalrt.export.engine_files import build_engines, default_timing_cache
     from causalrt.export.vae import build_vae_engines
 
-    flavour, config, folder, graphs = FLAVOURS[name], prepared.config, prepared.folder, prepared.graphs
+    flavour, config, folder = FLAVOURS[name], prepared.config, prepared.folder
     cache = Path(timing_cache) if timing_cache is not None else default_timing_cache(flavour, target)
     if frontend == "torch-tensorrt":
         from causalrt.export.torch_tensorrt import build_with_torch_tensorrt
@@ -240,9 +240,8 @@ def _build_target(
         built = build_engines(
             config,
             folder,
-            graphs["tensorrt"],
+            prepared.steps,
             progress,
-            lone_parts=graphs.get("lone_tensorrt", ()),
             flavour=flavour,
             target=target,
             timing_cache=cache if flavour.timing_cache else None,

@@ -1,13 +1,13 @@
 """The bundle's ONNX files: prompt, time, and the step in one of its lowerings, all referring to one weight file."""
 
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
+from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.export.fuse_attention import fuse_attention_pass
 from causalrt.export.plugin_functions import check_fused_nodes
@@ -46,6 +46,11 @@ def write_small_graphs(wan: Wan, config: Config, folder: Path, on_progress: Prog
     on_progress("prompt and time graph", len(small), len(small))
 
 
+def step_prefix(config: Config, step: int) -> str:
+    """What the names of a step's files begin with: nothing for step 0, `1-frame-` for a step of one frame."""
+    return f"{config.video.step_frames[step]}-frame-" if step else ""
+
+
 def step_graph(
     wan: Wan,
     config: Config,
@@ -54,24 +59,24 @@ def step_graph(
     *,
     whole_slots: bool,
     fused: bool = False,
-    lone: bool = False,
+    step: int = 0,
 ) -> onnx.ModelProto:
-    """Trace and translate the step of a chunk or of a lone first frame, over the filled KV slots or over the slots whole.
+    """Trace and translate one kind of step, over the filled KV slots or over the slots whole.
 
     Raises:
         RuntimeError: fused ops were asked for, and not every layer has them.
     """
-    stage = f"{'lone ' if lone else ''}step graph ({'whole slots' if whole_slots else 'segments'})"
+    stage = f"{step_prefix(config, step)}step graph ({'whole slots' if whole_slots else 'segments'})"
     on_progress(stage, 0, 2)
-    program = trace_step(wan, config, whole_slots=whole_slots, fused=fused, lone=lone)
+    program = trace_step(wan, config, whole_slots=whole_slots, fused=fused, step=step)
     on_progress(stage, 1, 2)
     inputs, outputs = step_names(config, whole_slots=whole_slots, fused=fused)
     translated = onnx_from_program(program, input_names=inputs, output_names=outputs)
-    step = ir.to_proto(share_weights_pass(translated, folder / WEIGHTS))
+    graph = ir.to_proto(share_weights_pass(translated, folder / WEIGHTS))
     if fused:
-        check_fused_nodes(step, num_layers=config.model.num_layers)
+        check_fused_nodes(graph, num_layers=config.model.num_layers)
     on_progress(stage, 2, 2)
-    return step
+    return graph
 
 
 def runtime_graph(step: onnx.ModelProto, config: Config) -> onnx.ModelProto:
@@ -95,15 +100,13 @@ def runtime_graph(step: onnx.ModelProto, config: Config) -> onnx.ModelProto:
 
 def write_segments(
     step: onnx.ModelProto, folder: Path, name: str, on_progress: Progress, *, at_cache_writes: bool
-) -> list[dict[str, Any]]:
-    """Cut and write: what the manifest says of the segments, in order, each with its file and what follows it."""
-    segments = []
+) -> tuple[StepPart, ...]:
+    """Cut a step graph and write its segments, in order."""
+    parts = []
     cut = cut_exchanges_pass(step, at_cache_writes=at_cache_writes)
     for index, segment in enumerate(cut):
         file = f"{name}-{index:03d}.onnx"
         onnx.save(segment.model, folder / file)
-        segments.append(
-            {"file": file, "sent": segment.sent, "received": segment.received, "writes": dict(segment.writes)}
-        )
+        parts.append(StepPart(file=file, sent=segment.sent, received=segment.received, writes=dict(segment.writes)))
         on_progress("segments", index + 1, len(cut))
-    return segments
+    return tuple(parts)

@@ -66,8 +66,8 @@ def _attend(
 ) -> Any:
     """Attention with a fused kernel or none; queries `[1, R, heads * D]`, keys and values `[1, heads, L, D]`.
 
-    As the ONNX passes do: 1 / sqrt(D) goes to the queries, in float32 (`scale_queries`), and the rows of a lone head are told
-    apart as several heads (`split_lone_heads`).
+    As the ONNX passes do: 1 / sqrt(D) goes to the queries, in float32 (`scale_queries`), and the rows of a single head
+    are split into several heads (`split_single_heads`).
     """
     queries = _heads_first(network, f"{name}.q", q, num_heads)
     shape = tuple(queries.shape)

@@ -7,6 +7,7 @@ where TensorRT reads them; torch_tensorrt and TensorRT's builder want the GPU th
 engine's tensors after the graph's placeholders and `output0`, `output1`...; the record says which of our names each one is.
 """
 
+import functools
 import gc
 import importlib
 import json
@@ -25,7 +26,7 @@ from causalrt.engines.bundle import WEIGHTS
 from causalrt.engines.tensorrt_flavour import Flavour, device_target
 from causalrt.errors import BuildError, ConfigError, ExecutorError
 from causalrt.export.engine_network import check_network, describe_network
-from causalrt.export.onnx import cross_kv_names, step_names
+from causalrt.export.onnx import cross_kv_names, step_names, step_prefix
 from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
 from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
 from causalrt.install_hint import install_extra
@@ -116,13 +117,15 @@ def build_with_torch_tensorrt(
     graphs: tuple[tuple[str, Callable[[], ExportedProgram], Sequence[str], Sequence[str]], ...] = (
         ("prompt", lambda: trace_prompt(wan), ["text"], cross_kv_names(config)),
         ("time", lambda: trace_time(wan), ["sinusoid"], ["e", "e0"]),
-        ("whole-step", lambda: trace_step(wan, config, whole_slots=True), *step_names(config, whole_slots=True)),
-        (
-            "lone-whole-step",
-            lambda: trace_step(wan, config, whole_slots=True, lone=True),
-            *step_names(config, whole_slots=True),
+        *(
+            (
+                f"{step_prefix(config, step)}whole-step",
+                functools.partial(trace_step, wan, config, whole_slots=True, step=step),
+                *step_names(config, whole_slots=True),
+            )
+            for step in range(len(config.video.step_frames))
         ),
-    )[: 2 + len(config.video.kinds_of_chunk)]
+    )
     prefix = f"{flavour.name}-{target}"
     names: dict[str, dict[str, str]] = {}
     networks: dict[str, dict[str, Any]] = {}
@@ -144,14 +147,13 @@ def build_with_torch_tensorrt(
             gc.collect()
     on_progress(f"engines for {target}", len(graphs), len(graphs))
     (folder / f"{prefix}-networks.json").write_text(json.dumps(networks, indent=1))
-    prompt, time, step, *lone = names
+    prompt, time, *steps = names
     return {
         "version": trt.__version__,
         "networks": f"{prefix}-networks.json",
         "prompt": prompt,
         "time": time,
-        "step": [step],
-        **({"lone_step": lone} if lone else {}),
+        "steps": [[engine] for engine in steps],
         "names": names,
     }
 

@@ -3,8 +3,8 @@
 Weights are the tensors of the written weight file, mapped and not copied. One graph serves every chunk, in one of two
 forms: over the filled prefix of the KV slots `[1, rows, heads * D]`, whose rows are the only dynamic size (segments), or
 over the slots whole, `[1, heads, W * T, D]`, with the filled rows as a tensor and every size static (one engine). With
-fused ops, self-attention is two of them, and the filled rows are a tensor in either form. A lone first frame has a trace of
-its own; it has no history, so its filled prefix is its own rows.
+fused ops, self-attention is two of them, and the filled rows are a tensor in either form. Each kind of step has a trace of its
+own. A step other than 0 makes a video's first chunk, without history, so its filled prefix is its own rows.
 """
 
 from dataclasses import replace
@@ -43,13 +43,11 @@ def wan_from_file(config: Config, weights: Path) -> Wan:
     return wan_from_weights(config.model, load_file(weights))
 
 
-def step_arguments(
-    config: Config, *, whole_slots: bool = False, fused: bool = False, lone: bool = False
-) -> tuple[Any, ...]:
+def step_arguments(config: Config, *, whole_slots: bool = False, fused: bool = False, step: int = 0) -> tuple[Any, ...]:
     """Example arguments of `ChunkStep.forward`, all distinct tensors: torch.export merges inputs that are one object."""
-    layout, m = layouts_from_config(config)[lone], config.model
+    layout, m = layouts_from_config(config)[step], config.model
     dtype = TORCH_DTYPES[config.build.precision]
-    rows = layout.num_tokens if lone and not whole_slots else config.slot_rows
+    rows = layout.num_tokens if step and not whole_slots else config.slot_rows
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -71,19 +69,19 @@ def step_arguments(
 
 
 def trace_step(
-    wan: Wan, config: Config, *, whole_slots: bool = False, fused: bool = False, lone: bool = False
+    wan: Wan, config: Config, *, whole_slots: bool = False, fused: bool = False, step: int = 0
 ) -> ExportedProgram:
     """Trace one chunk step of one rank, over the filled prefix of the KV slots or over the slots whole."""
     video = config.video
-    arguments = step_arguments(config, whole_slots=whole_slots, fused=fused, lone=lone)
+    arguments = step_arguments(config, whole_slots=whole_slots, fused=fused, step=step)
     dynamic = None
-    if not whole_slots and not lone and video.capacity_frames > video.chunk_frames:
+    if not whole_slots and not step and video.capacity_frames > video.chunk_frames:
         rows = Dim("kv_rows", min=config.tokens_per_chunk, max=video.capacity_frames * config.tokens_per_frame)
         kv = [[({1: rows}, {1: rows}) for _ in layer] for layer in arguments[5]]
         cross_kv = [(None, None) for _ in arguments[6]]
         dynamic = (None, None, None, None, None, kv, cross_kv, *([None] if fused else []))
-    step = ChunkStep(wan, config, layouts_from_config(config)[lone], FUSED_OPS if fused else TRACED_OPS).eval()
-    return torch.export.export(step, arguments, dynamic_shapes=dynamic)
+    module = ChunkStep(wan, config, layouts_from_config(config)[step], FUSED_OPS if fused else TRACED_OPS).eval()
+    return torch.export.export(module, arguments, dynamic_shapes=dynamic)
 
 
 def _like(wan: Wan, *shape: int) -> torch.Tensor:

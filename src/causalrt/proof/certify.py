@@ -7,10 +7,9 @@ processes  the executor as users run it; the canary in its exchanges
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from causalrt.engines.bundle import Bundle, open_bundle, unchanged
 from causalrt.engines.kinds import choose_device, executor_kind
@@ -27,7 +26,7 @@ from causalrt.proof.report import new_folder, write_report
 from causalrt.proof.rollouts import plan_rollout
 from causalrt.proof.sides import ranks_device
 from causalrt.proof.subject import describe_subject
-from causalrt.proof.tables import check_references, check_tables
+from causalrt.proof.tables import check_references, check_tables, graph_files
 from causalrt.proof.weights import check_against_checkpoint, check_digests
 
 
@@ -132,7 +131,7 @@ def _where(bundle: Bundle, executor: str, *, emulate: bool, device: str | None) 
     if emulate:
         if executor not in FLAVOURS:
             raise ExecutorError(f"--emulate is for {' and '.join(FLAVOURS)}; {executor} runs here as it is")
-        if not bundle.engine_parts:
+        if not any(step.tensorrt for step in bundle.steps):
             raise BundleError(
                 f"{bundle.path} holds no ONNX graphs of its engines (its front end was torch-tensorrt), so there is nothing "
                 "to emulate; certify it on its GPU, or build with `--frontend onnx`"
@@ -164,7 +163,7 @@ def _check_files(certificate: Certificate, bundle: Bundle, checkpoint: Path | No
         return count
 
     add("hashes", "files as the manifest has them", lambda: (len(bundle.hashes), []))
-    if bundle.segments or bundle.engine_parts:
+    if graph_files(bundle):
         add("tables", "constants of graphs equal the tables of this version, bit for bit", lambda: _tables(bundle))
         add("references", "references of graphs to weights", lambda: check_references(bundle))
     if len(bundle.unfinished) < len(bundle.engines):
@@ -195,12 +194,11 @@ def _check_engine_tables(certificate: Certificate, bundle: Bundle) -> None:
         except BundleError as error:
             return 0, [str(error)]
         for engine in engines:
-            steps: Mapping[str, Any] = {"step": engine["step"], "lone step": engine["lone_step"]}
-            for step, described in steps.items():
-                for name, table in (described or {"constants": {}})["constants"].items():
+            for step in engine["steps"]:
+                for name, table in step["constants"].items():
                     count += table["equal_constants"]
                     if not table["equal_constants"]:
-                        at = f"{engine['flavour']} {engine['target']} {step}"
+                        at = f"{engine['flavour']} {engine['target']} {step['frames']}-frame step"
                         faults.append(f"{at}: no constant of the network equals the table {name}")
         return count, faults
 

@@ -22,6 +22,7 @@ import torch
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
+from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
 from causalrt.export.engine_files import write_engine_graphs
@@ -46,16 +47,14 @@ class EngineGraphs:
         folder: that holds them; a bundle's will do.
         config: that they were written from.
         collectives: who exchanges.
-        parts: of the step, in order, as the manifest has them.
-        lone_parts: of a lone first frame's step; none where there is no such frame.
+        steps: for each kind of step, its parts in order.
         fused: self-attention is made of the fused ops; the step takes KV slots whole.
     """
 
     folder: Path
     config: Config
     collectives: CollectivesMode
-    parts: Sequence[Mapping[str, Any]]
-    lone_parts: Sequence[Mapping[str, Any]] = ()
+    steps: Sequence[Sequence[StepPart]]
     fused: bool = False
 
 
@@ -81,16 +80,13 @@ def write_graphs(
     )
     wan = wan_from_file(config, folder / WEIGHTS)
     write_small_graphs(wan, config, folder, on_progress)
-    parts, lone_parts = (
+    steps = [
         write_engine_graphs(
-            wan, config, folder, on_progress, collectives=collectives, segmented=None, fused=fused, lone=lone
+            wan, config, folder, on_progress, collectives=collectives, segmented=None, fused=fused, step=step
         )
-        if lone in config.video.kinds_of_chunk
-        else []
-        for lone in (False, True)
-    )
-    sets = {"parts": parts, "lone_parts": lone_parts}
-    return EngineGraphs(folder=folder, config=config, collectives=collectives, fused=fused, **sets)
+        for step in range(len(config.video.step_frames))
+    ]
+    return EngineGraphs(folder=folder, config=config, collectives=collectives, fused=fused, steps=steps)
 
 
 class _Graph:
@@ -122,7 +118,7 @@ class _AllRanks:
 
     def __init__(self, graphs: EngineGraphs, *, num_threads: int) -> None:
         self._config, self._layouts = graphs.config, layouts_from_config(graphs.config)
-        self._lone = False
+        self._number = 0
         self._prompt = _Graph(graphs.folder, PROMPT_GRAPH, num_threads=num_threads)
         self._time = _Graph(graphs.folder, TIME_GRAPH, num_threads=num_threads)
         self._layers = range(graphs.config.model.num_layers)
@@ -131,7 +127,7 @@ class _AllRanks:
 
     @property
     def _layout(self) -> Layout:
-        return self._layouts[self._lone]
+        return self._layouts[self._number]
 
     def warmed_up(self) -> None:
         """Nothing to keep."""
@@ -150,9 +146,9 @@ class _AllRanks:
         made = self._time.run({"sinusoid": sinusoid(timestep, self._config.model.freq_dim).float().numpy()})
         return torch.from_numpy(made["e"]), torch.from_numpy(made["e0"])
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
         """See `Executor.bind`; a layer's pairs are those of rank 0's shards, of rank 1's, and so on."""
-        self._lone = lone
+        self._number = step
         shards = len(self._layout.shards)
         self._bound = []
         for rank in self._ranks:
@@ -186,15 +182,15 @@ class EmulatedEngine(_AllRanks):
     def __init__(self, graphs: EngineGraphs, *, num_threads: int) -> None:
         super().__init__(graphs, num_threads=num_threads)
         self._steps = [
-            _Graph(graphs.folder, part["file"], num_threads=num_threads, world_size=len(self._ranks))
-            for part in (*graphs.parts, *graphs.lone_parts)
+            _Graph(graphs.folder, part.file, num_threads=num_threads, world_size=len(self._ranks))
+            for (part,) in graphs.steps
         ]
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         given = self._given(x, e, e0, first_frame)
         feed = {rank_name(rank, name): value for rank in self._ranks for name, value in given[rank].items()}
-        made = self._steps[self._lone].run(feed)
+        made = self._steps[self._number].run(feed)
         for rank in self._ranks:
             for name, slots in self._bound[rank].items():
                 if name.startswith(("k.", "v.")):
@@ -209,26 +205,26 @@ class EmulatedSegments(_AllRanks):
         super().__init__(graphs, num_threads=num_threads)
         self.whole_slots = graphs.fused
         self._steps = [
-            [(part, _Graph(graphs.folder, part["file"], num_threads=num_threads)) for part in parts]
-            for parts in (graphs.parts, graphs.lone_parts)
+            [(part, _Graph(graphs.folder, part.file, num_threads=num_threads)) for part in parts]
+            for parts in graphs.steps
         ]
 
     def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         ranks = self._given(x, e, e0, first_frame)
-        for part, segment in self._steps[self._lone]:
+        for part, segment in self._steps[self._number]:
             for values in ranks:
                 made = segment.run(values)
                 for name in made.keys() & {f"{name}.written" for name in values}:
                     values[name.removesuffix(".written")][:] = made.pop(name)  # a fused op's slots, whole
                 values |= made
-                for source, target in part["writes"].items():
+                for source, target in part.writes.items():
                     slots = values[target.removesuffix(".written")]
                     slots[:, : values[source].shape[1]] = values[source]
                     values[target] = slots  # only now: a segment that reads it sooner fails
-            if part["sent"] is not None:
+            if part.sent is not None and part.received is not None:
                 for rank, values in enumerate(ranks):
-                    values[part["received"]] = np.stack([other[part["sent"]][rank] for other in ranks])
+                    values[part.received] = np.stack([other[part.sent][rank] for other in ranks])
         return self._flow(ranks)
 
 

@@ -3,7 +3,7 @@
 Tensor names: `model.*` (weights), `in.noise` `[B, T, 16, H, W]`, `in.prompt_embeds` `[B, L, E]`, `in.renoise.c{c}.s{s}`
 `[B * F, 16, H, W]`, `out.c{c}.s{s}.{flow,x0}`, `out.c{c}.ctx.flow`, `out.latents`. Metadata key `config`: JSON. Where the video
 begins with given frames, `in.initial_latent` `[B, G, 16, H, W]` and `out.g{i}.ctx.flow`; where the prompt changes,
-`in.prompt_embeds.p1`. F is one for a lone first frame (`independent_first_frame`), generated or given.
+`in.prompt_embeds.p1`. F is one for the first chunk, generated or given, with `independent_first_frame`.
 """
 
 import itertools

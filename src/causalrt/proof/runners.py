@@ -99,7 +99,7 @@ class StepRunner(_SideRunner):
             ]
             tape = executor.tape = Trace([(0, "step 0")], num_steps=1)
             tape.begin_chunk(0)
-            executor.bind(kv, cross_kv, kv_rows=int(feed["kv_rows"]), memory=self._memory, lone=bool(int(feed["lone"])))
+            executor.bind(kv, cross_kv, kv_rows=int(feed["kv_rows"]), memory=self._memory, step=int(feed["step"]))
             executor.step(feed[f"{prefix}x"].clone(), feed["e"], feed["e0"], int(feed["first_frame"]))
             executor.tape = None
             return tape.forwards[0].outputs
@@ -117,7 +117,7 @@ def step_feed(forwards: Sequence[StepTrace]) -> dict[str, torch.Tensor]:
     """What a forward was given, rank by rank; what is the same on every rank once."""
     common = forwards[0]
     feed = {"e": common.e, "e0": common.e0}
-    for name in ("first_frame", "kv_rows", "lone"):
+    for name in ("first_frame", "kv_rows", "step"):
         feed[name] = torch.tensor(int(getattr(common, name)))
     for layer, pair in enumerate(common.cross_kv):
         feed[f"cross_k.{layer}"], feed[f"cross_v.{layer}"] = pair

@@ -63,12 +63,12 @@ class SegmentRun:
     expected: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def read_segments(bundle: Bundle, *, lone: bool) -> list[SegmentGraph]:
-    """The graphs of the step's segments, residual stream marked."""
+def read_segments(bundle: Bundle, step: int) -> list[SegmentGraph]:
+    """The graphs of a step's segments, with the residual stream among their outputs."""
     residuals: dict[str, str] = {}
     exchanged: dict[str, str] = {}
     graphs = []
-    for part in bundle.lone_segments if lone else bundle.segments:
+    for part in bundle.steps[step].segments:
         model = onnx.load(bundle.path / part.file, load_external_data=False)
         inputs = {value.name for value in model.graph.input}
         outputs = {value.name for value in model.graph.output}
@@ -113,16 +113,16 @@ def run_segments(
     bundle: Bundle, tapes: Sequence[Trace], places: Sequence[StepId]
 ) -> Iterator[tuple[SegmentGraph, list[SegmentRun]]]:
     """Each segment with what went in and came out, in order; one of them is open at a time."""
-    for lone in bundle.config.video.kinds_of_chunk:
+    for step in range(len(bundle.steps)):
         forwards = [
             (place, rank, forward)
             for place in places
             for rank, forward in enumerate(forwards_at(tapes, place))
-            if forward.lone == lone
+            if forward.step == step
         ]
         values = [_given(forward, rank) for _, rank, forward in forwards]
         known = [_known(forward) for _, _, forward in forwards]
-        for graph in read_segments(bundle, lone=lone) if forwards else []:
+        for graph in read_segments(bundle, step) if forwards else []:
             fed = []
             with (
                 G_LOGGER.verbosity(G_LOGGER.CRITICAL),

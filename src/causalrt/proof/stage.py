@@ -1,6 +1,6 @@
 """What the comparisons of a certificate share: sides, their rollouts, and the certificate that they fill in."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,7 @@ def emulated_side(name: str, bundle: Bundle, flavour: str) -> Replica:
         folder=bundle.path,
         config=bundle.config,
         collectives="engine" if bundle.engines[flavour].collectives == "engine" else "runtime",
-        parts=[asdict(part) for part in bundle.engine_parts],
-        lone_parts=[asdict(part) for part in bundle.lone_engine_parts],
+        steps=[step.tensorrt for step in bundle.steps],
         fused=bundle.plugins,
     )
     config, layout = rollout_view(bundle.config)

@@ -85,7 +85,7 @@ def compare_segments(
     saved = SavedSegments(folder) if folder is not None else None
     errors: list[TensorError] = []
     graphs: dict[str, SegmentGraph] = {}
-    total = len(stage.bundle.segments) + len(stage.bundle.lone_segments)
+    total = sum(len(step.segments) for step in stage.bundle.steps)
 
     def every_segment() -> None:
         tapes, places = stage.played[stage.eager].tapes, stage.plan.places

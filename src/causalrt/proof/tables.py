@@ -37,45 +37,41 @@ SHAPING = frozenset(
 MIN_ELEMENTS = 2
 
 
-def graph_files(bundle: Bundle) -> list[tuple[str, bool]]:
-    """Every step graph of the bundle, and whether it is of a lone first frame."""
-    chunks = [(part.file, False) for part in (*bundle.segments, *bundle.engine_parts)]
-    return chunks + [(part.file, True) for part in (*bundle.lone_segments, *bundle.lone_engine_parts)]
+def graph_files(bundle: Bundle) -> list[tuple[str, int]]:
+    """Every step graph of the bundle, with the number of its step."""
+    return [
+        (part.file, number) for number, step in enumerate(bundle.steps) for part in (*step.segments, *step.tensorrt)
+    ]
 
 
 def check_tables(bundle: Bundle) -> tuple[dict[str, int], list[str]]:
-    """How many constants equal each table, and what is wrong, named by file, table, row and value."""
+    """Count the constants that equal each table, and describe each difference by file, table, row and value."""
     found: dict[str, int] = {}
     faults: list[str] = []
-    per_set = {lone: expected_constants(bundle, lone=lone) for lone in bundle.config.video.kinds_of_chunk}
-    for file, lone in graph_files(bundle):
-        tables = per_set[lone]
-        model = onnx.load(bundle.path / file, load_external_data=False)
-        for name, constant in _constants(model):
-            fitting = {
-                key: table
-                for key, table in tables.items()
-                if key == name
-                or (table.shape == constant.shape and table.dtype == constant.dtype and name not in tables)
-            }
-            equal = [key for key, table in fitting.items() if table.tobytes() == constant.tobytes()]
-            if equal:
-                key = f"{'lone ' if lone else ''}{equal[0]}"
-                found[key] = found.get(key, 0) + 1
-            elif fitting:
-                closest = max(fitting, key=lambda key: _equal_elements(fitting[key], constant))
-                faults.append(_difference(bundle, file, name, closest, fitting[closest], constant, lone=lone))
-    for lone, tables in per_set.items():
-        if any(kind == lone for _, kind in graph_files(bundle)):
-            keys = [f"{'lone ' if lone else ''}{name}" for name in tables]
-            faults += [
-                f"no graph holds the table {key}" for key in keys if key not in found and not _named(faults, key)
-            ]
+    for step, frames in enumerate(bundle.config.video.step_frames):
+        tables = expected_constants(bundle, step)
+        prefix = f"{frames}-frame step: " if step else ""
+        files = [file for file, number in graph_files(bundle) if number == step]
+        of_step: list[str] = []
+        for file in files:
+            for name, constant in _constants(onnx.load(bundle.path / file, load_external_data=False)):
+                fitting = {
+                    key: table
+                    for key, table in tables.items()
+                    if key == name
+                    or (table.shape == constant.shape and table.dtype == constant.dtype and name not in tables)
+                }
+                equal = [key for key, table in fitting.items() if table.tobytes() == constant.tobytes()]
+                if equal:
+                    found[prefix + equal[0]] = found.get(prefix + equal[0], 0) + 1
+                elif fitting:
+                    closest = max(fitting, key=lambda key: _equal_elements(fitting[key], constant))
+                    of_step.append(_difference(bundle, file, name, closest, fitting[closest], constant, step=step))
+        missing = [
+            key for key in tables if prefix + key not in found and not any(f" {key} " in fault for fault in of_step)
+        ]
+        faults += [*of_step, *(f"no graph holds the table {prefix}{key}" for key in missing if files)]
     return found, faults
-
-
-def _named(faults: list[str], key: str) -> bool:
-    return any(f" {key.removeprefix('lone ')} " in fault for fault in faults)
 
 
 def _equal_elements(table: Table, constant: Table) -> int:
@@ -97,7 +93,7 @@ def _constants(model: onnx.ModelProto) -> Iterator[tuple[str, Table]]:
             yield tensor.name, constant
 
 
-def _difference(bundle: Bundle, file: str, name: str, key: str, table: Table, constant: Table, *, lone: bool) -> str:
+def _difference(bundle: Bundle, file: str, name: str, key: str, table: Table, constant: Table, *, step: int) -> str:
     """Where a constant is not the table that it should be."""
     called = key if key == name else f"{key} (there called {name})"
     if table.shape != constant.shape or table.dtype != constant.dtype:
@@ -107,7 +103,7 @@ def _difference(bundle: Bundle, file: str, name: str, key: str, table: Table, co
     first = tuple(int(i) for i in wrong[0])
     rows = sorted({int(index[0]) for index in wrong}) if table.ndim > 1 else []
     where = f"rows {_some(rows)}" if rows else f"entries {_some([int(index[0]) for index in wrong])}"
-    layout = layouts_from_config(bundle.config)[lone]
+    layout = layouts_from_config(bundle.config)[step]
     if key == "scatter_index":
         rank, row = divmod(first[0], layout.scatter_rows)
         where += f" (row {row} of the block to rank {rank})"

@@ -36,7 +36,7 @@ class StepTrace:
         kv: what was bound, before the step wrote to it, by layer and shard.
         cross_kv: the prompt's keys and values, by layer.
         kv_rows: filled rows.
-        lone: the step of a lone first frame.
+        step: number of the kind of step.
         outputs: by name, in the order in which they arise: exchanges sent and received, flow, KV slots as the step left them.
         residuals: what each LayerNorm was given, `[S, C]`, in order; eager alone tells.
     """
@@ -49,7 +49,7 @@ class StepTrace:
     kv: list[list[KVPair]]
     cross_kv: list[KVPair]
     kv_rows: int
-    lone: bool
+    step: int
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     residuals: list[torch.Tensor] = field(default_factory=list)
 
@@ -129,7 +129,7 @@ class WatchedExecutor:
     def __init__(self, executor: Executor, collectives: WatchedCollectives) -> None:
         self.device, self.whole_slots = executor.device, executor.whole_slots
         self._executor, self._collectives = executor, collectives
-        self._bound: tuple[KVTensors, Sequence[KVPair], int, bool] = ((), (), 0, False)
+        self._bound: tuple[KVTensors, Sequence[KVPair], int, int] = ((), (), 0, 0)
         self.watches_residuals = False
 
     @property
@@ -149,10 +149,10 @@ class WatchedExecutor:
         """See `Executor.embed_time`."""
         return self._executor.embed_time(timestep)
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, lone: bool = False) -> None:
+    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
         """See `Executor.bind`."""
-        self._bound = kv, cross_kv, kv_rows, lone
-        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, lone=lone)
+        self._bound = kv, cross_kv, kv_rows, step
+        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, step=step)
 
     def warmed_up(self) -> None:
         """See `Executor.warmed_up`."""
@@ -168,7 +168,7 @@ class WatchedExecutor:
         place = self.tape.next_place() if self.tape is not None else None
         if self.tape is None or place is None:
             return self._executor.step(x, e, e0, first_frame)
-        kv, cross_kv, kv_rows, lone = self._bound
+        kv, cross_kv, kv_rows, step = self._bound
         forward = StepTrace(
             place=place,
             x=x.clone(),
@@ -178,7 +178,7 @@ class WatchedExecutor:
             kv=[[(k.clone(), v.clone()) for k, v in layer] for layer in kv],
             cross_kv=[(k.clone(), v.clone()) for k, v in cross_kv],
             kv_rows=kv_rows,
-            lone=lone,
+            step=step,
         )
         self.tape.running = forward
         if self.watches_residuals:

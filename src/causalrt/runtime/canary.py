@@ -25,7 +25,7 @@ class ExchangeCheck:
 
     Attributes:
         rank: that looked.
-        name: `scatter_heads` or `gather_heads`, of a lone first frame with that said.
+        name: `scatter_heads` or `gather_heads`, with the step's frames if it is not step 0.
         rows: of each block.
         fault: the first thing that arrived where it should not, or nothing.
     """
@@ -41,13 +41,14 @@ def check_exchanges(
 ) -> tuple[ExchangeCheck, ...]:
     """Send the canary through every kind of exchange of a step. Collective: every rank calls it, between chunks."""
     checks = []
-    for kind, layout in zip(("", " of a lone first frame"), layouts_from_config(config), strict=False):
+    for step, layout in enumerate(layouts_from_config(config)):
         if layout.world_size == 1:
             continue
+        suffix = f" of a {config.video.step_frames[step]}-frame step" if step else ""
         for name, rows in (("scatter_heads", layout.scatter_rows), ("gather_heads", layout.gather_rows)):
             shape = (layout.world_size, rows, config.model.head_dim)
             fault = _exchange(collectives, shape, dtype=dtype, device=device)
-            checks.append(ExchangeCheck(rank=collectives.rank, name=name + kind, rows=rows, fault=fault))
+            checks.append(ExchangeCheck(rank=collectives.rank, name=name + suffix, rows=rows, fault=fault))
     collectives.take_traffic()
     return tuple(checks)
 

@@ -1,7 +1,7 @@
-"""Collectives of one engine: nothing to exchange on one rank, torch.distributed on several.
+"""The collectives between the ranks of an engine: torch.distributed, or nothing on a single rank.
 
-Both count what they put on the wire and how long the caller waited, so that `rows exchanged` is observed and not computed
-from the formula that it is checked against.
+They count the rows that are sent and the time that the caller waits, so that the amount of traffic is measured and can be
+checked against the formula.
 """
 
 import ctypes
@@ -38,14 +38,14 @@ class Traffic:
 
 
 class CountingCollectives(Collectives, Protocol):
-    """`Collectives` that count, as a rollout wants them."""
+    """`Collectives` that count their traffic."""
 
     def take_traffic(self) -> Traffic:
         """Traffic since the last call."""
 
 
 class LocalCollectives:
-    """One rank."""
+    """The collectives of a single rank, which has nobody to exchange with."""
 
     rank = 0
 
@@ -62,7 +62,7 @@ class LocalCollectives:
         return rows
 
     def take_traffic(self) -> Traffic:
-        """Nothing."""
+        """Always empty."""
         return Traffic()
 
 
@@ -115,10 +115,10 @@ class TorchCollectives:
         traffic.rows_sent += sent.shape[0] * sent.shape[1]
 
     def communicator(self) -> object:
-        """See `Collectives.communicator`: that of torch's own NCCL back end, which keeps owning it.
+        """See `Collectives.communicator`: the communicator of torch's NCCL back end, which still owns it.
 
         Raises:
-            ExecutorError: the back end is not NCCL, or this torch does not tell its communicator.
+            ExecutorError: the back end is not NCCL, or this version of torch does not give access to its communicator.
         """
         if dist.get_backend() != "nccl":
             raise ExecutorError(f"an engine's collectives need NCCL, and the ranks were joined by {dist.get_backend()}")
@@ -129,8 +129,8 @@ class TorchCollectives:
         pointer = backend._comm_ptr() if hasattr(backend, "_comm_ptr") else 0
         if not pointer:
             raise ExecutorError(
-                f"torch {torch.__version__} does not tell its NCCL communicator; install torch 2.9 or newer, or build with "
-                "`--collectives runtime`"
+                f"torch {torch.__version__} does not give access to its NCCL communicator; install torch 2.9 or newer, "
+                "or build with `--collectives runtime`"
             )
         return capsule(pointer, CAPSULE_NAME)
 

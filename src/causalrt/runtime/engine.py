@@ -13,12 +13,10 @@ raised at once, and ends the engine.
 """
 
 import contextlib
-import itertools
+import functools
 import logging
 import time
-import weakref
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -29,11 +27,9 @@ from causalrt.config import Config
 from causalrt.control_groups import available_cpus
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, unchanged
 from causalrt.engines.kinds import executor_kind, warms_up
-from causalrt.errors import CapacityError, PromptError, RequestError
+from causalrt.errors import PromptError, RequestError
 from causalrt.model.text.words import WORDS_FILE, WordEncoder
-from causalrt.runtime import interrupts
 from causalrt.runtime.canary import ExchangeCheck
-from causalrt.runtime.fair_lock import FairLock
 from causalrt.runtime.memory import (
     UNLIMITED,
     check_memory,
@@ -43,25 +39,21 @@ from causalrt.runtime.memory import (
 )
 from causalrt.runtime.messages import (
     CheckExchangesCommand,
-    CloseCommand,
-    Command,
     Done,
     GivenCommand,
     LoadCommand,
     LoadVaeCommand,
-    OpenCommand,
-    Refused,
-    Reply,
     ResumeCommand,
     UsageCommand,
 )
 from causalrt.runtime.noise import Noise, SeededNoise, checked_noise
-from causalrt.runtime.ranks import START_S, WARM_START_S, RankPool
+from causalrt.runtime.ranks import START_S, WARM_START_S
 from causalrt.runtime.requests import Embeddings, checked_chunks, checked_given, checked_text
 from causalrt.runtime.session import Session
 from causalrt.runtime.snapshot import read_session
 from causalrt.runtime.usage import Usage
-from causalrt.runtime.vae_decoder import Decoded, VaeDecoder
+from causalrt.runtime.vae_decoder import VaeDecoder
+from causalrt.runtime.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +61,15 @@ if TYPE_CHECKING:
     from causalrt.model.text.umt5 import TextEncoder
 
 
-def open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder | WordEncoder":
-    """The text encoder in a folder, for the prompts of a model: a table of words where there is one, or else umT5.
+def open_text_encoder(folder: Path | None, device: str, config: Config) -> "TextEncoder | WordEncoder | None":
+    """The text encoder in a folder, for the prompts of a model: a table of words if the folder has one, otherwise umT5.
 
     Raises:
         CheckpointError: it cannot be read, or is not the model's.
         ConfigError, ExecutorError: umT5 cannot compute on `device`, or lacks a library; a table of words needs neither.
     """
+    if folder is None:
+        return None
     model = config.model
     if (folder / WORDS_FILE).is_file():
         return WordEncoder.from_folder(folder, text_dim=model.text_dim, max_tokens=model.text_len)
@@ -99,8 +93,8 @@ class Engine:
         num_threads: CPU threads of each rank.
         memory: bytes predicted for a rank with one session.
         decoder_memory: likewise for the decoder, if there is one.
-        decoder: what makes frames of latents, in a process of its own.
         max_sessions: how many may be open at once.
+        workers: the processes that do the work.
         makes_ahead: sessions make a chunk ahead unless they are told otherwise: the decoder has a GPU of its own.
     """
 
@@ -134,29 +128,17 @@ class Engine:
             fitting = check_memory(
                 self.memory, ranks=world_size, shared_weights=shared_weights, decoder=self.decoder_memory
             )
-        self._start_s = WARM_START_S if warms_up(executor, device) else START_S
-        self._lock = FairLock(interruptible=True)
-        self._numbers = itertools.count()
-        self._open: set[int] = set()
-        self._dropped: deque[int] = deque()
-        self._unfinished: tuple[Session, Iterator[tuple[int, Reply]]] | None = None
-        self._text_encoder: TextEncoder | WordEncoder | None = None
-        if text_encoder is not None and text_device != "cpu":  # before the ranks look at what is free
-            self._text_encoder = open_text_encoder(text_encoder, text_device, bundle.config)
-        self.decoder: VaeDecoder | None = None
+        start_s = WARM_START_S if warms_up(executor, device) else START_S
         own_gpu = device == "cuda" and torch.cuda.device_count() > world_size
         self.makes_ahead = decoder_executor is not None and own_gpu
+        open_encoder = functools.partial(open_text_encoder, text_encoder, text_device, bundle.config)
+        encoder_on_gpu = text_device != "cpu"  # such an encoder is loaded before the ranks measure their free memory
+        self._text_encoder = open_encoder() if encoder_on_gpu else None
         with contextlib.ExitStack() as if_loading_fails:
-            with interrupts.deferred():
-                self._pool = RankPool(world_size, timeout_s=timeout_s)
-                self._finalizer = weakref.finalize(self, self._pool.close, kill=True)
-                if_loading_fails.callback(self._finalizer)
-                if decoder_executor:
-                    self.decoder = VaeDecoder(timeout_s=timeout_s)
-                    if_loading_fails.callback(weakref.finalize(self, self.decoder.end))
+            self.workers = Workers(world_size, timeout_s=timeout_s, decodes=decoder_executor is not None)
+            if_loading_fails.callback(self.workers.end)
             with unchanged(bundle):
-                if self.decoder is not None:
-                    assert decoder_executor is not None
+                if self.decoder is not None and decoder_executor is not None:
                     self.decoder.start(
                         LoadVaeCommand(
                             bundle=bundle.path,
@@ -166,7 +148,7 @@ class Engine:
                             num_threads=num_threads or cores,
                         )
                     )
-                self._pool.send(
+                self.workers.ranks.send(
                     LoadCommand(
                         bundle=bundle.path,
                         digest=bundle.digest,
@@ -175,36 +157,43 @@ class Engine:
                         plugins=plugins,
                         cuda_graphs=cuda_graphs,
                         num_threads=self.num_threads,
-                        timeout_s=max(timeout_s, self._start_s),
+                        timeout_s=max(timeout_s, start_s),
                     )
                 )
-                if text_encoder is not None and self._text_encoder is None:  # while the ranks load
-                    self._text_encoder = open_text_encoder(text_encoder, text_device, bundle.config)
-                answers = self._answers(at_least_s=self._start_s)
+                if not encoder_on_gpu:
+                    self._text_encoder = open_encoder()  # while the ranks load
+                answers = self.workers.answers(at_least_s=start_s)
                 if self.decoder is not None:
-                    self.decoder.wait_started(at_least_s=self._start_s)
-                if device == "cuda":
-                    free = [answers[rank].free_bytes or 0 for rank in range(world_size)]
-                    decoder_free = self.decoder.free_bytes if self.decoder is not None else None
-                    graph_bytes = max(answer.graph_bytes for answer in answers.values())
-                    fitting = device_sessions(
-                        self.memory,
-                        free,
-                        self.decoder_memory,
-                        decoder_free,
-                        graph_bytes=graph_bytes,
-                        shared=not own_gpu,
-                    )
-                    logger.info(
-                        "%d sessions fit, each of %.2f GiB a rank and %.1f MiB of CUDA graphs",
-                        fitting,
-                        self.memory.session_bytes / 2**30,
-                        graph_bytes / 2**20,
-                    )
+                    self.decoder.wait_started(at_least_s=start_s)
+            if device == "cuda":
+                fitting = self._sessions_on_gpus(answers, decoder_shares_gpu=not own_gpu)
             if_loading_fails.pop_all()
         self.max_sessions = min(fitting, max_sessions or fitting)
         if max_sessions is not None and fitting < max_sessions:
             logger.warning("%d sessions fit in memory, of %d that were asked for", fitting, max_sessions)
+
+    def _sessions_on_gpus(self, answers: Sequence[Done], *, decoder_shares_gpu: bool) -> int:
+        graph_bytes = max(answer.graph_bytes for answer in answers)
+        fitting = device_sessions(
+            self.memory,
+            [answer.free_bytes or 0 for answer in answers],
+            self.decoder_memory,
+            self.decoder.free_bytes if self.decoder is not None else None,
+            graph_bytes=graph_bytes,
+            shared=decoder_shares_gpu,
+        )
+        logger.info(
+            "%d sessions fit, each of %.2f GiB a rank and %.1f MiB of CUDA graphs",
+            fitting,
+            self.memory.session_bytes / 2**30,
+            graph_bytes / 2**20,
+        )
+        return fitting
+
+    @property
+    def decoder(self) -> VaeDecoder | None:
+        """The process that makes frames of latents, or None."""
+        return self.workers.decoder
 
     @property
     def has_vae(self) -> bool:
@@ -213,13 +202,13 @@ class Engine:
 
     @property
     def open_sessions(self) -> int:
-        """Sessions that are open, those that nobody holds any more left out."""
-        return len(self._open) - len(self._dropped)
+        """Number of open sessions, without those that were garbage collected."""
+        return self.workers.open_sessions
 
     @property
     def rank_pids(self) -> list[int]:
         """Process numbers of the ranks."""
-        return self._pool.pids
+        return self.workers.ranks.pids
 
     def dead_processes(self) -> list[str]:
         """Names of the engine's processes that are known to have ended, such as `rank 3` or `the decoder`.
@@ -231,14 +220,14 @@ class Engine:
             ForkError: the engine was loaded by another process, from which this one was forked.
         """
         self.check_owner()
-        return self._pool.dead_processes() + (self.decoder.dead_processes() if self.decoder is not None else [])
+        return self.workers.dead_processes()
 
     def silent_s(self) -> float:
         """Seconds since anything was heard from the ranks or the decoder while they owe an answer; 0.0 if they owe none.
 
         Never waits, and may be called from any thread.
         """
-        return max(self._pool.silent_s(), self.decoder.silent_s() if self.decoder is not None else 0.0)
+        return self.workers.silent_s()
 
     def encode_prompt(self, prompt: str | Embeddings) -> tuple[torch.Tensor, float]:
         """What the ranks take for a prompt, `[text_len, text_dim]`, and the milliseconds that its encoding took.
@@ -288,8 +277,7 @@ class Engine:
                 f"frames to encode must be uint8 [T, {', '.join(map(str, size))}] with T = 1, 5, 9 ... at most {most}, got "
                 f"{getattr(frames, 'dtype', type(frames).__name__)} {list(shape)}; scale or cut them"
             )
-        with self._decoding():
-            return self.decoder.encode(frames.cpu().clone())
+        return self.workers.encode(frames.cpu().clone())
 
     def session(
         self,
@@ -332,17 +320,26 @@ class Engine:
         if noise is not None:
             source = checked_noise(self.config, noise, num_chunks=chunks, num_given=len(given_rows))
         text, text_ms = self.encode_prompt(prompt)
-        with self._opening() as opened:
-            with self._turn():
-                session = self._begin(chunks, record, text, source, text_ms, ahead, len(given_rows))
-                opened.append(session)
-                for rows in given_rows:
-                    given_command = GivenCommand(session=session.number, rows=rows.clone(), record=record)
-                    session.take_given(self._run(given_command))
-            if given is not None and self.decoder is not None:
-                session.given_frames = self.decode(
-                    session.number, given.detach().to("cpu", torch.float32, copy=True)
-                ).frames
+        with contextlib.ExitStack() as if_opening_fails:
+            with self.workers.deferred_interrupts():
+                with self.workers.conversation():
+                    session = self._open(
+                        text,
+                        source,
+                        num_chunks=chunks,
+                        num_given=len(given_rows),
+                        ahead=ahead,
+                        text_ms=text_ms,
+                        record=record,
+                    )
+                    if_opening_fails.callback(session.abandon)
+                    for rows in given_rows:
+                        given_command = GivenCommand(session=session.number, rows=rows.clone(), record=record)
+                        session.take_given(self.workers.run(given_command))
+                if given is not None and self.decoder is not None:
+                    latents = given.detach().to("cpu", torch.float32, copy=True)
+                    session.given_frames = self.workers.decode(session.number, latents).frames
+            if_opening_fails.pop_all()
         return session
 
     def resume(self, folder: str | Path, *, num_chunks: int | None = None, ahead: bool | None = None) -> Session:
@@ -374,172 +371,57 @@ class Engine:
         decoded = record.num_given + record.next_chunk
         made = decoded + (rows is not None)  # the ranks are ahead of the decoder then
         decoder_frame, frame = (self.config.video.first_frame_of(chunk) for chunk in (decoded, made))
-        with self._opening() as opened, self._turn():
-            session = self._begin(wanted, False, text, SeededNoise(record.seed), 0.0, ahead, record.num_given)
-            opened.append(session)
-            session.begin_at(record.next_chunk, rows)
-            try:
-                self._run(ResumeCommand(session=session.number, folder=folder, frame=frame, files=files))
+        with contextlib.ExitStack() as if_opening_fails:
+            with self.workers.deferred_interrupts(), self.workers.conversation():
+                session = self._open(
+                    text, SeededNoise(record.seed), num_chunks=wanted, num_given=record.num_given, ahead=ahead
+                )
+                if_opening_fails.callback(session.abandon)
+                session.begin_at(record.next_chunk, rows)
+                self.workers.run(ResumeCommand(session=session.number, folder=folder, frame=frame, files=files))
                 if self.decoder is not None:
                     self.decoder.resume(session.number, folder, frame=decoder_frame, files=files)
-            except (CapacityError, RequestError):
-                self._close_session(session.number)
-                session.forget()
-                raise
+            if_opening_fails.pop_all()
         return session
 
-    @contextlib.contextmanager
-    def _opening(self) -> Iterator[list[Session]]:
-        """Drop the session that the block puts in the list if the block fails, since the caller will not get it."""
-        opened: list[Session] = []
-        try:
-            with self.deferred_interrupts():
-                yield opened
-        except BaseException:
-            for session in opened:
-                session.drop()
-            raise
-
-    def _begin(
+    def _open(
         self,
-        num_chunks: int,
-        record: bool,
         text: torch.Tensor,
         noise: Noise,
-        text_ms: float,
-        ahead: bool | None,
+        *,
+        num_chunks: int,
         num_given: int,
+        ahead: bool | None,
+        text_ms: float = 0.0,
+        record: bool = False,
     ) -> Session:
-        """Free what nobody holds any more, refuse a session too many, and open one on every rank."""
-        self._settle()
-        while self._dropped:
-            self._close_session(self._dropped[0])
-            self._dropped.popleft()
-        if len(self._open) >= self.max_sessions:
-            raise CapacityError(
-                f"{len(self._open)} sessions are open, and there is room for no more (max_sessions, by default what fits "
-                "in memory); end one with session.close(), or wait for one to end"
-            )
-        ahead = self.makes_ahead if ahead is None else ahead
-        session = Session(self, next(self._numbers), num_chunks, record, text, noise, text_ms, ahead, num_given)
-        try:
-            self._run(OpenCommand(session=session.number, text=text, noise=noise))
-        except CapacityError:  # other ranks may have opened it
-            self._run(CloseCommand(session=session.number, opened=False))
-            session.forget()
-            raise
-        self._open.add(session.number)
-        return session
-
-    def decode(self, session: int, latents: torch.Tensor) -> Decoded:
-        """The next frames of a session's video; a decoder that breaks down takes the ranks along.
-
-        Raises:
-            RequestError: latents that are not finite.
-            CapacityError: the decoder has no memory for the session, whose place in its video is lost.
-            RankError: the decoder's process died, hung or raised.
-            EngineClosedError: the engine was closed.
-        """
-        self.check_owner()
-        assert self.decoder is not None
-        with self._decoding():
-            return self.decoder.decode(session, latents)
-
-    @contextlib.contextmanager
-    def _decoding(self) -> Iterator[None]:
-        """A conversation with the decoder. One that breaks off ends all processes, one that is refused none."""
-        with self.deferred_interrupts():
-            try:
-                yield
-            except (CapacityError, RequestError):
-                raise
-            except BaseException:
-                self._end_at_once()
-                raise
+        return Session(
+            self.workers.open_session(text=text, noise=noise, max_sessions=self.max_sessions),
+            workers=self.workers,
+            bundle=self.bundle,
+            encode_prompt=self.encode_prompt,
+            text=text,
+            noise=noise,
+            num_chunks=num_chunks,
+            num_given=num_given,
+            ahead=self.makes_ahead if ahead is None else ahead,
+            text_ms=text_ms,
+            record=record,
+        )
 
     @property
     def is_ours(self) -> bool:
         """Whether this process loaded the engine, rather than one that it was forked from."""
-        return self._pool.is_ours
+        return self.workers.is_ours
 
     def check_owner(self) -> None:
         """Raise ForkError in a process that was forked from the one that loaded the engine."""
-        self._pool.check_owner()
-
-    @contextlib.contextmanager
-    def deferred_interrupts(self) -> Iterator[None]:
-        """Raise an interrupt (Ctrl-C) at the end of the block; a second one ends the engine."""
-        with interrupts.deferred() as deferred:
-            try:
-                yield
-            except BaseException:
-                if deferred.broken_off:
-                    self._end_at_once()
-                raise
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """One conversation with the ranks. One that breaks off ends them: its answers would be left in the channels."""
-        self.check_owner()  # before the lock, which a thread of the owner may have held at the fork
-        with self.deferred_interrupts(), self._lock:
-            try:
-                yield
-            except (CapacityError, RequestError):  # refused, with the conversation at its end
-                raise
-            except BaseException:
-                self._pool.close(kill=True)
-                if self.decoder is not None:
-                    self.decoder.kill()
-                raise
-
-    def _end_at_once(self) -> None:
-        """End all processes, from any thread."""
-        self._pool.kill()
-        if self.decoder is not None:
-            self.decoder.kill()
-
-    def _run(self, command: Command) -> Done:
-        """Have every rank do it; what rank 0 answers."""
-        self._pool.send(command)
-        return self._answers()[0]
-
-    def _answers(self, *, at_least_s: float = 0.0) -> dict[int, Done]:
-        """What each rank answers last.
-
-        Raises:
-            CausalRTError: a rank has refused.
-        """
-        answers: dict[int, Done] = {}
-        refused: Refused | None = None
-        for rank, reply in self._pool.replies(at_least_s=at_least_s):
-            if isinstance(reply, Refused):
-                refused = refused or reply
-            elif isinstance(reply, Done):
-                answers[rank] = reply
-        if refused is not None:
-            raise refused.error()
-        return answers
-
-    def _close_session(self, number: int) -> None:
-        """Free a session's memory everywhere."""
-        self._run(CloseCommand(session=number))
-        if self.decoder is not None:
-            self.decoder.close_session(number)
-        self._open.discard(number)
-
-    def _settle(self) -> None:
-        """Take in what the ranks still owe: the end of the last chunk's refresh."""
-        if self._unfinished is not None:
-            session, replies = self._unfinished
-            for rank, reply in replies:
-                session.take(rank, reply)
-            self._unfinished = None
+        self.workers.check_owner()
 
     def wait(self) -> None:
         """Return when the ranks are idle: the last chunk's refresh has ended, and its session's `times` are complete."""
-        with self._turn():
-            self._pool.check_open()
-            self._settle()
+        with self.workers.conversation():
+            pass
 
     def usage(self, *, count_waits: bool = False) -> list[Usage]:
         """What each rank has used of its device so far; for measurements.
@@ -547,12 +429,9 @@ class Engine:
         Args:
             count_waits: count how often the host waits from here on, until this is called again.
         """
-        with self._turn():
-            self._pool.check_open()
-            self._settle()
-            self._pool.send(UsageCommand(count_waits=count_waits))
-            answers = self._answers()
-        return [answers[rank].usage or Usage() for rank in sorted(answers)]
+        with self.workers.conversation():
+            answers = self.workers.run_all(UsageCommand(count_waits=count_waits))
+        return [answer.usage or Usage() for answer in answers]
 
     def check_exchanges(self) -> list[ExchangeCheck]:
         """Send a pattern through the collectives that the ranks use in steps, and see what arrives (`runtime/canary.py`).
@@ -563,12 +442,9 @@ class Engine:
         Raises:
             RankError: a rank died, hung or raised.
         """
-        with self._turn():
-            self._pool.check_open()
-            self._settle()
-            self._pool.send(CheckExchangesCommand())
-            answers = self._answers()
-        return [check for rank in sorted(answers) for check in answers[rank].exchanges]
+        with self.workers.conversation():
+            answers = self.workers.run_all(CheckExchangesCommand())
+        return [check for answer in answers for check in answer.exchanges]
 
     def close(self) -> None:
         """End the ranks and free their memory; harmless when called again.
@@ -576,13 +452,8 @@ class Engine:
         A chunk that another thread is waiting for ends with an `EngineClosedError` there. In a process that was forked from
         the engine's, nothing happens.
         """
-        if not self.is_ours:
-            return
-        with self.deferred_interrupts(), self._lock.after_ending(self._end_at_once):
-            if self.decoder is not None:
-                self.decoder.close()
-            self._pool.close()
-        self._finalizer.detach()
+        if self.is_ours:
+            self.workers.close()
 
     def __enter__(self) -> Self:
         return self

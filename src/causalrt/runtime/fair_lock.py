@@ -1,4 +1,4 @@
-"""A lock that is given to whoever has waited longest, so that sessions on one engine really take turns."""
+"""A lock that is granted in the order of the requests, so that the sessions of an engine take turns."""
 
 import contextlib
 import threading
@@ -9,11 +9,11 @@ from types import TracebackType
 from causalrt.runtime import interrupts
 
 CLOSE_S = 30.0
-"""How long to wait for a thread whose processes were ended."""
+"""Seconds to wait for a thread whose processes were ended."""
 
 
 class FairLock:
-    """Like `threading.Lock`, but first come, first served.
+    """A `threading.Lock` that is granted first come, first served.
 
     Args:
         interruptible: inside `interrupts.deferred()`, an interrupt still ends the wait for the lock.
@@ -26,7 +26,7 @@ class FairLock:
         self._waiting: deque[threading.Event] = deque()
 
     def acquire(self, *, timeout_s: float | None = None) -> bool:
-        """Take it, or say that others have held it for `timeout_s` (0: hold it now)."""
+        """Acquire the lock and return True, or return False if that takes longer than `timeout_s` (0: do not wait)."""
         turn = threading.Event()
         try:
             with self._mutex:
@@ -48,7 +48,10 @@ class FairLock:
 
     @contextlib.contextmanager
     def after_ending(self, end: Callable[[], None]) -> Iterator[None]:
-        """Hold it to close what it guards; whoever holds it meanwhile has that ended by `end`, and so much time to notice."""
+        """Hold the lock in order to close what it guards.
+
+        If another thread holds it, `end` is called to stop that thread's work, which has `CLOSE_S` seconds to notice.
+        """
         held = self.acquire(timeout_s=0)
         if not held:
             end()
@@ -60,7 +63,7 @@ class FairLock:
                 self.release()
 
     def release(self) -> None:
-        """Hand it to the next one in the queue."""
+        """Release the lock to the next thread in the queue."""
         with self._mutex:
             if self._waiting:
                 self._waiting.popleft().set()
@@ -68,7 +71,7 @@ class FairLock:
                 self._held = False
 
     def _give_up(self, turn: threading.Event) -> None:
-        """A thread leaves the queue; if its turn had come, it passes it on."""
+        """Leave the queue; if the lock was granted meanwhile, release it."""
         with self._mutex:
             if turn in self._waiting:
                 self._waiting.remove(turn)

@@ -1,11 +1,11 @@
-"""Interrupts (Ctrl-C, a notebook's stop button) during a call that must not stop halfway.
+"""Interrupts (Ctrl-C, a notebook's stop button) during calls that must not stop halfway.
 
     with deferred():
         send_command()
         read_answer()          # a SIGINT in here is raised as KeyboardInterrupt when the block has ended
 
 Python raises KeyboardInterrupt between any two bytecodes of the main thread. Raised between a command and its answer, it
-would leave the answer in the socket, where the next call would take it for its own.
+would leave the answer in the socket, where the next call would read it as its own answer.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 
 
 class DeferredInterrupts:
-    """A SIGINT handler that keeps back the first exception that the previous handler raises.
+    """A SIGINT handler that holds back the first exception that the previous handler raises.
 
     Attributes:
         broken_off: a second interrupt came, and was raised inside the block.
@@ -43,22 +43,22 @@ class DeferredInterrupts:
             self._kept = error.with_traceback(None)
 
     def install(self) -> None:
-        """Handle SIGINT from here on."""
+        """Install this handler for SIGINT."""
         signal.signal(signal.SIGINT, self)
 
     def uninstall(self) -> None:
-        """Give SIGINT back to the previous handler."""
+        """Restore the previous handler of SIGINT."""
         signal.signal(signal.SIGINT, self._handler)
 
     def raise_kept(self) -> None:
-        """Raise what was kept back, if there is something."""
+        """Raise the exception that was held back, if there is one."""
         kept, self._kept = self._kept, None
         if kept is not None:
             raise kept
 
     @contextlib.contextmanager
     def raised_at_once(self) -> Iterator[None]:
-        """Raise interrupts inside the block immediately, those that were kept back before it included."""
+        """Raise interrupts inside the block immediately, including one that was held back before it."""
         self._raises_at_once = True
         try:
             self.raise_kept()
@@ -95,7 +95,7 @@ def deferred() -> Iterator[DeferredInterrupts]:
 
 @contextlib.contextmanager
 def allowed() -> Iterator[None]:
-    """Within a `deferred` block, raise interrupts at once again while this block runs, which may end anywhere."""
+    """Raise interrupts at once while this block runs inside a `deferred` block."""
     handler = signal.getsignal(signal.SIGINT)
     if _in_main_thread() and isinstance(handler, DeferredInterrupts):
         with handler.raised_at_once():
@@ -105,7 +105,7 @@ def allowed() -> Iterator[None]:
 
 
 def _uninstall_in_child() -> None:
-    """The call that deferred interrupts goes on in the parent alone, so the child would keep them back for ever."""
+    """Restore the handler in a forked child: the deferring call continues in the parent only."""
     handler = signal.getsignal(signal.SIGINT)
     if isinstance(handler, DeferredInterrupts):
         handler.uninstall()

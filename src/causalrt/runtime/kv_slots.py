@@ -63,21 +63,21 @@ class KVSlots:
                     for tensor in pair:
                         tensor.zero_()
 
-    def filled_rows(self, first_frame: int, *, lone: bool = False) -> int:
-        """Rows that are filled, staging included, while the chunk at `first_frame` is generated."""
-        return self.plan.valid_frames(first_frame, lone=lone) * self._tokens_per_frame
+    def filled_rows(self, history_frames: int, *, step: int = 0) -> int:
+        """Rows that are filled, staging included, while a step runs after `history_frames` frames of history."""
+        return self.plan.valid_frames(history_frames, step=step) * self._tokens_per_frame
 
-    def filled(self, first_frame: int, *, lone: bool = False) -> list[list[KVPair]]:
+    def filled(self, history_frames: int, *, step: int = 0) -> list[list[KVPair]]:
         """Views of the filled prefix; the slots whole, where that is how they are bound."""
         if self.whole_slots:
             return self._pairs
-        rows = self.filled_rows(first_frame, lone=lone)
+        rows = self.filled_rows(history_frames, step=step)
         return [[(k[:, :rows], v[:, :rows]) for k, v in layer] for layer in self._pairs]
 
-    def history(self, first_frame: int) -> dict[str, torch.Tensor]:
-        """Views of history's rows `[rows, heads, D]` by name, layer by layer, when the chunk at `first_frame` comes next."""
-        start = self.plan.chunk_frames * self._tokens_per_frame
-        rows = slice(start, max(start, self.filled_rows(first_frame)))
+    def history(self, history_frames: int) -> dict[str, torch.Tensor]:
+        """Views of history's rows `[rows, heads, D]` by name, layer by layer, of `history_frames` frames."""
+        start = self.plan.staging_frames * self._tokens_per_frame
+        rows = slice(start, max(start, self.filled_rows(history_frames)))
         found = {}
         for layer, shards in enumerate(self._pairs):
             for shard, pair in enumerate(shards):
@@ -90,12 +90,12 @@ class KVSlots:
                     found[f"{kind}.{layer}.{shard}"] = view
         return found
 
-    def commit(self, first_frame: int, *, lone: bool = False) -> None:
+    def commit(self, history_frames: int, *, step: int = 0) -> None:
         """Copy the clean chunk from staging to history; at most F frames, whatever the window.
 
         History never overlaps staging, so the order of the copies does not matter.
         """
-        moves = list(self.plan.commits(first_frame, lone=lone))
+        moves = list(self.plan.commits(history_frames, step=step))
         if not moves:
             return
         sources = [view for staged, _ in moves for view in self._frames[staged]]

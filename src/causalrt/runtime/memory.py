@@ -127,7 +127,7 @@ def predict_memory(
 ) -> MemoryEstimate:
     """Bytes that one rank of `config` will hold under `executor` on a kind of device, with one session open.
 
-    A lone first frame's step has the same weights. Engines hold a copy of their own, and so does ONNX Runtime on a GPU.
+    The kinds of step share their weights, but engines hold a copy for each kind, and so does ONNX Runtime on a GPU.
 
     Args:
         config: of the bundle.
@@ -136,7 +136,7 @@ def predict_memory(
         activation_bytes: what the activations take, if that is known; estimated otherwise.
     """
     copies = executor in FLAVOURS or (executor == "onnxruntime" and device == "cuda")
-    weight_sets = len(config.video.kinds_of_chunk) if copies else 1
+    weight_sets = len(config.video.step_frames) if copies else 1
     layout, model = layout_from_config(config), config.model
     size = ELEMENT_BYTES[config.build.precision]
     slots = config.slot_rows

@@ -259,15 +259,22 @@ class Failed:
 Reply = Latents | Frames | Encoded | Refused | Done | Failed
 
 
-def send(channel: "Connection[Any, Any]", message: Command | VaeCommand | Reply) -> None:
-    """Send by value. `Connection.send` would hand tensors over through shared memory and a listener of its own."""
-    pixels = None
+def packed(message: Command | VaeCommand | Reply) -> list[bytes | memoryview]:
+    """The bytes of a message, in the parts in which `send` sends them.
+
+    Tensors are sent by value: `Connection.send` would hand them over through shared memory and a listener of its own.
+    """
+    pixels: list[bytes | memoryview] = []
     if isinstance(message, Frames):  # 14 MB a chunk at 832x480, which pickle would copy
-        pixels = message.frames.contiguous()
-        message = replace(message, frames=torch.empty(0, *pixels.shape[1:], dtype=torch.uint8))
-    channel.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
-    if pixels is not None:
-        channel.send_bytes(pixels.view(-1).numpy().data)
+        pixels.append(message.frames.contiguous().view(-1).numpy().data)
+        message = replace(message, frames=torch.empty(0, *message.frames.shape[1:], dtype=torch.uint8))
+    return [pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL), *pixels]
+
+
+def send(channel: "Connection[Any, Any]", message: Command | VaeCommand | Reply) -> None:
+    """Send a message to the process at the other end."""
+    for part in packed(message):
+        channel.send_bytes(part)
 
 
 def receive(channel: "Connection[Any, Any]") -> Any:

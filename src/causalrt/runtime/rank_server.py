@@ -1,4 +1,4 @@
-"""What a rank does: it holds an executor and the sessions' memory, and executes the commands that every rank gets."""
+"""The work of a rank: it holds an executor and the sessions' memory, and runs the commands that every rank gets."""
 
 import logging
 from datetime import timedelta
@@ -49,7 +49,7 @@ logger = logging.getLogger("causalrt.worker")
 
 
 class RankServer:
-    """Executes commands on one rank."""
+    """Runs the commands on one rank."""
 
     def __init__(self, rank: int, world_size: int, rendezvous: str, channel: "Connection[Any, Any]") -> None:
         self._rank, self._world_size = rank, world_size
@@ -63,7 +63,7 @@ class RankServer:
         self._waits: WaitCounter
 
     def run(self, command: Command) -> Done:
-        """Do it; what is answered last."""
+        """Run a command and return its last answer."""
         match command:
             case LoadCommand():
                 return self._load(command)
@@ -168,7 +168,7 @@ class RankServer:
             warm_up(self._executor, self._collectives, self._bundle.config, self._bundle.layout, self._memories)
         logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
         free_bytes, graph_bytes = device_free_bytes(device), self._executor.graph_bytes()
-        if free_bytes is not None:  # the session that warmed up has left its buffers and its graphs to the next one
+        if free_bytes is not None:  # the next session reuses the buffers and graphs of the warm-up's session
             kept = predict_memory(self._bundle.config, command.executor).session_bytes + graph_bytes
             free_bytes += self._memories.num_free * kept
         return Done(free_bytes=free_bytes, graph_bytes=graph_bytes)

@@ -1,10 +1,10 @@
 """Starting, talking to, and ending the rank processes, from the caller's side.
 
-One socket a rank; a command goes to every rank in the same order. A rank that dies closes its socket, which is seen
-at once; one that hangs is seen when `timeout_s` has passed. Either way all ranks are killed and the caller gets one
-RankError.
+There is one socket for each rank, and every rank gets the same commands in the same order. When a rank dies, its socket closes,
+which is detected at once; a rank that hangs is detected after `timeout_s`. In both cases all ranks are killed and the caller
+gets one RankError.
 
-The caller's only child is the supervisor (`worker.py`), which forks the ranks and reaps them: none is left as a zombie.
+The caller's only child is the supervisor (`worker.py`), which forks the ranks and reaps them, so none is left as a zombie.
 """
 
 import logging
@@ -24,17 +24,17 @@ from typing import IO, Any, Literal, NoReturn
 from causalrt import errors
 from causalrt.child_python import python_command, python_environment
 from causalrt.errors import CausalRTError, EngineClosedError, ForkError, RankError
-from causalrt.runtime.messages import Command, Done, Failed, Reply, VaeCommand, receive, send
+from causalrt.runtime.messages import Command, Done, Failed, Reply, VaeCommand, packed, receive
 
 logger = logging.getLogger(__name__)
 LOG_TAIL_LINES = 40
 LOG_TAIL_BYTES = 2**16
 START_S = 120.0
-"""How long the ranks may take to import, load weights and prepare graphs, however short `timeout_s` is."""
+"""Seconds that the ranks may take to import, load weights and prepare graphs, even if `timeout_s` is shorter."""
 WARM_START_S = 1800.0
-"""The same with an executor that compiles what it runs."""
+"""The same for an executor that compiles when it is loaded."""
 HANG_UP_S = 5.0
-"""How long the ranks may take to end by themselves, and the supervisor to end them."""
+"""Seconds that the ranks may take to end by themselves, and the supervisor to end them."""
 _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",  # gloo stays on this host
     "OMP_WAIT_POLICY": "passive",  # the load command sets the number of threads
@@ -48,17 +48,17 @@ ENVIRONMENT: Mapping[str, Mapping[str, str]] = {
     "decoder": _ENVIRONMENT | {"CUDA_MPS_CLIENT_PRIORITY": "1"},
 }
 CAUSE_S = 0.2
-"""How long to look, once a rank has failed, for one that failed before it and took it along."""
+"""Seconds to look, once a rank has failed, for another rank whose earlier failure was the cause."""
 _FAR_ENDS_OPEN = threading.Lock()
-"""Held while this process has the ranks' ends of new channels open, and during forks: a child would keep those ends open, and
-the end of a rank would then go unnoticed."""
+"""Held while this process has the ranks' ends of new channels open, and during forks. A child that inherited such an end would
+keep it open, and the death of a rank would go unnoticed."""
 os.register_at_fork(
     before=_FAR_ENDS_OPEN.acquire, after_in_parent=_FAR_ENDS_OPEN.release, after_in_child=_FAR_ENDS_OPEN.release
 )
 
 
 def _hang_up(channel: "Connection[Any, Any]") -> None:
-    """Close a channel; the rank sees that even if a forked process holds a copy of our end."""
+    """Close a channel. The rank notices even if a forked process holds a copy of this end."""
     ours = socket.socket(fileno=channel.fileno())
     ours.shutdown(socket.SHUT_RDWR)
     ours.detach()
@@ -66,7 +66,7 @@ def _hang_up(channel: "Connection[Any, Any]") -> None:
 
 
 class RankPool:
-    """P rank processes, or the decoder's one; warm until closed."""
+    """P rank processes, or the one process of the decoder, until closed."""
 
     def __init__(self, world_size: int, *, timeout_s: float, role: Literal["rank", "decoder"] = "rank") -> None:
         self._role = role
@@ -127,16 +127,16 @@ class RankPool:
         A process that ends closes its end of its channel, and the supervisor is a child of this process. This method
         opens no file, raises nothing, and may be called from any thread, also after `close`.
         """
-        keeper_ended = self._process.poll() is not None
+        supervisor_ended = self._process.poll() is not None
         poller = select.poll()
         with self._channels_lock:  # otherwise `close` could free a descriptor here, and a new file could get its number
             for channel in self._channels:
                 poller.register(channel, 0)  # a hang-up is always reported
             hung_up = {descriptor for descriptor, _ in poller.poll(0)}
             dead = [self._name(rank) for rank, channel in enumerate(self._channels) if channel.fileno() in hung_up]
-            if keeper_ended and not self._channels:
+            if supervisor_ended and not self._channels:
                 dead = [self._name(rank) for rank in range(self.world_size)]
-        if keeper_ended:
+        if supervisor_ended:
             dead.append(f"the process that started the {self._role if self._role == 'decoder' else 'ranks'}")
         return dead
 
@@ -160,7 +160,7 @@ class RankPool:
             raise EngineClosedError(f"the {self._role} processes have ended; load the bundle again")
 
     def send(self, command: Command | VaeCommand) -> None:
-        """Give every rank a command.
+        """Send a command to every rank.
 
         Raises:
             RankError: a rank is gone.
@@ -169,19 +169,21 @@ class RankPool:
         self.check_open()
         self._waiting = {channel: rank for rank, channel in enumerate(self._channels)}
         self._heard = time.monotonic()
+        parts = packed(command)  # once, since a prompt's embeddings are megabytes
         for rank, channel in enumerate(self._channels):
             try:
-                send(channel, command)
+                for part in parts:
+                    channel.send_bytes(part)
             except BlockingIOError:
                 self._fail_silent([rank], self.timeout_s)
             except OSError:
                 self._fail(rank, None)
 
     def replies(self, *, at_least_s: float = 0.0) -> Iterator[tuple[int, Reply]]:
-        """Replies as they come, until every rank has sent `Done`; may be left and taken up again in between.
+        """Yield replies as they come, until every rank has sent `Done`. The iteration may be paused and resumed.
 
         Args:
-            at_least_s: time that the ranks have for this answer, however short `timeout_s` is.
+            at_least_s: seconds that the ranks have for this answer, even if `timeout_s` is shorter.
 
         Raises:
             RankError: a rank died, or nothing came for `timeout_s`.
@@ -212,9 +214,9 @@ class RankPool:
                 yield rank, reply
 
     def silent_s(self) -> float:
-        """Seconds since anything was heard from the ranks while one of them owes an answer; 0.0 if none does.
+        """Seconds since the ranks last sent something while one of them owes an answer; 0.0 if none does.
 
-        Never waits, and may be called from any thread. A rank whose answer lies unread in its channel owes none.
+        This method never waits and may be called from any thread. A rank whose answer is still unread owes none.
         """
         answered = select.poll()
         with self._channels_lock:
@@ -240,8 +242,8 @@ class RankPool:
         )
 
     def _fail(self, rank: int, failed: Failed | None) -> NoReturn:
-        """Raise for a rank that said that it `failed`, or that died without a word (None)."""
-        self.check_open()  # it was another thread that ended the ranks
+        """Raise the error of a rank that reported that it `failed`, or of one that died without a report (None)."""
+        self.check_open()  # another thread may have ended the ranks
         rank, failed = self._first_failure(rank, failed)
         tail = self._log_tail([rank])
         self.close(kill=True)
@@ -254,9 +256,9 @@ class RankPool:
         )
 
     def _first_failure(self, rank: int, failed: Failed | None) -> tuple[int, Failed | None]:
-        """Of the ranks that have failed by now, the one that died, or else the one that raised first.
+        """Of the ranks that have failed by now, the one that died, or otherwise the one that raised first.
 
-        The collectives of the others fail right after it, and their word may be read first.
+        The collectives of the others fail as a consequence, and their reports may be read first.
         """
         failures = {rank: failed}
         others = {channel: other for other, channel in enumerate(self._channels) if other != rank}
@@ -284,7 +286,7 @@ class RankPool:
             log.close()
 
     def close(self, *, kill: bool = False) -> None:
-        """End the ranks: hang up and wait, or kill at once. Harmless when called again."""
+        """End the ranks: close the channels and wait, or kill at once. Calling it again has no effect."""
         if not self._channels or not self.is_ours:
             return
         self._closed = True
@@ -302,7 +304,7 @@ class RankPool:
             self._close_logs()
 
     def kill(self) -> None:
-        """End the ranks at once, from any thread; one that waits for an answer gets an EngineClosedError."""
+        """End the ranks at once, from any thread. A thread that waits for an answer gets an EngineClosedError."""
         if not self.is_ours:
             return
         self._closed = True

@@ -80,15 +80,15 @@ def checked_given(config: Config, given: torch.Tensor | None) -> list[torch.Tens
         raise RequestError(
             f"given latents must be a floating-point tensor [frames, {', '.join(map(str, frame))}], got {found}"
         )
-    lone = int(video.lone_first_frame)
-    chunks, left = divmod(len(given) - lone, video.chunk_frames)
-    if not len(given) or left:
-        first = "one frame, alone, and then " if lone else ""
+    chunks = video.chunks_in(len(given))
+    if not chunks or video.first_frame_of(chunks) != len(given):
+        first = (
+            "" if video.frames_at(0) == video.chunk_frames else f"a first chunk of {video.frames_at(0)} frame(s), then "
+        )
         raise RequestError(
             f"{len(given)} latent frames given; the bundle takes {first}whole chunks of {video.chunk_frames}: leave some out"
         )
     rows = tokens_from_latents(given.detach().to("cpu", torch.float32), config)
     if not torch.isfinite(rows).all():
         raise RequestError("given latents hold values that are not finite; check the encoder that they come from")
-    frames = video.frames_of_chunks(lone + chunks)
-    return list(torch.split(rows, [count * config.tokens_per_frame for count in frames]))
+    return list(torch.split(rows, [frames * config.tokens_per_frame for frames in video.frames_of_chunks(chunks)]))

@@ -5,7 +5,7 @@
     given:   step(frames) at timestep 0, commit: frames that the caller has are history like generated ones
 
 Two counts: `_frame` is where the next chunk lies in the video, `_history` is how many frames the slots have taken in. They
-differ after a prompt switch that drops or rebuilds history. The chunk at frame 0 may be one frame (`independent_first_frame`);
+differ after a prompt switch that drops or rebuilds history. The video's first chunk may be shorter (`video.step_frames`); then
 it has a layout, and an executor's step, of its own.
 
 Elementwise work is on local rows; the only communication is the step's own and the gather of what leaves the ranks.
@@ -88,9 +88,8 @@ class Rollout:
     ) -> None:
         self._executor, self._collectives = executor, collectives
         self._config = config
-        self._layouts = layout, layout.with_tokens(config.tokens_per_frame)
-        self._lone = config.video.lone_first_frame
-        self._layout = self._layouts[self._lone]
+        self._layouts = [layout.with_tokens(frames * config.tokens_per_frame) for frames in config.video.step_frames]
+        self._step_number = config.video.step_at(0)
         self._noise = noise
         self._drawn: tuple[int, torch.Tensor] | None = None
         self.memory, self.slots = memory, memory.slots
@@ -105,7 +104,7 @@ class Rollout:
     @property
     def kv_frames(self) -> int:
         """Latent frames that the next chunk attends over, its own included."""
-        return self.slots.plan.valid_frames(self._history, lone=self._next_is_lone)
+        return self.slots.plan.valid_frames(self._history, step=self._config.video.step_at(self._frame))
 
     def chunk(
         self,
@@ -186,7 +185,7 @@ class Rollout:
         """Make a chunk that the caller has history: one forward at timestep 0, whatever the context timestep is.
 
         Args:
-            rows: `[N, 64]`, clean, those of one frame for a lone first one; chunks are given in order, before the first one is
+            rows: `[N, 64]`, clean; N is that of the video's next chunk. Chunks are given in order, before the first one is
                 generated.
             record: gather the flow of the forward on rank 0.
         """
@@ -255,7 +254,7 @@ class Rollout:
         slots = self.slots.history(history)
         wanted = {name: (list(view.shape), view.dtype) for name, view in slots.items()}
         for index, start in enumerate(starts):
-            rows = self._layouts[video.frames_at(start) != video.chunk_frames].local_tokens
+            rows = self._layouts[video.step_at(start)].local_tokens
             wanted[f"clean.{index}"] = ([rows, self._config.model.patch_features], torch.float32)
         check_tensors(path, tensors, wanted)
         for name, view in slots.items():
@@ -265,22 +264,21 @@ class Rollout:
         self._wait()
 
     @property
-    def _next_is_lone(self) -> bool:
-        return self._config.video.lone_first_frame and self._frame == 0
+    def _layout(self) -> Layout:
+        return self._layouts[self._step_number]
 
     def _shape_for_next(self) -> None:
-        self._lone = self._next_is_lone
-        self._layout = self._layouts[self._lone]
+        self._step_number = self._config.video.step_at(self._frame)
 
     def _bind(self) -> None:
         """Go to the next chunk, and bind what it attends to."""
         self._shape_for_next()
         self._executor.bind(
-            self.slots.filled(self._history, lone=self._lone),
+            self.slots.filled(self._history, step=self._step_number),
             self.memory.cross_kv,
-            kv_rows=self.slots.filled_rows(self._history, lone=self._lone),
+            kv_rows=self.slots.filled_rows(self._history, step=self._step_number),
             memory=self.memory.number,
-            lone=self._lone,
+            step=self._step_number,
         )
 
     def _step(self, x: torch.Tensor, time: KVPair) -> torch.Tensor:
@@ -289,12 +287,13 @@ class Rollout:
 
     def _commit(self, clean: torch.Tensor) -> None:
         """Staging holds a clean chunk, whose rows are `clean`: make it history, and go on to the next."""
-        plan, frames = self.slots.plan, self._config.video.frames_at(self._frame)
-        self.slots.commit(self._history, lone=self._lone)
+        plan, chunk_frames = self.slots.plan, self._config.video.chunk_frames
+        frames = self._config.video.frames_at(self._frame)
+        self.slots.commit(self._history, step=self._step_number)
         self._clean.append((self._frame, clean))
         first = self._config.video.frames_at(self._clean[0][0])
-        sinks = 1 + math.ceil((plan.sink_frames - first) / plan.chunk_frames) if plan.sink_frames else 0
-        ring = math.ceil(plan.ring_frames / plan.chunk_frames)
+        sinks = 1 + math.ceil((plan.sink_frames - first) / chunk_frames) if plan.sink_frames else 0
+        ring = math.ceil(plan.ring_frames / chunk_frames)
         if len(self._clean) > sinks + ring:
             del self._clean[sinks]
         self._frame += frames

@@ -13,26 +13,24 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, get_args
+from typing import Self, get_args
 
 import torch
 
-from causalrt.engines.bundle import VAE_WEIGHTS
+from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
 from causalrt.errors import CapacityError, EngineClosedError, RequestError
 from causalrt.model.tokens import latents_from_tokens
-from causalrt.runtime.messages import ChunkCommand, Done, Latents, PromptCommand, Reply, SaveCommand
+from causalrt.runtime.messages import ChunkCommand, Done, PromptCommand, Reply, SaveCommand
 from causalrt.runtime.noise import Noise, SeededNoise
 from causalrt.runtime.requests import Embeddings
 from causalrt.runtime.rollout import ChunkTimes, StepRecord, SwitchPolicy
 from causalrt.runtime.snapshot import SessionRecord, new_snapshot, write_session
-
-if TYPE_CHECKING:
-    from causalrt.runtime.engine import Engine
+from causalrt.runtime.workers import Workers
 
 MAX_TIMES = 1024
 """Chunks whose times a session keeps, the newest ones."""
@@ -47,7 +45,7 @@ class Chunk:
 
     Attributes:
         index: from 0.
-        latents: `[F, 16, H, W]`, float32, normalised VAE latents; `[1, 16, H, W]` for a lone first frame.
+        latents: `[F, 16, H, W]`, float32, normalised VAE latents; F is that of the chunk (`video.frames_at`).
         frames: uint8 `[T, 8H, 8W, 3]`, or None without a VAE; 4 frames a latent, but one for the video's first.
         latency_ms: from the request to latents and frames in the caller's hands; stages that ran before the request, where
             chunks are made ahead, are no part of it.
@@ -86,20 +84,20 @@ class Session:
 
     def __init__(
         self,
-        engine: "Engine",
         number: int,
-        num_chunks: int,
-        record: bool,
+        *,
+        workers: Workers,
+        bundle: Bundle,
+        encode_prompt: Callable[[str | Embeddings], tuple[torch.Tensor, float]],
         text: torch.Tensor,
         noise: Noise,
-        text_ms: float,
-        ahead: bool,
+        num_chunks: int,
         num_given: int,
+        ahead: bool,
+        text_ms: float,
+        record: bool,
     ) -> None:
         self.number = number
-        self._text, self._noise = text, noise
-        self._maker = ThreadPoolExecutor(1, f"causalrt-session-{number}") if ahead else None
-        self._made: Future[Made] | None = None
         self.num_chunks = num_chunks
         self.text_ms = text_ms
         self.given_frames: torch.Tensor | None = None
@@ -107,16 +105,19 @@ class Session:
         self.records: list[tuple[StepRecord, ...]] = []
         self.given_records: list[tuple[StepRecord, ...]] = []
         self.kv_rows_moved = 0
-        self._engine = engine
+        self._workers, self._bundle, self._encode_prompt = workers, bundle, encode_prompt
+        self._text, self._noise = text, noise
+        self._num_given = num_given
         self._record = record
+        self._ahead_thread = ThreadPoolExecutor(1, f"causalrt-session-{number}") if ahead else None
+        self._made_ahead: Future[Made] | None = None
         self._next = 0
         self._interrupted: Chunk | None = None
-        self._num_given = num_given
-        # One caller at a time: a chunk that a cancelled task has left is made and dropped.
+        # One caller at a time: when a task is cancelled, its chunk is still made, and then dropped.
         self._lock = threading.RLock()
         self._closed = self._freed = False
         self._cancelled = False
-        self._finalizer = weakref.finalize(self, engine._dropped.append, number)
+        self._finalizer = weakref.finalize(self, workers.abandon_session, number)
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -135,9 +136,9 @@ class Session:
             ForkError: the engine was loaded by another process, from which this one was forked.
         """
         asked = time.perf_counter()
-        self._engine.check_owner()
+        self._workers.check_owner()
         with self._lock:
-            with self._engine.deferred_interrupts():
+            with self._workers.deferred_interrupts():
                 if self._cancelled or (self._next == self.num_chunks and self._interrupted is None):
                     self.close()
                     raise StopIteration
@@ -148,15 +149,15 @@ class Session:
 
     def _next_chunk(self, asked: float) -> Chunk:
         index = self._next
-        made = self._generate(index) if self._made is None else self._made.result()
-        self._next, self._made = index + 1, None
-        if self._maker is not None and self._next < self.num_chunks:
-            self._made = self._maker.submit(self._generate, self._next)
+        made = self._generate(index) if self._made_ahead is None else self._made_ahead.result()
+        self._next, self._made_ahead = index + 1, None
+        if self._ahead_thread is not None and self._next < self.num_chunks:
+            self._made_ahead = self._ahead_thread.submit(self._generate, self._next)
         rows, times, queue_ms = made
-        latents, frames, decode_ms = latents_from_tokens(rows, self._engine.config), None, 0.0
-        if self._engine.decoder is not None:
+        latents, frames, decode_ms = latents_from_tokens(rows, self._bundle.config), None, 0.0
+        if self._workers.decoder is not None:
             try:
-                decoded = self._engine.decode(self.number, latents)
+                decoded = self._workers.decode(self.number, latents)
             except (CapacityError, RequestError):  # the ranks are a chunk ahead of the decoder now
                 self.close()
                 raise
@@ -175,35 +176,26 @@ class Session:
     @property
     def next_chunk(self) -> int:
         """Number of the first chunk that has not been begun: where a prompt switch would act."""
-        return self._next if self._made is None else self._next + 1
+        return self._next if self._made_ahead is None else self._next + 1
 
     def _generate(self, index: int) -> Made:
-        """A chunk's rows `[N, 64]`, its times so far, milliseconds in the queue; the ranks go on to its refresh."""
-        engine = self._engine
+        """Make a chunk; the ranks go on with its context pass when this returns."""
         asked = time.perf_counter()
-        with engine._turn():
-            engine._settle()
+        with self._workers.conversation():
             queue_ms = 1e3 * (time.perf_counter() - asked)
             more = index + 1 < self.num_chunks
-            engine._pool.send(
-                ChunkCommand(
-                    session=self.number,
-                    index=index,
-                    frame=engine.config.video.first_frame_of(self._num_given + index),
-                    refresh=self._record or more,
-                    record=self._record,
-                    draw_next=more,
-                )
+            command = ChunkCommand(
+                session=self.number,
+                index=index,
+                frame=self._bundle.config.video.first_frame_of(self._num_given + index),
+                refresh=self._record or more,
+                record=self._record,
+                draw_next=more,
             )
             self.times[index] = {}
             self.times.pop(index - MAX_TIMES, None)
-            replies = engine._pool.replies()
-            engine._unfinished = self, replies
-            for rank, reply in replies:
-                if isinstance(reply, Latents):
-                    return reply.rows, reply.times, queue_ms
-                self.take(rank, reply)
-        raise AssertionError("rank 0 sends latents before it has done")
+            latents = self._workers.generate(command, self.take)
+        return latents.rows, latents.times, queue_ms
 
     def __aiter__(self) -> Self:
         return self
@@ -240,20 +232,18 @@ class Session:
             RankError: a rank died, hung or raised.
             EngineClosedError: the session or the engine was closed.
         """
-        engine = self._engine
         if policy not in get_args(SwitchPolicy):
             raise RequestError(f"policy must be {', '.join(get_args(SwitchPolicy))}, got {policy!r}")
         asked = time.perf_counter()
-        self._engine.check_owner()
+        self._workers.check_owner()
         with self._lock:
             self._check_open()
-            text, _ = engine.encode_prompt(prompt)
-            with engine.deferred_interrupts():
-                if self._made is not None:
-                    self._made.result()  # its turn comes before ours
-                with engine._turn():
-                    engine._settle()
-                    engine._run(PromptCommand(session=self.number, text=text, policy=policy))
+            text, _ = self._encode_prompt(prompt)
+            with self._workers.deferred_interrupts():
+                if self._made_ahead is not None:
+                    self._made_ahead.result()  # the switch acts after the chunk that is made ahead
+                with self._workers.conversation():
+                    self._workers.run(PromptCommand(session=self.number, text=text, policy=policy))
                 self._text = text
         return 1e3 * (time.perf_counter() - asked)
 
@@ -272,14 +262,13 @@ class Session:
             raise RequestError(
                 "a snapshot holds a seed, and the session has noise that was given; begin it with a seed"
             )
-        self._engine.check_owner()
-        with self._lock, self._engine.deferred_interrupts():
+        self._workers.check_owner()
+        with self._lock, self._workers.deferred_interrupts():
             self._check_open()
             self._write(Path(folder), self._noise.seed, overwrite=overwrite)
 
     def _write(self, folder: Path, seed: int, *, overwrite: bool) -> None:
-        engine = self._engine
-        ahead = None if self._made is None else self._made.result()[0]
+        ahead = None if self._made_ahead is None else self._made_ahead.result()[0]
         if self._next + (ahead is not None) == self.num_chunks:
             raise RequestError("the last chunk is made, nothing follows that could be resumed; take a snapshot earlier")
         record = SessionRecord(
@@ -287,15 +276,14 @@ class Session:
             num_given=self._num_given,
             next_chunk=self._next,
             num_chunks=self.num_chunks,
-            vae=engine.bundle.hashes[VAE_WEIGHTS] if engine.has_vae else None,
+            vae=self._bundle.hashes[VAE_WEIGHTS] if self._workers.decoder is not None else None,
         )
         with new_snapshot(folder, overwrite=overwrite) as work:
-            with engine._turn():
-                engine._settle()
-                engine._run(SaveCommand(session=self.number, folder=work))
-                if engine.decoder is not None:
-                    engine.decoder.save(self.number, work)
-            write_session(work, engine.bundle, record, self._text, ahead)
+            with self._workers.conversation():
+                self._workers.run(SaveCommand(session=self.number, folder=work))
+                if self._workers.decoder is not None:
+                    self._workers.decoder.save(self.number, work)
+            write_session(work, self._bundle, record, self._text, ahead)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -305,18 +293,13 @@ class Session:
         """Go on at this chunk: the session was resumed. `rows` are the chunk's, if it was made before that."""
         self._next = chunk
         if rows is not None:
-            self._made = Future()
-            self._made.set_result((rows, ChunkTimes(), 0.0))
+            self._made_ahead = Future()
+            self._made_ahead.set_result((rows, ChunkTimes(), 0.0))
 
-    def drop(self) -> None:
-        """Give the session up: the engine frees it before it opens another."""
+    def abandon(self) -> None:
+        """Give the session up; the engine frees its memory before it opens another one."""
         self._closed = True
         self._finalizer()
-
-    def forget(self) -> None:
-        """The session never came to be: there is nothing to free."""
-        self._closed = self._freed = True
-        self._finalizer.detach()
 
     def take_given(self, reply: Done) -> None:
         """Keep what rank 0 says of a given chunk."""
@@ -338,17 +321,16 @@ class Session:
 
         In a process that was forked from the engine's, nothing happens.
         """
-        if not self._engine.is_ours:
+        if not self._workers.is_ours:
             return
-        with self._lock, self._engine.deferred_interrupts():
+        with self._lock, self._workers.deferred_interrupts():
             self._closed = True
             if self._freed:
                 return
-            if self._maker is not None:
-                self._maker.shutdown(cancel_futures=True)
-            with contextlib.suppress(EngineClosedError), self._engine._turn():
-                self._engine._settle()
-                self._engine._close_session(self.number)
+            if self._ahead_thread is not None:
+                self._ahead_thread.shutdown(cancel_futures=True)
+            with contextlib.suppress(EngineClosedError), self._workers.conversation():
+                self._workers.close_session(self.number)
             self._freed = True
             self._finalizer.detach()
 

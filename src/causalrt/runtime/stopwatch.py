@@ -1,4 +1,4 @@
-"""Time between marks: the host's clock on a CPU, CUDA events on a GPU, where work is only queued when a call returns."""
+"""Stopwatches: the host's clock on a CPU, and CUDA events on a GPU, where a call returns before its work is done."""
 
 import os
 import time
@@ -9,20 +9,20 @@ import torch
 
 
 class Stopwatch(Protocol):
-    """Marks moments, and tells the time between two of them."""
+    """Marks moments and measures the time between two of them."""
 
     def mark(self) -> int:
-        """A moment, by number; on a GPU that at which the work queued so far is done. Never waits."""
+        """Mark a moment and return its number, without waiting; on a GPU, the moment when the work queued so far is done."""
 
     def wait(self, mark: int) -> None:
-        """Return once that moment has come."""
+        """Wait until that moment has come."""
 
     def ms(self, start: int, end: int) -> float:
         """Milliseconds between two marks; on a GPU only after both moments have come."""
 
 
 class HostStopwatch:
-    """`time.perf_counter`."""
+    """A stopwatch on `time.perf_counter`."""
 
     def __init__(self) -> None:
         self._marks: list[float] = []
@@ -33,7 +33,7 @@ class HostStopwatch:
         return len(self._marks) - 1
 
     def wait(self, mark: int) -> None:
-        """See `Stopwatch.wait`; the host's clock is past every mark."""
+        """Return at once: on the host every mark is in the past."""
 
     def ms(self, start: int, end: int) -> float:
         """See `Stopwatch.ms`."""
@@ -41,7 +41,7 @@ class HostStopwatch:
 
 
 class CudaStopwatch:
-    """Events on the current stream."""
+    """A stopwatch of events on the current stream."""
 
     def __init__(self) -> None:
         self._marks: list[torch.cuda.Event] = []

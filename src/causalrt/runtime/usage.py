@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 WAIT_WARNING = "called a synchronizing CUDA operation"
-"""What torch warns of; setting the mode warns, once, that it is a prototype that may miss some "synchronizing operations"."""
+"""Part of torch's warning of a wait. (Enabling the mode emits another warning, which does not contain it.)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """Of one rank; None where there is no GPU.
+    """What one rank has used; the fields are None where there is no GPU.
 
     Attributes:
-        peak_device_bytes: most that torch's allocator has held, CUDA graphs included; TensorRT's own memory is not.
-        device_waits: times that torch waited for the device while waits were counted; TensorRT's and NCCL's are not seen.
+        peak_device_bytes: peak of torch's allocator, CUDA graphs included and TensorRT's own memory excluded.
+        device_waits: how often torch waited for the device while waits were counted, without TensorRT's and NCCL's waits.
     """
 
     peak_device_bytes: int | None = None
@@ -32,7 +32,7 @@ class WaitCounter:
         self._caught: list[warnings.WarningMessage] = []
 
     def begin(self) -> None:
-        """Count from here on; on the host nothing is."""
+        """Start counting; without a GPU nothing is counted."""
         if self._device.type != "cuda":
             return
         self.end()
@@ -44,7 +44,7 @@ class WaitCounter:
         torch.cuda.set_sync_debug_mode("warn")
 
     def end(self) -> int | None:
-        """Waits since `begin`; None if nothing was counted."""
+        """The number of waits since `begin`, or None if nothing was counted."""
         if self._catching is None:
             return None
         torch.cuda.set_sync_debug_mode("default")

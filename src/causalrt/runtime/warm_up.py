@@ -24,8 +24,8 @@ def warm_up(
         torch.zeros(model.text_len, model.text_dim),
         torch.zeros(config.tokens_per_chunk, model.patch_features),
     )
-    # History after a lone first frame is one frame and whole chunks, or whole chunks alone once a flush has dropped it.
-    for flush in (False, True) if video.lone_first_frame else (False,):
+    # After a first chunk of another length, history is that chunk and whole ones, or whole ones alone once a flush dropped it.
+    for flush in (False, True) if len(video.step_frames) > 1 else (False,):
         rollout = Rollout(executor, collectives, config, layout, text=text, noise=SeededNoise(0), memory=memory)
         attended = _play(rollout, 0)
         if flush:

@@ -1,4 +1,4 @@
-"""The rank processes: `python -m causalrt.runtime.worker` imports everything once and forks one process a rank.
+"""The rank processes: `python -m causalrt.runtime.worker` imports everything once and forks one process for each rank.
 
 Each rank serves commands from its own socket until the caller closes it, and writes what it logs to a file of its own,
 whose tail explains a failure. The process that forked them stays as their supervisor: it reaps them, and ends them on SIGTERM
@@ -24,7 +24,7 @@ from causalrt.runtime.vae_server import VaeServer
 
 logger = logging.getLogger("causalrt.worker")
 PR_SET_PDEATHSIG = 1
-KEEPER_SIGNALS = {signal.SIGCHLD, signal.SIGTERM}
+SUPERVISOR_SIGNALS = {signal.SIGCHLD, signal.SIGTERM}
 ORPHAN_CHECK_S = 0.5
 
 
@@ -46,10 +46,11 @@ def serve(server: Server, channel: "Connection[Any, Any]", name: str) -> int:
             return 1
 
 
-def _die_with_keeper(supervisor: int) -> None:
+def _die_with_supervisor(supervisor: int) -> None:
     """Have the kernel kill this process when the supervisor ends, however it ends.
 
-    Not for the supervisor itself: the signal comes when the parent's *thread* ends, and the caller may load in one that does.
+    The supervisor cannot use this for itself: the signal comes when the parent's *thread* ends, and the thread of the caller
+    that loads an engine may end before the engine does.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != supervisor:
@@ -57,8 +58,8 @@ def _die_with_keeper(supervisor: int) -> None:
 
 
 def _run_rank(role: str, rank: int, descriptors: list[int], log: int, rendezvous: str, supervisor: int) -> int:
-    _die_with_keeper(supervisor)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, KEEPER_SIGNALS)
+    _die_with_supervisor(supervisor)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISOR_SIGNALS)
     for other, descriptor in enumerate(descriptors):
         if other != rank:
             os.close(descriptor)
@@ -76,12 +77,12 @@ def _run_rank(role: str, rank: int, descriptors: list[int], log: int, rendezvous
         return 0
 
 
-def _keep(ranks: set[int], *, parent: int) -> None:
+def _supervise(ranks: set[int], *, parent: int) -> None:
     """Reap the ranks until all have ended."""
     ended = False
     while ranks:
-        told = signal.sigtimedwait(KEEPER_SIGNALS, ORPHAN_CHECK_S)
-        if os.getppid() != parent or (told is not None and told.si_signo == signal.SIGTERM):
+        received = signal.sigtimedwait(SUPERVISOR_SIGNALS, ORPHAN_CHECK_S)
+        if os.getppid() != parent or (received is not None and received.si_signo == signal.SIGTERM):
             ended = True
             for pid in ranks:  # not reaped yet, so the numbers are still theirs
                 os.kill(pid, signal.SIGKILL)
@@ -90,14 +91,12 @@ def _keep(ranks: set[int], *, parent: int) -> None:
             if pid == 0:
                 break
             ranks.remove(pid)
-    if (
-        ended and os.getpgrp() == os.getpid()
-    ):  # what the ranks have started, a compiler for example, is of the same group
-        os.killpg(0, signal.SIGKILL)
+    if ended and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # processes that the ranks have started, such as a compiler, are in the same group
 
 
 def main() -> int:
-    """Fork the ranks and keep them; `--channels` and `--logs` are inherited descriptors, one a rank."""
+    """Fork the ranks and supervise them; `--channels` and `--logs` are inherited descriptors, one for each rank."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--channels", required=True)
     parser.add_argument("--logs", required=True)
@@ -105,7 +104,7 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, KEEPER_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISOR_SIGNALS)
     descriptors, logs = ([int(d) for d in given.split(",")] for given in (arguments.channels, arguments.logs))
     # The ranks find each other through a file without a name, which no other process can find, read or remove.
     rendezvous = f"/proc/self/fd/{os.memfd_create('causalrt-rendezvous')}"
@@ -125,7 +124,7 @@ def main() -> int:
         ranks.add(pid)
     for descriptor in descriptors:
         os.close(descriptor)
-    _keep(ranks, parent=arguments.parent)
+    _supervise(ranks, parent=arguments.parent)
     return 0
 
 

@@ -324,8 +324,8 @@ def _read_given(request: Request, config: Config) -> torch.Tensor | None:
 
 def _latents_of(frames: torch.Tensor, config: Config) -> int:
     """How many latents of a clip make whole chunks."""
-    lone, size = int(config.video.lone_first_frame), config.video.chunk_frames
-    return lone + (1 + (len(frames) - 1) // 4 - lone) // size * size
+    video = config.video
+    return video.first_frame_of(video.chunks_in(1 + (len(frames) - 1) // 4))
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def inspect_bundle(
 
 def _describe_graphs(bundle: Bundle) -> list[dict[str, Any]]:
     described = []
-    for part in bundle.segments:
+    for part in bundle.steps[0].segments:
         model = onnx.load(bundle.path / part.file, load_external_data=False)
         ops = Counter(node.op_type for node in model.graph.node)
         described.append({"file": part.file, "exchange_after": part.sent is not None, "ops": dict(sorted(ops.items()))})

@@ -42,10 +42,10 @@ def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
                         name: {"bytes": (bundle.path / name).stat().st_size, "sha256": bundle.hashes[name]}
                         for name in files.engine_files
                     },
-                    "step": describe_step(bundle, [networks[name] for name in files.step]),
-                    "lone_step": describe_step(bundle, [networks[name] for name in files.lone_step], lone=True)
-                    if files.lone_step
-                    else None,
+                    "steps": [
+                        describe_step(bundle, step, [networks[name] for name in names])
+                        for step, names in enumerate(files.steps)
+                    ],
                     "bytes_per_rank": _bytes_per_rank(bundle, flavour, files, networks),
                     "builder_memory": _builder_memory(networks.values()),
                     "inspector": inspect_on_gpu(bundle, flavour, target, files),
@@ -54,17 +54,18 @@ def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
     return found
 
 
-def describe_step(bundle: Bundle, networks: list[NetworkRecord], *, lone: bool = False) -> dict[str, Any]:
-    """The engines of a chunk's step, or of a lone first frame's, taken together."""
+def describe_step(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> dict[str, Any]:
+    """The engines of one kind of step, taken together."""
     attentions = [attention for network in networks for attention in network.attentions]
     own = [attention for attention in attentions if not attention.key_source.startswith("cross_k.")]
     ranks = [count for network in networks for count in network.collective_ranks]
-    parts = bundle.lone_engine_parts if lone else bundle.engine_parts
+    parts = bundle.steps[step].tensorrt
     layers, plugins = Counter[str](), Counter[str]()
     for network in networks:
         layers.update(network.layers)
         plugins.update(network.plugins)
     return {
+        "frames": bundle.config.video.step_frames[step],
         "engines": len(networks),
         "layers": dict(sorted(layers.items())),
         "self_attentions": len(own),
@@ -76,13 +77,13 @@ def describe_step(bundle: Bundle, networks: list[NetworkRecord], *, lone: bool =
         "collectives_in_engine": len(ranks),
         "collectives_at_runtime": sum(part.sent is not None for part in parts),
         "ranks_of_collectives": sorted(set(ranks)),
-        "constants": check_constants(bundle, networks, lone=lone),
+        "constants": check_constants(bundle, step, networks),
     }
 
 
-def expected_constants(bundle: Bundle, *, lone: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+def expected_constants(bundle: Bundle, step: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     """The tables that a step folds in, by name: rotary angles of the global time index, and the exchange's packing."""
-    layout, config = layouts_from_config(bundle.config)[lone], bundle.config
+    layout, config = layouts_from_config(bundle.config)[step], bundle.config
     if config.video.time_index == "relative" and config.slot_rows == config.tokens_per_chunk:
         # Nothing but staging: no table depends on `first_frame`, and the exporter looks them up once and for all.
         slots = RelativeRope(config)(torch.zeros(1, dtype=torch.int64))
@@ -101,7 +102,7 @@ def expected_constants(bundle: Bundle, *, lone: bool = False) -> dict[str, np.nd
     return tables
 
 
-def check_constants(bundle: Bundle, networks: list[NetworkRecord], *, lone: bool = False) -> dict[str, dict[str, Any]]:
+def check_constants(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> dict[str, dict[str, Any]]:
     """For each table its shape, type, size, and how many constants of the networks equal it, bit for bit."""
     digests = Counter(digest for network in networks for digest in network.constant_digests)
     return {
@@ -111,7 +112,7 @@ def check_constants(bundle: Bundle, networks: list[NetworkRecord], *, lone: bool
             "bytes": table.nbytes,
             "equal_constants": digests[hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()],
         }
-        for name, table in expected_constants(bundle, lone=lone).items()
+        for name, table in expected_constants(bundle, step).items()
     }
 
 
@@ -128,8 +129,8 @@ def _bytes_per_rank(
     bundle: Bundle, flavour: str, files: TargetEngines, networks: Mapping[str, NetworkRecord]
 ) -> dict[str, int]:
     """Bytes of one rank with one session; the activations are an estimate where the builder did not say what they take."""
-    # A lone frame's step may be bound to less of the slots than a chunk's, never to more.
-    sessions = [network for name, network in networks.items() if name not in files.lone_step]
+    # Step 0 is bound to as much of the slots as any other step, or to more.
+    sessions = [networks[name] for name in (files.prompt, files.time, *files.steps[0])]
     inputs = {entry.name: entry for network in sessions for entry in network.inputs}
     rows = bundle.config.slot_rows
 

@@ -113,7 +113,7 @@ def test_a_video_arrives_while_it_is_made(held):
         assert ready["mime"].startswith('video/mp4; codecs="avc1.')
 
 
-def test_a_lone_first_frame_is_sent_at_once():
+def test_an_independent_first_frame_is_sent_at_once():
     """The first chunk is one frame, which has no other to wait for."""
     engine = FakeEngine(changes={"video.independent_first_frame": "true", "video.horizon_frames": "22"})
     engine.hold()

@@ -68,7 +68,7 @@ class Process:
         return connect(self.url.replace("http", "ws") + "/v1/realtime", compression=None)
 
     def descendants(self):
-        """Process numbers of the ranks, the decoder, and their keepers."""
+        """Process numbers of the ranks, the decoder, and their supervisors."""
         found, new = [], [self.process.pid]
         while new:
             parents, new = new, []

@@ -28,28 +28,29 @@ from causalrt.engines.bundle import (
     unchanged,
     write_manifest,
 )
+from causalrt.engines.step_record import StepGraphs, StepPart
 from causalrt.errors import BuildError, BundleError
 from causalrt.layout import layout_from_config
 from causalrt.model.codecs.vae_checkpoint import VaeConfig
 from causalrt.recipes import recipe
 
 CONFIG = override(recipe("tiny"), {"build.world_size": "2"})
-GRAPHS = {"segments": [{"file": "step-000.onnx", "sent": None, "received": None}]}
+STEPS = (StepGraphs(segments=(StepPart(file="step-000.onnx"),)),)
 CONTENTS = {
     "weights.safetensors": bytes(range(256)) * 40,
     **dict.fromkeys(("step-000.onnx", "prompt.onnx", "time.onnx"), b"graph"),
 }
 
 
-LONE = override(CONFIG, {"video.horizon_frames": "13", "video.independent_first_frame": "true"})
-LONE_GRAPHS = GRAPHS | {"lone_segments": [{"file": "lone-step-000.onnx", "sent": None, "received": None}]}
+TWO_KINDS = override(CONFIG, {"video.horizon_frames": "13", "video.independent_first_frame": "true"})
+TWO_STEPS = (*STEPS, StepGraphs(segments=(StepPart(file="1-frame-step-000.onnx"),)))
 
 
-def fill(folder, contents=CONTENTS, *, config=CONFIG, graphs=GRAPHS, vae=None):
+def fill(folder, contents=CONTENTS, *, config=CONFIG, steps=STEPS, vae=None):
     for name, data in contents.items():
         (folder / name).write_bytes(data)
     executors = ("eager", "onnxruntime")
-    write_manifest(folder, config=config, plugins=False, executors=executors, graphs=graphs, engines={}, vae=vae)
+    write_manifest(folder, config=config, plugins=False, executors=executors, steps=steps, engines={}, vae=vae)
 
 
 def make_bundle(target, *, overwrite=False, contents=CONTENTS, then=lambda: None, vae=None):
@@ -115,7 +116,7 @@ def test_written_and_opened(made):
     assert opened.config == CONFIG
     assert opened.layout == layout_from_config(CONFIG)
     assert opened.executors == ("eager", "onnxruntime")
-    assert opened.graphs == GRAPHS
+    assert opened.steps == STEPS
     assert {"torch", "onnx", "onnxruntime"} <= set(opened.toolchain)
     assert names(made) == sorted([*CONTENTS, MANIFEST])
     assert names(made.parent) == ["b"]
@@ -134,7 +135,7 @@ def test_manifest_records_bytes_and_sha256_of_every_other_file(made):
     assert manifest["files"] == {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in CONTENTS.items()
     }
-    assert manifest["layout"]["scatter_rows"] == layout_from_config(CONFIG).scatter_rows
+    assert manifest["steps"][0]["layout"]["scatter_rows"] == layout_from_config(CONFIG).scatter_rows
 
 
 def test_the_digest_tells_one_bundle_from_another(tmp_path):
@@ -165,7 +166,7 @@ def test_an_exception_in_the_block_leaves_the_old_bundle(made):
     with pytest.raises(ValueError, match="stop"):
         make_bundle(made, overwrite=True, contents={"other": b""}, then=raising(ValueError("stop")))
     assert names(made.parent) == ["b"]
-    assert open_bundle(made).graphs == GRAPHS
+    assert open_bundle(made).steps == STEPS
 
 
 def test_a_full_disk_is_a_build_error(tmp_path):
@@ -198,7 +199,7 @@ def test_overwrite_swaps(tmp_path):
     target = make_bundle(tmp_path / "b", contents=CONTENTS | {"old.engine": b""})
     with new_bundle(target, overwrite=True, needed_bytes=0) as folder:
         fill(folder, CONTENTS | {"weights.safetensors": b"new"})
-        assert open_bundle(target).graphs == GRAPHS, "the old bundle serves until the new one is whole"
+        assert open_bundle(target).steps == STEPS, "the old bundle serves until the new one is whole"
         assert "old.engine" in names(target)
     assert names(tmp_path) == ["b"]
     assert names(target) == sorted([*CONTENTS, MANIFEST])
@@ -256,7 +257,7 @@ def test_a_failed_swap_puts_the_old_bundle_back(made, monkeypatch):
     with pytest.raises(BuildError, match="Input/output"):
         make_bundle(made, overwrite=True, contents={"other": b""})
     assert names(made.parent) == ["b"]
-    assert open_bundle(made).graphs == GRAPHS
+    assert open_bundle(made).steps == STEPS
 
 
 def test_a_place_that_cannot_be_written_is_a_build_error(tmp_path):
@@ -535,7 +536,7 @@ def test_a_file_name_that_leaves_the_bundle(made, name):
         (lambda m: m.update(config=None), MANIFEST),
         (lambda m: m.pop("config"), "config"),
         (lambda m: m.pop("files"), "files"),
-        (lambda m: m.pop("graphs"), "graphs"),
+        (lambda m: m.pop("steps"), "steps"),
         (lambda m: m.update(executors=None), MANIFEST),
     ],
 )
@@ -555,9 +556,9 @@ def test_a_signed_manifest_that_makes_no_sense(made, change, named):
         lambda m: m["config"].update(model="abc"),
         lambda m: m.update(executors=[[]]),
         lambda m: m.update(toolchain=[]),
-        lambda m: m.update(graphs=None),
+        lambda m: m.update(steps=None),
     ],
-    ids=["files-list", "entry-empty", "entry-none", "section-str", "executor-list", "toolchain-list", "graphs-none"],
+    ids=["files-list", "entry-empty", "entry-none", "section-str", "executor-list", "toolchain-list", "steps-none"],
 )
 def test_a_signed_manifest_of_wrong_types(made, change):
     edit_manifest(made, change, sign=True)
@@ -602,41 +603,43 @@ def test_a_vae_that_makes_no_sense(tmp_path, change):
 @pytest.mark.parametrize("field", ["local_tokens", "scatter_rows", "gather_rows", "balanced"])
 def test_a_bundle_of_another_layout(made, field):
     # The graphs have the layout of the version that built them; running them with another one would mix up heads.
-    edit_manifest(made, lambda m: m["layout"].update({field: 0}), sign=True)
+    edit_manifest(made, lambda m: m["steps"][0]["layout"].update({field: 0}), sign=True)
     with pytest.raises(BundleError, match="layout"):
         open_bundle(made)
 
 
 def test_a_graph_file_that_is_not_listed(made):
-    edit_manifest(made, lambda m: m["graphs"]["segments"][0].update(file="../evil.onnx"), sign=True)
+    edit_manifest(made, lambda m: m["steps"][0]["segments"][0].update(file="../evil.onnx"), sign=True)
     with pytest.raises(BundleError, match=r"evil\.onnx"):
         open_bundle(made)
 
 
-def lone_bundle(target, graphs=LONE_GRAPHS, config=LONE):
-    with new_bundle(target, overwrite=False, needed_bytes=0) as folder:
-        fill(folder, CONTENTS | {"lone-step-000.onnx": b"graph"}, config=config, graphs=graphs)
-    return target
+@pytest.fixture
+def two_kinds(tmp_path):
+    """A bundle with two kinds of step."""
+    with new_bundle(tmp_path / "b", overwrite=False, needed_bytes=0) as folder:
+        fill(folder, CONTENTS | {"1-frame-step-000.onnx": b"graph"}, config=TWO_KINDS, steps=TWO_STEPS)
+    return tmp_path / "b"
 
 
-def test_a_bundle_with_a_lone_first_frame(tmp_path):
-    opened = open_bundle(lone_bundle(tmp_path / "b"))
-    assert [part.file for part in opened.segments] == ["step-000.onnx"]
-    assert [part.file for part in opened.lone_segments] == ["lone-step-000.onnx"]
-    layout = json.loads((opened.path / MANIFEST).read_text())["layout"]
-    assert (layout["local_tokens"], layout["lone"]["local_tokens"]) == (9, 3)
+def test_a_bundle_with_two_kinds_of_step(two_kinds):
+    assert open_bundle(two_kinds).steps == TWO_STEPS
+    steps = json.loads((two_kinds / MANIFEST).read_text())["steps"]
+    assert [(step["frames"], step["layout"]["local_tokens"]) for step in steps] == [(3, 9), (1, 3)]
 
 
 @pytest.mark.parametrize(
-    ("config", "graphs"), [(LONE, GRAPHS), (CONFIG, LONE_GRAPHS)], ids=["its graph is missing", "there is none"]
+    ("change", "message"),
+    [
+        (lambda m: m["steps"].pop(), "steps must have 2 entries"),
+        (lambda m: m["steps"].append(m["steps"][0]), "steps must have 2 entries"),
+        (lambda m: m["steps"][1].update(segments=[]), "do not fit the graphs"),
+        (lambda m: m["steps"][1].update(frames=3), "frames"),
+        (lambda m: m["steps"][1]["layout"].update(gather_rows=0), "layout"),
+    ],
+    ids=["one is missing", "one too many", "its graph is missing", "of another length", "of another layout"],
 )
-def test_graphs_that_do_not_fit_the_lone_first_frame(tmp_path, config, graphs):
-    with pytest.raises(BundleError, match="do not fit the graphs"):
-        open_bundle(lone_bundle(tmp_path / "b", graphs, config))
-
-
-def test_another_layout_of_the_lone_first_frame(tmp_path):
-    made = lone_bundle(tmp_path / "b")
-    edit_manifest(made, lambda m: m["layout"]["lone"].update(gather_rows=0), sign=True)
-    with pytest.raises(BundleError, match="layout"):
-        open_bundle(made)
+def test_steps_that_do_not_fit_the_config(two_kinds, change, message):
+    edit_manifest(two_kinds, change, sign=True)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(two_kinds)

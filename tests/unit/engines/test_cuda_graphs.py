@@ -11,7 +11,7 @@ import torch
 from causalrt.config import override
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.errors import ExecutorError
-from causalrt.layout import chunk_starts, slots_from_config
+from causalrt.layout import history_lengths, slots_from_config
 from causalrt.recipes import recipe
 
 GPU = torch.device("cuda", 0)
@@ -162,7 +162,7 @@ def test_every_session_keeps_its_graphs(recorder: Recorder, world_size: int, ses
     """As many sessions as 80 GiB hold of the released model: each has a graph for each KV length, captured once."""
     config = override(recipe("wan_1_3b_480p"), {"build.world_size": str(world_size)})
     plan = slots_from_config(config)
-    lengths = {plan.valid_frames(first) * config.tokens_per_frame for first in chunk_starts(config)}
+    lengths = {plan.valid_frames(first) * config.tokens_per_frame for first in history_lengths(config)}
     assert len(lengths) == 7
     graphs = CudaGraphs(GPU)
     keys = list(itertools.product(range(sessions), lengths))

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from causalrt.engines.step_record import files_of, parse_engines, parse_parts
+from causalrt.engines.step_record import files_of, parse_engines, parse_steps
 
 PARTS = [
     {"file": "cut-000.onnx", "sent": "view", "received": "all_to_all", "writes": {}},
@@ -16,24 +16,28 @@ TARGET = {
     "networks": "networks.json",
     "prompt": "prompt.engine",
     "time": "time.engine",
-    "step": ["a.engine", "b.engine"],
+    "steps": [["a.engine", "b.engine"]],
 }
 ENGINES = {"tensorrt_rtx": {"collectives": "runtime", "frontend": "onnx", "targets": {"sm80": TARGET}}}
 
 
+def steps(*parts):
+    """Steps whose engines are built from these parts."""
+    return parse_steps([{"segments": [], "tensorrt": list(of_step)} for of_step in parts], len(parts))
+
+
 def test_what_a_build_writes():
-    parts = parse_parts(PARTS, "graphs.tensorrt")
-    engines = parse_engines(ENGINES, parts)
+    (step,) = steps(PARTS)
+    engines = parse_engines(ENGINES, (step,))
     assert engines["tensorrt_rtx"].targets["sm80"].engine_files == (
         "prompt.engine",
         "time.engine",
         "a.engine",
         "b.engine",
     )
-    assert parts[1].writes == {"k_new": "k.0.0.written"}
-    assert set(files_of(engines, parts)) == {
-        *("cut-000.onnx", "cut-001.onnx", "prompt.engine", "time.engine", "a.engine", "b.engine", "networks.json")
-    }
+    assert [part.file for part in step.tensorrt] == ["cut-000.onnx", "cut-001.onnx"]
+    assert step.tensorrt[1].writes == {"k_new": "k.0.0.written"}
+    assert set(files_of(engines)) == {"prompt.engine", "time.engine", "a.engine", "b.engine", "networks.json"}
 
 
 UNFINISHED = {"tensorrt": {"collectives": "runtime", "frontend": "onnx", "targets": {}, "wanted": ["sm90"]}}
@@ -41,63 +45,70 @@ UNFINISHED = {"tensorrt": {"collectives": "runtime", "frontend": "onnx", "target
 
 @pytest.mark.parametrize("record", [ENGINES, UNFINISHED])
 def test_a_record_is_read_as_it_is_written(record):
-    parts = parse_parts(PARTS, "graphs.tensorrt")
-    parsed = parse_engines(record, parts)
+    graphs = steps(PARTS)
+    parsed = parse_engines(record, graphs)
     written = {name: engines.as_record() for name, engines in parsed.items()}
-    assert parse_engines(json.loads(json.dumps(written)), parts) == parsed
+    assert parse_engines(json.loads(json.dumps(written)), graphs) == parsed
     assert ("wanted" in written[next(iter(record))]) == (record is UNFINISHED)
 
 
 @pytest.mark.parametrize(
-    ("changes", "parts", "lone"),
+    ("changes", "parts"),
     [
-        ({"wanted": "sm90"}, PARTS, False),
-        ({"wanted": [90]}, PARTS, False),
-        ({"wanted": ["90"]}, PARTS, False),
-        ({"targets": {"sm80": TARGET}}, PARTS, False),
-        ({}, [], False),
-        ({}, PARTS, True),
-        ({"collectives": "engine"}, PARTS, False),
+        ({"wanted": "sm90"}, [PARTS]),
+        ({"wanted": [90]}, [PARTS]),
+        ({"wanted": ["90"]}, [PARTS]),
+        ({"targets": {"sm80": TARGET}}, [PARTS]),
+        ({}, [[]]),
+        ({}, [PARTS, []]),
+        ({"collectives": "engine"}, [PARTS]),
     ],
 )
-def test_broken_records_of_engines_that_are_not_built(changes, parts, lone):
+def test_broken_records_of_engines_that_are_not_built(changes, parts):
     record = {"tensorrt": UNFINISHED["tensorrt"] | changes}
     with pytest.raises(TypeError, match=r"engines\.tensorrt"):
-        parse_engines(record, parse_parts(parts, "graphs.tensorrt"), lone=lone)
+        parse_engines(record, steps(*parts))
 
 
-LONE_PARTS = [{"file": "lone-cut-000.onnx", "writes": {"k_new": "k.0.0.written"}}]
+FIRST_PARTS = [{"file": "1-frame-cut-000.onnx", "writes": {"k_new": "k.0.0.written"}}]
 
 
-def lone_record(**changes):
-    target = TARGET | {"lone_step": ["c.engine"]} | changes
+def two_steps(*files):
+    target = TARGET | {"steps": [["a.engine", "b.engine"], *files]}
     return {"tensorrt_rtx": ENGINES["tensorrt_rtx"] | {"targets": {"sm80": target}}}
 
 
-def test_engines_of_a_lone_first_frame():
-    parts, lone_parts = parse_parts(PARTS, "graphs.tensorrt"), parse_parts(LONE_PARTS, "graphs.lone_tensorrt")
-    engines = parse_engines(lone_record(), parts, lone_parts, lone=True)
-    target = engines["tensorrt_rtx"].targets["sm80"]
-    assert (target.step, target.lone_step) == (("a.engine", "b.engine"), ("c.engine",))
+def test_engines_of_two_kinds_of_step():
+    target = parse_engines(two_steps(["c.engine"]), steps(PARTS, FIRST_PARTS))["tensorrt_rtx"].targets["sm80"]
+    assert target.steps == (("a.engine", "b.engine"), ("c.engine",))
     assert target.engine_files[-1] == "c.engine"
-    assert "lone-cut-000.onnx" in files_of(engines, (*parts, *lone_parts))
 
 
 @pytest.mark.parametrize(
-    ("engines", "lone_parts", "lone"),
+    ("engines", "parts"),
     [
-        (ENGINES, LONE_PARTS, True),
-        (lone_record(lone_step=[]), [], True),
-        (lone_record(lone_step=["c.engine", "d.engine"]), LONE_PARTS, True),
-        (lone_record(lone_step="c.engine"), LONE_PARTS, True),
-        (lone_record(), [], False),
-        (lone_record(), LONE_PARTS, False),
+        (ENGINES, [PARTS, FIRST_PARTS]),
+        (two_steps([]), [PARTS, FIRST_PARTS]),
+        (two_steps(["c.engine", "d.engine"]), [PARTS, FIRST_PARTS]),
+        (two_steps("c.engine"), [PARTS, FIRST_PARTS]),
+        (two_steps(["c.engine"]), [PARTS]),
+        (two_steps(["c.engine"], ["d.engine"]), [PARTS, FIRST_PARTS]),
     ],
 )
-def test_engines_and_parts_of_a_lone_first_frame_that_do_not_fit(engines, lone_parts, lone):
-    lone_parts = parse_parts(lone_parts, "graphs.lone_tensorrt")
-    with pytest.raises(TypeError, match=r"targets\.sm80\.lone_step"):
-        parse_engines(engines, parse_parts(PARTS, "graphs.tensorrt"), lone_parts, lone=lone)
+def test_engines_and_parts_of_the_kinds_of_step_that_do_not_fit(engines, parts):
+    with pytest.raises(TypeError, match=r"targets\.sm80\.steps"):
+        parse_engines(engines, steps(*parts))
+
+
+def test_a_kind_of_step_without_graphs():
+    with pytest.raises(TypeError, match=r"engines\.tensorrt_rtx: steps have no graphs"):
+        parse_engines(two_steps([]), steps(PARTS, []))
+
+
+@pytest.mark.parametrize("plain", [None, {}, [], [{}], [1, 1], [{"segments": [], "tensorrt": []}]])
+def test_broken_steps(plain):
+    with pytest.raises(TypeError, match="steps"):
+        parse_steps(plain, 2)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +128,8 @@ def test_engines_and_parts_of_a_lone_first_frame_that_do_not_fit(engines, lone_p
     ],
 )
 def test_broken_parts(parts):
-    with pytest.raises(TypeError, match=r"graphs\.tensorrt"):
-        parse_parts(parts, "graphs.tensorrt")
+    with pytest.raises(TypeError, match=r"steps\[0\]\.tensorrt"):
+        parse_steps([{"segments": [], "tensorrt": parts}], 1)
 
 
 def change(path, value):
@@ -153,10 +164,10 @@ SM80 = (RTX, "targets", "sm80")
         change(SM80, None),
         change((*SM80, "version"), ...),
         change((*SM80, "networks"), 1),
-        change((*SM80, "step"), []),
-        change((*SM80, "step"), "a.engine"),
-        change((*SM80, "step"), ["a.engine"]),
-        change((*SM80, "step"), ["a.engine", 1]),
+        change((*SM80, "steps"), []),
+        change((*SM80, "steps"), ["a.engine", "b.engine"]),
+        change((*SM80, "steps"), [["a.engine"]]),
+        change((*SM80, "steps"), [["a.engine", 1]]),
         change((*SM80, "names"), []),
         change((*SM80, "names"), {"a.engine": "x"}),
         change((*SM80, "names"), {"a.engine": {"own": 1}}),
@@ -167,4 +178,4 @@ def test_broken_engines(edit):
     engines = copy.deepcopy(ENGINES)
     edit(engines)
     with pytest.raises(TypeError, match="engines"):
-        parse_engines(engines, parse_parts(PARTS, "graphs.tensorrt"))
+        parse_engines(engines, steps(PARTS))

@@ -76,8 +76,8 @@ def test_all_that_is_used_is_in_tensorrt_rtx(tensorrt, rtx, uses, others):
 
 
 def test_what_tensorrt_rtx_alone_has_is_used_under_a_guard(tensorrt, rtx, uses):
-    lone = {name for name in rtx.names - tensorrt.names if not name.startswith("_")}
-    found = [use for use in uses if lone & set(use.names)]
+    alone = {name for name in rtx.names - tensorrt.names if not name.startswith("_")}
+    found = [use for use in uses if alone & set(use.names)]
     assert {use.names[-1] for use in found} >= {"set_compute_capability", "get_engine_validity", "cuda_graph_strategy"}
     assert [str(use) for use in found if not use.guarded] == []
 

@@ -84,8 +84,8 @@ class Built:
         self.layout = self.bundle.layout
         self.record = self.bundle.engines["tensorrt_rtx"].targets[target]
         self.networks = json.loads((self.path / self.record.networks).read_text())
-        self.step = [self.networks[name] for name in self.record.step]
-        self.parts = self.bundle.graphs["tensorrt"]
+        self.step = [self.networks[name] for name in self.record.steps[0]]
+        self.parts = self.bundle.steps[0].tensorrt
 
     def all(self, key):
         return [entry for network in self.step for entry in network[key]]
@@ -97,7 +97,7 @@ class Built:
                 if file.suffix in (".onnx", ".safetensors"):
                     shutil.copy(file, folder)
             build_engines(
-                self.config, folder, self.parts, on_progress, flavour=RTX, target=self.target, timing_cache=None
+                self.config, folder, self.bundle.steps, on_progress, flavour=RTX, target=self.target, timing_cache=None
             )
         return out
 
@@ -146,7 +146,7 @@ def test_fused_ops_are_built_as_what_their_functions_say(tmp_path, collectives):
     )
     found = inspect_bundle(path)
     (engines,) = found["engines"]
-    step, layers = engines["step"], config.model.num_layers
+    step, layers = engines["steps"][0], config.model.num_layers
     assert found["plugins"] == "on"
     assert step["engines"] == (1 if collectives == "engine" else 2 * layers + 1)  # slots whole: no cut at cache writes
     assert step["self_attentions"] == step["self_attentions_with_lengths"] == 2 * layers
@@ -164,7 +164,7 @@ def test_tables_of_a_window_of_one_chunk_are_found(tmp_path):
     checkpoint = write_checkpoint(config, tmp_path / "checkpoint.safetensors")
     path = build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["tensorrt_rtx"], targets=["sm80"])
     (engines,) = inspect_bundle(path)["engines"]
-    constants = engines["step"]["constants"]
+    constants = engines["steps"][0]["constants"]
     assert {"slot_cos", "slot_sin"} <= set(constants)
     assert all(table["equal_constants"] for table in constants.values())
 
@@ -190,7 +190,7 @@ def test_the_builder_says_what_memory_engines_take(built):
 
 def buffer_bytes(built):
     """What the executor allocates for a step: every tensor but slots, staging and the prompt's keys and values."""
-    staged = {name for part in built.parts for name in part["writes"]}
+    staged = {name for part in built.parts for name in part.writes}
     tensors = {tensor["name"]: tensor for network in built.step for tensor in network["inputs"] + network["outputs"]}
     kept = [
         tensor for name, tensor in tensors.items() if not name.startswith(("k.", "v.", "cross_")) and name not in staged
@@ -260,9 +260,9 @@ def test_networks_have_the_steps_own_inputs_and_outputs(built):
         assert sorted(entry["name"] for entry in network["inputs"]) == sorted(inputs)
         assert sorted(entry["name"] for entry in network["outputs"]) == sorted(outputs)
     else:
-        sent = [part["sent"] for part in built.parts if part["sent"]]
+        sent = [part.sent for part in built.parts if part.sent]
         assert len(sent) == (2 * config.model.num_layers if config.build.world_size > 1 else 0)
-        written = [name for part in built.parts for name in part["writes"].values()]
+        written = [name for part in built.parts for name in part.writes.values()]
         assert sorted(written) == sorted(step_names(config)[1][1:])
         assert [entry["name"] for entry in built.step[-1]["outputs"]] == ["flow"]
     rotation = [1, built.layout.local_tokens, config.model.head_dim // 2]
@@ -293,11 +293,11 @@ def test_constants_are_the_tables_bit_for_bit(built):
 
 
 def test_one_set_of_engines_serves_every_rank_and_chunk(built):
-    names = [built.record.prompt, built.record.time, *built.record.step]
+    names = [built.record.prompt, built.record.time, *built.record.steps[0]]
     assert sorted(file.name for file in built.path.glob("*.engine")) == sorted(names)
-    assert len(built.record.step) == len(built.parts)
+    assert len(built.record.steps[0]) == len(built.parts)
     assert built.record.version == trt.__version__
-    graphs = {part["file"] for part in built.parts} | {"prompt.onnx", "time.onnx"}
+    graphs = {part.file for part in built.parts} | {"prompt.onnx", "time.onnx"}
     assert {file.name for file in built.path.glob("*.onnx")} == graphs
 
 
@@ -316,7 +316,7 @@ def test_built_again_it_holds_the_same(small, tmp_path):
     tensors in an order that changes."""
     again = small.again(tmp_path / "again")
     assert json.loads((again / small.record.networks).read_text()) == small.networks
-    for name in (small.record.prompt, small.record.time, *small.record.step):
+    for name in (small.record.prompt, small.record.time, *small.record.steps[0]):
         assert (again / name).stat().st_size == (small.path / name).stat().st_size, name
 
 

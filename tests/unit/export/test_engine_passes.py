@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 from causalrt.export.dist_collective import OP, lower_exchanges_pass
 from causalrt.export.scale_queries import scale_queries_pass
 from causalrt.export.segment import cut_exchanges_pass, is_cache_write
-from causalrt.export.split_lone_heads import split_lone_heads_pass
+from causalrt.export.split_single_heads import split_single_heads_pass
 from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP
 from causalrt.proof.emulated_graph import emulate_precision, emulate_ranks
 
@@ -156,16 +156,16 @@ def test_an_attention_with_a_scale_of_its_own_is_not_expected():
         scale_queries_pass(model, head_dim=4)
 
 
-# ---- split_lone_heads_pass
+# ---- split_single_heads_pass
 
 
-def lone_flat(rows):
+def single_flat(rows):
     text = f"""g (float[1,{rows},4] q, float[1,7,4] k, float[1,7,4] v) => (float[1,{rows},4] y)
     {{ y = Attention <q_num_heads: int = 1, kv_num_heads: int = 1> (q, k, v) }}"""
     return parse(text), random(q=(1, rows, 4), k=(1, 7, 4), v=(1, 7, 4))
 
 
-def lone_heads_slow(rows):
+def single_heads_slow(rows):
     text = f"""g (float[1,1,{rows},4] q, float[1,1,7,4] k, float[1,1,7,4] v, int64[1] n) => (float[1,1,{rows},4] y)
     <float[1,1,{rows},4] negative>
     {{ negative = Neg (q)
@@ -173,12 +173,12 @@ def lone_heads_slow(rows):
     return parse(text), random(q=(1, 1, rows, 4), k=(1, 1, 7, 4), v=(1, 1, 7, 4)) | {"n": np.array([5])}
 
 
-@pytest.mark.parametrize("make", [lone_flat, lone_heads_slow], ids=["flat", "heads-slow"])
+@pytest.mark.parametrize("make", [single_flat, single_heads_slow], ids=["flat", "heads-slow"])
 @pytest.mark.parametrize(("rows", "groups"), [(6, 2), (9, 3), (35, 5), (7, 7)])
-def test_a_lone_head_is_split_by_its_rows(make, rows, groups):
+def test_a_single_head_is_split_by_its_rows(make, rows, groups):
     model, feeds = make(rows)
     before = run(model, feeds)["y"]
-    assert split_lone_heads_pass(model) == 1
+    assert split_single_heads_pass(model) == 1
     (attention,) = (node for node in model.graph.node if node.op_type == "Attention")
     assert "q_num_heads" not in {attribute.name for attribute in attention.attribute}
     (queries,) = (value for value in model.graph.value_info if value.name == attention.input[0])
@@ -188,9 +188,9 @@ def test_a_lone_head_is_split_by_its_rows(make, rows, groups):
 
 
 def test_a_split_head_is_scaled_like_any_other():
-    model, feeds = lone_heads_slow(6)
+    model, feeds = single_heads_slow(6)
     before = run(model, feeds)["y"]
-    split_lone_heads_pass(model)
+    split_single_heads_pass(model)
     assert scale_queries_pass(model, head_dim=4) == 1
     np.testing.assert_allclose(run(model, feeds)["y"], before, rtol=0, atol=1e-6)
 
@@ -198,26 +198,26 @@ def test_a_split_head_is_scaled_like_any_other():
 @pytest.mark.parametrize(
     "model",
     [
-        lone_flat(1)[0],
+        single_flat(1)[0],
         parse(FLAT),
         parse(HEADS_SLOW),
         parse(FLAT.replace("int = 3", "int = 1").replace("Attention", "elsewhere.Attention")),
     ],
     ids=["one row", "three heads", "three heads, heads slow", "elsewhere"],
 )
-def test_what_is_no_lone_head_or_has_one_row_stays(model):
+def test_what_is_no_single_head_or_has_one_row_stays(model):
     before = model.SerializeToString()
-    assert split_lone_heads_pass(model) == 0
+    assert split_single_heads_pass(model) == 0
     assert model.SerializeToString() == before
 
 
 @pytest.mark.parametrize("change", ["is_causal: int = 1, q_num_heads", "mask"])
-def test_a_lone_head_with_a_mask_is_not_expected(change):
+def test_a_single_head_with_a_mask_is_not_expected(change):
     text = """g (float[1,6,4] q, float[1,7,4] k, float[1,7,4] v, float[6,7] m) => (float[1,6,4] y)
     { y = Attention <q_num_heads: int = 1, kv_num_heads: int = 1> (q, k, v) }"""
     text = text.replace("(q, k, v) }", "(q, k, v, m) }") if change == "mask" else text.replace("q_num_heads", change)
     with pytest.raises(AssertionError, match="query rows"):
-        split_lone_heads_pass(parse(text))
+        split_single_heads_pass(parse(text))
 
 
 # ---- cut_exchanges_pass at cache writes

@@ -16,7 +16,7 @@ from causalrt.export.engine_network import attentions, describe_network, finish_
 from causalrt.export.engine_worker import parse
 from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
 from causalrt.export.scale_queries import scale_queries_pass
-from causalrt.export.split_lone_heads import split_lone_heads_pass
+from causalrt.export.split_single_heads import split_single_heads_pass
 from causalrt.export.translate import onnx_from_program
 from causalrt.plugins.all_to_all import all_to_all
 from causalrt.plugins.attention import attention, kv_attention_whole
@@ -112,7 +112,7 @@ def run(network, tensors):
     return [values[network.get_output(index).name] for index in range(network.num_outputs)]
 
 
-@pytest.mark.parametrize("rows", [7, 12])  # a prime number of rows too: a lone head is then told apart row by row
+@pytest.mark.parametrize("rows", [7, 12])  # a prime number of rows too: a single head is then split row by row
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize(
     ("op", "eager"), [("rotate", rotate), ("attention", attention), ("kv_attention_whole", kv_attention_whole)]
@@ -197,7 +197,7 @@ def parsed_network(program, folder, ranks):
     outputs = [f"output{index}" for index in range(len(program.graph_signature.user_outputs))]
     inputs = list(program.graph_signature.user_inputs)
     model = ir.to_proto(onnx_from_program(program, input_names=inputs, output_names=outputs))
-    split_lone_heads_pass(model)
+    split_single_heads_pass(model)
     scale_queries_pass(model, head_dim=D)
     lower_exchanges_pass(model, world_size=ranks)
     onnx.save(model, folder / "mini.onnx")

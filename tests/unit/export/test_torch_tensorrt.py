@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from causalrt import build, finish_build, override, recipe
 from causalrt.cli import main
 from causalrt.engines.bundle import open_bundle
+from causalrt.engines.step_record import StepGraphs
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 from causalrt.errors import BuildError, ConfigError, ExecutorError
@@ -221,10 +222,10 @@ def test_build(torch_tensorrt, checkpoint, tmp_path, world_size):
     record = bundle.engines["tensorrt"]
     assert (record.frontend, record.collectives) == ("torch-tensorrt", "engine")
     files = record.targets["sm80"]
-    engines = [files.prompt, files.time, *files.step]
+    engines = [files.prompt, files.time, *files.steps[0]]
     assert engines == [f"tensorrt-sm80-{stem}.engine" for stem in ("prompt", "time", "whole-step")]
     assert all((bundle.path / engine).read_bytes() == b"an engine" for engine in engines)
-    assert "tensorrt" not in bundle.graphs
+    assert bundle.steps == (StepGraphs(),)
     assert [entry for entry in told if entry[0] == "engines for sm80"][-1] == ("engines for sm80", 3, 3)
 
     assert [call["inputs"] for call in torch_tensorrt.calls] == [len(_inputs(files, engine)) for engine in engines]
@@ -236,7 +237,7 @@ def test_build(torch_tensorrt, checkpoint, tmp_path, world_size):
 
     networks = json.loads((bundle.path / files.networks).read_text())
     inputs, outputs = step_names(bundle.config, whole_slots=True)
-    step = networks[files.step[0]]
+    step = networks[files.steps[0][0]]
     layers, shards = bundle.config.model.num_layers, len(bundle.layout.shards)
     assert [entry["name"] for entry in step["inputs"]] == inputs
     assert [entry["name"] for entry in step["outputs"]] == outputs
@@ -417,7 +418,7 @@ def test_engines_of_the_true_torch_tensorrt(checkpoint, tmp_path):
     bundle, _, _ = build_tiny(checkpoint, tmp_path)
     ((_, files),) = bundle.engines["tensorrt"].targets.items()
     loader = EngineLoader(FLAVOURS["tensorrt"], torch.device("cuda", 0))
-    loaded = loader.load(bundle.path / files.step[0], files.names[files.step[0]])
+    loaded = loader.load(bundle.path / files.steps[0][0], files.names[files.steps[0][0]])
     inputs, outputs = step_names(bundle.config, whole_slots=True)
     assert sorted(loaded.names) == sorted([*inputs, *outputs])
     tensors = {name: loaded.empty(name) for name in [*inputs, "flow"]}

@@ -50,7 +50,7 @@ def make_config(*, chunk=3, sink=1, window=7, horizon=21, head_dim=24, **changes
 
 def frames_in_slots(plan, first_frame):
     """What the commits of earlier chunks have left in the filled slots, staging included; sinks are never written again."""
-    chunk = plan.chunk_frames
+    chunk = plan.staging_frames
     slots = np.full(plan.capacity_frames, -1)
     slots[chunk : chunk + plan.sink_frames] = np.arange(plan.sink_frames)
     start = max(0, first_frame - chunk * (math.ceil(plan.ring_frames / chunk) + 1))
@@ -66,7 +66,7 @@ def positions_in_slots(config, first_frame):
     """Positions in time that attention shall see: the frames', but sinks not further off than in the horizon's last chunk."""
     plan = slots_from_config(config)
     frames = frames_in_slots(plan, first_frame)
-    sinks = slice(plan.chunk_frames, plan.chunk_frames + plan.sink_frames)
+    sinks = slice(plan.staging_frames, plan.staging_frames + plan.sink_frames)
     frames[sinks] += max(0, first_frame - (config.video.horizon_frames - config.video.chunk_frames))
     return frames
 

@@ -34,10 +34,10 @@ def test_a_right_exchange_passes_in_any_precision(world_size, dtype):
     assert all(check.rows > 0 for check in found)
 
 
-def test_a_lone_first_frame_has_exchanges_of_its_own():
-    lone = config(2, **{"video.independent_first_frame": "true", "video.horizon_frames": "13"})
-    names = [check.name for check in checks(lone) if check.rank == 0]
-    assert names[2:] == ["scatter_heads of a lone first frame", "gather_heads of a lone first frame"]
+def test_each_kind_of_step_has_exchanges_of_its_own():
+    two_kinds = config(2, **{"video.independent_first_frame": "true", "video.horizon_frames": "13"})
+    names = [check.name for check in checks(two_kinds) if check.rank == 0]
+    assert names[2:] == ["scatter_heads of a 1-frame step", "gather_heads of a 1-frame step"]
 
 
 def test_one_rank_has_nothing_to_exchange():

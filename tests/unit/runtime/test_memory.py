@@ -89,7 +89,7 @@ def test_prediction_grows_with_the_window_alone():
     [("eager", "cuda", 1), ("inductor", "cuda", 1), ("onnxruntime", "cpu", 1), ("onnxruntime", "cuda", 2)]
     + [(flavour, "cuda", 2) for flavour in ("tensorrt", "tensorrt_rtx")],
 )
-def test_weights_of_a_lone_first_frame(executor, device, sets):
+def test_weights_of_two_kinds_of_step(executor, device, sets):
     config = override(recipe("tiny"), {"video.horizon_frames": "13", "video.independent_first_frame": "true"})
     one_set = num_parameters(config.model) * 4
     assert predict_memory(config, executor, device=device).weights_bytes == sets * one_set

@@ -75,12 +75,12 @@ def test_recorded_draws_come_back_as_they_are():
         assert torch.equal(noise.draw(chunk, draw, (3, 5)), draws[chunk, draw])
 
 
-LONE = override(recipe("tiny"), {"video.horizon_frames": "13", "video.independent_first_frame": "true"})
+TWO_KINDS = override(recipe("tiny"), {"video.horizon_frames": "13", "video.independent_first_frame": "true"})
 
 
 def test_noise_of_chunks_of_two_lengths():
     draws = [torch.randn(4, rows, 64) for rows in (6, 18, 18)]
-    noise = checked_noise(LONE, draws, num_chunks=3, num_given=0)
+    noise = checked_noise(TWO_KINDS, draws, num_chunks=3, num_given=0)
     kept = [draw.clone() for draw in draws]
     for draw in draws:
         draw.zero_()  # the caller's memory is the caller's
@@ -88,9 +88,9 @@ def test_noise_of_chunks_of_two_lengths():
         assert torch.equal(noise.draw(chunk, draw, (kept[chunk].shape[1], 64)), kept[chunk][draw])
 
 
-def test_noise_after_a_given_lone_frame_is_one_tensor():
+def test_noise_after_an_initial_frame_is_one_tensor():
     draws = torch.randn(2, 4, 18, 64, dtype=torch.float64)
-    noise = checked_noise(LONE, draws, num_chunks=2, num_given=1)
+    noise = checked_noise(TWO_KINDS, draws, num_chunks=2, num_given=1)
     assert torch.equal(noise.draw(1, 3, (18, 64)), draws[1, 3].float())
 
 
@@ -107,4 +107,4 @@ def test_noise_after_a_given_lone_frame_is_one_tensor():
 def test_noise_that_does_not_fit_is_refused(shapes, said):
     draws = [torch.zeros(shape) for shape in shapes]
     with pytest.raises(RequestError, match=rf"noise must be .*, got {said}"):
-        checked_noise(LONE, draws, num_chunks=2, num_given=0)
+        checked_noise(TWO_KINDS, draws, num_chunks=2, num_given=0)

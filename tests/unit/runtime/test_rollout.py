@@ -17,7 +17,7 @@ from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
-from causalrt.layout import chunk_starts
+from causalrt.layout import history_lengths
 from causalrt.proof.ranks import ThreadCollectives, meet, run_threads
 from causalrt.recipes import recipe
 from causalrt.runtime import session_buffers
@@ -29,7 +29,7 @@ from causalrt.runtime.session_buffers import SessionBufferPool
 from causalrt.runtime.warm_up import warm_up
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-LONE = {"video.horizon_frames": "13", "video.independent_first_frame": "true"}
+TWO_KINDS = {"video.horizon_frames": "13", "video.independent_first_frame": "true"}
 
 
 class Log(list[str]):
@@ -51,9 +51,9 @@ class Logged:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._eager, name)
 
-    def bind(self, *args: Any, kv_rows: int, lone: bool = False, **options: Any) -> None:
-        self.bound.append((kv_rows, lone))
-        self._eager.bind(*args, kv_rows=kv_rows, lone=lone, **options)
+    def bind(self, *args: Any, kv_rows: int, step: int = 0, **options: Any) -> None:
+        self.bound.append((kv_rows, step))
+        self._eager.bind(*args, kv_rows=kv_rows, step=step, **options)
 
     def step(self, *args: Any) -> torch.Tensor:
         self.log.append("step")
@@ -246,7 +246,7 @@ SWITCHES: Sequence[Callable[[Rollout, Config], None]] = (
 )
 
 
-@pytest.mark.parametrize("changes", [{}, LONE], ids=["chunks alike", "lone first frame"])
+@pytest.mark.parametrize("changes", [{}, TWO_KINDS], ids=["chunks alike", "first chunk of one frame"])
 @pytest.mark.parametrize("switch", SWITCHES, ids=["no switch", "keep", "recache", "flush"])
 @pytest.mark.parametrize("record", [False, True])
 def test_drawing_ahead_changes_no_bit(
@@ -270,7 +270,7 @@ def test_drawing_ahead_changes_no_bit(
 
 def test_a_caller_s_noise_is_never_asked_for_more_than_there_is(bundle_of: Callable[..., Bundle], log: Log) -> None:
     """The chunks' tensors are of two lengths, and drawn once each."""
-    bundle = bundle_of(LONE)
+    bundle = bundle_of(TWO_KINDS)
     draws = [torch.randn(4, rows, bundle.config.model.patch_features) for rows in (6, 18)]
     rollout = begin(bundle, CPU, log, noise=RecordedNoise(draws))
     for index in range(2):
@@ -320,9 +320,9 @@ class CountedCollectives(LocalCollectives):
         {"video.window_frames": "9", "video.sink_frames": "3", "video.horizon_frames": "27"},
         {"video.window_frames": "3", "video.sink_frames": "0"},
         {"video.horizon_frames": "3", "video.window_frames": "3", "video.sink_frames": "0"},
-        LONE,
-        {**LONE, "video.window_frames": "9", "video.sink_frames": "3"},
-        {**LONE, "video.horizon_frames": "4"},
+        TWO_KINDS,
+        {**TWO_KINDS, "video.window_frames": "9", "video.sink_frames": "3"},
+        {**TWO_KINDS, "video.horizon_frames": "4"},
     ],
     ids=lambda changes: "-".join(changes.values()) or "tiny",
 )
@@ -337,12 +337,12 @@ def test_warming_up_meets_every_length_and_plays_a_chunk_of_each_kind(
     warm_up(executor, collectives, config, bundle.layout, memories)
 
     slots = KVSlots(config, bundle.layout, torch.float32)
-    lengths = {(slots.filled_rows(first_frame), False) for first_frame in chunk_starts(config)}
-    if config.video.lone_first_frame:
-        lengths.add((slots.filled_rows(0, lone=True), True))
+    lengths = {(slots.filled_rows(first_frame), 0) for first_frame in history_lengths(config)}
+    if len(config.video.step_frames) > 1:
+        lengths.add((slots.filled_rows(0, step=1), 1))
     assert set(executor.bound) == lengths
     assert len(executor.bound) <= len(lengths) + 3, "a step over each length is enough"
-    chunks = 3 if config.video.lone_first_frame else 1
+    chunks = 3 if len(config.video.step_frames) > 1 else 1
     assert collectives.gathered == log.count("copy") == chunks
     assert log.count("step") == log.count("commit") + 4 * chunks
     assert log[-1] == "warmed up"
@@ -356,7 +356,7 @@ def test_warming_up_meets_every_length_and_plays_a_chunk_of_each_kind(
     assert memory.slots.rows_moved == 0
 
 
-@pytest.mark.parametrize("changes", [{}, LONE], ids=["chunks alike", "lone first frame"])
+@pytest.mark.parametrize("changes", [{}, TWO_KINDS], ids=["chunks alike", "first chunk of one frame"])
 def test_two_ranks_warm_up_together_and_compute_what_cold_ones_do(
     bundle_of: Callable[..., Bundle], changes: dict[str, str]
 ) -> None:

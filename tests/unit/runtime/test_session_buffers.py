@@ -116,10 +116,10 @@ def test_the_next_session_finds_the_addresses_and_nothing_else(monkeypatch):
     assert all(bool((tensor == 0).all()) for layer in memory.slots.filled(0) for pair in layer for tensor in pair)
 
 
-LONE = {"video.horizon_frames": "13", "video.independent_first_frame": "true"}
+TWO_KINDS = {"video.horizon_frames": "13", "video.independent_first_frame": "true"}
 
 
-@pytest.mark.parametrize(("plugins", "changes"), [(False, {}), (True, {}), (False, LONE)])
+@pytest.mark.parametrize(("plugins", "changes"), [(False, {}), (True, {}), (False, TWO_KINDS)])
 def test_sessions_one_after_another_in_one_memory(tmp_path, plugins, changes):
     """As on a GPU: warmed up, then two sessions in the memory that the warm-up used; each is what it is alone."""
     config = override(recipe("tiny"), changes)

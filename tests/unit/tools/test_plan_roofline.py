@@ -85,6 +85,16 @@ def test_cases_are_in_order(layout: str, vae: str) -> None:
     assert sum(chunk.frames for chunk in found.chunks) == 81
 
 
+def test_a_first_chunk_of_one_frame_is_a_chunk_of_its_own() -> None:
+    config = override(CONFIG, {"video.independent_first_frame": "true", "video.horizon_frames": "22"})
+    found = forecast(config, A800, "balanced", world_size=8, executor="tensorrt", vae="own")
+    assert [chunk.kv_frames for chunk in found.chunks] == [1, 4, 7, 10, 13, 16, 19, 22]
+    assert [chunk.frames for chunk in found.chunks] == [1, *[12] * 7]
+    first, second = found.chunks[:2]
+    assert first.step_s.nominal < second.step_s.nominal
+    assert first.decode_s.nominal < second.decode_s.nominal
+
+
 def test_collectives_of_the_runtime_cost_more_than_those_of_the_engine() -> None:
     engine, runtime = (
         forecast(CONFIG, GpuMachine(gpu=GPUS["a800"], lowering=how), "balanced", world_size=8, executor="tensorrt")

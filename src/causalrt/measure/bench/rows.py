@@ -155,8 +155,9 @@ def _exchange(config: Config, samples: Sequence[ChunkSample]) -> Exchange:
 
 def _fractions(replica: Replica, samples: Sequence[ChunkSample], ceilings: Ceilings) -> Fractions | None:
     eager, own = ceilings.eager_backend(replica), ceilings.own_backend(replica)
-    # An independent first frame is a chunk of other sizes, whose ops were not measured.
-    whole = [sample for sample in samples if sample.chunk or not replica.config.video.lone_first_frame]
+    # The ceilings were measured at the sizes of step 0.
+    video = replica.config.video
+    whole = [sample for sample in samples if video.step_at(video.first_frame_of(sample.chunk)) == 0]
     if not whole:
         return None
     return Fractions(

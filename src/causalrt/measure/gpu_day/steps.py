@@ -19,6 +19,7 @@ from causalrt.engines.base import TORCH_DTYPES, Executor
 from causalrt.engines.bundle import WEIGHTS, Bundle, new_bundle, open_bundle, write_manifest
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor
+from causalrt.engines.step_record import StepGraphs
 from causalrt.export.random_weights import random_weights
 from causalrt.measure.gpu_day.recorder import Recorder
 from causalrt.runtime.collectives import LocalCollectives
@@ -59,7 +60,8 @@ def random_bundle(config: Config, path: Path, *, device: torch.device) -> Bundle
         size = sum(tensor.nbytes for tensor in weights.values())
         with new_bundle(path, overwrite=False, needed_bytes=size) as folder:
             save_file(weights, folder / WEIGHTS)
-            write_manifest(folder, config=config, plugins=False, executors=("eager",), graphs={}, engines={})
+            steps = [StepGraphs() for _ in config.video.step_frames]
+            write_manifest(folder, config=config, plugins=False, executors=("eager",), steps=steps, engines={})
     return open_bundle(path, verify=False)
 
 

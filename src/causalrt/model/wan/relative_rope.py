@@ -42,7 +42,7 @@ class RelativeRope(nn.Module):
         self.plan = plan = slots_from_config(config)
         self.reach = config.video.horizon_frames - config.video.chunk_frames
         pt, py, px = axis_pairs(config.model.head_dim)
-        times = np.arange(-self.reach, max(plan.chunk_frames, plan.sink_frames))
+        times = np.arange(-self.reach, max(plan.staging_frames, plan.sink_frames))
         y, x = np.divmod(np.arange(config.tokens_per_frame), config.grid_width)
         spatial = np.tile(np.concatenate([angles(y, py), angles(x, px)], axis=1), (plan.capacity_frames, 1, 1))
         constants = {
@@ -50,7 +50,7 @@ class RelativeRope(nn.Module):
             for axis, table in (("temporal", angles(times, pt)), ("spatial", spatial))
             for name, function in (("cos", np.cos), ("sin", np.sin))
         }
-        constants["staging_time"] = torch.arange(plan.chunk_frames)
+        constants["staging_time"] = torch.arange(plan.staging_frames)
         constants["sink_frame"] = torch.arange(plan.sink_frames)
         constants["ring_phase"] = (-1 - plan.sink_frames - torch.arange(plan.ring_frames)) % max(plan.ring_frames, 1)
         for name, constant in constants.items():

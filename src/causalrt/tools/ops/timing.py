@@ -195,6 +195,7 @@ def _sample(kind: str, features: dict[str, float], seconds: float) -> dict[str, 
 
 
 def call_all(calls: Sequence[Callable[[], object]]) -> None:
+    """Make all calls, one after another."""
     for call in calls:
         call()
 

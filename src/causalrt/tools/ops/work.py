@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from causalrt.config import Config, HeadPlanName
-from causalrt.layout import layout_from_config, slots_from_config
+from causalrt.layout import layouts_from_config, slots_from_config
 
 PassKind = Literal["layer_norm", "rms_norm", "rotate", "gelu", "arithmetic", "copy"]
 LayoutName = Literal["balanced", "padded", "grouped", "gathered"]
@@ -129,10 +129,10 @@ class HeadLayout:
     kv_heads: int
 
 
-def head_layout(config: Config, name: LayoutName) -> HeadLayout:
-    """The layout of a full chunk of `config` on `config.build.world_size` ranks."""
+def head_layout(config: Config, name: LayoutName, *, step: int = 0) -> HeadLayout:
+    """The layout of one kind of step of `config` on `config.build.world_size` ranks."""
     plan: HeadPlanName = "balanced" if name == "gathered" else name
-    layout = layout_from_config(replace(config, build=replace(config.build, head_plan=plan)))
+    layout = layouts_from_config(replace(config, build=replace(config.build, head_plan=plan)))[step]
     ranks, rows, heads = layout.world_size, layout.local_tokens, layout.num_heads
     groups: tuple[Group, ...]
     exchanged: tuple[int, ...]

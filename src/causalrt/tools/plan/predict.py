@@ -134,13 +134,15 @@ def forecast(
         vae: where the VAE decodes; its times are known for GPUs of the table only.
     """
     config = override(config, {"build.world_size": str(world_size)})
-    layout = head_layout(config, layout_name)
     video, slots = config.video, slots_from_config(config)
     gpu = machine if isinstance(machine, GpuMachine) else None
     fused = gpu is not None and gpu.fused_ops
-    chunks, first = [], 0
-    for index in range(video.horizon_frames // video.chunk_frames):
-        kv_frames = slots.valid_frames(first)
+    chunks = []
+    for index in range(video.horizon_chunks):
+        first = video.first_frame_of(index)
+        kind, frames = video.step_at(first), video.frames_at(first)
+        layout = head_layout(config, layout_name, step=kind)
+        kv_frames = slots.valid_frames(first, step=kind)
         work = step_work(config, layout, kv_rows=kv_frames * config.tokens_per_frame, fused_ops=fused)
         times = {
             bound: machine.step_time(work, bound, slot_rows=config.slot_rows) for bound in ("best", "nominal", "worst")
@@ -148,19 +150,20 @@ def forecast(
         step = over_bounds(lambda bound: times[bound].total_s)  # noqa: B023
         decode = Estimate(best=0.0, nominal=0.0, worst=0.0)
         if gpu is not None and vae != "none":
-            decode = _decode(config, gpu, first_chunk=index == 0, split=world_size if vae == "split" else 1)
+            decode = _decode(
+                config, gpu, frames=frames, first_chunk=index == 0, split=world_size if vae == "split" else 1
+            )
         chunks.append(
             ChunkForecast(
                 index=index,
                 kv_frames=kv_frames,
-                frames=TEMPORAL_SCALE * video.chunk_frames - (TEMPORAL_SCALE - 1) * (index == 0),
+                frames=TEMPORAL_SCALE * frames - (TEMPORAL_SCALE - 1) * (index == 0),
                 parts=times["nominal"],
                 step_s=step,
                 denoise_s=step.scaled(len(config.sampler.steps)),
                 decode_s=decode,
             )
         )
-        first += video.chunk_frames
     forwards = len(config.sampler.steps) + 1
     last = chunks[-1]
     vae_config = gpu.vae if gpu is not None else VaeConfig()
@@ -195,9 +198,8 @@ def _video_seconds(chunks: list[ChunkForecast], vae: VaePlace, bound: Bound) -> 
     return decoder
 
 
-def _decode(config: Config, gpu: GpuMachine, *, first_chunk: bool, split: int) -> Estimate:
+def _decode(config: Config, gpu: GpuMachine, *, frames: int, first_chunk: bool, split: int) -> Estimate:
     size = (config.video.latent_height, config.video.latent_width)
-    frames = config.video.chunk_frames
     known = max(ranks for ranks in SPLIT_DECODE_SPEEDUP if ranks <= split)
     return over_bounds(
         lambda bound: (

@@ -28,7 +28,7 @@ Lowering = Literal["engine", "runtime", "eager"]
 torch op by op, without a graph."""
 ELEMENT_BYTES = 2
 SEGMENTS_A_LAYER = 3
-"""A layer is cut at two all-to-alls and a cache write (docs/architecture.md)."""
+"""A layer is cut at two all-to-alls and a cache write (docs/internal/chunk-walkthrough.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,9 @@
-"""Pass: an attention with a single head has its query rows told apart as several heads that share one head of keys.
+"""Pass: split the query rows of a single-head attention into several heads, which share the one head of keys.
 
     q [1, 1, R, D], k [1, 1, L, D]  ->  q [1, g, R / g, D], k [1, 1, L, D]          g: smallest divisor of R, 2 as a rule
 
-TensorRT-RTX 1.7 has a fused kernel for a lone head only where R x L is large (found by trial: 2344 x 4680 is refused, 4680 x
-4680 taken; two heads are taken at any size), and at P ranks a share often is one head. The rows stay where they are: both
+TensorRT-RTX 1.7 has a fused kernel for a single head only where R x L is large (found by trial: 2344 x 4680 is refused, 4680 x
+4680 taken; two heads are taken at any size), and on P ranks a shard often is one head. The rows stay where they are: both
 reshapes are views.
 """
 
@@ -12,7 +12,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 
-def split_lone_heads_pass(model: onnx.ModelProto) -> int:
+def split_single_heads_pass(model: onnx.ModelProto) -> int:
     """Split the query rows of every Attention with one head of queries, in place.
 
     Returns:
@@ -37,7 +37,7 @@ def split_lone_heads_pass(model: onnx.ModelProto) -> int:
             continue
         masks = ("is_causal" in attributes and attributes["is_causal"].i) or any(node.input[3:4])
         assert not masks, "a mask speaks of query rows by their number"
-        name = f"lone_head.{hits}"
+        name = f"single_head.{hits}"
         shape = [1, groups, rows // groups, dim]
         kind = types[node.input[0]].elem_type
         graph.value_info.append(helper.make_tensor_value_info(f"{name}.q", kind, shape))
