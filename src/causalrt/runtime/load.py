@@ -99,9 +99,7 @@ def load(
     if where == "cuda" and (chosen == "inductor" or (fused and not kind.compiled)):
         require_triton_launches()
     if (fault := precision_fault(chosen, opened.config.build.precision, where)) is not None:
-        raise ExecutorError(
-            f"{bundle}: {fault}; load it with executor='eager' or on another device, or build it again with another --dtype"
-        )
+        raise ExecutorError(f"{bundle}: {fault}, or load it with executor='eager', or on another kind of device")
     decoder_executor = (vae_executor or (chosen if where == "cuda" else "eager")) if decodes else None
     if decoder_executor is not None and where not in executor_kind(decoder_executor).devices:
         raise ExecutorError(f"{decoder_executor} cannot decode on a {where}; leave vae_executor out, or take eager")
