@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from causalrt import Config, Engine, build, load, override, recipe
 from causalrt.control_groups import available_cpus
 from causalrt.export.random_weights import random_weights
-from causalrt.tools.plan.calibrate import calibrate
-from causalrt.tools.plan.calibration import CalibratedMachine, Calibration, Runtime, read_calibration
+from causalrt.tools.ops.micro_ops import OpExecutor
+from causalrt.tools.plan.calibration import CalibratedMachine, Calibration, calibrate, read_calibration
 from causalrt.tools.plan.predict import forecast
 
-RUNTIMES: tuple[Runtime, ...] = ("eager", "onnxruntime")
+EXECUTORS: tuple[OpExecutor, ...] = ("eager", "onnxruntime")
 WORLD_SIZES = (1, 2)
 SIZES: dict[str, dict[str, str]] = {
     "bench_cpu": {"video.horizon_frames": "9"},
@@ -65,8 +65,8 @@ def open_engines(config: Config, folder: Path, *, clock: str) -> dict[Key, Engin
             override(config, {"build.world_size": str(ranks)}), checkpoint=checkpoint, out=folder / f"ranks{ranks}"
         )
         threads = max(1, available_cpus() // ranks) if clock == "wall" else 1
-        for runtime in RUNTIMES:
-            engines[runtime, ranks] = load(bundle, executor=runtime, device="cpu", num_threads=threads)
+        for executor in EXECUTORS:
+            engines[executor, ranks] = load(bundle, executor=executor, device="cpu", num_threads=threads)
     return engines
 
 
@@ -108,18 +108,18 @@ def compare(name: str, found: Calibration, *, repeats: int, clock: str) -> list[
         for engine in engines.values():
             engine.close()
     rows = []
-    for (runtime, ranks), times in measured.items():
-        kind: Runtime = "eager" if runtime == "eager" else "onnxruntime"
+    for (executor, ranks), times in measured.items():
+        kind: OpExecutor = "eager" if executor == "eager" else "onnxruntime"
         machine = CalibratedMachine(machine=found.machine, entry=found.entry(kind, ranks))
-        expected = forecast(config, machine, "balanced", world_size=ranks, executor=runtime)
+        expected = forecast(config, machine, "balanced", world_size=ranks, executor=executor)
         predicted = [1e3 * (chunk.denoise_s.nominal + chunk.step_s.nominal) for chunk in expected.chunks]
         predicted[-1] = 1e3 * expected.chunks[-1].denoise_s.nominal
         errors = [ours / theirs - 1 for ours, theirs in zip(predicted, times, strict=True)]
-        row = {"size": name, "runtime": runtime, "ranks": ranks, "measured_ms": times, "predicted_ms": predicted}
+        row = {"size": name, "executor": executor, "ranks": ranks, "measured_ms": times, "predicted_ms": predicted}
         rows.append({**row, "error": sum(predicted) / sum(times) - 1, "worst_chunk_error": max(errors, key=abs)})
         chunks = ", ".join(f"{theirs:.0f}/{ours:.0f}" for ours, theirs in zip(predicted, times, strict=True))
         print(
-            f"{name:10} {runtime:12} P={ranks}  error {rows[-1]['error']:+6.1%}, worst chunk "
+            f"{name:10} {executor:12} P={ranks}  error {rows[-1]['error']:+6.1%}, worst chunk "
             f"{rows[-1]['worst_chunk_error']:+6.1%}  (measured/predicted ms: {chunks})",
             flush=True,
         )
@@ -137,18 +137,18 @@ def main() -> None:
     arguments = parser.parse_args()
     load_before = os.getloadavg()
     if not arguments.calibration.exists():
-        calibrate(RUNTIMES, WORLD_SIZES, clock=arguments.clock).write(arguments.calibration)
+        calibrate(EXECUTORS, WORLD_SIZES, clock=arguments.clock).write(arguments.calibration)
     found = read_calibration(arguments.calibration)
     rows = []
     for name in arguments.sizes:
         rows += compare(name, found, repeats=arguments.repeats, clock=arguments.clock)
-    fits = {f"{e.runtime} x {e.ranks}": round(e.relative_error, 3) for e in found.entries}
+    fits = {f"{e.executor} x {e.ranks}": round(e.relative_error, 3) for e in found.entries}
     report = {"rows": rows, "fit_errors": fits, "load_before": load_before, "load_after": os.getloadavg()}
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     worst = max(rows, key=lambda row: abs(row["error"]))
     print(
-        f"worst: {worst['error']:+.1%} ({worst['size']}, {worst['runtime']}, P={worst['ranks']}); loads {load_before}"
+        f"worst: {worst['error']:+.1%} ({worst['size']}, {worst['executor']}, P={worst['ranks']}); loads {load_before}"
     )
 
 

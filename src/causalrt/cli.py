@@ -450,41 +450,44 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from causalrt.tools.plan.command import check_arguments, run
+    from causalrt.tools.plan.arguments import request_from_arguments
+    from causalrt.tools.plan.command import check_request, run
 
-    head_plan, arguments.head_plan = arguments.head_plan, None  # `gathered` and `all` are no build options
-    if arguments.dtype is None and arguments.gpu:
+    request, faults, config = request_from_arguments(arguments), Faults(), None
+    arguments.head_plan = None  # `gathered` and `all` are no build options
+    if arguments.dtype is None and request.gpu:
         arguments.dtype = "bfloat16"
-    config, faults = None, Faults()
     with faults:
         config = _config(arguments)
-    arguments.head_plan = head_plan
     with faults:
-        check_arguments(arguments, config)
+        check_request(request, config)
     faults.report()
     assert config is not None
     with shown_progress() as progress:
-        run(arguments, config, write=_say, on_progress=progress)
+        run(request, config, write=_say, on_progress=progress)
     return 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    from causalrt.measure.bench.arguments import request_from_arguments
     from causalrt.measure.bench.command import run
 
+    request = request_from_arguments(arguments)
+
     def read_config() -> Config | None:
-        if arguments.bundles:
+        if request.bundles:
             if arguments.recipe or arguments.set or arguments.dtype:
                 raise ConfigError(
                     "bundles are what they were built as; leave --recipe, --set and --dtype out, or the bundles"
                 )
             return None
-        arguments.recipe = arguments.recipe or "bench_cpu"
+        arguments.recipe = request.recipe
         arguments.world_size = arguments.head_plan = None
         _choose_dtype(arguments, arguments.executors or ())
         return _config(arguments)
 
     with shown_progress() as progress:
-        run(arguments, read_config, write=_say, on_progress=progress)
+        run(request, read_config, write=_say, on_progress=progress)
     return 0
 
 
@@ -540,10 +543,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _gpu_day(arguments: argparse.Namespace) -> int:
+    from causalrt.measure.gpu_day.arguments import request_from_arguments
     from causalrt.measure.gpu_day.command import run
 
-    console = PrintableConsole(stderr=True)
-    passed = run(arguments, version=__version__, write=_say, on_stage=lambda line: console.print(line, soft_wrap=True))
+    console, request = PrintableConsole(stderr=True), request_from_arguments(arguments)
+    passed = run(request, version=__version__, write=_say, on_stage=lambda line: console.print(line, soft_wrap=True))
     return 0 if passed else EXIT_FAILED
 
 

@@ -1,18 +1,61 @@
-"""The arguments of `causalrt bench`, apart from what it computes, whose imports every other command would wait for."""
+"""The request and the arguments of `causalrt bench`; importing them is cheap, unlike importing what runs the benchmark."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from causalrt.tools.load_arguments import add_cuda_graphs
 
 REPEATS = 5
-"""The fewest whose ratios can show a difference (`verdicts.py`)."""
+"""The fewest repeats whose ratios can show a difference (see `report.median_interval`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchRequest:
+    """What to measure and where to write the report.
+
+    Attributes:
+        bundles: bundles of one model, each built for another number of ranks; without any, a recipe is built.
+        recipe: name of the recipe that is built with random weights.
+        executors: names of executors; None for every executor that can run here.
+        world_sizes: numbers of ranks; None for those of the bundles, or for the usual ones of a recipe.
+        plugins: fused ops `on`, `off` or `both` where a bundle leaves the choice; None for what it was built with.
+        cuda_graphs: `on`, `off` or `both`, for executors that capture steps.
+        device: `cpu` or `cuda`; None for GPUs if there are any.
+        threads: CPU threads of all ranks of a replica together; None for all cores.
+        repeats: measured rollouts of each replica, after one that warms up.
+        chunks: chunks of each rollout; None for as many as the horizon holds.
+        seed: seed of noise, weights and the order in which replicas take turns.
+        vae: whether bundles that have a VAE decode frames.
+        ceilings: whether single ops are measured too.
+        picture: whether `bench.png` is drawn.
+        out: folder of the report.
+        json: whether the report is printed as JSON in place of tables.
+    """
+
+    bundles: Sequence[Path] = ()
+    recipe: str | None = None
+    executors: Sequence[str] | None = None
+    world_sizes: Sequence[int] | None = None
+    plugins: str | None = None
+    cuda_graphs: str = "on"
+    device: str | None = None
+    threads: int | None = None
+    repeats: int = REPEATS
+    chunks: int | None = None
+    seed: int = 0
+    vae: bool = True
+    ceilings: bool = True
+    picture: bool = True
+    out: Path = Path("bench")
+    json: bool = False
 
 
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise argparse.ArgumentTypeError("names none; leave it out for all")
+        raise argparse.ArgumentTypeError("the list is empty; leave it out for all")
     return names
 
 
@@ -24,25 +67,37 @@ def _numbers(text: str) -> list[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments beside overrides, dtype and `--json`."""
+    """Add every argument except overrides, dtype and `--json`."""
     parser.add_argument(
-        "bundles", nargs="*", type=Path, metavar="BUNDLE", help="of one model, each for a number of ranks"
+        "bundles", nargs="*", type=Path, metavar="BUNDLE", help="bundles of one model, each for another number of ranks"
     )
-    parser.add_argument("--recipe", help="or a recipe, with random weights (bench_cpu, where no bundle is given)")
-    parser.add_argument("--executors", type=_names, metavar="A,B", help="(all that can run here)")
+    parser.add_argument("--recipe", help="measure a recipe with random weights instead (bench_cpu without bundles)")
+    parser.add_argument("--executors", type=_names, metavar="A,B", help="executors to measure (all that can run here)")
     parser.add_argument(
-        "--world-sizes", type=_numbers, metavar="P,P", help="ranks (those of the bundles; 1 and 2, or 1 and all GPUs)"
+        "--world-sizes",
+        type=_numbers,
+        metavar="P,P",
+        help="numbers of ranks (those of the bundles; for a recipe 1 and 2, or 1 and all GPUs)",
     )
     parser.add_argument(
         "--plugins", choices=("on", "off", "both"), help="fused ops in eager and inductor (as the bundle was built)"
     )
     add_cuda_graphs(parser, both=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="of all ranks (GPUs where there is one)")
-    parser.add_argument("--threads", type=int, help="CPU threads, divided among the ranks of a side (all cores)")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"that count, after one that does not ({REPEATS})")
-    parser.add_argument("--chunks", type=int, help="of each video (as many as the horizon holds)")
-    parser.add_argument("--seed", type=int, default=0, help="of noise, weights and the order of turns (0)")
-    parser.add_argument("--no-vae", action="store_true", help="latents only, though the bundles have a VAE")
-    parser.add_argument("--no-ceilings", action="store_true", help="do not measure single ops, nor fractions of them")
-    parser.add_argument("--no-picture", action="store_true", help="write no bench.png")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="device of all ranks (GPUs if there are any)")
+    parser.add_argument("--threads", type=int, help="CPU threads, divided among the ranks of a replica (all cores)")
+    parser.add_argument(
+        "--repeats", type=int, default=REPEATS, help=f"measured rollouts, after one that warms up ({REPEATS})"
+    )
+    parser.add_argument("--chunks", type=int, help="chunks of each video (as many as the horizon holds)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise, weights and the order of turns (0)")
+    parser.add_argument("--no-vae", dest="vae", action="store_false", help="do not decode, though bundles have a VAE")
+    parser.add_argument("--no-ceilings", dest="ceilings", action="store_false", help="do not measure single ops")
+    parser.add_argument("--no-picture", dest="picture", action="store_false", help="do not draw bench.png")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and bench.png (bench)")
+
+
+def request_from_arguments(arguments: argparse.Namespace) -> BenchRequest:
+    """Take the request from the parsed command line."""
+    recipe = arguments.recipe or (None if arguments.bundles else "bench_cpu")
+    fields = {name: getattr(arguments, name) for name in BenchRequest.__dataclass_fields__}
+    return BenchRequest(**{**fields, "recipe": recipe})

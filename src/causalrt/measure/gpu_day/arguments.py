@@ -1,6 +1,8 @@
-"""The arguments of `causalrt gpu-day`; importing this is cheap, unlike importing what the command runs."""
+"""The request and the arguments of `causalrt gpu-day`; importing them is cheap, unlike importing what runs the parts."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from causalrt.measure.gpu_day.parts import PARTS
@@ -9,8 +11,31 @@ FOLDER = "causalrt-gpu-day"
 BUDGET_S = 570.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuDayRequest:
+    """Which parts to run, and where to write the report.
+
+    Attributes:
+        budget: seconds for all parts together.
+        out: folder of the report.
+        parts: names of the parts to run; None for all.
+        list: whether the parts are listed and nothing is run.
+        dry_run: whether the parts run on the CPU at the smallest size.
+        golden: folder of recorded rollouts; None for that of the source tree.
+        json: whether the report is printed as JSON.
+    """
+
+    budget: float = BUDGET_S
+    out: Path = Path(FOLDER)
+    parts: Sequence[str] | None = None
+    list: bool = False
+    dry_run: bool = False
+    golden: Path | None = None
+    json: bool = False
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments beside `--json`."""
+    """Add every argument except `--json`."""
     parser.add_argument(
         "--budget", type=float, default=BUDGET_S, metavar="SECONDS", help=f"time for all parts together ({BUDGET_S:g})"
     )
@@ -25,3 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--golden", type=Path, metavar="FOLDER", help="recorded rollouts (tests/data/golden of the source tree)"
     )
+
+
+def request_from_arguments(arguments: argparse.Namespace) -> GpuDayRequest:
+    """Take the request from the parsed command line."""
+    return GpuDayRequest(**{name: getattr(arguments, name) for name in GpuDayRequest.__dataclass_fields__})

@@ -1,19 +1,29 @@
-"""A part in a process of its own, which is ended with all that it has started when its time is over."""
+"""Run a part in a process of its own, which is killed with everything that it has started when its time is over.
+
+run_part (in gpu-day)  --- python -m causalrt.measure.gpu_day.runner MODULE RECORD SETTINGS --->  main (in the process)
+"""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from causalrt.child_python import python_command, python_environment
-from causalrt.measure.gpu_day.book import Settings
+from causalrt.engines.streams import own_stream
 from causalrt.measure.gpu_day.parts import Part
+from causalrt.measure.gpu_day.recorder import Recorder, Settings, SkippedError, one_line
 
 POLL_S = 0.05
 REPORT_S = 1.0
@@ -23,17 +33,17 @@ LOG_TAIL_BYTES = 2**16
 
 @dataclass(kw_only=True, slots=True)
 class Outcome:
-    """How a part went.
+    """The outcome of a part.
 
     Attributes:
-        name: of the part.
-        summary: what it tells.
+        name: name of the part.
+        summary: what the part finds out.
         status: `waiting`, `running`, `done`, `failed`, `timed out`, `skipped` or `interrupted`.
         reason: why it was skipped, or how it ended.
-        seconds: that it took.
-        limit_s: seconds that it was given.
-        log_tail: last lines of what its process wrote, unless the part is done.
-        record: what it found (see `book.Record`).
+        seconds: time that it took.
+        limit_s: time that it was given.
+        log_tail: last lines of what its process wrote, if it failed or timed out.
+        record: its findings (see `recorder.Record`).
     """
 
     name: str
@@ -49,13 +59,13 @@ class Outcome:
 def run_part(
     part: Part, outcome: Outcome, settings: Settings, *, limit_s: float, on_change: Callable[[], None]
 ) -> None:
-    """Run a part, and write how it went to `outcome`.
+    """Run a part, and keep `outcome` up to date.
 
     Args:
-        part: what to run.
-        outcome: of the part; its record follows what the part writes down.
-        settings: for the part.
-        limit_s: seconds after which its process and all of the same process group are killed.
+        part: the part.
+        outcome: its outcome, whose record follows that of the running part.
+        settings: settings of the part.
+        limit_s: seconds after which its process and the whole process group are killed.
         on_change: called whenever the outcome has changed.
     """
     record, log = settings.work / f"{part.name}.json", settings.work / f"{part.name}.log"
@@ -68,7 +78,7 @@ def run_part(
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*python_command("causalrt.measure.gpu_day.child"), part.module, str(record), settings.as_text()],
+                [*python_command(__name__), part.module, str(record), settings.as_text()],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -94,7 +104,7 @@ def run_part(
 
 
 def _wait(process: "subprocess.Popen[bytes]", until: float, each: Callable[[], None]) -> bool:
-    """Whether the process ends by itself in time. It is not reaped yet, so that its number still names its group."""
+    """Whether the process ends by itself in time. It is not reaped yet, so that its id still names its process group."""
     reported = time.monotonic()
     while (now := time.monotonic()) < until:
         if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None:
@@ -107,7 +117,7 @@ def _wait(process: "subprocess.Popen[bytes]", until: float, each: Callable[[], N
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill what is left of the group; whatever the part has started and left behind is in it."""
+    """Kill what is left of the process group, which includes everything that the part has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -122,7 +132,7 @@ def _follow(outcome: Outcome, record: Path, start: float, on_change: Callable[[]
 
 
 def _read_record(outcome: Outcome, path: Path) -> bool:
-    """Take over what the part has written; whether that is new."""
+    """Take over the record that the part has written, and return whether it has changed."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -157,3 +167,39 @@ def _tail(log: Path) -> str:
     except OSError:
         return ""
     return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
+
+
+# ---- in the process of the part
+
+
+def _end_with_parent() -> None:
+    """Kill this process group when the parent, which holds the other end of stdin, has ended."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> int:
+    """Run the part, and return the exit code; the record says how it went."""
+    module, record, settings = sys.argv[1:]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    recorder = Recorder(Settings.from_text(settings), Path(record))
+    recorder.save()
+    try:
+        if recorder.device.type == "cuda":
+            torch.cuda.set_device(recorder.device)
+        with own_stream(recorder.device):
+            importlib.import_module(module).run(recorder)
+    except SkippedError as reason:
+        recorder.record.skipped = str(reason)
+    except Exception as error:
+        traceback.print_exc()
+        recorder.record.error = one_line(error)
+    recorder.save()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return 1 if recorder.record.error else 0
+
+
+if __name__ == "__main__":
+    os._exit(main())  # unloading CUDA libraries would take seconds of the budget, and may crash

@@ -1,27 +1,65 @@
-"""The arguments of `causalrt plan`, apart from what it computes, whose imports every other command would wait for."""
+"""The request and the arguments of `causalrt plan`; importing them is cheap, unlike importing what computes a plan."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from causalrt.tools.ops.work import LAYOUTS
 from causalrt.tools.plan.hardware import GPUS, VaePlace
-from causalrt.tools.plan.head_layouts import LAYOUTS
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
-RUNTIMES = ("eager", "onnxruntime")
+EXECUTORS = ("eager", "onnxruntime")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRequest:
+    """What to plan for, and how the step is run there.
+
+    Attributes:
+        gpu: name of a GPU in the table of `hardware.py`.
+        calibration: file of a machine that was measured before.
+        calibrate: measure this machine, write this file, and plan for the machine.
+        validate: compare predictions with published figures instead of planning.
+        world_size: number of ranks; None for a table over several.
+        head_plan: name of a head layout, or `all`.
+        collectives: `engine` or `runtime`: who exchanges between ranks.
+        plugins: `on` if self-attention is one launch of the fused op.
+        vae: where frames are decoded; None for the default of the machine.
+        executor: executor on a machine that was measured.
+        straggler: fraction by which rank 0 is slower in the timeline.
+        timeline: where to draw the timeline.
+        json: whether the plan is printed as JSON.
+    """
+
+    gpu: str | None = None
+    calibration: Path | None = None
+    calibrate: Path | None = None
+    validate: bool = False
+    world_size: int | None = None
+    head_plan: str = "all"
+    collectives: str = "engine"
+    plugins: str = "off"
+    vae: VaePlace | None = None
+    executor: str = "onnxruntime"
+    straggler: float = 0.0
+    timeline: Path | None = None
+    json: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments beside recipe, overrides, dtype and `--json`."""
+    """Add every argument except recipe, overrides, dtype and `--json`."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--gpu", help=f"one of {', '.join(GPUS)}")
     where.add_argument("--calibration", type=Path, metavar="FILE", help="a machine that --calibrate has measured")
     where.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="measure this machine, write FILE, and plan for it"
     )
-    where.add_argument("--validate", action="store_true", help="compare predictions with what others have published")
+    where.add_argument("--validate", action="store_true", help="compare predictions with published figures")
     parser.add_argument("--world-size", type=int, help=f"ranks (a table over {', '.join(map(str, WORLD_SIZES))})")
-    parser.add_argument("--head-plan", choices=(*LAYOUTS, "all"), default="all", help="gathered is computed only (all)")
+    parser.add_argument(
+        "--head-plan", choices=(*LAYOUTS, "all"), default="all", help="`gathered` can be computed, not built (all)"
+    )
     parser.add_argument(
         "--collectives", choices=("engine", "runtime"), default="engine", help="who exchanges between ranks (engine)"
     )
@@ -31,12 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae",
         choices=get_args(VaePlace),
-        help="where frames are decoded: nowhere, on a GPU of its own, on rank 0's, or over all ranks, which the runtime cannot "
-        "do yet (own; none for a machine that was measured)",
+        help="where frames are decoded: nowhere, on a GPU of its own, on the GPU of rank 0, or on all ranks, which the runtime "
+        "cannot do yet (own; none on a machine that was measured)",
     )
     parser.add_argument(
-        "--executor", choices=RUNTIMES, default="onnxruntime", help="on a machine that was measured (onnxruntime)"
+        "--executor", choices=EXECUTORS, default="onnxruntime", help="on a machine that was measured (onnxruntime)"
     )
-    parser.add_argument("--straggler", type=float, default=0.0, help="in the simulation, how much slower rank 0 is (0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the simulation (0)")
-    parser.add_argument("--timeline", type=Path, metavar="FILE.png", help="draw the simulation; wants matplotlib")
+    parser.add_argument(
+        "--straggler", type=float, default=0.0, help="fraction by which rank 0 is slower in the timeline (0)"
+    )
+    parser.add_argument("--timeline", type=Path, metavar="FILE.png", help="draw the timeline; needs matplotlib")
+
+
+def request_from_arguments(arguments: argparse.Namespace) -> PlanRequest:
+    """Take the request from the parsed command line."""
+    return PlanRequest(**{name: getattr(arguments, name) for name in PlanRequest.__dataclass_fields__})

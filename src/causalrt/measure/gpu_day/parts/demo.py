@@ -1,11 +1,11 @@
-"""The shipped demo model on the GPU, through rank and decoder processes as it is served: frames against the CPU's."""
+"""The shipped demo model on the GPU, through rank and decoder processes as in serving: its frames against those of the CPU."""
 
 from dataclasses import replace
 
 from causalrt.config import override
 from causalrt.demo_model import demo_files
 from causalrt.export.build import build
-from causalrt.measure.gpu_day.book import Book
+from causalrt.measure.gpu_day.recorder import Recorder
 from causalrt.recipes import recipe
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet
 from causalrt.tools.demo import Made, compared, make_video
@@ -14,21 +14,21 @@ from causalrt.tools.demo_request import DemoRequest
 TABLE = "videos of the demo model"
 SHEET = "demo.png"
 SAME_LEVELS = 2
-"""Of 255: what is rounded to a pixel may differ where sums are made in another order."""
-WAYS = (("eager", False), ("eager", True), ("inductor", False))
-"""Executors, and whether they take the fused ops."""
+"""Allowed difference in grey levels, of 255: rounding to pixels may differ where sums are taken in another order."""
+VARIANTS = (("eager", False), ("eager", True), ("inductor", False))
+"""Executors, and whether they use the fused ops."""
 
 
-def run(book: Book) -> None:
-    """Make the video on the CPU, then by each way on the GPU; the sheet has a row for each."""
-    model, device = demo_files(), book.device.type
-    request = replace(DemoRequest(), chunks=2) if book.dry_run else DemoRequest()
+def run(recorder: Recorder) -> None:
+    """Make the video on the CPU, then with each variant on the GPU; the contact sheet has a row for each."""
+    model, device = demo_files(), recorder.device.type
+    request = replace(DemoRequest(), chunks=2) if recorder.dry_run else DemoRequest()
     config = override(recipe("demo"), {"build.world_size": "1"})
     bundle = build(
         config,
         checkpoint=model.checkpoint,
         vae=model.codec,
-        out=book.settings.work / "demo",
+        out=recorder.settings.work / "demo",
         executors=["eager"],
     )
 
@@ -38,22 +38,20 @@ def run(book: Book) -> None:
         )
 
     wanted = made_by("eager", "cpu", plugins=False)
-    sheet = [
-        SheetRow(name="eager\nCPU", frames=wanted.frames, verdict="what the others\nare compared with", agrees=None)
-    ]
-    ways = WAYS[1:2] if book.dry_run else WAYS
-    if book.dry_run:
-        book.note("On a CPU the demo is made by the references of the fused ops alone, and two chunks long.")
+    sheet = [SheetRow(name="eager\nCPU", frames=wanted.frames, verdict="reference", agrees=None)]
+    variants = VARIANTS[1:2] if recorder.dry_run else VARIANTS
+    if recorder.dry_run:
+        recorder.note("On a CPU the demo runs only with the references of the fused ops, and is two chunks long.")
     worst = 0
-    for executor, plugins in ways:
+    for executor, plugins in variants:
         name = f"{executor}, fused ops" if plugins else executor
-        with book.attempt(name):
+        with recorder.attempt(name):
             made = made_by(executor, device, plugins=plugins)
             found = compared((executor, 1), made, wanted)
             levels = found["grey_levels"]
-            book.row(
+            recorder.row(
                 TABLE,
-                way=name,
+                variant=name,
                 device=device,
                 **{
                     "largest difference, of 255": levels,
@@ -74,8 +72,8 @@ def run(book: Book) -> None:
                     agrees=levels <= SAME_LEVELS,
                 )
             )
-            book.file(SHEET, contact_sheet(f"{request.prompt} ({where} against CPU)", sheet))
+            recorder.file(SHEET, contact_sheet(f"{request.prompt} ({where} against CPU)", sheet))
             worst = max(worst, levels)
             if levels > SAME_LEVELS:
-                book.wrong(f"{name}: frames differ by up to {levels} of 255, allowed {SAME_LEVELS}")
-            book.headline("demo", f"The demo's frames differ from the CPU's by at most {worst} of 255.")
+                recorder.wrong(f"{name}: frames differ by up to {levels} of 255, allowed {SAME_LEVELS}")
+            recorder.headline("demo", f"The demo's frames differ from the CPU's by at most {worst} of 255.")

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_kernels
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import gpu_kernels
 
 from causalrt.config import override
 from causalrt.measure.kernel_bench import operands, qk_norm_rope, rope_attention

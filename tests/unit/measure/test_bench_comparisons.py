@@ -1,11 +1,13 @@
 """When `bench` calls a difference one: equal samples, shifted ones, outliers, few of them."""
 
 import random
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from causalrt.measure.bench.verdicts import CONFIDENCE, Comparison, compare, median_interval, quantiles
+from causalrt.measure.bench.report import Comparison, Quantiles
+from causalrt.measure.bench.rows import CONFIDENCE, compare, median_interval
 
 
 def noisy(rng: random.Random, mean: float, count: int, spread: float = 0.05) -> list[float]:
@@ -30,7 +32,7 @@ def test_a_large_shift_is_shown(count: int) -> None:
     found = judged(fast, slow)
     assert found.verdict == "faster"
     assert found.ratio == pytest.approx(2, rel=0.1)
-    assert "2.0" in found.sentence() or "1.9" in found.sentence()
+    assert "2.0" in found.says or "1.9" in found.says
     assert judged(slow, fast).verdict == "slower"
 
 
@@ -49,7 +51,7 @@ def test_an_outlier_does_not_hide_a_shift() -> None:
 def test_an_outlier_makes_no_difference() -> None:
     found = judged([100.0, 101, 99, 100, 10], [100.0, 100, 100, 101, 100])
     assert found.verdict == "none shown"
-    assert "no difference shown" in found.sentence()
+    assert "no difference shown" in found.says
 
 
 def test_what_is_smaller_than_the_spread_is_no_difference() -> None:
@@ -64,12 +66,12 @@ def test_what_is_smaller_than_the_spread_is_no_difference() -> None:
 def test_few_repeats_show_nothing(count: int) -> None:
     found = judged([1.0] * count, [3.0] * count)
     assert (found.verdict, found.interval) == ("none shown", None)
-    assert "too few" in found.sentence()
-    assert "3" not in found.sentence()
+    assert "too few" in found.says
+    assert "3" not in found.says
 
 
 def test_a_verdict_in_json() -> None:
-    plain = judged([1.0] * 5, [1.0] * 5).as_dict()
+    plain = asdict(judged([1.0] * 5, [1.0] * 5))
     assert plain["verdict"] == "none shown"
     assert plain["says"] == "a against b, chunk latency: no difference shown (94 % interval 1.00 to 1.00)"
 
@@ -92,15 +94,15 @@ def test_an_interval_holds_the_median_as_often_as_it_says() -> None:
 
 def test_quantiles_are_numpys() -> None:
     values = [5.0, 1.0, 9.0, 2.0, 7.5, 3.0]
-    found = quantiles(values)
-    assert found["n"] == 6
+    found = Quantiles.of(values)
+    assert found.n == 6
     for name, percent in (("p50", 50), ("p95", 95), ("p99", 99)):
-        assert found[name] == pytest.approx(np.percentile(values, percent))
-    assert quantiles([4.0]) == {"p50": 4.0, "p95": 4.0, "p99": 4.0, "n": 1}
+        assert getattr(found, name) == pytest.approx(np.percentile(values, percent))
+    assert Quantiles.of([4.0]) == Quantiles(p50=4.0, p95=4.0, p99=4.0, n=1)
 
 
 def test_a_bound_is_never_rounded_to_one() -> None:
     found = judged([100.0] * 5, [100.1, 150, 160, 170, 180])
     assert found.verdict == "faster"
-    assert "interval 1.001 to 1.800" in found.sentence()
-    assert "interval 1.00 to 1.00" in judged([100.0] * 5, [100.0] * 5).sentence()
+    assert "interval 1.001 to 1.800" in found.says
+    assert "interval 1.00 to 1.00" in judged([100.0] * 5, [100.0] * 5).says

@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 import warnings
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,31 @@ import torch
 
 from causalrt.config import Config, override
 from causalrt.errors import MeasurementError
-from causalrt.measure.bench.ceilings import Ceilings, Probe, Way, full_work, rates_of, roofline, work_of
-from causalrt.measure.bench.machine import describe_machine, describe_moment, peak_host_bytes
+from causalrt.measure.bench import rows
+from causalrt.measure.bench.ceilings import BackendRates, Ceilings, roofline
+from causalrt.measure.bench.machine import Machine, Moment, describe_machine, describe_moment, peak_host_bytes
 from causalrt.measure.bench.picture import draw
-from causalrt.measure.bench.probe import ops_of
-from causalrt.measure.bench.report import comparisons, full_chunks, row, steady_chunks
-from causalrt.measure.bench.samples import ChunkSample, FirstSample, Measured
+from causalrt.measure.bench.replicas import Replica
+from causalrt.measure.bench.report import FirstFrame, FirstFrames, Manifest, Quantiles, Report, Row
+from causalrt.measure.bench.rollouts import ChunkSample, FirstSample, Measured
+from causalrt.measure.bench.rows import comparisons, full_chunks, steady_chunks
 from causalrt.measure.bench.show import sentences
-from causalrt.measure.bench.sides import Replica
-from causalrt.owned_paths import TemporaryFolder
 from causalrt.recipes import recipe
 from causalrt.runtime.usage import WaitCounter
 from causalrt.tools.doctor import examine
 from causalrt.tools.gpus import Gpu, Gpus
-from causalrt.tools.plan.micro_ops import _onnx_runner, attention_op, random_tensors, standard_attention_op
-from causalrt.tools.plan.work import Attention
+from causalrt.tools.ops.micro_ops import (
+    OpExecutor,
+    Sample,
+    _onnx_runner,
+    attention_op,
+    random_tensors,
+    rates_of,
+    standard_attention_op,
+    step_ops,
+)
+from causalrt.tools.ops.timing import OpTimer
+from causalrt.tools.ops.work import Attention, full_work, work_of
 
 RATES = {"gemm_gflops": 100.0, "attention_gflops": 50.0, "memory_gbs": 10.0, "exchange_gbs": 1.0}
 
@@ -51,6 +61,11 @@ def side(world_size: int = 1, name: str = "eager", executor: str = "eager") -> R
     )
 
 
+def row(replica: Replica, found: Measured, ceilings: Ceilings | None) -> dict[str, Any]:
+    """The row as it stands in bench.json."""
+    return asdict(rows.row(replica, found, ceilings))
+
+
 def chunk(index: int, repeat: int = 0, *, steps: float = 10.0, last: bool = False, **fields: Any) -> ChunkSample:
     return ChunkSample(
         **{
@@ -65,7 +80,7 @@ def chunk(index: int, repeat: int = 0, *, steps: float = 10.0, last: bool = Fals
             "decode_ms": 0.0,
             "hand_over_ms": 4.0,
             "queue_ms": 0.0,
-            "refresh_ms": 0.0 if last else steps,
+            "context_pass_ms": 0.0 if last else steps,
             "all_to_all_calls": 0,
             "rows_sent": 0,
             **fields,
@@ -86,14 +101,14 @@ def measured(repeats: int = 2, *, steps: float = 10.0, **fields: Any) -> Measure
 
 def test_the_highest_rates_count() -> None:
     samples = [
-        {"kind": "gemm", "features": {"flop": 2e9}, "seconds": 0.1},
-        {"kind": "gemm", "features": {"flop": 2e9}, "seconds": 0.05},
-        {"kind": "attention", "features": {"flop": 1e9}, "seconds": 0.1},
-        {"kind": "arithmetic", "features": {"element": 1e6}, "seconds": 0.001},
+        Sample(kind="gemm", features={"flop": 2e9}, seconds=0.1),
+        Sample(kind="gemm", features={"flop": 2e9}, seconds=0.05),
+        Sample(kind="attention", features={"flop": 1e9}, seconds=0.1),
+        Sample(kind="arithmetic", features={"element": 1e6}, seconds=0.001),
     ]
     found = rates_of(samples, element_bytes=4)
     assert found == {"gemm_gflops": pytest.approx(40), "attention_gflops": 10, "memory_gbs": pytest.approx(12)}
-    samples.append({"kind": "exchange", "features": {"element": 1e6}, "seconds": 0.002})
+    samples.append(Sample(kind="exchange", features={"element": 1e6}, seconds=0.002))
     assert rates_of(samples, element_bytes=4)["exchange_gbs"] == pytest.approx(2)
 
 
@@ -115,8 +130,9 @@ def test_a_roofline_by_hand() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_op_of_a_step_is_measured(world_size: int) -> None:
     work = full_work(config(world_size))
-    for runtime, times in (("eager", 1), ("onnxruntime", 2)):
-        ops = ops_of(work, runtime, torch.float32)  # type: ignore[arg-type]
+    executors: tuple[tuple[OpExecutor, int], ...] = (("eager", 1), ("onnxruntime", 2))
+    for executor, times in executors:
+        ops = step_ops(work, executor, torch.float32)
         flops = [op.features["flop"] for op in ops if op.kind == "attention"]
         assert flops == [each.flops for each in work.attentions] * times
         assert [op.features["flop"] for op in ops if op.kind == "gemm"] == [each.flops for each in work.gemms]
@@ -142,15 +158,15 @@ def test_either_attention_of_onnxruntime_attends(monkeypatch: pytest.MonkeyPatch
 def with_rounds(sides: list[Replica], count: int) -> Ceilings:
     ceilings = Ceilings(sides)
     for each in sides:
-        for way in (ceilings.eager_way(each), ceilings.own_way(each)):
-            assert way is not None
-            ceilings.rounds[way] = [{name: rate * (1 + i) for name, rate in RATES.items()} for i in range(count)]
+        for backend in (ceilings.eager_backend(each), ceilings.own_backend(each)):
+            assert backend is not None
+            ceilings.rounds[backend] = [{name: rate * (1 + i) for name, rate in RATES.items()} for i in range(count)]
     return ceilings
 
 
 def test_fractions_are_of_the_rounds_around_a_repeat() -> None:
     ceilings = with_rounds([side()], 3)
-    rates = ceilings.around(ceilings.eager_way(side()), 1)
+    rates = ceilings.around(ceilings.eager_backend(side()), 1)
     assert rates == {name: pytest.approx(2.5 * rate) for name, rate in RATES.items()}
     found = row(side(), measured(), ceilings)["roofline"]["of_own_ops"]
     works = [work_of(config(), kv_frames=frames) for frames in (3, 6, 7, 7)]
@@ -172,7 +188,7 @@ def test_the_fastest_step_is_held_against_the_best_rates() -> None:
 
 def test_a_runtime_without_single_ops_has_eagers_alone() -> None:
     inductor = side(executor="inductor")
-    assert Ceilings.own_way(inductor) is None
+    assert Ceilings.own_backend(inductor) is None
     assert row(inductor, measured(), with_rounds([side()], 3))["roofline"]["of_own_ops"] is None
     assert row(side(), measured(), None)["roofline"] is None
 
@@ -190,9 +206,9 @@ def test_a_row() -> None:
         "gather": 1,
         "decode": 0,
         "hand_over": 4,
-        "refresh, after the latency": 10,
+        "context pass, after the latency": 10,
     }
-    assert found["stages_ms"]["refresh, after the latency"]["n"] == 6  # the last chunk has none
+    assert found["stages_ms"]["context pass, after the latency"]["n"] == 6  # the last chunk has none
     assert found["frames_per_second"] == {"median": 200, "min": 200, "max": 200, "chunks": [2], "full": True}
     assert [each["kv_frames"] for each in found["by_chunk"]] == [3, 6, 7, 7]
     assert found["first_frame"]["warm"]["total_ms"]["n"] == 2
@@ -257,9 +273,9 @@ def test_every_pair_is_compared() -> None:
 
 def test_what_is_said_of_the_machine() -> None:
     machine = describe_machine("cpu")
-    assert machine["cores"] == len(os.sched_getaffinity(0))
-    assert machine["versions"]["torch"] == torch.__version__
-    json.dumps([machine, describe_moment("cpu")])
+    assert machine.cores == len(os.sched_getaffinity(0))
+    assert machine.versions["torch"] == torch.__version__
+    json.dumps([asdict(machine), asdict(describe_moment("cpu"))])
 
 
 def test_gpus_are_named_without_starting_cuda_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +291,7 @@ def test_gpus_are_named_without_starting_cuda_here(monkeypatch: pytest.MonkeyPat
     )
     child = f"print({json.dumps(asdict(found))!r})"
     monkeypatch.setattr("causalrt.tools.gpus.python_command", lambda module: [sys.executable, "-c", child])
-    assert describe_machine("cuda")["gpus"] == ["card 0", "card 1"]
+    assert describe_machine("cuda").gpus == ["card 0", "card 1"]
     assert examine()["machine"]["torch"] == torch.__version__
     assert not torch.cuda.is_initialized()
 
@@ -304,56 +320,59 @@ def test_waits_are_counted_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert modes == ["warn", "default"] * 2
 
 
+def report(*rows_: Row, ceilings: Sequence[BackendRates] = ()) -> Report:
+    idle = Moment(load_average=(0.0, 0.0, 0.0), cpu_mhz=[], cpu_governor=None, gpus=None)
+    manifest = Manifest(
+        what="tiny",
+        date="2026-11-21",
+        command=[],
+        machine=Machine(
+            device="cpu", gpus=[], cpu="one", cores=1, cpu_quota=None, platform="", versions={}, commit=None
+        ),
+        before=idle,
+        after=idle,
+        bundles=[],
+        random_weights=True,
+        seed=0,
+        repeats=2,
+        chunks=4,
+        config=config().as_dict(),
+        includes={},
+    )
+    return Report(schema=0, manifest=manifest, rows=list(rows_), comparisons=[], ceilings=list(ceilings), left_out=[])
+
+
 def test_the_legend_names_every_stage_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """One is too short for a picture of cold starts, and long in that of warm ones."""
     from matplotlib.figure import Figure
 
     named: list[str] = []
     monkeypatch.setattr(Figure, "legend", lambda _, __, names, **___: named.extend(names))
-    found = row(side(), measured(), None)
-    found["first_frame"] = {
-        "cold": {"stages_ms": {"load": 1e4, "open": 1.0}},
-        "warm": {"stages_ms": {"open": 1.0, "denoise": 4.0}},
-    }
-    machine = {"gpus": [], "cpu": "one", "cores": 1}
-    manifest = {
-        "what": "tiny",
-        "machine": machine,
-        "config": config().as_dict(),
-        "repeats": 2,
-        "date": "2026-11-21",
-        **{when: {"load_average": [0.0]} for when in ("before", "after")},
-    }
-    draw({"rows": [found], "comparisons": [], "manifest": manifest})
+    total = Quantiles.of([1.0])
+    first = FirstFrames(
+        cold=FirstFrame(total_ms=total, stages_ms={"load": 1e4, "open": 1.0}),
+        warm=FirstFrame(total_ms=total, stages_ms={"open": 1.0, "denoise": 4.0}),
+    )
+    draw(report(replace(rows.row(side(), measured(), None), first_frame=first)))
     assert named == ["load", "open", "denoise", "gather", "hand over"]
 
 
 def test_a_low_rate_is_not_shown_as_none() -> None:
-    report = {
-        "rows": [],
-        "comparisons": [],
-        "left_out": [],
-        "ceilings": [{"way": "eager 2x1", "best": {"exchange_gbs": 0.0123}}],
-        "manifest": {when: {"load_average": [0.0]} for when in ("before", "after")},
-    }
-    report["rows"] = [row(side(), measured(), None)]
-    assert "ceilings a rank, eager 2x1: exchange gbs 0.0123" in sentences(report)
+    rates = {"exchange_gbs": 0.0123}
+    ceilings = BackendRates(way="eager 2x1", executor="eager", world_size=2, threads=1, best=rates, rounds=[rates])
+    found = report(rows.row(side(), measured(), None), ceilings=[ceilings])
+    assert "ceilings of a rank, eager 2x1: exchange gbs 0.0123" in sentences(found)
 
 
-def test_a_rank_that_has_ended_is_not_waited_for() -> None:
-    """The first rank waits for it, and answers nothing."""
-    probe = Probe.__new__(Probe)
-    probe.way = Way(runtime="eager", world_size=2, threads=1)
-    probe._folder = TemporaryFolder("bench")
-    probe._log = (probe._folder.path / "log").open("w+")
-    programs = ("import time; time.sleep(600)", "import sys; sys.exit(1)")
-    probe._processes = [
-        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for program in programs
-    ]
-    try:
-        with pytest.raises(MeasurementError, match="--no-ceilings"):
-            probe.wait_ready()
-        assert probe._processes[0].poll() is None
-    finally:
-        probe.close()
+def test_ceilings_that_cannot_be_measured_say_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[OpTimer] = []
+
+    def fail(timer: OpTimer) -> None:
+        raise MeasurementError("a rank failed")
+
+    monkeypatch.setattr(OpTimer, "__init__", lambda self, *_, **__: None)
+    monkeypatch.setattr(OpTimer, "__exit__", lambda self, *_: closed.append(self))
+    monkeypatch.setattr(OpTimer, "wait_ready", fail, raising=False)
+    with pytest.raises(MeasurementError, match="a rank failed; leave single ops out with --no-ceilings"):
+        Ceilings([side(), side(2)]).__enter__()
+    assert len(closed) == 2

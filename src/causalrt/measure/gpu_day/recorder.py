@@ -1,4 +1,4 @@
-"""What a part writes down while it runs: every line is on disk before the next one is begun."""
+"""The record of a part, which is on disk after every finding, so that a part that is killed loses nothing."""
 
 import contextlib
 import json
@@ -13,22 +13,20 @@ import torch
 
 from causalrt.tools.files import write_whole
 
-Row = Mapping[str, Any]
-
 
 class SkippedError(Exception):
-    """A part, or the rest of it, cannot run here; the message says why."""
+    """A part, or the rest of it, cannot run on this machine; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What a part is told.
+    """The settings of a part.
 
     Attributes:
-        out: the folder of the report.
-        work: a folder for files that parts leave for later ones; removed at the end.
-        golden: the folder of recorded rollouts.
-        dry_run: run on the CPU, at the smallest size.
+        out: folder of the report.
+        work: folder for files that parts leave for later ones; it is removed at the end.
+        golden: folder of recorded rollouts.
+        dry_run: whether parts run on the CPU at the smallest size.
     """
 
     out: Path
@@ -37,12 +35,12 @@ class Settings:
     dry_run: bool
 
     def as_text(self) -> str:
-        """JSON; `from_text` is the way back."""
+        """The settings as JSON."""
         return json.dumps({name: str(value) if name != "dry_run" else value for name, value in asdict(self).items()})
 
     @classmethod
     def from_text(cls, text: str) -> "Settings":
-        """See `as_text`."""
+        """Read what `as_text` has written."""
         plain = json.loads(text)
         dry_run = plain.pop("dry_run")
         return cls(**{name: Path(value) for name, value in plain.items()}, dry_run=dry_run)
@@ -50,18 +48,18 @@ class Settings:
 
 @dataclass(kw_only=True, slots=True)
 class Record:
-    """What a part has found so far.
+    """The findings of a part so far.
 
     Attributes:
-        headline: sentences for the report's first paragraph, by topic.
+        headline: sentences for the first paragraph of the report, by topic.
         tables: rows by title.
         facts: single values by name.
         notes: what a reader of the tables must know.
-        wrong: what came out wrong; a part with such a line has failed.
-        files: names of files in the report's folder.
-        data: for pictures.
+        wrong: wrong results; a part that has one has failed.
+        files: names of files in the folder of the report.
+        data: values that a picture is drawn from.
         skipped: why the part did not run.
-        error: what ended it.
+        error: the error that ended it.
     """
 
     headline: dict[str, str] = field(default_factory=dict)
@@ -75,13 +73,13 @@ class Record:
     error: str = ""
 
 
-class Book:
-    """A part's record, written to a file whenever it changes.
+class Recorder:
+    """Writes the record of a part to a file whenever it changes.
 
     Attributes:
-        settings: what the part is told.
-        device: the first GPU, or in a dry run the CPU.
-        record: what was written so far.
+        settings: settings of the part.
+        device: the first GPU, or the CPU in a dry run.
+        record: the findings so far.
     """
 
     def __init__(self, settings: Settings, path: Path) -> None:
@@ -90,7 +88,7 @@ class Book:
 
     @property
     def dry_run(self) -> bool:
-        """Whether this is a trial on a CPU."""
+        """Whether parts run on the CPU at the smallest size."""
         return self.settings.dry_run
 
     def row(self, table: str, /, **columns: Any) -> None:
@@ -98,34 +96,34 @@ class Book:
         self.record.tables.setdefault(table, []).append(columns)
         self.save()
 
-    def table(self, table: str, rows: Sequence[Row]) -> None:
+    def table(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace a table."""
         self.record.tables[table] = [dict(row) for row in rows]
         self.save()
 
     def fact(self, name: str, value: Any) -> None:
-        """Write a single value."""
+        """Record a single value."""
         self.record.facts[name] = value
         self.save()
 
     def headline(self, topic: str, sentence: str) -> None:
-        """Say something in the report's first paragraph, in the place of what was said on this topic."""
+        """Put a sentence into the first paragraph of the report, replacing an earlier one on this topic."""
         self.record.headline[topic] = sentence
         self.save()
 
     def note(self, text: str) -> None:
-        """Say what a reader must know; once."""
+        """Record what a reader must know, unless it is recorded already."""
         if text not in self.record.notes:
             self.record.notes.append(text)
             self.save()
 
     def wrong(self, text: str) -> None:
-        """Something came out wrong: the part has failed, and goes on."""
+        """Record a wrong result: the part has failed, and goes on."""
         self.record.wrong.append(text)
         self.save()
 
     def data(self, name: str, value: Any) -> None:
-        """Keep values that a picture is drawn from."""
+        """Record values that a picture is drawn from."""
         self.record.data[name] = value
         self.save()
 
@@ -138,7 +136,7 @@ class Book:
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Write an error in the block down and go on, unless it has broken the GPU's context: that ends the part."""
+        """Record an error in the block and go on, unless it has broken the context of the GPU, which ends the part."""
         try:
             yield
         except SkippedError as reason:
@@ -151,13 +149,13 @@ class Book:
                 torch.cuda.empty_cache()
 
     def save(self) -> None:
-        """Write the record; a reader finds the old one or the new one."""
+        """Write the record in one step, so that a reader never finds half of it."""
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self.record), default=str))
         os.replace(partial, self._path)
 
 
 def one_line(error: BaseException, most: int = 400) -> str:
-    """An error's kind and the beginning of its message."""
+    """The type of an error and the beginning of its message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:most]}" if text else type(error).__name__

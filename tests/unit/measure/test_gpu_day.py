@@ -13,46 +13,48 @@ import pytest
 import torch
 
 from causalrt import cli
+from causalrt.measure.bench.machine import describe_machine
 from causalrt.measure.gpu_day import command, runner
-from causalrt.measure.gpu_day.book import Book, Settings, SkippedError
 from causalrt.measure.gpu_day.command import run_day
 from causalrt.measure.gpu_day.parts import PARTS, Part, golden, ranks
-from causalrt.measure.gpu_day.predictions import Planner, columns, known_gpu
+from causalrt.measure.gpu_day.predictions import Planner, columns
+from causalrt.measure.gpu_day.recorder import Recorder, Settings, SkippedError
 from causalrt.measure.gpu_day.report import Report, as_markdown, markdown_table
 from causalrt.measure.gpu_day.runner import Outcome
+from causalrt.tools.plan.hardware import GPUS, known_gpu
 
 FAKES = {
     "hanging": """
         import subprocess, sys, time
-        def run(book):
-            book.row("results", side="first", ms=2.0)
+        def run(recorder):
+            recorder.row("results", side="first", ms=2.0)
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-            book.fact("child", child.pid)
+            recorder.fact("child", child.pid)
             print("about to hang", flush=True)
             time.sleep(600)
     """,
     "killed": """
         import os, signal
-        def run(book):
-            book.row("results", side="before", ms=3.0)
+        def run(recorder):
+            recorder.row("results", side="before", ms=3.0)
             print("last words", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """,
     "raising": """
-        def run(book):
-            book.row("results", side="before", ms=3.0)
+        def run(recorder):
+            recorder.row("results", side="before", ms=3.0)
             raise ValueError("no such thing")
     """,
     "wrong": """
-        def run(book):
-            book.headline("topic", "All is well.")
-            with book.attempt("the first"):
+        def run(recorder):
+            recorder.headline("topic", "All is well.")
+            with recorder.attempt("the first"):
                 raise ValueError("off by one")
-            book.row("results", side="after", ms=4.0)
+            recorder.row("results", side="after", ms=4.0)
     """,
     "skipping": """
-        from causalrt.measure.gpu_day.book import SkippedError
-        def run(book):
+        from causalrt.measure.gpu_day.recorder import SkippedError
+        def run(recorder):
             raise SkippedError("there is one GPU")
     """,
 }
@@ -67,8 +69,8 @@ def fakes(tmp_path, monkeypatch):
         (folder / f"gpu_day_{name}.py").write_text(textwrap.dedent(source))
     monkeypatch.syspath_prepend(str(folder))
 
-    def part(name, *, wish_s=60.0, least_s=1.0):
-        return Part(name=name, module=f"gpu_day_{name}", summary=f"{name}?", wish_s=wish_s, least_s=least_s)
+    def part(name, *, limit_s=60.0, least_s=1.0):
+        return Part(name=name, module=f"gpu_day_{name}", summary=f"{name}?", limit_s=limit_s, least_s=least_s)
 
     return part
 
@@ -136,7 +138,7 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_keeps_what_it_had(fake
     assert outcome.record["tables"]["results"] == [{"side": "first", "ms": 2.0}]
     assert "about to hang" in outcome.log_tail
     wait_until(lambda: not is_running(outcome.record["facts"]["child"]))
-    assert Report(tmp_path, [outcome], asked={}, machine={}).failed
+    assert Report(tmp_path, [outcome], asked={}, machine=describe_machine("cpu")).failed
 
 
 def test_parts_that_no_longer_fit_are_skipped_and_say_so(fakes, tmp_path, monkeypatch):
@@ -148,7 +150,7 @@ def test_parts_that_no_longer_fit_are_skipped_and_say_so(fakes, tmp_path, monkey
 
     monkeypatch.setattr(command, "run_part", run_part)
     monkeypatch.setattr(command, "DRY_RUN_PATIENCE", 1.0)
-    parts = [fakes("one", least_s=1000.0), fakes("two", wish_s=60.0), fakes("three", wish_s=5000.0)]
+    parts = [fakes("one", least_s=1000.0), fakes("two", limit_s=60.0), fakes("three", limit_s=5000.0)]
     report, _, text = run(parts, tmp_path / "out", budget_s=300.0)
     assert [outcome.status for outcome in report.outcomes] == ["skipped", "done", "done"]
     assert not report.failed
@@ -165,7 +167,7 @@ DAY = """
     from causalrt.measure.gpu_day.command import run_day
     from causalrt.measure.gpu_day.parts import Part
     parts = [
-        Part(name=name, module="gpu_day_hanging", summary=name, wish_s=500.0, least_s=least_s)
+        Part(name=name, module="gpu_day_hanging", summary=name, limit_s=500.0, least_s=least_s)
         for name, least_s in (("long", 1e6), ("hanging", 1.0), ("last", 1.0))
     ]
     out = Path(sys.argv[2])
@@ -232,7 +234,7 @@ def test_every_part_has_a_module_with_run():
 
     for part in PARTS:
         assert callable(importlib.import_module(part.module).run), part.name
-        assert 0 < part.least_s < part.wish_s
+        assert 0 < part.least_s < part.limit_s
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path, capsys):
@@ -256,7 +258,9 @@ def test_everything_that_is_wrong_with_the_arguments_is_said_at_once(tmp_path, c
 
 
 def test_files_of_an_earlier_report_go_and_others_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "run_day", lambda parts, **_: Report(tmp_path, [], asked={}, machine={}))
+    monkeypatch.setattr(
+        command, "run_day", lambda parts, **_: Report(tmp_path, [], asked={}, machine=describe_machine("cpu"))
+    )
     outside = tmp_path.parent / "outside.png"
     for path in (tmp_path / "steps.png", tmp_path / "mine.png", outside):
         path.write_text("picture")
@@ -274,47 +278,47 @@ def test_files_of_an_earlier_report_go_and_others_stay(tmp_path, monkeypatch):
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 
 
-def book_at(tmp_path, golden=GOLDEN):
-    return Book(Settings(out=tmp_path, work=tmp_path, golden=golden, dry_run=True), tmp_path / "record.json")
+def recorder_at(tmp_path, golden=GOLDEN):
+    return Recorder(Settings(out=tmp_path, work=tmp_path, golden=golden, dry_run=True), tmp_path / "record.json")
 
 
 def test_rank_threads_replay_a_recording_and_a_wrong_exchange_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "WORLD_SIZES", (2,))
-    book = book_at(tmp_path)
-    ranks.run(book)
-    assert [(row["way"], row["exchange"], row["ok"]) for row in book.record.tables[ranks.TABLE]] == [
+    recorder = recorder_at(tmp_path)
+    ranks.run(recorder)
+    assert [(row["variant"], row["exchange"], row["ok"]) for row in recorder.record.tables[ranks.TABLE]] == [
         ("eager", "ok", True),
         ("fused ops", "ok", True),
     ]
-    assert book.record.wrong == []
+    assert recorder.record.wrong == []
 
     def own_block_only(self, received, sent):
         received.copy_(sent)
 
     monkeypatch.setattr(ranks.ThreadCollectives, "all_to_all", own_block_only)
-    book = book_at(tmp_path)
-    ranks.run(book)
-    assert not any(row["ok"] for row in book.record.tables[ranks.TABLE])
-    assert any("rank 0 expected row 0" in text for text in book.record.wrong)
-    assert any("allowed 5e-05" in text for text in book.record.wrong)
+    recorder = recorder_at(tmp_path)
+    ranks.run(recorder)
+    assert not any(row["ok"] for row in recorder.record.tables[ranks.TABLE])
+    assert any("rank 0 expected row 0" in text for text in recorder.record.wrong)
+    assert any("allowed 5e-05" in text for text in recorder.record.wrong)
 
 
 def test_a_replay_that_is_off_is_wrong(tmp_path, monkeypatch):
     exact = golden.replay_here
-    monkeypatch.setattr(golden, "WAYS", golden.WAYS[:1])
+    monkeypatch.setattr(golden, "VARIANTS", golden.VARIANTS[:1])
     monkeypatch.setattr(golden, "RECORDINGS", ("J",))
     monkeypatch.setattr(golden, "replay_here", lambda *given: {k: v + 1e-3 for k, v in exact(*given).items()})
-    book = book_at(tmp_path)
-    golden.run(book)
-    assert len(book.record.wrong) == 1
-    assert "J, eager: 1.0" in book.record.wrong[0]
-    assert not book.record.tables[golden.TABLE][0]["ok"]
+    recorder = recorder_at(tmp_path)
+    golden.run(recorder)
+    assert len(recorder.record.wrong) == 1
+    assert "J, eager: 1.0" in recorder.record.wrong[0]
+    assert not recorder.record.tables[golden.TABLE][0]["ok"]
 
 
 @pytest.mark.parametrize("part", [golden, ranks])
 def test_without_recordings_a_part_is_skipped_and_says_where_they_are(tmp_path, part):
     with pytest.raises(SkippedError, match=r"there is no .*[BR]\.safetensors; .* name it with --golden"):
-        part.run(book_at(tmp_path, golden=tmp_path))
+        part.run(recorder_at(tmp_path, golden=tmp_path))
 
 
 # ---- the report and its predictions
@@ -327,7 +331,7 @@ def test_a_table_has_a_column_for_every_key():
 
 def test_a_picture_that_cannot_be_drawn_is_noted(tmp_path):
     outcome = Outcome(name="steps", summary="", record={"data": {"sides": {"eager": [{}]}}, "notes": [], "files": []})
-    Report(tmp_path, [outcome], asked={}, machine={}).draw(outcome)
+    Report(tmp_path, [outcome], asked={}, machine=describe_machine("cpu")).draw(outcome)
     assert outcome.record["notes"] == ["no picture: KeyError: 'KV rows'"] or "no picture: Module" in str(outcome)
     assert outcome.record["files"] == []
     assert list(tmp_path.iterdir()) == []
@@ -343,8 +347,6 @@ def test_a_picture_that_cannot_be_drawn_is_noted(tmp_path):
     ],
 )
 def test_the_planner_knows_gpus_by_torchs_names(name, key):
-    from causalrt.tools.plan.hardware import GPUS
-
     assert known_gpu(name) is (GPUS[key] if key else None)
 
 

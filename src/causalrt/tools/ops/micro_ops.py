@@ -1,6 +1,6 @@
-"""Single ops to time on the machine at hand, as the executors run them: torch's own, or a graph of one node under ONNX Runtime.
+"""Single ops to time on this machine, as the executors run them: torch's own, or a graph of one node under ONNX Runtime.
 
-Each has the features that its cost is linear in; `calibration.py` has these, and fits the seconds of each.
+The cost of an op is linear in its features: `plan/calibration.py` fits the seconds of each.
 """
 
 import functools
@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import onnxruntime as ort
 import torch
@@ -18,9 +18,11 @@ from onnx import TensorProto, helper
 from causalrt.export.fuse_attention import RUNTIME_DOMAIN, RUNTIME_OP
 from causalrt.plugins.attention import attend
 from causalrt.plugins.rotate import rotate_pairs
-from causalrt.tools.plan.calibration import Features, Runtime, attention_features, gemm_features, pass_features
-from causalrt.tools.plan.work import Attention, Gemm, PassKind
+from causalrt.tools.ops.work import Attention, Exchange, Gemm, PassKind, StepWork
 
+OpExecutor = Literal["eager", "onnxruntime"]
+"""Executors whose ops can be run one by one."""
+Features = dict[str, float]
 OPSET = 24
 EPS = 1e-6
 GEMMS = ((512, 256, 256), (2048, 256, 256), (2048, 1024, 256), (2048, 256, 1024), (1024, 512, 512), (1024, 2048, 512))
@@ -40,11 +42,56 @@ PASSES = ((256, 256), (2048, 256), (1024, 1024), (2048, 1024))
 """Rows, channels."""
 PASS_KINDS: tuple[PassKind, ...] = ("layer_norm", "rms_norm", "rotate", "gelu", "arithmetic", "copy")
 HEAD = 64
-"""Channels of a head where an op wants to know them."""
+"""Channels of a head in passes that depend on it."""
 COLD_BYTES, MOST_COPIES = 96 * 2**20, 32
-"""Of inputs that take turns so that none is in a cache."""
+"""Bytes of inputs that are used in turn so that none is in a cache, and the most copies that make them up."""
 Random = Callable[..., torch.Tensor]
-"""A tensor of the shape that is given."""
+"""Makes a tensor of a shape."""
+
+
+def gemm_features(gemm: Gemm) -> Features:
+    """Features of one product."""
+    return {"flop": gemm.flops, "element": gemm.elements, "call": 1}
+
+
+def attention_features(attention: Attention) -> Features:
+    """Features of one attention: its products, and the softmax over the scores."""
+    return {"flop": attention.flops, "score": attention.scores, "call": 1}
+
+
+def pass_features(elements: int) -> Features:
+    """Features of one pass over memory."""
+    return {"element": elements, "call": 1}
+
+
+def exchange_features(exchange: Exchange, world_size: int) -> Features:
+    """Features of one collective: the call, and the elements that go to other ranks."""
+    return {"element": (world_size - 1) * exchange.rows * exchange.head_dim, "call": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """The measured time of one op."""
+
+    kind: str
+    features: Features
+    seconds: float
+
+
+def rates_of(samples: Sequence[Sample], *, element_bytes: int) -> dict[str, float]:
+    """The highest rates among samples: GFLOP/s of products and attention, GB/s of a sum of two tensors and of exchanges."""
+
+    def most(kind: str, feature: str, scale: float) -> float:
+        return max(float(scale * s.features[feature] / s.seconds) for s in samples if s.kind == kind) / 1e9
+
+    rates = {
+        "gemm_gflops": most("gemm", "flop", 1),
+        "attention_gflops": most("attention", "flop", 1),
+        "memory_gbs": most("arithmetic", "element", 3 * element_bytes),  # two are read, one is written
+    }
+    if any(sample.kind == "exchange" for sample in samples):
+        rates["exchange_gbs"] = most("exchange", "element", element_bytes)
+    return rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +100,11 @@ class MicroOp:
 
     Attributes:
         kind: `gemm`, `attention`, or a kind of pass.
-        features: see the module.
-        inputs: tensors that it takes.
+        features: what its cost is linear in.
+        inputs: tensors by name of the input.
         node: ONNX operator and attributes.
-        eager: the same in torch.
-        constant: names of inputs that ONNX Runtime is to hold as weights.
+        eager: the op in torch.
+        constant: names of inputs that ONNX Runtime holds as weights.
     """
 
     kind: str
@@ -69,13 +116,13 @@ class MicroOp:
 
 
 def random_tensors(dtype: torch.dtype) -> Random:
-    """Normal values, the same ones every time."""
+    """Normal values in `dtype`, the same ones in every process."""
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randn(shape, generator=generator).to(dtype)
 
 
 def gemm_op(gemm: Gemm, random: Random) -> MicroOp:
-    """A product with its bias."""
+    """A product with bias."""
     return MicroOp(
         kind="gemm",
         features=gemm_features(gemm),
@@ -87,7 +134,7 @@ def gemm_op(gemm: Gemm, random: Random) -> MicroOp:
 
 
 def attention_op(attention: Attention, random: Random) -> MicroOp:
-    """An attention, in ONNX Runtime by the operator that its executor has."""
+    """An attention, in ONNX Runtime by the operator that the executor uses."""
     heads, width = attention.num_heads, attention.num_heads * attention.head_dim
     rows, keys = attention.rows, attention.keys
     return MicroOp(
@@ -100,7 +147,7 @@ def attention_op(attention: Attention, random: Random) -> MicroOp:
 
 
 def standard_attention_op(attention: Attention, random: Random) -> MicroOp:
-    """The same by the standard operator, which keeps a matrix of all scores."""
+    """An attention by the standard ONNX operator, which stores the matrix of all scores."""
     heads = attention.num_heads
     return replace(attention_op(attention, random), node=("Attention", {"q_num_heads": heads, "kv_num_heads": heads}))
 
@@ -114,7 +161,7 @@ def sum_op(rows: int, width: int, random: Random) -> MicroOp:
 
 
 def micro_ops(dtype: torch.dtype = torch.float32) -> list[MicroOp]:
-    """All of them, with random inputs."""
+    """The ops of a calibration, with random inputs."""
     random = random_tensors(dtype)
     found = [gemm_op(Gemm(m=m, n=n, k=k, count=1), random) for m, n, k in GEMMS]
     for heads, rows, keys, depth in ATTENTIONS:
@@ -123,6 +170,18 @@ def micro_ops(dtype: torch.dtype = torch.float32) -> list[MicroOp]:
     for rows, width in PASSES:
         found += _passes(random(rows, width), random(rows, width))
     return found
+
+
+def step_ops(work: StepWork, executor: OpExecutor, dtype: torch.dtype) -> list[MicroOp]:
+    """The products, attentions and one sum of a step, each size once; in ONNX Runtime attention by either operator."""
+    random = random_tensors(dtype)
+    found = [gemm_op(gemm, random) for gemm in work.gemms]
+    attentions = [attention for attention in work.attentions if attention.rows]
+    found += [attention_op(attention, random) for attention in attentions]
+    if executor == "onnxruntime":
+        found += [standard_attention_op(attention, random) for attention in attentions]
+    widest = work.gemms[1]
+    return [*found, sum_op(widest.m, widest.n, random)]
 
 
 def _passes(x: torch.Tensor, other: torch.Tensor) -> list[MicroOp]:
@@ -173,18 +232,18 @@ def _passes(x: torch.Tensor, other: torch.Tensor) -> list[MicroOp]:
     ]
 
 
-def runner(op: MicroOp, runtime: Runtime, device: torch.device, *, cold: bool = False) -> Callable[[], object]:
-    """Something to call: the op on its inputs, on `device` for torch, on the CPU for ONNX Runtime.
+def runner(op: MicroOp, executor: OpExecutor, device: torch.device, *, cold: bool = False) -> Callable[[], object]:
+    """A function that runs the op on its inputs, on `device` in torch and on the CPU in ONNX Runtime.
 
-    With `cold`, each call takes the next of several copies of the inputs, more than a cache holds: as in a step, where other
-    ops and other layers' weights come between. Products then reach about 0.85 of what they do on the same inputs every time.
+    With `cold`, each call takes the next of several copies of the inputs, more than a cache holds, as in a step, where other
+    ops and other layers' weights come between. Products then reach about 0.85 of their rate on the same inputs every time.
     """
     input_bytes = sum(tensor.nbytes for tensor in op.inputs.values())
     copies = min(MOST_COPIES, math.ceil(COLD_BYTES / input_bytes)) if cold else 1
     runs = []
     for _ in range(copies):
         own = replace(op, inputs={name: tensor.to(device, copy=True) for name, tensor in op.inputs.items()})
-        runs.append(functools.partial(op.eager, *own.inputs.values()) if runtime == "eager" else _onnx_runner(own))
+        runs.append(functools.partial(op.eager, *own.inputs.values()) if executor == "eager" else _onnx_runner(own))
     for run in runs[1:]:
         run()
     turns = itertools.cycle(runs)

@@ -1,26 +1,32 @@
 """What one chunk step makes one rank do: products, attentions, passes over memory, exchanges. Counts, no times.
 
-The list is `model/wan/step.py`, op for op, which is also what the ONNX graphs hold. S local rows, C channels, F of the
-feed-forward, D of a head; L filled KV rows::
+The list follows `model/wan/step.py` op for op, as the ONNX graphs do. S local rows, C channels, F of the feed-forward, D of a
+head; L filled KV rows::
 
     layer   q k v o, cross q o   6 products [S, C] x [C, C]       feed-forward  [S, C] x [C, F], [S, F] x [F, C]
             self-attention       groups x L keys                  cross-attention  S rows x text_len keys, all heads
             passes               norms, rotation, modulation, gates, residuals, GELU, copies around the exchange
+
+A head layout says what a rank attends for and exchanges. The plans `balanced`, `padded` and `grouped` have two all-to-alls a
+layer (`causalrt.layout`). `gathered` is for comparison and cannot be built: one all-gather of K and V a layer, every rank holds
+the whole cache, and attends for its own rows.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
-from causalrt.config import Config
-from causalrt.tools.plan.head_layouts import HeadLayout
+from causalrt.config import Config, HeadPlanName
+from causalrt.layout import layouts_from_config, slots_from_config
 
 PassKind = Literal["layer_norm", "rms_norm", "rotate", "gelu", "arithmetic", "copy"]
+LayoutName = Literal["balanced", "padded", "grouped", "gathered"]
+LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gemm:
-    """`[m, k] x [k, n]`, `count` times a step."""
+    """The product `[m, k] x [k, n]`, `count` times a step."""
 
     m: int
     n: int
@@ -29,12 +35,12 @@ class Gemm:
 
     @property
     def flops(self) -> int:
-        """Of one."""
+        """Multiplications and additions of one product."""
         return 2 * self.m * self.n * self.k
 
     @property
     def elements(self) -> int:
-        """Read and written by one."""
+        """Elements that one product reads and writes."""
         return self.m * self.k + self.k * self.n + self.m * self.n
 
 
@@ -42,7 +48,7 @@ class Gemm:
 class Attention:
     """`num_heads` heads, `rows` query rows against `keys` keys of `head_dim` channels; `count` times a step.
 
-    `over_slots` tells self-attention, whose keys are the filled KV slots, from that to the prompt.
+    `over_slots` is true for self-attention, whose keys are the filled KV slots, and false for attention to the prompt.
     """
 
     num_heads: int
@@ -54,12 +60,12 @@ class Attention:
 
     @property
     def flops(self) -> int:
-        """Of one: two products a score."""
+        """Multiplications and additions of one attention: two products for each score."""
         return 4 * self.num_heads * self.rows * self.keys * self.head_dim
 
     @property
     def scores(self) -> int:
-        """Of one."""
+        """Scores of one attention."""
         return self.num_heads * self.rows * self.keys
 
 
@@ -68,8 +74,8 @@ class Pass:
     """An op that computes little and moves `elements` in and about as many out; `count` times a step.
 
     Attributes:
-        fused: elements that still move, in or out, where a compiler fuses what it can; None for all (twice `elements`).
-            Zero: the op has become part of its neighbour, and its launch is gone.
+        fused: elements that still move, in or out, where a compiler fuses what it can; None for all (twice `elements`). Zero
+            means that the op has become part of its neighbour, and is not launched.
     """
 
     kind: PassKind
@@ -79,7 +85,7 @@ class Pass:
 
     @property
     def fused_elements(self) -> int:
-        """See `fused`."""
+        """Elements that move in or out once ops are fused."""
         return 2 * self.elements if self.fused is None else self.fused
 
 
@@ -90,6 +96,60 @@ class Exchange:
     rows: int
     head_dim: int
     count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Heads of a rank that attend with the same query rows: `num_heads` x `rows`, padding included."""
+
+    num_heads: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadLayout:
+    """How one self-attention layer is divided, for one rank.
+
+    Attributes:
+        name: name of the layout.
+        world_size: P.
+        local_tokens: S.
+        num_tokens: N.
+        groups: heads and query rows that a rank attends for.
+        exchanged_rows: rows of D channels that a rank sends each rank, by collective call; empty on one rank.
+        kv_heads: heads whose keys and values a rank holds.
+    """
+
+    name: LayoutName
+    world_size: int
+    local_tokens: int
+    num_tokens: int
+    groups: tuple[Group, ...]
+    exchanged_rows: tuple[int, ...]
+    kv_heads: int
+
+
+def head_layout(config: Config, name: LayoutName, *, step: int = 0) -> HeadLayout:
+    """The layout of one kind of step of `config` on `config.build.world_size` ranks."""
+    plan: HeadPlanName = "balanced" if name == "gathered" else name
+    layout = layouts_from_config(replace(config, build=replace(config.build, head_plan=plan)))[step]
+    ranks, rows, heads = layout.world_size, layout.local_tokens, layout.num_heads
+    groups: tuple[Group, ...]
+    exchanged: tuple[int, ...]
+    if name == "gathered":
+        groups, exchanged, kv_heads = (Group(num_heads=heads, rows=rows),), (2 * heads * rows,), heads
+    else:
+        groups = tuple(Group(num_heads=s.num_heads, rows=ranks * s.query_rows) for s in layout.shards)
+        exchanged, kv_heads = (layout.scatter_rows, layout.gather_rows), layout.kv_heads
+    return HeadLayout(
+        name=name,
+        world_size=ranks,
+        local_tokens=rows,
+        num_tokens=layout.num_tokens,
+        groups=groups,
+        exchanged_rows=exchanged if ranks > 1 else (),
+        kv_heads=kv_heads,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,9 +164,9 @@ class StepWork:
 
     @property
     def flops(self) -> int:
-        """Products and attentions."""
-        products = sum(gemm.count * gemm.flops for gemm in self.gemms)
-        return products + sum(attention.count * attention.flops for attention in self.attentions)
+        """Multiplications and additions of products and attentions."""
+        ops: tuple[Gemm | Attention, ...] = (*self.gemms, *self.attentions)
+        return sum(op.count * op.flops for op in ops)
 
     @property
     def calls(self) -> int:
@@ -120,19 +180,19 @@ class StepWork:
 
     @property
     def ops(self) -> int:
-        """Ops of an eager step, exchanges apart."""
+        """Ops of an eager step without its exchanges."""
         kinds: tuple[Sequence[Gemm | Attention | Pass], ...] = (self.gemms, self.attentions, self.passes)
         return sum(op.count for ops in kinds for op in ops)
 
 
 def step_work(config: Config, layout: HeadLayout, *, kv_rows: int, fused_ops: bool = False) -> StepWork:
-    """The work of one chunk step.
+    """Count the work of one chunk step.
 
     Args:
-        config: sizes; its head plan is not looked at.
-        layout: of a chunk.
+        config: sizes; its own head plan is ignored.
+        layout: the head layout of a chunk.
         kv_rows: filled KV rows, the chunk's own included.
-        fused_ops: our fused ops pack for the exchange, and attend from what was received, without copies of their own.
+        fused_ops: whether the fused ops pack for the exchange and attend from what was received, without copies of their own.
     """
     model = config.model
     rows, channels, layers = layout.local_tokens, model.dim, model.num_layers
@@ -183,7 +243,19 @@ def _passes(config: Config, layout: HeadLayout, *, fused_ops: bool) -> Iterator[
     unpacked = 0 if fused_ops else None
     yield Pass(kind="copy", elements=3 * wide, count=layers, fused=0)
     yield Pass(kind="copy", elements=received, count=layers, fused=unpacked)  # pack by the index
-    yield Pass(kind="copy", elements=received, count=layers, fused=unpacked)  # and take apart what comes
+    yield Pass(kind="copy", elements=received, count=layers, fused=unpacked)  # and unpack what arrives
     for sent in returned:
         yield Pass(kind="copy", elements=sent, count=layers, fused=unpacked)
         yield Pass(kind="copy", elements=wide, count=layers)
+
+
+def work_of(config: Config, *, kv_frames: int) -> StepWork:
+    """The work of a step with the head plan of the config, which attends to `kv_frames` latent frames."""
+    layout = head_layout(config, config.build.head_plan)
+    return step_work(config, layout, kv_rows=kv_frames * config.tokens_per_frame)
+
+
+def full_work(config: Config) -> StepWork:
+    """The work of a step in the last chunk of the horizon."""
+    slots, video = slots_from_config(config), config.video
+    return work_of(config, kv_frames=slots.valid_frames(video.first_frame_of(video.horizon_chunks - 1)))

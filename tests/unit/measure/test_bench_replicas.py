@@ -13,9 +13,9 @@ from causalrt.engines.kinds import EXECUTORS
 from causalrt.errors import BundleError, ConfigError, ExecutorError, OutOfMemoryError
 from causalrt.export.build import build
 from causalrt.export.random_weights import random_weights
-from causalrt.measure.bench import sides as module
-from causalrt.measure.bench.sides import check_all_fit, choose_sides, why_not
-from causalrt.measure.bench.sources import BenchRequest, Source, bundles_of, sources_of
+from causalrt.measure.bench import replicas as module
+from causalrt.measure.bench.arguments import BenchRequest
+from causalrt.measure.bench.replicas import Source, bundles_of, check_all_fit, choose_replicas, sources_of, why_not
 from causalrt.recipes import recipe
 from causalrt.tools.doctor import examine
 
@@ -33,7 +33,7 @@ def sources(*world_sizes: int, changes: dict[str, str] | None = None, **wishes: 
 
 
 def test_cores_are_divided_among_ranks() -> None:
-    sides, left_out = choose_sides(
+    sides, left_out = choose_replicas(
         sources(1, 2, 4), BenchRequest(executors=("eager",), device="cpu", threads=4), machine()
     )
     assert [(side.name, side.threads) for side in sides] == [("eager 1x4", 4), ("eager 2x2", 2), ("eager 4x1", 1)]
@@ -41,7 +41,7 @@ def test_cores_are_divided_among_ranks() -> None:
 
 
 def test_everything_is_tried_and_what_cannot_run_says_why() -> None:
-    sides, left_out = choose_sides(sources(1), CPU, machine("run inductor"))
+    sides, left_out = choose_replicas(sources(1), CPU, machine("run inductor"))
     assert [side.executor for side in sides] == ["eager", "onnxruntime"]
     reasons = {each.executor: each.reason for each in left_out}
     assert set(reasons) == set(EXECUTORS) - {"eager", "onnxruntime"}
@@ -52,14 +52,14 @@ def test_everything_is_tried_and_what_cannot_run_says_why() -> None:
 def test_what_is_asked_for_and_cannot_run_is_an_error() -> None:
     wishes = BenchRequest(executors=("eager", "inductor"), world_sizes=(1,), device="cpu")
     with pytest.raises(ExecutorError, match="no run inductor here"):
-        choose_sides(sources(1), wishes, machine("run inductor"))
+        choose_replicas(sources(1), wishes, machine("run inductor"))
     with pytest.raises(ExecutorError, match="this version has"):
-        choose_sides(sources(1), BenchRequest(executors=("eagr",)), machine())
+        choose_replicas(sources(1), BenchRequest(executors=("eagr",)), machine())
 
 
 def test_nothing_to_measure() -> None:
     with pytest.raises(ExecutorError, match="nothing to measure"):
-        choose_sides(sources(2), CPU, machine("run several ranks on CPUs"))
+        choose_replicas(sources(2), CPU, machine("run several ranks on CPUs"))
 
 
 def test_onnxruntime_wants_float32_on_a_cpu() -> None:
@@ -70,14 +70,14 @@ def test_onnxruntime_wants_float32_on_a_cpu() -> None:
 
 def test_plugins_on_and_off_where_that_is_open() -> None:
     wishes = BenchRequest(executors=("eager", "onnxruntime"), plugins="both", device="cpu", threads=4)
-    sides, _ = choose_sides(sources(1, plugins="both"), wishes, machine())
+    sides, _ = choose_replicas(sources(1, plugins="both"), wishes, machine())
     assert [(side.executor, side.plugins) for side in sides] == [
         ("eager", False),
         ("eager", True),
         ("onnxruntime", False),
     ]
     relative = sources(1, changes={"video.time_index": "relative"})
-    sides, _ = choose_sides(relative, BenchRequest(executors=("eager",), plugins="both", device="cpu"), machine())
+    sides, _ = choose_replicas(relative, BenchRequest(executors=("eager",), plugins="both", device="cpu"), machine())
     assert [side.plugins for side in sides] == [True]
 
 
@@ -103,32 +103,34 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def test_bundles_are_of_one_world_size_each(bundle: Callable[..., Path]) -> None:
     both = [bundle(), bundle(build__world_size="2")]
-    assert [source.config.build.world_size for source in bundles_of(both, BenchRequest())] == [1, 2]
-    assert [source.config.build.world_size for source in bundles_of(both, BenchRequest(world_sizes=(2,)))] == [2]
+    assert [source.config.build.world_size for source in bundles_of(BenchRequest(bundles=both))] == [1, 2]
+    assert [source.config.build.world_size for source in bundles_of(BenchRequest(bundles=both, world_sizes=(2,)))] == [
+        2
+    ]
     with pytest.raises(BundleError, match=r"no bundle for 3 rank.*1, 2.*--world-size 3"):
-        bundles_of(both, BenchRequest(world_sizes=(1, 3)))
+        bundles_of(BenchRequest(bundles=both, world_sizes=(1, 3)))
 
 
 def test_bundles_of_other_work_are_refused(bundle: Callable[..., Path]) -> None:
     for other in (bundle(video__window_frames="9"), bundle(seed=1), bundle(build__precision="bfloat16")):
         with pytest.raises(ConfigError, match="not the same work"):
-            bundles_of([bundle(), other], BenchRequest())
+            bundles_of(BenchRequest(bundles=[bundle(), other]))
 
 
 def test_a_bundle_has_what_it_was_built_for(bundle: Callable[..., Path]) -> None:
-    opened = bundles_of([bundle()], BenchRequest())
-    sides, left_out = choose_sides(opened, CPU, machine("run inductor"))
+    opened = bundles_of(BenchRequest(bundles=[bundle()]))
+    sides, left_out = choose_replicas(opened, CPU, machine("run inductor"))
     assert [side.executor for side in sides] == ["eager"]
     assert "--executor onnxruntime" in {each.executor: each.reason for each in left_out}["onnxruntime"]
     with pytest.raises(ExecutorError, match="--executor onnxruntime"):
-        choose_sides(opened, BenchRequest(executors=("onnxruntime",), device="cpu"), machine())
+        choose_replicas(opened, BenchRequest(executors=("onnxruntime",), device="cpu"), machine())
 
 
 def test_a_row_has_a_name_of_its_own(bundle: Callable[..., Path], tmp_path: Path) -> None:
     link = tmp_path / "same"
     link.symlink_to(bundle())
-    opened = bundles_of([bundle(), link], BenchRequest())
-    sides, _ = choose_sides(opened, BenchRequest(executors=("eager",), device="cpu"), machine())
+    opened = bundles_of(BenchRequest(bundles=[bundle(), link]))
+    sides, _ = choose_replicas(opened, BenchRequest(executors=("eager",), device="cpu"), machine())
     assert len({side.name for side in sides}) == 2
 
 
@@ -136,7 +138,7 @@ def test_a_row_has_a_name_of_its_own(bundle: Callable[..., Path], tmp_path: Path
 
 
 def test_all_sides_must_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    sides, _ = choose_sides(sources(1, 2), BenchRequest(executors=("eager",), device="cpu", threads=2), machine())
+    sides, _ = choose_replicas(sources(1, 2), BenchRequest(executors=("eager",), device="cpu", threads=2), machine())
     needs = [module._needed_bytes(side, vae=False) for side in sides]
     monkeypatch.setattr(module, "available_bytes", lambda: sum(needs))
     check_all_fit(sides, vae=False)
@@ -154,10 +156,10 @@ def test_gpus_are_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     wishes = BenchRequest(executors=("eager", "tensorrt"), device="cuda")
     config = override(recipe("tiny"), {"build.precision": "bfloat16"})
     found = sources_of(config, wishes, Path("folder"))
-    sides, _ = choose_sides(found, wishes, can)
+    sides, _ = choose_replicas(found, wishes, can)
     assert all(side.cuda_graphs == (side.executor == "tensorrt") for side in sides)
     both = BenchRequest(executors=("eager", "inductor"), world_sizes=(1,), device="cuda", cuda_graphs="both")
-    inductor, _ = choose_sides(found[:1], both, can)
+    inductor, _ = choose_replicas(found[:1], both, can)
     assert [(s.name, s.cuda_graphs) for s in inductor] == [
         ("eager P=1", False),
         ("inductor-graphs P=1", False),
