@@ -13,26 +13,7 @@ REPEATS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRequest:
-    """What to measure and where to write the report.
-
-    Attributes:
-        bundles: bundles of one model, each built for another number of ranks; without any, a recipe is built.
-        recipe: name of the recipe that is built with random weights.
-        executors: names of executors; None for every executor that can run here.
-        world_sizes: numbers of ranks; None for those of the bundles, or for the usual ones of a recipe.
-        plugins: fused ops `on`, `off` or `both` where a bundle leaves the choice; None for what it was built with.
-        cuda_graphs: `on`, `off` or `both`, for executors that capture steps.
-        device: `cpu` or `cuda`; None for GPUs if there are any.
-        threads: CPU threads of all ranks of a replica together; None for all cores.
-        repeats: measured rollouts of each replica, after one that warms up.
-        chunks: chunks of each rollout; None for as many as the horizon holds.
-        seed: seed of noise, weights and the order in which replicas take turns.
-        vae: whether bundles that have a VAE decode frames.
-        ceilings: whether single ops are measured too.
-        picture: whether `bench.png` is drawn.
-        out: folder of the report.
-        json: whether the report is printed as JSON in place of tables.
-    """
+    """What to measure and where to write the report; the help of the arguments explains every field and its default."""
 
     bundles: Sequence[Path] = ()
     recipe: str | None = None

@@ -26,14 +26,7 @@ MODES = {"on": [True], "off": [False], "both": [False, True]}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A bundle, or one that is yet to be built with random weights.
-
-    Attributes:
-        path: folder of the bundle.
-        config: its config.
-        plugins: whether its step uses the fused ops.
-        bundle: the opened bundle; None if it will be built for the executors that are measured.
-    """
+    """A bundle; `bundle` is None if it is yet to be built with random weights, for the executors that are measured."""
 
     path: Path
     config: Config
@@ -43,18 +36,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replica:
-    """An executor on a number of ranks: one row of the benchmark.
-
-    Attributes:
-        name: name of the row; on a CPU it ends in ranks x threads of each.
-        executor: name of the executor.
-        config: config of the bundle, with the number of ranks.
-        plugins: whether self-attention is done by the fused ops.
-        cuda_graphs: whether steps are captured, where the executor can.
-        threads: CPU threads of each rank.
-        device: `cpu` or `cuda`.
-        bundle: folder of the bundle.
-    """
+    """An executor on a number of ranks: one row of the benchmark."""
 
     name: str
     executor: str

@@ -13,17 +13,7 @@ BUDGET_S = 570.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuDayRequest:
-    """Which parts to run, and where to write the report.
-
-    Attributes:
-        budget: seconds for all parts together.
-        out: folder of the report.
-        parts: names of the parts to run; None for all.
-        list: whether the parts are listed and nothing is run.
-        dry_run: whether the parts run on the CPU at the smallest size.
-        golden: folder of recorded rollouts; None for that of the source tree.
-        json: whether the report is printed as JSON.
-    """
+    """Which parts to run, and where to write the report; the help of the arguments explains every field."""
 
     budget: float = BUDGET_S
     out: Path = Path(FOLDER)

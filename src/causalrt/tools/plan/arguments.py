@@ -14,23 +14,7 @@ EXECUTORS = ("eager", "onnxruntime")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanRequest:
-    """What to plan for, and how the step is run there.
-
-    Attributes:
-        gpu: name of a GPU in the table of `hardware.py`.
-        calibration: file of a machine that was measured before.
-        calibrate: measure this machine, write this file, and plan for the machine.
-        validate: compare predictions with published figures instead of planning.
-        world_size: number of ranks; None for a table over several.
-        head_plan: name of a head layout, or `all`.
-        collectives: `engine` or `runtime`: who exchanges between ranks.
-        plugins: `on` if self-attention is one launch of the fused op.
-        vae: where frames are decoded; None for the default of the machine.
-        executor: executor on a machine that was measured.
-        straggler: fraction by which rank 0 is slower in the timeline.
-        timeline: where to draw the timeline.
-        json: whether the plan is printed as JSON.
-    """
+    """What to plan for, and how the step runs there; the help of the arguments explains every field and its default."""
 
     gpu: str | None = None
     calibration: Path | None = None

@@ -20,14 +20,7 @@ TABLE = "largest errors"
 
 @dataclass(frozen=True, slots=True)
 class StepVariant:
-    """A variant of the step.
-
-    Attributes:
-        name: name in tables.
-        compiled: whether torch.compile compiles it.
-        plugins: whether self-attention is done by the fused ops.
-        captured: whether it runs in CUDA graphs.
-    """
+    """A variant of the step."""
 
     name: str
     compiled: bool = False
