@@ -133,7 +133,7 @@ def _build(arguments: argparse.Namespace) -> int:
             collectives=arguments.collectives,
             frontend=arguments.frontend,
             timing_cache=arguments.timing_cache,
-            plugins=arguments.plugins,
+            fused_ops=arguments.plugins,
             vae=arguments.vae,
             prepare=arguments.prepare,
             overwrite=arguments.overwrite,

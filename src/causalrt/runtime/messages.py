@@ -27,7 +27,7 @@ class LoadCommand:
         digest: of the manifest that the caller verified.
         executor: its name.
         device: `cpu` or `cuda`; rank r takes GPU r.
-        plugins: run the fused ops.
+        fused_ops: run self-attention by the fused ops.
         cuda_graphs: capture steps, where the executor can.
         num_threads: CPU threads of each rank.
         timeout_s: of a collective; the caller's own time-out on answers is the shorter one.
@@ -37,7 +37,7 @@ class LoadCommand:
     digest: str
     executor: str
     device: str
-    plugins: bool
+    fused_ops: bool
     cuda_graphs: bool
     num_threads: int
     timeout_s: float

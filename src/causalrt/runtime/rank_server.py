@@ -160,7 +160,7 @@ class RankServer:
             self._collectives,
             num_threads=command.num_threads,
             device=device,
-            fused_ops=command.plugins,
+            fused_ops=command.fused_ops,
             cuda_graphs=command.cuda_graphs,
         )
         self._buffers = SessionBufferPool(self._executor, self._bundle.config, self._bundle.layout)

@@ -98,7 +98,7 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
         bundle,
         executor=request.executor,
         device=request.device,
-        plugins=request.plugins,
+        fused_ops=request.plugins,
         cuda_graphs=request.cuda_graphs,
         vae=as_video or encodes,
         text_encoder=request.text_encoder,

@@ -7,9 +7,9 @@ the current chunk it stays small however long the rollout is, and keys in the sl
     frame        | f, f+1 .. f+F-1    | 0, 1 ..                  | the newest before f    |      f = history_frames
     time         | 0, 1 .. F-1        | 0 - min(f, reach), 1 - . | -1, -2 .. in any order |      reach = horizon - F
 
-The distance of the sink would grow without end. It stops at what it is in the last chunk of the horizon, so no query sees a sink
-from further away than the model was made for; sink frames keep their distances to each other. Up to there, attention is that of
-`rope_tables`.
+The distance of the sink would grow without end. It stops at what it is in the last chunk of the horizon, so no query sees a
+sink from further away than the model was made for; sink frames keep their distances to each other. Up to there, attention is
+that of `rope_tables`.
 
 What lies in a slot follows from `history_frames` and the slot plan, so the tables are made inside the step graph, once a step.
 """
