@@ -84,7 +84,7 @@ def load(
     if fused != opened.fused_ops and kind.compiled:
         built, wanted = ("on", "off") if opened.fused_ops else ("off", "on")
         raise ExecutorError(
-            f"{chosen} runs what was built, and {bundle} was built with fused ops {built}; build again with `--plugins {wanted}`"
+            f"{chosen} runs what was built, and {bundle} was built with fused ops {built}; build it with `--plugins {wanted}`"
         )
     decodes = opened.vae is not None if vae is None else vae
     if decodes:
