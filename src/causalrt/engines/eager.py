@@ -85,7 +85,7 @@ class EagerExecutor:
         self._kv_rows.fill_(view.kv_rows)
 
     def warmed_up(self) -> None:
-        """Nothing to keep."""
+        """See `Executor.warmed_up`; there is nothing to keep."""
 
     def graph_bytes(self) -> int:
         """See `Executor.graph_bytes`."""

@@ -1,9 +1,9 @@
-"""The TensorRT executor, for both flavours: engines over persistent buffers, the whole step replayed as one CUDA graph.
+"""The TensorRT executor, for both flavours: engines over persistent buffers, with the step replayed as one CUDA graph.
 
-    in the engine    x, e, e0, first_frame, kv_rows -> [ one engine ] -> flow       KV slots whole, updated in place
+    in the engine    x, time, first_frame, kv_rows -> [ one engine ] -> flow        KV slots whole, updated in place
     at runtime       x -> [ engine ] -> all_to_all -> [ engine ] -> staging -> [ engine ] -> all_to_all ... -> flow
 
-Every tensor has one address for as long as a session is bound, and nothing in a step waits for the device.
+Tensors keep their addresses while a session is bound, and nothing in a step waits for the device.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ class StepEngines(NamedTuple):
     """The engines of one kind of step, and what passes into, between and out of them.
 
     Attributes:
-        engines: in order.
-        parts: of the step, one for each engine.
-        buffers: by tensor name; KV slots and the prompt's keys and values are the session's.
+        engines: the engines in order.
+        parts: the part of the step that each engine runs.
+        buffers: tensors that are not the session's.
         staged: rows of the KV slots that the step writes.
     """
 
@@ -68,9 +68,8 @@ class TensorRTExecutor:
         self._dtype = TORCH_DTYPES[config.build.precision]
         self._collectives = collectives
         self._engines = EngineLoader(flavour, device)
-        plugins = (
-            bundle.fused_ops and config.video.time_index == "global"
-        )  # no plugin rotates: see `export/engine_files.py`
+        # No plugin rotates: with relative time, engines are built from standard ops (`export/engine_files.py`).
+        plugins = bundle.fused_ops and config.video.time_index == "global"
         self._prompt, self._time, *steps = (
             self._engines.load(bundle.path / file, files.names.get(file), plugins=plugins)
             for file in files.engine_files
@@ -99,7 +98,7 @@ class TensorRTExecutor:
     def _make_step(
         self, engines: list[LoadedEngine], parts: tuple[StepPart, ...], files: tuple[str, ...], staged: int
     ) -> StepEngines:
-        """A kind of step with its memory; torch-tensorrt leaves no parts, and one engine."""
+        """Allocate the buffers of a kind of step, which is one engine without parts if torch-tensorrt built it."""
         parts = parts or (StepPart(file=files[0]),)
         callers = {written for part in parts for written in part.writes}
         buffers = StepBuffers()
@@ -150,7 +149,7 @@ class TensorRTExecutor:
         return self._set.buffers["flow"]
 
     def warmed_up(self) -> None:
-        """Every kind of step has run: rank 0 keeps what was compiled, which is the same on all ranks, for the next start."""
+        """See `Executor.warmed_up`; rank 0 keeps the compiled kernels, which are the same on all ranks, for the next start."""
         if self._collectives.rank == 0:
             self._engines.keep_kernels()
 
@@ -165,16 +164,16 @@ class TensorRTExecutor:
 
 
 def load_nccl() -> None:
-    """Load the NCCL that TensorRT will load when it is given a communicator; it is torch's if torch has it under this name."""
+    """Load the NCCL that TensorRT will use; it is torch's, if torch has loaded one under this name."""
     with contextlib.suppress(OSError):
         ctypes.CDLL(NCCL)
 
 
 def check_one_nccl(maps: str) -> None:
-    """Refuse to go on when TensorRT has found an NCCL of its own: a communicator is of the library that made it.
+    """Check that torch and TensorRT use the same NCCL, since a communicator works only with the library that made it.
 
     Raises:
-        ExecutorError: with both paths.
+        ExecutorError: two are loaded; their paths are in the message.
     """
     found = sorted({line.split(maxsplit=5)[-1].strip() for line in maps.splitlines() if "libnccl.so" in line})
     if len(found) > 1:
@@ -185,10 +184,10 @@ def check_one_nccl(maps: str) -> None:
 
 
 def engine_files(flavour: Flavour, targets: Mapping[str, TargetEngines], target: str) -> TargetEngines:
-    """The files of the engines for `target`.
+    """The engine files for a GPU architecture.
 
     Raises:
-        ExecutorError: the bundle has none for it.
+        ExecutorError: the bundle has no engines for it.
     """
     if target not in targets:
         raise ExecutorError(
