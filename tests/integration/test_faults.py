@@ -453,7 +453,7 @@ def test_waiting_for_a_dead_engine_keeps_raising(bundles: Bundles) -> None:
             engine.wait()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_rank_killed_in_the_middle_of_a_chunk(bundles: Bundles, world_size: int) -> None:
     bundle = bundles(world_size, LONG)
     engine = load(bundle)

@@ -70,7 +70,13 @@ ANONYMOUS = """
 
 @pytest.fixture(
     scope="module",
-    params=[({}, "off"), ({}, "on"), ({"video.time_index": "relative"}, "auto"), (TWO_KINDS, "off"), (TWO_KINDS, "on")],
+    params=[
+        ({}, "off"),
+        pytest.param(({}, "on"), marks=pytest.mark.slow),
+        pytest.param(({"video.time_index": "relative"}, "auto"), marks=pytest.mark.slow),
+        pytest.param((TWO_KINDS, "off"), marks=pytest.mark.slow),
+        (TWO_KINDS, "on"),
+    ],
     ids=str,
 )
 def bundle(request, tmp_path_factory):

@@ -127,21 +127,30 @@ def play(session: Rollout, index: int) -> dict[str, torch.Tensor]:
 # Numbers
 
 
-@pytest.mark.parametrize("collectives", LOWERINGS)
 @pytest.mark.parametrize(
-    ("case", "world_size", "fused"),
+    ("case", "world_size", "fused", "collectives"),
     [
+        ("B", 8, False, "engine"),
+        ("B", 8, False, "runtime"),
+        ("D", 8, False, "runtime"),
+        ("J", 1, False, "engine"),
+        ("J", 2, True, "engine"),
+        ("J2", 8, False, "runtime"),
+        ("R", 1, False, "runtime"),
+        ("R", 2, True, "engine"),
         *(
-            (case, ranks, False)
-            for case, ranks in (("B", 1), ("B", 2), ("B", 8), ("D", 8), ("R", 1), ("R", 2), ("R", 8))
+            pytest.param(*rollout, marks=pytest.mark.slow)
+            for rollout in (
+                ("B", 1, True, "runtime"),
+                ("B", 2, False, "engine"),
+                ("B", 8, True, "runtime"),
+                ("D", 8, True, "engine"),
+                ("J", 8, False, "engine"),
+                ("J2", 8, False, "engine"),
+                ("R", 2, True, "runtime"),
+                ("R", 8, False, "engine"),
+            )
         ),
-        *(("J", ranks, False) for ranks in (1, 2, 8)),
-        ("J2", 8, False),
-        ("J", 2, True),
-        ("B", 8, True),
-        ("R", 2, True),
-        pytest.param("B", 1, True, marks=pytest.mark.slow),
-        pytest.param("D", 8, True, marks=pytest.mark.slow),
     ],
 )
 def test_rollout_is_the_recorded_one(

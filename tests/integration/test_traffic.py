@@ -17,7 +17,7 @@ TWELVE_HEADS = {"model.dim": "96", "model.num_heads": "12"}
 RANKS_AND_SIZES = [
     pytest.param(2, {}, id="3 heads on 2 ranks"),
     pytest.param(3, {}, id="3 heads on 3 ranks"),
-    pytest.param(8, TWELVE_HEADS, id="12 heads on 8 ranks"),
+    pytest.param(8, TWELVE_HEADS, id="12 heads on 8 ranks", marks=pytest.mark.slow),
 ]
 
 

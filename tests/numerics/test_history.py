@@ -25,6 +25,14 @@ FIRST_FRAME = {"independent_first_frame": "true", "horizon_frames": "19"}
 """A video's first chunk is one frame; with any of the above."""
 FIRST, SECOND = 0, 1
 """Seeds of two prompts."""
+PLACES = [
+    pytest.param(1, "eager", FULL, id="full-eager"),
+    pytest.param(1, "eager", ROLLING, id="rolling-eager"),
+    pytest.param(1, "eager", SINK, id="sink-eager"),
+    pytest.param(2, "onnxruntime", FULL, id="full-onnxruntime", marks=pytest.mark.slow),
+    pytest.param(2, "onnxruntime", ROLLING, id="rolling-onnxruntime", marks=pytest.mark.slow),
+    pytest.param(2, "onnxruntime", SINK, id="sink-onnxruntime"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +91,7 @@ def apart(ones, others):
 # ---- given frames
 
 
-@pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
-@pytest.mark.parametrize("video", [FULL, ROLLING, SINK], ids=["full", "rolling", "sink"])
+@pytest.mark.parametrize(("world_size", "executor", "video"), PLACES)
 def test_a_video_goes_on_where_it_was_left(engines, world_size, executor, video):
     engine = engines(world_size, executor, **video)
     whole = rollout(engine, range(6))
@@ -218,8 +225,7 @@ def test_switches_that_cannot_be_are_refused(engines):
 # ---- after a first chunk of one frame
 
 
-@pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
-@pytest.mark.parametrize("video", [FULL, ROLLING, SINK], ids=["full", "rolling", "sink"])
+@pytest.mark.parametrize(("world_size", "executor", "video"), PLACES)
 def test_a_video_with_an_independent_first_frame_goes_on_where_it_was_left(engines, world_size, executor, video):
     engine = engines(world_size, executor, **video, **FIRST_FRAME)
     whole = rollout(engine, range(6))
@@ -239,7 +245,9 @@ def test_an_independent_first_frame_is_of_the_same_noise_on_all_ranks(engines):
     assert apart(*videos) < SAME
 
 
-@pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
+@pytest.mark.parametrize(
+    ("world_size", "executor"), [(1, "eager"), pytest.param(2, "onnxruntime", marks=pytest.mark.slow)]
+)
 def test_recached_history_begins_with_the_first_frame(engines, world_size, executor):
     engine = engines(world_size, executor, **FULL, **FIRST_FRAME)
     before = rollout(engine, range(4))

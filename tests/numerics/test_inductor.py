@@ -66,6 +66,7 @@ def test_compiled_once_for_all_chunks_and_sessions(tmp_path, compiled_graphs):
     assert lengths == [48, 96, 144] * 2
 
 
+@pytest.mark.slow
 def test_each_kind_of_step_is_compiled_once_too(tmp_path, compiled_graphs):
     """Each of the two steps for its own sizes, with chunks' KV rows symbolic as ever."""
     recording, path = recording_and_bundle(1, tmp_path, "J")
@@ -90,6 +91,7 @@ def test_a_rank_compiles_in_as_many_processes_as_it_has_threads(tmp_path, monkey
         assert get_compile_threads() == expected
 
 
+@pytest.mark.slow
 def test_exchanges_are_part_of_the_compiled_step(tmp_path):
     recording, path = recording_and_bundle(2, tmp_path)
     with load(path, executor="inductor", device="cpu", timeout_s=300) as engine:

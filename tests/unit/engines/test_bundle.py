@@ -393,7 +393,7 @@ def test_readers_always_find_a_whole_bundle_however_writers_end(made):
     writers = []
     reads = kills = 0
     try:
-        while kills < 40:
+        while kills < 15:
             while len(writers) < 3:
                 writers.append(context.Process(target=overwrite_for_ever, args=(made,)))
                 writers[-1].start()
