@@ -21,7 +21,6 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from causalrt.config import Config, config_from_dict
 from causalrt.engines.kinds import EXECUTORS, executor_kind
 from causalrt.engines.step_record import FlavourEngines, StepGraphs, files_of, parse_engines, parse_steps, step_entries
 from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config
 from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
@@ -45,16 +45,6 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 PROMPT_GRAPH, TIME_GRAPH = "prompt.onnx", "time.onnx"
 FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS = "vae-first.onnx", "vae-next.onnx", "vae.safetensors"
-TOOLCHAIN: Mapping[str, tuple[str, ...]] = {
-    "causalrt": ("causalrt",),
-    "torch": ("torch",),
-    "onnx": ("onnx",),
-    "onnxscript": ("onnxscript",),
-    "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
-    "tensorrt-rtx": ("tensorrt-rtx",),
-    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
-}
-"""The distributions that bring each package, the preferred one first."""
 REBUILD = "build the bundle again with `causalrt build`"
 
 
@@ -109,19 +99,6 @@ class Bundle:
 def how_to_finish(path: Path) -> str:
     """Advice for a bundle that lacks engines."""
     return f"finish the bundle on the GPU that will run it with `causalrt build --finish {shlex.quote(str(path))}`"
-
-
-def toolchain_versions() -> dict[str, str]:
-    """Installed versions of the packages that a bundle depends on; missing packages are left out."""
-    found = {}
-    for name, distributions in TOOLCHAIN.items():
-        for distribution in distributions:
-            try:
-                found[name] = metadata.version(distribution)
-            except metadata.PackageNotFoundError:
-                continue
-            break
-    return found
 
 
 def file_digest(path: Path) -> str:

@@ -8,7 +8,6 @@ Tensors keep their addresses while a session is bound, and nothing in a step wai
 
 import contextlib
 import ctypes
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -70,30 +69,34 @@ class TensorRTExecutor:
         self._engines = EngineLoader(flavour, device)
         # No plugin rotates: with relative time, engines are built from standard ops (`export/engine_files.py`).
         plugins = bundle.fused_ops and config.video.time_index == "global"
-        self._prompt, self._time, *steps = (
-            self._engines.load(bundle.path / file, files.names.get(file), plugins=plugins)
-            for file in files.engine_files
-        )
+
+        def load(file: str) -> LoadedEngine:
+            return self._engines.load(bundle.path / file, files.names.get(file), plugins=plugins)
+
+        self._prompt, self._time = load(files.prompt), load(files.time)
+        steps = [[load(file) for file in names] for names in files.steps]
         self._engines.share_scratch()
         if exchanges and config.build.world_size > 1:
-            communicator = collectives.communicator()
-            load_nccl()
-            check_one_nccl(MAPS.read_text())
-            for engine in steps:
-                engine.set_communicator(communicator)
-            check_one_nccl(MAPS.read_text())  # in case TensorRT has looked elsewhere
-        loaded = iter(steps)
+            self._hand_over_communicator([engine for step in steps for engine in step])
+        sizes = zip(files.steps, steps, bundle.steps, config.video.step_frames, strict=True)
         self._sets = [
-            self._make_step(
-                list(itertools.islice(loaded, len(names))), step.tensorrt, names, frames * config.tokens_per_frame
-            )
-            for names, step, frames in zip(files.steps, bundle.steps, config.video.step_frames, strict=True)
+            self._make_step(engines, graphs.tensorrt, names, frames * config.tokens_per_frame)
+            for names, engines, graphs, frames in sizes
         ]
         self._set = self._sets[0]
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)
         self._kv_rows = 0
         self._key = (-1, 0, 0)
         self._bound: dict[str, torch.Tensor] = {}
+
+    def _hand_over_communicator(self, engines: list[LoadedEngine]) -> None:
+        """Let engines exchange by themselves. Collective: returns when every rank has called it."""
+        communicator = self._collectives.communicator()
+        load_nccl()
+        check_one_nccl(MAPS.read_text())
+        for engine in engines:
+            engine.set_communicator(communicator)
+        check_one_nccl(MAPS.read_text())  # in case TensorRT has looked elsewhere
 
     def _make_step(
         self, engines: list[LoadedEngine], parts: tuple[StepPart, ...], files: tuple[str, ...], staged: int

@@ -3,11 +3,11 @@
     | staging: the current chunk | sinks, pinned | ring of clean frames |      rows of one shard: [1, W * T, heads * D]
     0                            F*T            ...                     W*T                   or [1, heads, W * T, D]
 
-Token by token, the filled rows are a contiguous prefix, and a view of it is bound. Heads slow, the slots are bound whole, as
-an engine with static shapes wants them.
+With tokens as the slow axis, the filled rows are a contiguous prefix, and executors bind a view of it. With heads as the slow
+axis, executors bind the slots whole, as an engine with static shapes needs them.
 
-The class owns the memory and the commit. It does not write staging (executors do), does not rotate (keys arrive rotated by
-their absolute position, or are rotated whenever they are read), and does not know sessions.
+The class owns the memory and the commit. Executors write staging, and they rotate keys: by absolute position before they are
+stored, or whenever they are read.
 """
 
 import torch

@@ -112,18 +112,7 @@ def read_session(
     """
     path = folder / SESSION_FILE
     try:
-        with safe_open(regular_file(path), framework="pt") as file:
-            plain = dict(json.loads((file.metadata() or {})[HEADER]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if plain.get("version") != VERSION:
-            raise RequestError(
-                f"{folder} is a snapshot of version {plain.get('version')}, and this version of CausalRT reads {VERSION} "
-                "(version 1 has no checksums); take another snapshot"
-            )
-        if plain.pop("digest") != record_digest(plain):
-            raise ValueError("its header was changed")
-        if plain.pop("tensors") != {name: tensor_digest(tensor) for name, tensor in tensors.items()}:
-            raise ValueError("its tensors were changed")
+        plain, tensors = _read_header(path, folder)
         files = dict(plain.pop("files"))
         record = SessionRecord(**plain.pop("session"))
         text, ahead = tensors[TEXT], tensors.get(AHEAD)
@@ -142,25 +131,53 @@ def read_session(
             f"{folder} was made with another bundle ({', '.join(differing)} differ); resume it with the one it was made with, "
             "or with one of the same checkpoint and config"
         )
+    if not _is_possible(bundle, record, text, ahead, files):
+        raise RequestError(f"{path} is damaged: its values are not possible; take another snapshot")
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return record, text, ahead, files
+
+
+def _read_header(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The header and the tensors of the session's file, once their digests have been compared."""
+    with safe_open(regular_file(path), framework="pt") as file:
+        plain = dict(json.loads((file.metadata() or {})[HEADER]))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if plain.get("version") != VERSION:
+        raise RequestError(
+            f"{folder} is a snapshot of version {plain.get('version')}, and this version of CausalRT reads {VERSION} "
+            "(version 1 has no checksums); take another snapshot"
+        )
+    if plain.pop("digest") != record_digest(plain):
+        raise ValueError("its header was changed")
+    if plain.pop("tensors") != {name: tensor_digest(tensor) for name, tensor in tensors.items()}:
+        raise ValueError("its tensors were changed")
+    return plain, tensors
+
+
+def _is_possible(
+    bundle: Bundle,
+    record: SessionRecord,
+    text: torch.Tensor,
+    ahead: torch.Tensor | None,
+    files: Mapping[str, str],
+) -> bool:
+    """Whether the values of the session's file are such as `write_session` writes."""
     model = bundle.config.model
     names = {rank_file(rank) for rank in range(bundle.config.build.world_size)} | (
         set() if record.vae is None else {DECODER_FILE}
     )
     numbers = (record.seed, record.num_given, record.next_chunk, record.num_chunks)
-    if (
-        any(type(number) is not int or number < 0 for number in numbers)
-        or type(record.vae) not in (str, type(None))
-        or record.seed >= 2**64
-        or max(numbers[1:]) > 2**40
-        or text.shape != (model.text_len, model.text_dim)
-        or text.dtype != torch.float32
-        or files.keys() != names
-        or (ahead is not None and (ahead.dtype != torch.float32 or list(ahead.shape) != _rows_of(bundle, record)))
-    ):
-        raise RequestError(f"{path} is damaged: its values cannot be; take another snapshot")
-    for name, tensor in tensors.items():
-        check_finite(path, name, tensor)
-    return record, text, ahead, files
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and type(record.vae) in (str, type(None))
+        and record.seed < 2**64
+        and max(numbers[1:]) <= 2**40
+        and text.shape == (model.text_len, model.text_dim)
+        and text.dtype == torch.float32
+        and files.keys() == names
+        and (ahead is None or (ahead.dtype == torch.float32 and list(ahead.shape) == _rows_of(bundle, record)))
+    )
 
 
 def _rows_of(bundle: Bundle, record: SessionRecord) -> list[int]:

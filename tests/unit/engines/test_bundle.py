@@ -24,11 +24,11 @@ from causalrt.engines.bundle import (
     new_bundle,
     open_bundle,
     reopen_bundle,
-    toolchain_versions,
     unchanged,
     write_manifest,
 )
 from causalrt.engines.step_record import StepGraphs, StepPart
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BuildError, BundleError
 from causalrt.layout import layout_from_config
 from causalrt.model.codecs.vae_checkpoint import VaeConfig
