@@ -97,7 +97,7 @@ def record(path: Path, num_chunks: int) -> Recording:
 
 
 def recorded_inputs(recording: Recording, expected: Outputs) -> list[torch.Tensor]:
-    """What each forward was given, in order: the denoising steps of a chunk, then its refresh."""
+    """What each forward was given, in order: the denoising steps of a chunk, then its context pass."""
     noise, sigmas = recording.noise(0), schedule_from_config(recording.config.sampler).sigmas
     inputs = []
     for chunk in range(recording.num_chunks):

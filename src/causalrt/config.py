@@ -6,12 +6,12 @@ overridden by its dotted name (`override(config, {"model.num_layers": "2"})`), w
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from causalrt.errors import ConfigError, Faults
+from causalrt.plain import from_plain, type_name
 
 Precision = Literal["float32", "bfloat16", "float16"]
 HeadPlanName = Literal["balanced", "padded", "grouped"]
@@ -293,43 +293,20 @@ def config_from_dict(plain: Mapping[str, Any]) -> Config:
         raise ConfigError(f"a config has the sections {sorted(sections)}, got {got}")
     built = {}
     for name, cls in sections.items():
-        if not isinstance(plain[name], Mapping):
-            raise ConfigError(f"config section {name} must map fields to values, got {plain[name]!r}")
-        values = dict(plain[name])
-        hints = get_type_hints(cls)
-        unknown, missing = set(values) - set(hints), set(hints) - set(values)
+        values = plain[name]
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"config section {name} must map fields to values, got {values!r}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        unknown, missing = set(values) - fields, fields - set(values)
         if unknown or missing:
             raise ConfigError(
                 f"config section {name}: unknown fields {sorted(map(str, unknown))}, missing {sorted(missing)}"
             )
-        for key, value in values.items():
-            values[key] = _checked(f"{name}.{key}", hints[key], value)
-        built[name] = cls(**values)
+        try:
+            built[name] = from_plain(cls, dict(values), name)
+        except TypeError as error:
+            raise ConfigError(str(error)) from None
     return Config(**built)
-
-
-def _checked(name: str, hint: Any, value: Any) -> Any:
-    """A JSON value as the type that the field declares, or a ConfigError."""
-    if hint is float:
-        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
-            return float(value)
-    elif get_origin(hint) is tuple:
-        if isinstance(value, list | tuple) and all(type(v) is int for v in value):
-            return tuple(value)
-    elif get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
-    elif type(value) in (get_args(hint) or (hint,)):
-        return value
-    raise ConfigError(f"{name} must be {_type_name(hint)}, got {value!r}")
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is tuple:
-        return "a list of integers"
-    return " or ".join("none" if t is type(None) else t.__name__ for t in get_args(hint) or (hint,))
 
 
 def override(config: Config, changes: Mapping[str, str]) -> Config:
@@ -380,5 +357,5 @@ def _parse(name: str, hint: Any, text: str) -> Any:
         if hint in (int, float):
             return hint(text)
     except (ValueError, KeyError):
-        raise ConfigError(f"{name} must be {_type_name(hint)}, got {text!r}") from None
+        raise ConfigError(f"{name} must be {type_name(hint)}, got {text!r}") from None
     return text

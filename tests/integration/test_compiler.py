@@ -103,7 +103,7 @@ def test_gpu_without_a_c_compiler(bundle, no_ranks, tmp_path, monkeypatch, execu
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(ExecutorError, match="Triton needs a C compiler to launch kernels on a GPU"):
-        load(bundle, executor=executor, plugins=plugins, device="cuda", vae=False)
+        load(bundle, executor=executor, fused_ops=plugins, device="cuda", vae=False)
 
 
 def test_compiler_that_is_no_program_of_this_machine(bundle, no_ranks, tmp_path, monkeypatch, capsys):

@@ -601,7 +601,7 @@ def test_first_rank_to_raise_is_the_one_that_is_named(bundles: Bundles, monkeypa
     with load(bundles(3)) as engine:
         session = engine.session(prompt())
         pool = engine.workers.ranks
-        chunk = ChunkCommand(session=session.number, index=0, frame=0, refresh=True, record=False)
+        chunk = ChunkCommand(session=session.number, index=0, frame=0, context_pass=True, record=False)
         (wrong,) = packed(OpenCommand(session=9, text=torch.zeros(8, 5), noise=SeededNoise(0)))
         last = pool._channels[2]
         send_bytes = last.send_bytes
@@ -782,7 +782,7 @@ def test_interleaved_sessions_equal_single_ones(bundles: Bundles) -> None:
 
 
 def test_cancelled_session_leaves_no_trace(bundles: Bundles) -> None:
-    """Closed while its refresh runs, between chunks, or dropped without a word: the next one starts clean."""
+    """Closed while its context pass runs, between chunks, or dropped without a word: the next one starts clean."""
     with load(bundles(2)) as engine:
         expected = whole_video(engine, 1)
         with engine.session(prompt(2), seed=2) as session:

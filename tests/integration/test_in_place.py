@@ -85,7 +85,7 @@ def bundle(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("in-place")
     checkpoint = folder / "checkpoint.safetensors"
     save_file(dict(random_weights(config.model, seed=0)), checkpoint)
-    return build(config, checkpoint=checkpoint, out=folder / "bundle", plugins=plugins)
+    return build(config, checkpoint=checkpoint, out=folder / "bundle", fused_ops=plugins)
 
 
 @pytest.mark.parametrize(("where", "copies"), [("in place", False), ("elsewhere", True)])

@@ -39,7 +39,7 @@ from causalrt.proof.replay import Outputs, recorded_outputs
 from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, capsule
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise, SeededNoise
-from causalrt.runtime.requests import checked_given
+from causalrt.runtime.requests import checked_initial_latents
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_buffers import SessionBufferPool, SessionBuffers
 from causalrt.runtime.warm_up import warm_up
@@ -114,7 +114,7 @@ def open_session(
 def play(session: Rollout, index: int) -> dict[str, torch.Tensor]:
     """Generate a chunk; on rank 0, what each forward computed, under a recording's names."""
     latents: list[torch.Tensor] = []
-    _, records = session.chunk(index, refresh=True, record=True, deliver=lambda rows, times: latents.append(rows))
+    _, records = session.chunk(index, context_pass=True, record=True, deliver=lambda rows, times: latents.append(rows))
     outputs = {f"out.c{index}": rows for rows in latents}
     for k, record in enumerate(records):
         name = f"out.c{index}.ctx" if record.x0 is None else f"out.c{index}.s{k}"
@@ -170,13 +170,15 @@ def test_rollout_is_the_recorded_one(
         for element in range(recording.batch_size):
             text, noise = recording.prompt(element), RecordedNoise(recording.noise(element))
             session = open_session(executor, ranks, bundle, text=text, noise=noise)
-            for index, rows in enumerate(checked_given(bundle.config, recording.given(element))):
-                for record in session.take_given(rows, record=True):
+            for index, rows in enumerate(checked_initial_latents(bundle.config, recording.given(element))):
+                for record in session.take_initial(rows, record=True):
                     outputs[element, f"out.g{index}.ctx.flow"] = record.flow
                 ranks.take_traffic()
             for index in range(recording.num_chunks):
                 outputs |= {(element, name): tensor for name, tensor in play(session, index).items()}
-                if collectives == "runtime":  # what the refresh added; the denoising steps' was taken by the rollout
+                if (
+                    collectives == "runtime"
+                ):  # what the context pass added; the denoising steps' was taken by the rollout
                     assert ranks.take_traffic().all_to_all_calls == exchanges
         forwards = recording.batch_size * (recording.num_given + recording.num_chunks * (steps + 1))
         engines = len(bundle.steps)
@@ -522,7 +524,7 @@ def test_a_flush_after_a_first_chunk_of_one_frame(replays: Replays, collectives:
                 session.switch_prompt(text, "flush")
             latents: list[torch.Tensor] = []
             keep = functools.partial(lambda kept, rows, times: kept.append(rows), latents)
-            times, _ = session.chunk(index, refresh=True, record=False, deliver=keep)
+            times, _ = session.chunk(index, context_pass=True, record=False, deliver=keep)
             attended.append(times.kv_frames)
             assert bool(torch.isfinite(latents[0]).all())
         assert attended == frames

@@ -125,4 +125,4 @@ def test_noise_is_drawn_ahead_for_every_chunk_that_follows(
             list(session)
     chunks = [command for command in sent if isinstance(command, ChunkCommand)]
     assert [chunk.draw_next for chunk in chunks] == [True, True, False]
-    assert [chunk.refresh for chunk in chunks] == [True, True, record]
+    assert [chunk.context_pass for chunk in chunks] == [True, True, record]

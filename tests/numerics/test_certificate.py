@@ -213,7 +213,7 @@ def test_good_bundles_of_other_kinds_pass(bundles, world_size, changes):
 
 @pytest.mark.slow
 def test_fused_ops_pass(checkpoint, tmp_path):
-    bundle = build(tiny_config(RANKS), checkpoint=checkpoint, out=tmp_path / "bundle", plugins="on")
+    bundle = build(tiny_config(RANKS), checkpoint=checkpoint, out=tmp_path / "bundle", fused_ops="on")
     found = certified(bundle)
     assert found.passed, found.first_wrong
 

@@ -82,7 +82,7 @@ def test_inside_a_compiled_step(tmp_path):
     recording = open_recording(GOLDEN / "R.safetensors", world_size=2)
     checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
     path = build(recording.config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"])
-    with load(path, executor="inductor", device="cpu", plugins=True, timeout_s=300) as engine:
+    with load(path, executor="inductor", device="cpu", fused_ops=True, timeout_s=300) as engine:
         errors = largest_errors(replay(recording, engine), recorded_outputs(recording))
     assert max(error.largest for error in errors.values()) <= TOLERANCE
 
@@ -127,7 +127,8 @@ def bundles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plugins")
     checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
     return {
-        mode: build(recording.config, checkpoint=checkpoint, out=folder / mode, plugins=mode) for mode in ("auto", "on")
+        mode: build(recording.config, checkpoint=checkpoint, out=folder / mode, fused_ops=mode)
+        for mode in ("auto", "on")
     }
 
 
@@ -139,10 +140,10 @@ def test_the_manifest_says_what_was_built(bundles):
 
 
 def test_an_executor_runs_what_was_built(bundles):
-    with pytest.raises(ExecutorError, match="plugins off; build again with `--plugins on`"):
-        load(bundles["auto"], plugins=True)
-    with pytest.raises(ExecutorError, match="plugins on; build again with `--plugins off`"):
-        load(bundles["on"], plugins=False)
+    with pytest.raises(ExecutorError, match="fused ops off; build it with `--plugins on`"):
+        load(bundles["auto"], fused_ops=True)
+    with pytest.raises(ExecutorError, match="fused ops on; build it with `--plugins off`"):
+        load(bundles["on"], fused_ops=False)
 
 
 def test_relative_time_is_not_run_without_fused_ops(tmp_path):
@@ -151,13 +152,13 @@ def test_relative_time_is_not_run_without_fused_ops(tmp_path):
     checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
     path = build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"])
     assert open_bundle(path).fused_ops
-    with pytest.raises(ExecutorError, match="load it with plugins on"):
-        load(path, plugins=False)
+    with pytest.raises(ExecutorError, match="load it with fused_ops=True"):
+        load(path, fused_ops=False)
 
 
 def test_plugins_are_asked_for_by_yes_and_no(bundles):
     with pytest.raises(RequestError, match=r"True, False, or None .* got 'off'"):
-        load(bundles["on"], executor="eager", plugins="off")
+        load(bundles["on"], executor="eager", fused_ops="off")
 
 
 @pytest.mark.parametrize(
@@ -175,18 +176,18 @@ def test_nothing_is_vouched_for_that_cannot_be_built(options, message):
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_eager_runs_either_and_by_default_what_was_built(bundles, asked, monkeypatch):
     loaded = []
-    monkeypatch.setattr("causalrt.runtime.load.Engine", lambda *args, plugins, **rest: loaded.append(plugins))
+    monkeypatch.setattr("causalrt.runtime.load.Engine", lambda *args, fused_ops, **rest: loaded.append(fused_ops))
     for path in bundles.values():
-        load(path, executor="eager", device="cpu", plugins=asked)
+        load(path, executor="eager", device="cpu", fused_ops=asked)
     assert loaded == ([False, True] if asked is None else [asked, asked])
 
 
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        ({"plugins": "maybe"}, {}, "plugins must be on, off, auto, got 'maybe'"),
-        ({"plugins": "off"}, {"time_index": "relative"}, "what the fused ops do"),
-        ({"executors": ["tensorrt_rtx"], "targets": ["sm80"], "plugins": "on"}, {}, "tensorrt_rtx has no plugins"),
+        ({"fused_ops": "maybe"}, {}, "fused_ops must be on, off, auto, got 'maybe'"),
+        ({"fused_ops": "off"}, {"time_index": "relative"}, "what the fused ops do"),
+        ({"executors": ["tensorrt_rtx"], "targets": ["sm80"], "fused_ops": "on"}, {}, "tensorrt_rtx has no plugins"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, options, changes, message):

@@ -172,7 +172,7 @@ def test_a_rollout_does_not_age(tmp_path, sink):
             buffers=memories.take(),
         )
         for index in (0, 1, 2, 3, *(shift + later for later in range(4, 8))):
-            made.chunk(index, refresh=True, record=False, deliver=lambda rows, times: chunks.append(rows))
+            made.chunk(index, context_pass=True, record=False, deliver=lambda rows, times: chunks.append(rows))
         return torch.stack(chunks)
 
     early, late = rollout(0), rollout(10_000_000)

@@ -20,7 +20,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ import torch
 from causalrt.atomic_files import atomic_folder
 from causalrt.config import Config, config_from_dict
 from causalrt.engines.kinds import EXECUTORS, executor_kind
-from causalrt.engines.step_record import FlavourEngines, StepGraphs, expect, files_of, parse_engines, parse_steps
+from causalrt.engines.step_record import FlavourEngines, StepGraphs, files_of, parse_engines, parse_steps, step_entries
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
-from causalrt.layout import Layout, layout_from_config, layouts_from_config
+from causalrt.layout import Layout, layout_from_config
 from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
+from causalrt.plain import from_plain
 from causalrt.regular_files import regular_file
 
 SCHEMA = 5
@@ -168,20 +169,6 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
         ) from error
 
 
-def _step_records(config: Config, steps: Sequence[StepGraphs]) -> list[dict[str, Any]]:
-    sizes = zip(config.video.step_frames, layouts_from_config(config), steps, strict=True)
-    return [{"frames": frames, "layout": _layout_record(layout), **asdict(step)} for frames, layout, step in sizes]
-
-
-def _layout_record(layout: Layout) -> dict[str, Any]:
-    return {
-        "local_tokens": layout.local_tokens,
-        "scatter_rows": layout.scatter_rows,
-        "gather_rows": layout.gather_rows,
-        "balanced": [[s.num_heads, s.first_head, s.split, s.query_rows] for s in layout.shards],
-    }
-
-
 def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     """Check what the digest cannot tell: types, layouts that this version would not plan, files that no hash covers.
 
@@ -192,7 +179,7 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     _check_types(manifest)
     if config.video.time_index == "relative" and not manifest["fused_ops"]:
         raise TypeError("fused_ops is false, but video.time_index=relative needs the fused ops")
-    steps = _read_steps(manifest["steps"], config)
+    steps = parse_steps(manifest["steps"], config)
     vae = None if manifest["vae"] is None else vae_config_from_mapping(manifest["vae"])
     if vae is not None and vae.z_dim != config.model.latent_channels:
         raise TypeError(
@@ -218,26 +205,20 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FileEntry:
+    bytes: int
+    sha256: str
+
+
 def _check_types(manifest: Mapping[str, Any]) -> None:
-    for key, kind in (("files", dict), ("steps", list), ("toolchain", dict), ("executors", list), ("fused_ops", bool)):
-        expect(kind, manifest[key], key)
-    for name, entry in manifest["files"].items():
-        expect(int, expect(dict, entry, f"files: {name}").get("bytes"), f"files: bytes of {name}")
-        expect(str, entry.get("sha256"), f"files: sha256 of {name}")
-    for name, version in manifest["toolchain"].items():
-        expect(str, version, f"toolchain: {name}")
+    from_plain(Mapping[str, _FileEntry], manifest["files"], "files")
+    from_plain(Mapping[str, str], manifest["toolchain"], "toolchain")
+    from_plain(tuple[str, ...], manifest["executors"], "executors")
+    from_plain(bool, manifest["fused_ops"], "fused_ops")
     executors = manifest["executors"]
-    if "eager" not in executors or not all(isinstance(name, str) and name in EXECUTORS for name in executors):
+    if "eager" not in executors or not all(name in EXECUTORS for name in executors):
         raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
-
-
-def _read_steps(plain: Any, config: Config) -> tuple[StepGraphs, ...]:
-    steps = parse_steps(plain, len(config.video.step_frames))
-    for number, (found, planned) in enumerate(zip(plain, _step_records(config, steps), strict=True)):
-        for key in ("frames", "layout"):
-            if found.get(key) != planned[key]:
-                raise TypeError(f"steps[{number}] has {key} {found.get(key)}, this version plans {planned[key]}")
-    return steps
 
 
 def _check_executors(
@@ -295,7 +276,7 @@ def write_manifest(
         "fused_ops": fused_ops,
         "vae": None if vae is None else vae.to_mapping(),
         "executors": list(executors),
-        "steps": _step_records(config, steps),
+        "steps": step_entries(config, steps),
         "engines": dict(engines),
         "toolchain": toolchain_versions() if toolchain is None else dict(toolchain),
         "files": files,

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DTYPE_OPTIONS: Mapping[Precision, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +53,7 @@ class ExecutorKind:
 _TENSORRT = ExecutorKind(
     devices=("cuda",),
     graphs="tensorrt",
-    precisions={"cuda": ("bfloat16", "float16")},  # in which it has fused attention kernels
+    precisions=dict.fromkeys(("cuda", "cpu"), ("bfloat16", "float16")),  # in which it has fused attention kernels
     copies_weights=("cuda", "cpu"),
     warms_up=True,
 )
@@ -89,13 +90,14 @@ def warms_up(name: str, device: str) -> bool:
 
 
 def precision_fault(name: str, precision: Precision, device: str) -> str | None:
-    """Why an executor does not run a precision on a kind of device; None if it does."""
-    allowed = executor_kind(name).precisions.get(device, PRECISIONS)
+    """Why an executor does not run a precision on a kind of device, and what to build instead; None if it does."""
+    kind = executor_kind(name)
+    allowed = kind.precisions.get(device, PRECISIONS)
     if precision in allowed:
         return None
-    return (
-        f"{name} on a {'CPU' if device == 'cpu' else 'GPU'} runs {' and '.join(allowed)} only, and this is {precision}"
-    )
+    where = "" if len(kind.precisions) > 1 else f" on a {'CPU' if device == 'cpu' else 'GPU'}"
+    options = " or ".join(f"`--dtype {DTYPE_OPTIONS[found]}`" for found in allowed)
+    return f"{name}{where} runs {' and '.join(allowed)} only, and this is {precision}; build it with {options}"
 
 
 def choose_device(name: str, *, asked: str | None, world_size: int) -> str:

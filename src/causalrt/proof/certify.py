@@ -140,7 +140,7 @@ def _where(bundle: Bundle, executor: str, *, emulate: bool, device: str | None) 
     if "cpu" in kind.devices:
         if (fault := precision_fault(executor, bundle.config.build.precision, device or "cpu")) is not None:
             raise ExecutorError(
-                f"{bundle.path}: {fault}; certify it with `--executor eager`, or on a GPU with `--device cuda`"
+                f"{bundle.path}: {fault}, or certify it with `--executor eager`, or on a GPU with `--device cuda`"
             )
         return choose_device(executor, asked=device or "cpu", world_size=bundle.config.build.world_size)
     try:

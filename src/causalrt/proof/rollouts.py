@@ -137,7 +137,7 @@ def play(side: Replica, plan: RolloutPlan, prompts: Mapping[str, torch.Tensor], 
                 rollout.switch_prompt(texts[1], "keep")
             latents: list[torch.Tensor] = []
             deliver = functools.partial(_keep, latents)
-            _, records = rollout.chunk(chunk, refresh=True, record=True, deliver=deliver)
+            _, records = rollout.chunk(chunk, context_pass=True, record=True, deliver=deliver)
             if rank == 0:
                 found |= outputs_of_chunk(chunk, latents[0], records)
             if chunk in plan.chunks:

@@ -5,8 +5,8 @@
         for chunk in session:
             use(chunk.frames)                 # uint8 [T, 8H, 8W, 3], and chunk.latents [F, 16, H, W]
 
-Commands from several sessions (or threads) take turns by chunk, first come, first served. The refresh of a chunk runs on the
-ranks while it is decoded and used; whoever commands next waits for it.
+Commands from several sessions (or threads) take turns by chunk, first come, first served. The context pass of a chunk runs on
+the ranks while the chunk is decoded and used, and the next command waits for it.
 
 An interrupt (Ctrl-C) during a call is raised when the call has done its work, so the engine stays usable; a second one is
 raised at once, and ends the engine.
@@ -40,7 +40,7 @@ from causalrt.runtime.memory import (
 from causalrt.runtime.messages import (
     CheckExchangesCommand,
     Done,
-    GivenCommand,
+    InitialChunkCommand,
     LoadCommand,
     LoadVaeCommand,
     ResumeCommand,
@@ -48,7 +48,7 @@ from causalrt.runtime.messages import (
 )
 from causalrt.runtime.noise import Noise, SeededNoise, checked_noise
 from causalrt.runtime.ranks import START_S, WARM_START_S
-from causalrt.runtime.requests import Embeddings, checked_chunks, checked_given, checked_text
+from causalrt.runtime.requests import Embeddings, checked_chunks, checked_initial_latents, checked_text
 from causalrt.runtime.session import Session
 from causalrt.runtime.snapshot import read_session
 from causalrt.runtime.usage import Usage
@@ -104,7 +104,7 @@ class Engine:
         executor: str,
         *,
         device: str,
-        plugins: bool,
+        fused_ops: bool,
         cuda_graphs: bool,
         decoder_executor: str | None,
         text_encoder: Path | None,
@@ -154,7 +154,7 @@ class Engine:
                         digest=bundle.digest,
                         executor=executor,
                         device=device,
-                        plugins=plugins,
+                        fused_ops=fused_ops,
                         cuda_graphs=cuda_graphs,
                         num_threads=self.num_threads,
                         timeout_s=max(timeout_s, start_s),
@@ -253,7 +253,7 @@ class Engine:
             self._text_encoder.forget_prompts()
 
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """Frames -> latents `[1 + k, 16, H, W]` that `session(given=...)` takes.
+        """Frames -> latents `[1 + k, 16, H, W]` that `session(initial_latents=...)` takes.
 
         Args:
             frames: an image or a clip of 1 + 4k frames, uint8 `[T, 8H, 8W, 3]` of the bundle's size and at most its
@@ -285,7 +285,7 @@ class Engine:
         *,
         seed: int = 0,
         num_chunks: int | None = None,
-        given: torch.Tensor | None = None,
+        initial_latents: torch.Tensor | None = None,
         noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
         ahead: bool | None = None,
         record: bool = False,
@@ -296,11 +296,11 @@ class Engine:
             prompt: text, if the engine has a text encoder, or embeddings `[rows, text_dim]` with rows <= text_len; missing
                 rows are zero, as in the reference.
             seed: of the noise; the same seed gives the same video on any number of ranks.
-            num_chunks: chunks to generate; by default as many as the horizon holds, given frames included, and with
+            num_chunks: chunks to generate; by default as many as the horizon holds beside the initial latents; with
                 `video.time_index=relative` any number is possible.
-            given: `[G, 16, H, W]`, clean latents that the video begins with (an encoded clip, or the end of an earlier video),
-                whole chunks, after one frame where a video's first is alone (`independent_first_frame`); they are not among
-                the chunks that come out.
+            initial_latents: `[G, 16, H, W]`, clean latents that the video begins with (an encoded clip, or the end of an
+                earlier video), in whole chunks, the first of which is one frame with `independent_first_frame`; they are not
+                among the chunks that the session yields.
             noise: for each chunk `[steps, N, 64]` token rows to use instead of the seed's; one tensor will do where all chunks
                 are of one length.
             ahead: have the ranks make the next chunk while one is decoded and used, so that decoding costs no frames a second;
@@ -310,15 +310,15 @@ class Engine:
         Raises:
             CapacityError: no further session fits; those that are open go on.
             PromptError: text that cannot be encoded, wrong shape or type, or values that are not finite.
-            RequestError: more chunks than the bundle can make (`checked_chunks`), or given frames or noise of a wrong shape.
+            RequestError: more chunks than the bundle can make (`checked_chunks`), or initial latents or noise of a wrong shape.
             ForkError: the engine was loaded by another process, from which this one was forked.
         """
         self.check_owner()
-        given_rows = checked_given(self.config, given)
-        chunks = checked_chunks(self.config, num_chunks, num_given=len(given_rows))
+        initial = checked_initial_latents(self.config, initial_latents)
+        chunks = checked_chunks(self.config, num_chunks, num_given=len(initial))
         source: Noise = SeededNoise(seed)
         if noise is not None:
-            source = checked_noise(self.config, noise, num_chunks=chunks, num_given=len(given_rows))
+            source = checked_noise(self.config, noise, num_chunks=chunks, num_given=len(initial))
         text, text_ms = self.encode_prompt(prompt)
         with contextlib.ExitStack() as if_opening_fails:
             with self.workers.deferred_interrupts():
@@ -327,18 +327,18 @@ class Engine:
                         text,
                         source,
                         num_chunks=chunks,
-                        num_given=len(given_rows),
+                        num_given=len(initial),
                         ahead=ahead,
                         text_ms=text_ms,
                         record=record,
                     )
                     if_opening_fails.callback(session.abandon)
-                    for rows in given_rows:
-                        given_command = GivenCommand(session=session.number, rows=rows.clone(), record=record)
-                        session.take_given(self.workers.run(given_command))
-                if given is not None and self.decoder is not None:
-                    latents = given.detach().to("cpu", torch.float32, copy=True)
-                    session.given_frames = self.workers.decode(session.number, latents).frames
+                    for rows in initial:
+                        command = InitialChunkCommand(session=session.number, rows=rows.clone(), record=record)
+                        session.take_initial(self.workers.run(command))
+                if initial_latents is not None and self.decoder is not None:
+                    latents = initial_latents.detach().to("cpu", torch.float32, copy=True)
+                    session.initial_frames = self.workers.decode(session.number, latents).frames
             if_opening_fails.pop_all()
         return session
 

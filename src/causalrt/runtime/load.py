@@ -19,7 +19,7 @@ def load(
     executor: str | None = None,
     world_size: int | None = None,
     device: str | None = None,
-    plugins: bool | None = None,
+    fused_ops: bool | None = None,
     cuda_graphs: bool = True,
     vae: bool | None = None,
     vae_executor: str | None = None,
@@ -36,7 +36,7 @@ def load(
         executor: one of `EXECUTORS`; by default the best that the bundle was built for.
         world_size: ranks that the caller expects; must be what the bundle was built for.
         device: `cuda` (rank r on GPU r) or `cpu`; by default GPUs, where the executor can use them and each rank has one.
-        plugins: have `eager` and `inductor` run self-attention by the fused ops (Triton kernels on a GPU), or not; by default
+        fused_ops: have `eager` and `inductor` run self-attention by the fused ops (Triton kernels on a GPU), or not; by default
             as the bundle was built. The others run what was built.
         cuda_graphs: have `inductor` and TensorRT capture steps on a GPU, which without takes longer; off is for measurements.
         vae: decode chunks to frames, in a process of its own: on a GPU that no rank has, or else on rank 0's; by default
@@ -55,7 +55,7 @@ def load(
         BundleError: damaged, or built for another world size or executor, or without the VAE that is asked for.
         CheckpointError: the text encoder cannot be read, or is not the model's.
         ExecutorError: the executor cannot run here.
-        KernelError: `plugins` on GPUs, and Triton is missing.
+        KernelError: `fused_ops` on GPUs, and Triton is missing.
         OutOfMemoryError: the ranks would not fit.
         RankError: a rank process failed to start.
         RequestError: `timeout_s`, `num_threads` or `max_sessions` is out of range.
@@ -74,17 +74,17 @@ def load(
     kind = executor_kind(chosen)
     if (lacking := opened.why_not(chosen)) is not None:
         raise BundleError(lacking)
-    if plugins not in (None, True, False):
-        raise RequestError(f"plugins must be True, False, or None (as the bundle was built), got {plugins!r}")
-    fused = opened.fused_ops if plugins is None else plugins
+    if fused_ops not in (None, True, False):
+        raise RequestError(f"fused_ops must be True, False, or None (as the bundle was built), got {fused_ops!r}")
+    fused = opened.fused_ops if fused_ops is None else fused_ops
     if not fused and opened.config.video.time_index == "relative":
         raise ExecutorError(
-            f"{bundle} has video.time_index=relative, which is what the fused ops do; load it with plugins on"
+            f"{bundle} has video.time_index=relative, which is what the fused ops do; load it with fused_ops=True"
         )
     if fused != opened.fused_ops and kind.compiled:
         built, wanted = ("on", "off") if opened.fused_ops else ("off", "on")
         raise ExecutorError(
-            f"{chosen} runs what was built, and {bundle} was built with plugins {built}; build again with `--plugins {wanted}`"
+            f"{chosen} runs what was built, and {bundle} was built with fused ops {built}; build it with `--plugins {wanted}`"
         )
     decodes = opened.vae is not None if vae is None else vae
     if decodes:
@@ -99,9 +99,7 @@ def load(
     if where == "cuda" and (chosen == "inductor" or (fused and not kind.compiled)):
         require_triton_launches()
     if (fault := precision_fault(chosen, opened.config.build.precision, where)) is not None:
-        raise ExecutorError(
-            f"{bundle}: {fault}; load it with executor='eager' or on another device, or build it again with another --dtype"
-        )
+        raise ExecutorError(f"{bundle}: {fault}, or load it with executor='eager', or on another kind of device")
     decoder_executor = (vae_executor or (chosen if where == "cuda" else "eager")) if decodes else None
     if decoder_executor is not None and where not in executor_kind(decoder_executor).devices:
         raise ExecutorError(f"{decoder_executor} cannot decode on a {where}; leave vae_executor out, or take eager")
@@ -109,7 +107,7 @@ def load(
         opened,
         chosen,
         device=where,
-        plugins=fused,
+        fused_ops=fused,
         cuda_graphs=cuda_graphs,
         decoder_executor=decoder_executor,
         text_encoder=None if text_encoder is None else Path(text_encoder),

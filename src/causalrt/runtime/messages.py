@@ -27,7 +27,7 @@ class LoadCommand:
         digest: of the manifest that the caller verified.
         executor: its name.
         device: `cpu` or `cuda`; rank r takes GPU r.
-        plugins: run the fused ops.
+        fused_ops: run self-attention by the fused ops.
         cuda_graphs: capture steps, where the executor can.
         num_threads: CPU threads of each rank.
         timeout_s: of a collective; the caller's own time-out on answers is the shorter one.
@@ -37,7 +37,7 @@ class LoadCommand:
     digest: str
     executor: str
     device: str
-    plugins: bool
+    fused_ops: bool
     cuda_graphs: bool
     num_threads: int
     timeout_s: float
@@ -63,13 +63,13 @@ class ChunkCommand:
     session: int
     index: int
     frame: int
-    refresh: bool
+    context_pass: bool
     record: bool
     draw_next: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GivenCommand:
+class InitialChunkCommand:
     """Make clean rows `[N, 64]` a session's next chunk of history, before it generates."""
 
     session: int
@@ -164,7 +164,7 @@ class EncodeCommand:
 Command = (
     LoadCommand
     | OpenCommand
-    | GivenCommand
+    | InitialChunkCommand
     | ChunkCommand
     | PromptCommand
     | SaveCommand
@@ -178,7 +178,7 @@ VaeCommand = LoadVaeCommand | DecodeCommand | EncodeCommand | SaveCommand | Resu
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latents:
-    """A chunk's latents `[N, 64]` and the times so far, from rank 0, before the refresh."""
+    """A chunk's latents `[N, 64]` and the times so far, from rank 0, before the context pass."""
 
     rows: torch.Tensor
     times: ChunkTimes

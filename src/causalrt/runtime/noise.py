@@ -47,7 +47,7 @@ Noise = SeededNoise | RecordedNoise
 def checked_noise(
     config: Config, noise: Sequence[torch.Tensor] | torch.Tensor, *, num_chunks: int, num_given: int
 ) -> RecordedNoise:
-    """A caller's noise for `num_chunks` chunks after `num_given` given ones, in memory of its own.
+    """A caller's noise for `num_chunks` chunks after `num_given` chunks of initial latents, copied.
 
     Raises:
         RequestError: not a tensor `[steps, N, 64]` for each chunk.

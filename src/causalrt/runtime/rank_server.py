@@ -28,7 +28,7 @@ from causalrt.runtime.messages import (
     CloseCommand,
     Command,
     Done,
-    GivenCommand,
+    InitialChunkCommand,
     Latents,
     LoadCommand,
     OpenCommand,
@@ -81,15 +81,15 @@ class RankServer:
                 times, records = rollout.chunk(
                     command.index,
                     frame=command.frame,
-                    refresh=command.refresh,
+                    context_pass=command.context_pass,
                     record=command.record,
                     draw_next=command.draw_next,
                     deliver=lambda rows, times: send(self._channel, Latents(rows=rows, times=times)),
                 )
                 return Done(times=times, records=tuple(records), kv_rows_moved=rollout.slots.rows_moved)
-            case GivenCommand():
-                given = self._sessions[command.session].take_given(command.rows, record=command.record)
-                return Done(records=tuple(given))
+            case InitialChunkCommand():
+                records = self._sessions[command.session].take_initial(command.rows, record=command.record)
+                return Done(records=tuple(records))
             case PromptCommand():
                 self._sessions[command.session].switch_prompt(command.text, command.policy)
             case SaveCommand() | ResumeCommand():
@@ -160,7 +160,7 @@ class RankServer:
             self._collectives,
             num_threads=command.num_threads,
             device=device,
-            fused_ops=command.plugins,
+            fused_ops=command.fused_ops,
             cuda_graphs=command.cuda_graphs,
         )
         self._buffers = SessionBufferPool(self._executor, self._bundle.config, self._bundle.layout)

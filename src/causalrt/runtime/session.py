@@ -50,7 +50,7 @@ class Chunk:
         latency_ms: from the request to latents and frames in the caller's hands; stages that ran before the request, where
             chunks are made ahead, are no part of it.
         queue_ms: the part of it spent waiting for earlier work: the previous chunk's refresh, other sessions.
-        times: rank 0's stages; the refresh has not run yet (`Session.times` has it afterwards).
+        times: rank 0's stages; the context pass has not run yet (`Session.times` has it afterwards).
         decode_ms: what the decoder took; 0 without a VAE.
     """
 
@@ -74,12 +74,12 @@ class Session:
 
     Attributes:
         times: `ChunkTimes` by rank, for each finished chunk by its index; of the newest `MAX_TIMES` chunks. A chunk is
-            finished when the next command (or `close`) has taken in the end of its refresh.
+            finished when the next command (or `close`) has taken in the end of its context pass.
         records: with `record=True`, for each finished chunk what each forward computed.
-        given_records: with `record=True`, for each given chunk what its forward computed.
+        initial_records: with `record=True`, for each chunk of the initial latents what its forward computed.
         kv_rows_moved: rows of one head that the last finished chunk had moved to history, over the session.
         text_ms: what encoding the prompt took; 0 for embeddings.
-        given_frames: what the given latents decode to, uint8 `[T, 8H, 8W, 3]`, if there were some and a VAE.
+        initial_frames: what the initial latents decode to, uint8 `[T, 8H, 8W, 3]`, if there were some and a VAE.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Session:
         self.number = number
         self.num_chunks = num_chunks
         self.text_ms = text_ms
-        self.given_frames: torch.Tensor | None = None
+        self.initial_frames: torch.Tensor | None = None
         self.times: dict[int, dict[int, ChunkTimes]] = {}
         self.records: list[tuple[StepRecord, ...]] = []
-        self.given_records: list[tuple[StepRecord, ...]] = []
+        self.initial_records: list[tuple[StepRecord, ...]] = []
         self.kv_rows_moved = 0
         self._workers, self._bundle, self._encode_prompt = workers, bundle, encode_prompt
         self._text, self._noise = text, noise
@@ -188,7 +188,7 @@ class Session:
                 session=self.number,
                 index=index,
                 frame=self._bundle.config.video.first_frame_of(self._num_given + index),
-                refresh=self._record or more,
+                context_pass=self._record or more,
                 record=self._record,
                 draw_next=more,
             )
@@ -259,9 +259,7 @@ class Session:
             EngineClosedError: the session or the engine was closed.
         """
         if not isinstance(self._noise, SeededNoise):
-            raise RequestError(
-                "a snapshot holds a seed, and the session has noise that was given; begin it with a seed"
-            )
+            raise RequestError("a snapshot holds a seed, and the session has noise of its own; begin it with a seed")
         self._workers.check_owner()
         with self._lock, self._workers.deferred_interrupts():
             self._check_open()
@@ -301,10 +299,10 @@ class Session:
         self._closed = True
         self._finalizer()
 
-    def take_given(self, reply: Done) -> None:
-        """Keep what rank 0 says of a given chunk."""
+    def take_initial(self, reply: Done) -> None:
+        """Keep what rank 0 has recorded of an initial chunk."""
         if self._record:
-            self.given_records.append(reply.records)
+            self.initial_records.append(reply.records)
 
     def take(self, rank: int, reply: Reply) -> None:
         """Keep what a rank says of the chunk that it has finished."""

@@ -35,7 +35,7 @@ def warm_up(
             if rollout.kv_frames == attended:
                 break  # the window is full
             attended = rollout.kv_frames
-            rollout.take_given(clean, record=False)
+            rollout.take_initial(clean, record=False)
     collectives.take_traffic()
     pool.give_back(buffers)
     executor.warmed_up()
@@ -43,7 +43,7 @@ def warm_up(
 
 def _play(rollout: Rollout, index: int) -> int:
     """Generate a chunk whose latents nobody wants; how many frames it attended over."""
-    times, _ = rollout.chunk(index, refresh=True, record=False, deliver=_drop)
+    times, _ = rollout.chunk(index, context_pass=True, record=False, deliver=_drop)
     return times.kv_frames
 
 

@@ -237,7 +237,7 @@ def make_video(
         executor=executor,
         vae_executor=executor,
         device=device,
-        plugins=plugins,
+        fused_ops=plugins,
         cuda_graphs=request.cuda_graphs,
         text_encoder=demo_files().words,
     ) as engine:

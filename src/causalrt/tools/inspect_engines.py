@@ -59,7 +59,7 @@ def describe_step(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> d
     """The engines of one kind of step, taken together."""
     attentions = [attention for network in networks for attention in network.attentions]
     own = [attention for attention in attentions if not is_prompt_name(attention.key_source)]
-    ranks = [count for network in networks for count in network.collective_ranks]
+    ranks = [collective.ranks for network in networks for collective in network.collectives]
     parts = bundle.steps[step].tensorrt
     layers, plugins = Counter[str](), Counter[str]()
     for network in networks:
@@ -105,7 +105,7 @@ def expected_constants(bundle: Bundle, step: int = 0) -> dict[str, np.ndarray[An
 
 def check_constants(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> dict[str, dict[str, Any]]:
     """For each table its shape, type, size, and how many constants of the networks equal it, bit for bit."""
-    digests = Counter(digest for network in networks for digest in network.constant_digests)
+    digests = Counter(constant.sha256 for network in networks for constant in network.constants)
     return {
         name: {
             "shape": list(table.shape),

@@ -187,7 +187,7 @@ def play(rollout: Rollout, index: int, log: Log, **options: Any) -> list[torch.T
         assert len(times.denoise_ms) == 4
         latents.append(rows.clone())
 
-    _, records = rollout.chunk(index, **{"refresh": True, "record": False, **options}, deliver=deliver)
+    _, records = rollout.chunk(index, **{"context_pass": True, "record": False, **options}, deliver=deliver)
     return [*latents, *(record.flow for record in records)]
 
 
@@ -206,7 +206,7 @@ def second_chunk(rollout: Rollout, log: Log, **options: Any) -> list[str]:
 def test_a_gpu_refreshes_while_latents_are_delivered_and_noise_is_drawn(
     bundle_of: Callable[..., Bundle], log: Log
 ) -> None:
-    """Everything is queued before the host waits, for the copy of the latents alone; then the refresh hides the host's work."""
+    """Everything is queued before the host waits, for the copy of the latents alone; then the context pass hides its work."""
     rollout = begin(bundle_of({}), GPU, log)
     assert second_chunk(rollout, log, draw_next=True) == [
         *STEPS,
@@ -223,7 +223,7 @@ def test_a_cpu_delivers_before_it_refreshes(bundle_of: Callable[..., Bundle], lo
 def test_the_last_chunk_draws_for_none(bundle_of: Callable[..., Bundle], log: Log) -> None:
     """On a GPU it waits for its latents, and has nothing more to wait for."""
     rollout = begin(bundle_of({}), GPU, log)
-    assert second_chunk(rollout, log, refresh=False) == [*STEPS, "copy", "wait for the copy", "deliver"]
+    assert second_chunk(rollout, log, context_pass=False) == [*STEPS, "copy", "wait for the copy", "deliver"]
 
 
 def test_a_recorded_last_chunk_is_refreshed_and_draws_for_none(bundle_of: Callable[..., Bundle], log: Log) -> None:

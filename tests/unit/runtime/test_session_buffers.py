@@ -139,7 +139,7 @@ def test_sessions_one_after_another_in_one_memory(tmp_path, fused_ops, changes):
         )
         rows: list[torch.Tensor] = []
         for index in range(3):
-            session.chunk(index, refresh=True, record=False, deliver=lambda latents, times: rows.append(latents))
+            session.chunk(index, context_pass=True, record=False, deliver=lambda latents, times: rows.append(latents))
         return torch.cat(rows)
 
     kept = [latents(seed, buffers) for seed in (1, 2)]

@@ -15,7 +15,7 @@ from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind, prec
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ConfigError, ExecutorError, OutOfMemoryError
 from causalrt.export.build import build, fused_ops_wanted
-from causalrt.export.options import PluginsMode
+from causalrt.export.options import FusedOpsMode
 from causalrt.export.random_weights import random_weights
 from causalrt.measure.bench.arguments import BenchRequest
 from causalrt.progress import Progress
@@ -115,7 +115,7 @@ def sources_of(config: Config, request: BenchRequest, folder: Path) -> list[Sour
         usual = sorted({1, max(1, torch.cuda.device_count())})
     else:
         usual = [1, 2] if _threads(request) > 1 else [1]
-    mode: PluginsMode = "on" if request.plugins == "on" else "auto"
+    mode: FusedOpsMode = "on" if request.plugins == "on" else "auto"
     fused = fused_ops_wanted(mode, config, (), "onnx")
     return [
         Source(
@@ -142,7 +142,7 @@ def build_random(
                 checkpoint=checkpoint,
                 out=source.path,
                 executors=[name for name in dict.fromkeys(names) if executor_kind(name).compiled] or ["eager"],
-                plugins="on" if source.plugins else "auto",
+                fused_ops="on" if source.plugins else "auto",
                 on_progress=on_progress,
             )
     checkpoint.unlink()
