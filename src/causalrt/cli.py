@@ -133,7 +133,7 @@ def _build(arguments: argparse.Namespace) -> int:
             collectives=arguments.collectives,
             frontend=arguments.frontend,
             timing_cache=arguments.timing_cache,
-            plugins=arguments.plugins,
+            fused_ops=arguments.plugins,
             vae=arguments.vae,
             prepare=arguments.prepare,
             overwrite=arguments.overwrite,
@@ -334,7 +334,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         stages = ", ".join(f"{stage.replace('_', ' ')} {ms:.0f}" for stage, ms in first["stages_ms"].items())
         _say(f"first {what}, {name}: {first['total_ms']:.0f} ms ({stages})")
     last = report["chunks"][-1]
-    _say(f"last chunk: {last['latency_ms']:.0f} ms, {last['queue_ms']:.0f} of them waiting for the refresh before it")
+    _say(
+        f"last chunk: {last['latency_ms']:.0f} ms, {last['queue_ms']:.0f} of them waiting for the context pass before it"
+    )
     return 0
 
 

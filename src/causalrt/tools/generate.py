@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.bundle import open_bundle, toolchain_versions
+from causalrt.engines.bundle import open_bundle
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import Faults, RequestError
 from causalrt.media.pyav import pyav
@@ -21,7 +22,7 @@ from causalrt.progress import Progress
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import check_rank_limits, load
 from causalrt.runtime.noise import SeededNoise
-from causalrt.runtime.requests import checked_chunks, checked_given
+from causalrt.runtime.requests import checked_chunks, checked_initial_latents
 from causalrt.runtime.rollout import SwitchPolicy
 from causalrt.runtime.session import Chunk, Session
 from causalrt.runtime.stopwatch import process_age_s
@@ -98,7 +99,7 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
         bundle,
         executor=request.executor,
         device=request.device,
-        plugins=request.plugins,
+        fused_ops=request.plugins,
         cuda_graphs=request.cuda_graphs,
         vae=as_video or encodes,
         text_encoder=request.text_encoder,
@@ -113,7 +114,7 @@ def generate(bundle: Path, request: Request, *, on_progress: Progress) -> dict[s
             encoded = engine.encode_frames(given)
             encode_ms = 1e3 * (time.perf_counter() - start)
         with (
-            engine.session(prompt, seed=request.seed, num_chunks=request.chunks, given=encoded) as session,
+            engine.session(prompt, seed=request.seed, num_chunks=request.chunks, initial_latents=encoded) as session,
             _sink(request, config, session, encoded) as write,
         ):
             on_progress("chunks", 0, session.num_chunks)
@@ -190,7 +191,9 @@ def _checked(bundle: Path, request: Request) -> _Checked:
             num_given, given = 0, _read_given(request, config)
             if given is not None:
                 num_given = (
-                    config.video.chunks_in(_latents_of(given, config)) if encodes else len(checked_given(config, given))
+                    config.video.chunks_in(_latents_of(given, config))
+                    if encodes
+                    else len(checked_initial_latents(config, given))
                 )
             check_switches(switches, checked_chunks(config, request.chunks, num_given=num_given))
     faults.report()
@@ -230,7 +233,7 @@ def _warm(engine: Engine, request: Request, prompt: str | torch.Tensor, given: t
     engine.wait()
     engine.forget_prompts()
     start = time.perf_counter()
-    with engine.session(prompt, seed=(request.seed + 1) % 2**64, num_chunks=1, given=given) as session:
+    with engine.session(prompt, seed=(request.seed + 1) % 2**64, num_chunks=1, initial_latents=given) as session:
         chunk = next(session)
     return _first(chunk, total_ms=1e3 * (time.perf_counter() - start), before={"text": session.text_ms})
 
@@ -352,6 +355,6 @@ def _sink(request: Request, config: Config, session: Session, given: torch.Tenso
             written += len(frames)
             return [written, *frames.shape[1:]]
 
-        if session.given_frames is not None:
-            encode(session.given_frames)
+        if session.initial_frames is not None:
+            encode(session.initial_frames)
         yield lambda chunk: encode(chunk.frames)

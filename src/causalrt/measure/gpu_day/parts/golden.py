@@ -30,9 +30,9 @@ class StepVariant:
     def executor(self, model: RecordedModel, device: torch.device) -> Executor:
         """Make the executor; the class that captures compiled steps captures eager ones too (see `stance`)."""
         if not (self.compiled or self.captured):
-            return EagerExecutor(model.bundle, LocalCollectives(), device=device, plugins=self.plugins)
+            return EagerExecutor(model.bundle, LocalCollectives(), device=device, fused_ops=self.plugins)
         return InductorExecutor(
-            model.bundle, LocalCollectives(), device=device, plugins=self.plugins, cuda_graphs=self.captured
+            model.bundle, LocalCollectives(), device=device, fused_ops=self.plugins, cuda_graphs=self.captured
         )
 
     def stance(self) -> AbstractContextManager[object]:
