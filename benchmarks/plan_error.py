@@ -4,9 +4,9 @@
     python benchmarks/plan_error.py --clock cpu --calibration cpu.json   # where other programs keep the machine busy
 
 For each size, two ranks of one thread and one rank of two, under eager and onnxruntime, lie side by side and take turns chunk
-by chunk. The time of a chunk's denoising steps and context pass is compared (the last chunk has no such pass), both as medians. With
-`--clock cpu`, ranks have one thread each, and the time is processor time of the busiest rank: waiting is left out. The load is
-in the report.
+by chunk. Medians of the time of a chunk's denoising steps and context pass (the last chunk has none) are compared. With
+`--clock cpu`, ranks have one thread each, and the time is processor time of the busiest rank, without waiting. The
+load is in the report.
 """
 
 import argparse
