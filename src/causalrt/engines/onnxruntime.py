@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import onnxruntime as ort
 import torch
 
-from causalrt.engines.base import ONNX_TYPES, TORCH_DTYPES, Collectives, SessionView, StepBuffers
+from causalrt.engines.base import ONNX_TYPES, TORCH_DTYPES, Collectives, Executor, SessionView, StepBuffers
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, Bundle
 from causalrt.engines.onnxruntime_cuda import CPU, check_cuda, cuda_providers
 from causalrt.engines.tensor_names import is_callers
@@ -106,14 +106,12 @@ class _Segment:
         return outputs
 
 
-class OnnxRuntimeExecutor:
+class OnnxRuntimeExecutor(Executor):
     """Runs the bundle's ONNX graphs.
 
     With `own_threads` each ONNX Runtime session has threads of its own, for a process that also opens other sessions: once a
     process has the shared pool, it can open no session that does not use it.
     """
-
-    whole_slots = False
 
     def __init__(
         self,
@@ -189,13 +187,6 @@ class OnnxRuntimeExecutor:
                 segment.bind(name, self._bound[name], output=False)
             for name in filter(is_callers, segment.outputs):
                 segment.bind(name, self._bound[name.removesuffix(".written")], output=True)
-
-    def warmed_up(self) -> None:
-        """See `Executor.warmed_up`; there is nothing to keep."""
-
-    def graph_bytes(self) -> int:
-        """See `Executor.graph_bytes`."""
-        return 0
 
     def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from causalrt.engines.base import TORCH_DTYPES, Collectives, SessionView, StepBuffers
+from causalrt.engines.base import TORCH_DTYPES, Collectives, Executor, SessionView, StepBuffers
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.engines.step_record import StepPart, TargetEngines
@@ -45,7 +45,7 @@ class StepEngines(NamedTuple):
     staged: int
 
 
-class TensorRTExecutor:
+class TensorRTExecutor(Executor):
     """Runs the engines that a build made for this kind of GPU."""
 
     def __init__(
