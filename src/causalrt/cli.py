@@ -778,7 +778,7 @@ def _parser() -> argparse.ArgumentParser:
         _plan,
         "Predict latency, frames a second, memory and traffic of a recipe on GPUs, or on this machine once measured.",
         "  causalrt plan --recipe wan_1_3b_480p --gpu a800 --world-size 8\n"
-        "  causalrt plan --recipe wan_1_3b_480p --gpu h100 --plugins on --vae shared --timeline timeline.png\n"
+        "  causalrt plan --recipe wan_1_3b_480p --gpu h100 --fused-ops on --vae shared --timeline timeline.png\n"
         "  causalrt plan --recipe bench_cpu --calibrate machine.json\n"
         "  causalrt plan --validate",
     )

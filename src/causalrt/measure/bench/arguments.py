@@ -19,7 +19,7 @@ class BenchRequest:
     recipe: str | None = None
     executors: Sequence[str] | None = None
     world_sizes: Sequence[int] | None = None
-    plugins: str | None = None
+    fused_ops: str | None = None
     cuda_graphs: str = "on"
     device: str | None = None
     threads: int | None = None
@@ -61,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="numbers of ranks (those of the bundles; for a recipe 1 and 2, or 1 and all GPUs)",
     )
     parser.add_argument(
-        "--plugins", choices=("on", "off", "both"), help="fused ops in eager and inductor (as the bundle was built)"
+        "--fused-ops",
+        "--plugins",
+        dest="fused_ops",
+        choices=("on", "off", "both"),
+        help="fused ops in eager and inductor (as the bundle was built)",
     )
     add_cuda_graphs(parser, both=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="device of all ranks (GPUs if there are any)")

@@ -23,7 +23,7 @@ class PlanRequest:
     world_size: int | None = None
     head_plan: str = "all"
     collectives: str = "engine"
-    plugins: str = "off"
+    fused_ops: str = "off"
     vae: VaePlace | None = None
     executor: str = "onnxruntime"
     straggler: float = 0.0
@@ -48,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--collectives", choices=("engine", "runtime"), default="engine", help="who exchanges between ranks (engine)"
     )
     parser.add_argument(
-        "--plugins", choices=("on", "off"), default="off", help="self-attention of all heads in one launch (off)"
+        "--fused-ops",
+        "--plugins",
+        dest="fused_ops",
+        choices=("on", "off"),
+        default="off",
+        help="self-attention of all heads in one launch (off)",
     )
     parser.add_argument(
         "--vae",

@@ -120,7 +120,7 @@ def plan(request: PlanRequest, config: Config, *, on_progress: Progress = lambda
     layouts = LAYOUTS if request.head_plan == "all" else (cast("LayoutName", request.head_plan),)
     if request.gpu:
         gpu, lowering = gpu_by_name(request.gpu), cast("Lowering", request.collectives)
-        machine = GpuMachine(gpu=gpu, lowering=lowering, fused_ops=request.plugins == "on")
+        machine = GpuMachine(gpu=gpu, lowering=lowering, fused_ops=request.fused_ops == "on")
         machines: dict[int, Machine] = dict.fromkeys(
             (request.world_size,) if request.world_size else WORLD_SIZES, machine
         )
