@@ -21,7 +21,7 @@ MAX_LATENT_FRAMES = 1024
 """Positions that the rotary table of the reference has (model_spec section 4)."""
 PIXELS_PER_LATENT = 8
 LARGEST_LATENTS = {"latent_height": 270, "latent_width": 480}
-"""The size of a 4K picture in latents; larger numbers were most likely meant as pixels."""
+"""The size of a 4K picture in latents; larger values are most likely pixels."""
 FRAMES_PER_SECOND = 16
 
 
@@ -138,7 +138,7 @@ class VideoConfig:
     def step_frames(self) -> tuple[int, ...]:
         """Latent frames of each kind of step, which has graphs of its own: `(3,)`, or `(3, 1)` with a first chunk of one frame.
 
-        Wherever a step's number is wanted, it is an index into this tuple. Step 0 makes all chunks but possibly the first.
+        A step's number is an index into this tuple. Step 0 makes all chunks except, possibly, the first.
         """
         shorter_first = self.independent_first_frame and self.chunk_frames > 1
         return (self.chunk_frames, 1) if shorter_first else (self.chunk_frames,)
@@ -275,7 +275,7 @@ class Config:
         return self.video.capacity_frames * self.tokens_per_frame
 
     def as_dict(self) -> dict[str, Any]:
-        """The config as plain JSON types; `config_from_dict` is the way back."""
+        """The config as plain JSON types, from which `config_from_dict` rebuilds it."""
         plain = dataclasses.asdict(self)
         plain["sampler"]["steps"] = list(self.sampler.steps)
         return plain
@@ -310,16 +310,16 @@ def config_from_dict(plain: Mapping[str, Any]) -> Config:
 
 
 def override(config: Config, changes: Mapping[str, str]) -> Config:
-    """A copy of `config` with fields replaced, given as text by dotted name, all of them at once.
+    """Copy a config with fields replaced by dotted name; all changes take effect together.
 
     Args:
-        config: where to start.
-        changes: for example `{"video.window_frames": "9", "sampler.steps": "1000,500", "build.precision": "bfloat16"}`;
-            `none` stands for None.
+        config: the config to copy.
+        changes: text by dotted name, for example `{"video.window_frames": "9", "sampler.steps": "1000,500"}`; `none` stands
+            for None.
 
     Raises:
         ConfigError: unknown name (the known ones are listed), text that is not of the field's type, a size in latents that was
-            most likely meant in pixels, or a bad combination. One message names everything that is wrong.
+            most likely meant in pixels, or a bad combination. One error lists all faults.
     """
     sections: dict[str, dict[str, Any]] = {}
     faults = Faults()

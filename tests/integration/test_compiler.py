@@ -150,7 +150,7 @@ def test_compiler_that_hangs_later_ends_with_the_ranks(bundle, tmp_path, monkeyp
 echo $$ >> {shlex.quote(str(pids))}; exec sleep 600"""
     monkeypatch.setenv("CXX", script(tmp_path, body))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("causalrt.runtime.engine.WARM_START_S", 20.0)
+    monkeypatch.setattr("causalrt.runtime.start.WARM_START_S", 20.0)
     with pytest.raises(RankError, match="gave no answer"):
         load(bundle, executor="inductor", device="cpu", timeout_s=20.0)
     started = list(map(int, pids.read_text().split()))

@@ -82,7 +82,7 @@ class StepBuffers(dict[str, torch.Tensor]):
 
 
 class Executor(Protocol):
-    """Runs the graphs of one rank.
+    """Runs the graphs of one rank. Executors derive from it, and so need not say that they keep nothing.
 
     Attributes:
         device: where the executor computes, and where the tensors that it is given lie.
@@ -90,7 +90,7 @@ class Executor(Protocol):
     """
 
     device: torch.device
-    whole_slots: bool
+    whole_slots: bool = False
 
     def encode_prompt(self, text: torch.Tensor) -> Conditioning:
         """Turn text embeddings `[text_len, text_dim]` into what steps take of a prompt; the caller keeps it for the session."""
@@ -103,9 +103,11 @@ class Executor(Protocol):
 
     def warmed_up(self) -> None:
         """Learn that every kind of step has been run once, and that there is time to keep what was compiled."""
+        return
 
     def graph_bytes(self) -> int:
         """GPU memory that the CUDA graphs of all sessions so far take, beside what torch's allocator holds."""
+        return 0
 
     def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """Predict the flow `[S, 64]` of the rank's noisy rows `[S, 64]`, and write the staging slots.

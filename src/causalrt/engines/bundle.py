@@ -6,11 +6,11 @@
     *.onnx                graphs; their weights are references into weights.safetensors
     *.engine              TensorRT engines by flavour and target, the same for every rank; *-networks.json says what is in them
 
-A bundle may lack engines that only the GPU that runs them can build. It is then unfinished for that executor; others run it.
-No file holds a path, so a bundle may be copied between machines.
+A bundle may lack engines that only the GPU that runs them can build. It is then unfinished for that executor, and other
+executors run it. No file holds a path, so a bundle may be copied between machines.
 
-Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none. Its files may be
-links to regular files anywhere, as in the cache of the Hugging Face hub: what they point to is hashed.
+A bundle is written to a temporary folder beside the target, which is then renamed, so that readers never see an incomplete one.
+Its files may be links to regular files anywhere, as in the cache of the Hugging Face hub; what they point to is hashed.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from causalrt.config import Config, config_from_dict
 from causalrt.engines.kinds import EXECUTORS, executor_kind
 from causalrt.engines.step_record import FlavourEngines, StepGraphs, files_of, parse_engines, parse_steps, step_entries
 from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config
 from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
@@ -40,35 +40,25 @@ from causalrt.regular_files import regular_file
 
 SCHEMA = 5
 MAX_NAME = 200
-"""Characters of a file's name in a bundle; no build writes longer ones, and a file system may not take them."""
+"""Most characters of a file name in a bundle; no build writes longer ones, and some file systems refuse them."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 PROMPT_GRAPH, TIME_GRAPH = "prompt.onnx", "time.onnx"
 FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS = "vae-first.onnx", "vae-next.onnx", "vae.safetensors"
-TOOLCHAIN: Mapping[str, tuple[str, ...]] = {
-    "causalrt": ("causalrt",),
-    "torch": ("torch",),
-    "onnx": ("onnx",),
-    "onnxscript": ("onnxscript",),
-    "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
-    "tensorrt-rtx": ("tensorrt-rtx",),
-    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
-}
-"""The distributions that bring each package, the preferred one first."""
 REBUILD = "build the bundle again with `causalrt build`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """An opened bundle, verified.
+    """An opened bundle whose manifest has been checked.
 
     Attributes:
         path: its folder.
         config: what it was built from.
-        layout: who holds what, derived from `config`.
+        layout: layout of step 0, derived from `config`.
         fused_ops: self-attention is made of the fused ops.
         vae: sizes of the VAE (or the constants of a cosine transform), or None if the bundle was built without one.
-        executors: names of the executors that it holds everything for.
+        executors: names of the executors that can run it.
         steps: the graphs of each kind of step, numbered as in `config.video.step_frames`.
         engines: TensorRT's engines by flavour, those that are still to be built among them (`unfinished`).
         digest: sha256 of the manifest, which lists every file with its sha256; bundles with equal digests are the same.
@@ -107,21 +97,8 @@ class Bundle:
 
 
 def how_to_finish(path: Path) -> str:
-    """What to do with a bundle that lacks engines."""
+    """Advice for a bundle that lacks engines."""
     return f"finish the bundle on the GPU that will run it with `causalrt build --finish {shlex.quote(str(path))}`"
-
-
-def toolchain_versions() -> dict[str, str]:
-    """Versions of the packages that a bundle is tied to; a missing one is left out."""
-    found = {}
-    for name, distributions in TOOLCHAIN.items():
-        for distribution in distributions:
-            try:
-                found[name] = metadata.version(distribution)
-            except metadata.PackageNotFoundError:
-                continue
-            break
-    return found
 
 
 def file_digest(path: Path) -> str:
@@ -136,14 +113,14 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """sha256, in hex, of a record as JSON, without its entry `digest`."""
+    """sha256, in hex, of a record as JSON, without its `digest` entry."""
     plain = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
-    """A temporary folder beside `target` to fill; renamed to `target` if the block ends well, removed if not.
+    """Yield a temporary folder to fill; rename it to `target` if the block succeeds, and remove it otherwise.
 
     Raises:
         BuildError: the target exists, the place cannot be written, or the disk is or becomes full.
@@ -261,9 +238,9 @@ def write_manifest(
     vae: AnyVaeConfig | None = None,
     toolchain: Mapping[str, str] | None = None,
 ) -> None:
-    """Hash every file in `folder` and write the manifest, as the last act of a build.
+    """Hash every file in `folder` and write the manifest, as the last step of a build.
 
-    `toolchain` is by default what is installed.
+    `toolchain` defaults to the installed versions.
     """
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
@@ -289,11 +266,11 @@ def write_manifest(
 
 
 def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
-    """Read and check a bundle; one that is replaced meanwhile is read again.
+    """Read and check a bundle; read it again if it is replaced meanwhile.
 
     Args:
         path: the bundle's folder.
-        verify: hash every file; a rank skips this, since its parent has done it.
+        verify: hash every file. Ranks skip this, since their parent has done it.
 
     Raises:
         BundleError: not a bundle, of another schema, incomplete, truncated, or changed since it was built.
@@ -304,7 +281,7 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         problems = _file_problems(bundle, verify=verify)
         now = _read_manifest(path)
         if (now.digest, now.modified_ns) != (bundle.digest, bundle.modified_ns):
-            continue  # a build or a copy has replaced it while it was read: read what is there now
+            continue  # it was replaced while it was read, by a build or a copy
         if problems:
             raise BundleError(f"{path} is damaged; {REBUILD}, or copy it again:\n  " + "\n  ".join(problems))
         return bundle
@@ -314,7 +291,7 @@ def reopen_bundle(path: Path, digest: str) -> Bundle:
     """Open a bundle that another process has verified, and check that its manifest still has this digest.
 
     Raises:
-        BundleError: another bundle is there by now, or none.
+        BundleError: the bundle is gone, or another one is in its place.
     """
     bundle = open_bundle(path, verify=False)
     if bundle.digest != digest:
@@ -359,7 +336,7 @@ def _modified_ns(file: Path) -> int | None:
 
 
 def _read_manifest(path: Path) -> Bundle:
-    """The bundle as its manifest describes it; the other files are not read."""
+    """Read the manifest alone."""
     try:
         text = regular_file(path / MANIFEST).read_bytes()
     except FileNotFoundError:

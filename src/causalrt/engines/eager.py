@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file
 
-from causalrt.engines.base import Collectives, SessionView
+from causalrt.engines.base import Collectives, Executor, SessionView
 from causalrt.engines.bundle import WEIGHTS, Bundle
 from causalrt.layout import layouts_from_config
 from causalrt.model.wan.conditioning import TIME_NAMES, Conditioning, prompt_argument, prompt_names, time_arguments
@@ -24,10 +24,8 @@ from causalrt.plugins.rotate import rotate_pairs
 FUSED_OPS = FusedOps(qk_norm_rope=qk_norm_rope, rope_attention=attend_in_place)
 
 
-class EagerExecutor:
+class EagerExecutor(Executor):
     """Runs the model's own modules."""
-
-    whole_slots = False
 
     def __init__(
         self,
@@ -83,13 +81,6 @@ class EagerExecutor:
         self._bound = self._steps[view.step]
         self._kv, self._cross_kv = view.kv, prompt_argument(view.prompt)
         self._kv_rows.fill_(view.kv_rows)
-
-    def warmed_up(self) -> None:
-        """Nothing to keep."""
-
-    def graph_bytes(self) -> int:
-        """See `Executor.graph_bytes`."""
-        return 0
 
     @torch.inference_mode()
     def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:

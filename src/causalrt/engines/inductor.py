@@ -1,7 +1,7 @@
 """The inductor executor: the eager step through torch.compile, one graph without breaks, exchanges included.
 
-The path without TensorRT, and the baseline that an engine has to beat. All-to-alls are functional collectives, which the
-compiler keeps in order. On a GPU the compiled step is captured in CUDA graphs, one for each number of filled KV rows.
+It needs no TensorRT, and is the baseline that engines have to beat. All-to-alls are functional collectives, which the compiler
+keeps in order. On a GPU the compiled step is captured in CUDA graphs, one for each number of filled KV rows.
 """
 
 import os
@@ -32,7 +32,7 @@ from causalrt.plugins.rotate import rotate_pairs_real
 
 
 def functional_all_to_all(sent: torch.Tensor) -> torch.Tensor:
-    """Block p of `[P, rows, D]` to rank p of the default process group, as an op that the compiler sees."""
+    """Send block p of `[P, rows, D]` to rank p of the default process group, by an op that the compiler sees."""
     group = dist.group.WORLD
     assert group is not None
     received: torch.Tensor = functional.all_to_all_single(sent.contiguous(), None, None, group)
@@ -40,7 +40,7 @@ def functional_all_to_all(sent: torch.Tensor) -> torch.Tensor:
 
 
 COMPILER_S = 30.0
-"""How long a compiler may take for a library of two lines."""
+"""Time limit of the trial compilation."""
 
 COMPILED_OPS = StepOps(
     all_to_all=functional_all_to_all,
@@ -56,10 +56,10 @@ def cpp_compiler() -> str | None:
 
 
 def require_cpp_compiler() -> str:
-    """The path of the C++ compiler that torch.compile would use on a CPU.
+    """Path of the C++ compiler that torch.compile would use on a CPU.
 
     Raises:
-        ExecutorError: there is none, or CXX names more than a program.
+        ExecutorError: there is none, or CXX holds more than the name of a program.
     """
     named = os.environ.get("CXX") or "g++"
     if len(named.split()) > 1:
@@ -75,7 +75,7 @@ def require_cpp_compiler() -> str:
 
 
 def check_can_compile() -> str:
-    """Find out whether torch.compile will work on a CPU: compile and link a small library, and write to the cache folder.
+    """Check that torch.compile will work on a CPU: compile and link a small library, and write to the cache folder.
 
     Returns:
         The compiler's path.
@@ -93,14 +93,14 @@ def check_can_compile() -> str:
         said = _run_compiler(command)
     if said is not None:
         raise ExecutorError(
-            f"the C++ compiler {compiler} cannot build a library of two lines ({said}); set CXX to one that can, or take "
+            f"the C++ compiler {compiler} cannot build a small library ({said}); set CXX to one that can, or take "
             "executor eager"
         )
     return compiler
 
 
 def _run_compiler(command: Sequence[str]) -> str | None:
-    """What went wrong, in one line; None if nothing did. A compiler that hangs is killed with all that it has started."""
+    """Run a compiler; one line about its failure, or None. A compiler that hangs is killed with its child processes."""
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True

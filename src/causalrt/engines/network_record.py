@@ -1,4 +1,4 @@
-"""What a build wrote of an engine's network (`export/engine_network.describe_network`), as types, checked when it is read."""
+"""Records of the networks that engines were built from (`export/engine_network.describe_network`), checked when read."""
 
 import json
 import math
@@ -20,7 +20,7 @@ MEMORY_LINES = {
     "Total Device Persistent Memory": "device_persistent_bytes",
     "Total Host Persistent Memory": "host_persistent_bytes",
 }
-"""INFO lines of TensorRT's builder that say how much memory an engine takes -> fields of `EngineMemory`."""
+"""INFO lines of TensorRT's builder about the memory that an engine takes -> fields of `EngineMemory`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +47,12 @@ class AttentionRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineMemory:
-    """What TensorRT's builder said of an engine's memory, in bytes.
+    """Bytes that an engine takes, as TensorRT's builder reported them.
 
     Attributes:
-        activation_bytes: device memory of one inference beside its inputs and outputs; the executor provides it once for
+        activation_bytes: device memory of one inference beside its inputs and outputs, which the executor allocates once for
             all engines.
-        scratch_bytes: the part of it that the hungriest layer works in.
+        scratch_bytes: the part of it that is the work space of the largest layer.
         weights_bytes: weights in device memory.
         device_persistent_bytes: what each execution context holds in device memory.
         host_persistent_bytes: what each execution context holds in host memory.
@@ -82,7 +82,7 @@ class ConstantRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkRecord:
-    """What is in a network.
+    """The contents of a network.
 
     Attributes:
         layers: number of layers by kind.
@@ -94,7 +94,7 @@ class NetworkRecord:
         plugins: number of plugins by name.
         inputs: each of them.
         outputs: each of them.
-        memory: what the engine takes; None if its builder did not say.
+        memory: memory of the engine; None if its builder did not report it.
     """
 
     layers: Mapping[str, int]
@@ -115,7 +115,7 @@ class NetworkRecord:
 
 
 def read_networks(bundle: Bundle, files: TargetEngines) -> dict[str, NetworkRecord]:
-    """What the build wrote of the network of each of the transformer's engines, by engine file.
+    """Read the record of each of the transformer's engines, by engine file.
 
     Raises:
         BundleError: the file is not one that a build writes.
@@ -125,28 +125,28 @@ def read_networks(bundle: Bundle, files: TargetEngines) -> dict[str, NetworkReco
         networks = from_plain(Mapping[str, Any], json.loads(path.read_text()), files.networks)
         return {name: from_plain(NetworkRecord, networks.get(name), name) for name in files.engine_files}
     except (ValueError, TypeError, RecursionError) as error:
-        raise BundleError(f"{path} does not say what is in the engines: {error}; {REBUILD}") from error
+        raise BundleError(f"{path} is not a record of the engines: {error}; {REBUILD}") from error
 
 
 def working_bytes(networks: Mapping[str, NetworkRecord], files: TargetEngines, bundle: Bundle) -> int | None:
     """Device memory that the executor holds beside weights and sessions: scratch, and the buffers of each kind of step.
 
-    None if the builder did not say what one of the engines takes.
+    None if the builder did not report the memory of one of the engines.
     """
     memories = [network.memory for network in networks.values()]
-    told = [memory for memory in memories if memory is not None]
-    if len(told) < len(memories):
+    known = [memory for memory in memories if memory is not None]
+    if len(known) < len(memories):
         return None
     buffers = sum(
         _buffer_bytes([networks[name] for name in names], step.tensorrt)
         for names, step in zip(files.steps, bundle.steps, strict=True)
     )
-    scratch = max(memory.activation_bytes for memory in told)
-    return scratch + sum(memory.device_persistent_bytes for memory in told) + buffers
+    scratch = max(memory.activation_bytes for memory in known)
+    return scratch + sum(memory.device_persistent_bytes for memory in known) + buffers
 
 
 def _buffer_bytes(step: Sequence[NetworkRecord], parts: Sequence[StepPart]) -> int:
-    """Bytes of the tensors of a step that are not the session's; each is allocated once, whoever writes or reads it."""
+    """Bytes of a step's tensors that are not the session's; each is allocated once, however many engines use it."""
     callers = {written for part in parts for written in part.writes}
     tensors = {tensor.name: tensor for network in step for tensor in (*network.inputs, *network.outputs)}
     own = [tensor for name, tensor in tensors.items() if not is_callers(name) and name not in callers]

@@ -1,10 +1,10 @@
-"""The ONNX Runtime executor: the step's segments, bound once to memory that this module owns, on a CPU or on a GPU.
+"""The ONNX Runtime executor: a step's segments, on a CPU or on a GPU, bound once to buffers that the executor owns.
 
     segment 0 -> all_to_all -> segment 1 -> all_to_all -> ... -> flow
 
-Every tensor between segments has one buffer for the life of the executor; bindings hold its address. The KV slots are the
-caller's: their filled prefix is bound as input and, under the same address, as output, so that staging is written in place.
-On a CPU all sessions of the process share one pool of threads; on a GPU all share a stream and an arena of memory
+Every tensor between segments has one buffer for the life of the executor, whose address the bindings hold. The KV slots are
+the session's: their filled prefix is bound as input and, at the same address, as output, so that staging is written in place.
+On a CPU all ONNX Runtime sessions of the process share one pool of threads. On a GPU they share a stream and an arena of memory
 (`onnxruntime_cuda.py`), and no run waits for the GPU.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import onnxruntime as ort
 import torch
 
-from causalrt.engines.base import ONNX_TYPES, TORCH_DTYPES, Collectives, SessionView, StepBuffers
+from causalrt.engines.base import ONNX_TYPES, TORCH_DTYPES, Collectives, Executor, SessionView, StepBuffers
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, Bundle
 from causalrt.engines.onnxruntime_cuda import CPU, check_cuda, cuda_providers
 from causalrt.engines.tensor_names import is_callers
@@ -33,17 +33,17 @@ _TORCH_TYPES = {
 
 @functools.cache
 def _start_thread_pool(num_threads: int) -> None:
-    """One pool for the process; its size is that of the first call."""
+    """Start the pool of the process; later calls change nothing."""
     ort.set_global_thread_pool_sizes(num_threads, 1)
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """Major and minor; a text that is no version counts as older than all."""
+    """Major and minor version; text that is no version counts as the oldest."""
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 class _Segment:
-    """A session with its bindings."""
+    """An ONNX Runtime session with its bindings."""
 
     def __init__(
         self,
@@ -62,7 +62,9 @@ class _Segment:
             options.use_per_session_threads = False
         else:
             options.intra_op_num_threads = own_threads
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # of many sessions, one runs
+            options.add_session_config_entry(
+                "session.intra_op.allow_spinning", "0"
+            )  # only one of many sessions runs at a time
         options.log_severity_level = 2
         self._device = device
         providers = cuda_providers(options, device) if device.type == "cuda" else [CPU]
@@ -85,12 +87,12 @@ class _Segment:
         bind(name, kind, index, ONNX_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
 
     def empty(self, name: str) -> torch.Tensor:
-        """Memory for an input or output of static shape."""
+        """Allocate an input or output of static shape."""
         value = self.inputs.get(name) or self.outputs[name]
         return torch.empty(value.shape, dtype=_TORCH_TYPES[value.type], device=self._device)
 
     def run(self) -> None:
-        """Run on what is bound; on a GPU, queue it."""
+        """Run on what is bound; on a GPU, only queue the run."""
         self.session.run_with_iobinding(self.binding, self._options)
 
     def run_alone(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,14 +106,12 @@ class _Segment:
         return outputs
 
 
-class OnnxRuntimeExecutor:
+class OnnxRuntimeExecutor(Executor):
     """Runs the bundle's ONNX graphs.
 
-    With `own_threads` each session has threads of its own: once a process has the shared pool, it can open no other kind of
-    session, which a process that also runs graphs otherwise must be able to.
+    With `own_threads` each ONNX Runtime session has threads of its own, for a process that also opens other sessions: once a
+    process has the shared pool, it can open no session that does not use it.
     """
-
-    whole_slots = False
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class OnnxRuntimeExecutor:
         self._kv_rows = 0
 
     def _open_step(self, segments: list[_Segment]) -> tuple[list[_Segment], StepBuffers]:
-        """Allocate what passes between segments, once, and bind it; KV slots and the prompt are bound by `bind`."""
+        """Allocate and bind what passes between segments; KV slots and the prompt are bound by `bind`."""
         buffers = StepBuffers()
         for segment in segments:
             for output, values in ((False, segment.inputs), (True, segment.outputs)):
@@ -187,13 +187,6 @@ class OnnxRuntimeExecutor:
                 segment.bind(name, self._bound[name], output=False)
             for name in filter(is_callers, segment.outputs):
                 segment.bind(name, self._bound[name.removesuffix(".written")], output=True)
-
-    def warmed_up(self) -> None:
-        """Nothing to keep."""
-
-    def graph_bytes(self) -> int:
-        """See `Executor.graph_bytes`."""
-        return 0
 
     def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""

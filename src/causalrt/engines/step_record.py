@@ -122,7 +122,7 @@ def _layout_entry(layout: Layout) -> dict[str, Any]:
         "local_tokens": layout.local_tokens,
         "scatter_rows": layout.scatter_rows,
         "gather_rows": layout.gather_rows,
-        "balanced": [[s.num_heads, s.first_head, s.split, s.query_rows] for s in layout.shards],
+        "shards": [[s.num_heads, s.first_head, s.split, s.query_rows] for s in layout.shards],
     }
 
 

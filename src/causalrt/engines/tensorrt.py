@@ -1,21 +1,20 @@
-"""The TensorRT executor, for both flavours: engines over persistent buffers, the whole step replayed as one CUDA graph.
+"""The TensorRT executor, for both flavours: engines over persistent buffers, with the step replayed as one CUDA graph.
 
-    in the engine    x, e, e0, first_frame, kv_rows -> [ one engine ] -> flow       KV slots whole, updated in place
+    in the engine    x, time, first_frame, kv_rows -> [ one engine ] -> flow        KV slots whole, updated in place
     at runtime       x -> [ engine ] -> all_to_all -> [ engine ] -> staging -> [ engine ] -> all_to_all ... -> flow
 
-Every tensor has one address for as long as a session is bound, and nothing in a step waits for the device.
+Tensors keep their addresses while a session is bound, and nothing in a step waits for the device.
 """
 
 import contextlib
 import ctypes
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from causalrt.engines.base import TORCH_DTYPES, Collectives, SessionView, StepBuffers
+from causalrt.engines.base import TORCH_DTYPES, Collectives, Executor, SessionView, StepBuffers
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.engines.step_record import StepPart, TargetEngines
@@ -34,9 +33,9 @@ class StepEngines(NamedTuple):
     """The engines of one kind of step, and what passes into, between and out of them.
 
     Attributes:
-        engines: in order.
-        parts: of the step, one for each engine.
-        buffers: by tensor name; KV slots and the prompt's keys and values are the session's.
+        engines: the engines in order.
+        parts: the part of the step that each engine runs.
+        buffers: tensors that are not the session's.
         staged: rows of the KV slots that the step writes.
     """
 
@@ -46,7 +45,7 @@ class StepEngines(NamedTuple):
     staged: int
 
 
-class TensorRTExecutor:
+class TensorRTExecutor(Executor):
     """Runs the engines that a build made for this kind of GPU."""
 
     def __init__(
@@ -68,27 +67,21 @@ class TensorRTExecutor:
         self._dtype = TORCH_DTYPES[config.build.precision]
         self._collectives = collectives
         self._engines = EngineLoader(flavour, device)
-        plugins = (
-            bundle.fused_ops and config.video.time_index == "global"
-        )  # no plugin rotates: see `export/engine_files.py`
-        self._prompt, self._time, *steps = (
-            self._engines.load(bundle.path / file, files.names.get(file), plugins=plugins)
-            for file in files.engine_files
-        )
+        # No plugin rotates: with relative time, engines are built from standard ops (`export/engine_files.py`).
+        plugins = bundle.fused_ops and config.video.time_index == "global"
+
+        def load(file: str) -> LoadedEngine:
+            return self._engines.load(bundle.path / file, files.names.get(file), plugins=plugins)
+
+        self._prompt, self._time = load(files.prompt), load(files.time)
+        steps = [[load(file) for file in names] for names in files.steps]
         self._engines.share_scratch()
         if exchanges and config.build.world_size > 1:
-            communicator = collectives.communicator()
-            load_nccl()
-            check_one_nccl(MAPS.read_text())
-            for engine in steps:
-                engine.set_communicator(communicator)
-            check_one_nccl(MAPS.read_text())  # in case TensorRT has looked elsewhere
-        loaded = iter(steps)
+            self._hand_over_communicator([engine for step in steps for engine in step])
+        sizes = zip(files.steps, steps, bundle.steps, config.video.step_frames, strict=True)
         self._sets = [
-            self._make_step(
-                list(itertools.islice(loaded, len(names))), step.tensorrt, names, frames * config.tokens_per_frame
-            )
-            for names, step, frames in zip(files.steps, bundle.steps, config.video.step_frames, strict=True)
+            self._make_step(engines, graphs.tensorrt, names, frames * config.tokens_per_frame)
+            for names, engines, graphs, frames in sizes
         ]
         self._set = self._sets[0]
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)
@@ -96,10 +89,19 @@ class TensorRTExecutor:
         self._key = (-1, 0, 0)
         self._bound: dict[str, torch.Tensor] = {}
 
+    def _hand_over_communicator(self, engines: list[LoadedEngine]) -> None:
+        """Let engines exchange by themselves. Collective: returns when every rank has called it."""
+        communicator = self._collectives.communicator()
+        load_nccl()
+        check_one_nccl(MAPS.read_text())
+        for engine in engines:
+            engine.set_communicator(communicator)
+        check_one_nccl(MAPS.read_text())  # in case TensorRT has looked elsewhere
+
     def _make_step(
         self, engines: list[LoadedEngine], parts: tuple[StepPart, ...], files: tuple[str, ...], staged: int
     ) -> StepEngines:
-        """A kind of step with its memory; torch-tensorrt leaves no parts, and one engine."""
+        """Allocate the buffers of a kind of step, which is one engine without parts if torch-tensorrt built it."""
         parts = parts or (StepPart(file=files[0]),)
         callers = {written for part in parts for written in part.writes}
         buffers = StepBuffers()
@@ -150,7 +152,7 @@ class TensorRTExecutor:
         return self._set.buffers["flow"]
 
     def warmed_up(self) -> None:
-        """Every kind of step has run: rank 0 keeps what was compiled, which is the same on all ranks, for the next start."""
+        """See `Executor.warmed_up`; rank 0 keeps the compiled kernels, which are the same on all ranks, for the next start."""
         if self._collectives.rank == 0:
             self._engines.keep_kernels()
 
@@ -165,16 +167,16 @@ class TensorRTExecutor:
 
 
 def load_nccl() -> None:
-    """Load the NCCL that TensorRT will load when it is given a communicator; it is torch's if torch has it under this name."""
+    """Load the NCCL that TensorRT will use; it is torch's, if torch has loaded one under this name."""
     with contextlib.suppress(OSError):
         ctypes.CDLL(NCCL)
 
 
 def check_one_nccl(maps: str) -> None:
-    """Refuse to go on when TensorRT has found an NCCL of its own: a communicator is of the library that made it.
+    """Check that torch and TensorRT use the same NCCL, since a communicator works only with the library that made it.
 
     Raises:
-        ExecutorError: with both paths.
+        ExecutorError: two are loaded; their paths are in the message.
     """
     found = sorted({line.split(maxsplit=5)[-1].strip() for line in maps.splitlines() if "libnccl.so" in line})
     if len(found) > 1:
@@ -185,10 +187,10 @@ def check_one_nccl(maps: str) -> None:
 
 
 def engine_files(flavour: Flavour, targets: Mapping[str, TargetEngines], target: str) -> TargetEngines:
-    """The files of the engines for `target`.
+    """The engine files for a GPU architecture.
 
     Raises:
-        ExecutorError: the bundle has none for it.
+        ExecutorError: the bundle has no engines for it.
     """
     if target not in targets:
         raise ExecutorError(

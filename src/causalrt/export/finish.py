@@ -23,13 +23,13 @@ from causalrt.engines.bundle import (
     Bundle,
     new_bundle,
     open_bundle,
-    toolchain_versions,
     unchanged,
     write_manifest,
 )
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.step_record import FlavourEngines, StepGraphs
 from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BundleError, ConfigError, ExecutorError, Faults
 from causalrt.progress import Progress
 

@@ -20,7 +20,7 @@ import onnxruntime as ort
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.base import TORCH_DTYPES, SessionView
+from causalrt.engines.base import TORCH_DTYPES, Executor, SessionView
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
 from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
@@ -111,7 +111,7 @@ class _Graph:
         return dict(zip(self._outputs, results, strict=True))
 
 
-class _AllRanks:
+class _AllRanks(Executor):
     """What both lowerings share: prompt and time, and what each rank's step is given."""
 
     device = torch.device("cpu")
@@ -127,13 +127,6 @@ class _AllRanks:
     @property
     def _layout(self) -> Layout:
         return self._layouts[self._number]
-
-    def warmed_up(self) -> None:
-        """Nothing to keep."""
-
-    def graph_bytes(self) -> int:
-        """See `Executor.graph_bytes`."""
-        return 0
 
     def encode_prompt(self, text: torch.Tensor) -> Conditioning:
         """See `Executor.encode_prompt`."""

@@ -7,7 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from causalrt.engines.bundle import MANIFEST, Bundle, file_digest, toolchain_versions
+from causalrt.engines.bundle import MANIFEST, Bundle, file_digest
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.proof.rollouts import RolloutPlan
 
 

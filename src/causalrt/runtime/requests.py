@@ -1,4 +1,4 @@
-"""Validation of what callers of the engine ask for."""
+"""Validation of requests to the engine."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def checked_chunks(config: Config, num_chunks: int | None, *, num_given: int = 0
     """Chunks to generate after `num_given` chunks of initial latents: those asked for, or as many as the horizon holds.
 
     Raises:
-        RequestError: not a whole number, or more than the horizon holds while time is counted by the global index.
+        RequestError: not a whole number, or more than the horizon holds where `video.time_index` is global.
     """
     video = config.video
     within_horizon = video.horizon_chunks - num_given
@@ -37,7 +37,7 @@ def checked_chunks(config: Config, num_chunks: int | None, *, num_given: int = 0
 
 
 def checked_text(config: Config, prompt_embeds: Embeddings) -> torch.Tensor:
-    """Embeddings as the ranks take them: `[text_len, text_dim]` float32, missing rows zero.
+    """Pad embeddings with zero rows to `[text_len, text_dim]` float32, as the ranks take them.
 
     Raises:
         PromptError: wrong shape or type, or values that are not finite.

@@ -1,4 +1,4 @@
-"""Play short videos before the first session, so that none pays for compilation, lazy set-up or the capture of CUDA graphs."""
+"""Generate short videos before the first session, so that no session waits for compilation or the capture of CUDA graphs."""
 
 import torch
 
@@ -14,9 +14,9 @@ from causalrt.runtime.session_buffers import SessionBufferPool
 def warm_up(
     executor: Executor, collectives: CountingCollectives, config: Config, layout: Layout, pool: SessionBufferPool
 ) -> None:
-    """Play a whole chunk of each kind, and a step over each number of KV rows that occurs.
+    """Generate a chunk of each kind, and run a step over each number of KV rows that occurs.
 
-    It is a session like any other, in the buffers that the first one will take on a GPU, and nothing of it is left.
+    On a GPU this happens in the buffers that the first session will take; nothing of it remains visible.
     Collective: every rank calls it once it has made its executor.
     """
     model, video, buffers = config.model, config.video, pool.take()
@@ -42,10 +42,10 @@ def warm_up(
 
 
 def _play(rollout: Rollout, index: int) -> int:
-    """Generate a chunk whose latents nobody wants; how many frames it attended over."""
+    """Generate a chunk, drop its latents, and return how many frames it attended over."""
     times, _ = rollout.chunk(index, context_pass=True, record=False, deliver=_drop)
     return times.kv_frames
 
 
 def _drop(latents: torch.Tensor, times: ChunkTimes) -> None:
-    """Deliver to nobody."""
+    """Drop the latents."""

@@ -83,8 +83,9 @@ def run(arguments: argparse.Namespace, *, version: str, on_start: Callable[[str]
     import asyncio
 
     from causalrt.engines.bundle import open_bundle
-    from causalrt.runtime.engine import Engine, open_text_encoder
+    from causalrt.runtime.engine import Engine
     from causalrt.runtime.load import load
+    from causalrt.runtime.start import open_text_encoder
     from causalrt.server import run as running
     from causalrt.server.engine_host import BundleReplacedError
 

@@ -21,7 +21,8 @@ import torch
 
 from causalrt.config import Config, override
 from causalrt.demo_model import DemoFiles, demo_files
-from causalrt.engines.bundle import file_digest, open_bundle, record_digest, toolchain_versions
+from causalrt.engines.bundle import file_digest, open_bundle, record_digest
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BuildError, BundleError, Faults, RequestError
 from causalrt.export.build import build
 from causalrt.media.pyav import pyav

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.bundle import open_bundle, toolchain_versions
+from causalrt.engines.bundle import open_bundle
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import Faults, RequestError
 from causalrt.media.pyav import pyav

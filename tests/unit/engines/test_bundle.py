@@ -24,11 +24,11 @@ from causalrt.engines.bundle import (
     new_bundle,
     open_bundle,
     reopen_bundle,
-    toolchain_versions,
     unchanged,
     write_manifest,
 )
 from causalrt.engines.step_record import StepGraphs, StepPart
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BuildError, BundleError
 from causalrt.layout import layout_from_config
 from causalrt.model.codecs.vae_checkpoint import VaeConfig
@@ -600,7 +600,7 @@ def test_a_vae_that_makes_no_sense(tmp_path, change):
         open_bundle(path)
 
 
-@pytest.mark.parametrize("field", ["local_tokens", "scatter_rows", "gather_rows", "balanced"])
+@pytest.mark.parametrize("field", ["local_tokens", "scatter_rows", "gather_rows", "shards"])
 def test_a_bundle_of_another_layout(made, field):
     # The graphs have the layout of the version that built them; running them with another one would mix up heads.
     edit_manifest(made, lambda m: m["steps"][0]["layout"].update({field: 0}), sign=True)
