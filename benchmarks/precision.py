@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py                      # writes docs/precision.png, prints one JSON line
 
-A rollout of random weights through a rolling window is recorded in float64 (tests/numerics/float64_replay.py). It is then
+A rollout of random weights through a rolling window is recorded in float64 (tests/support/float64_replay.py). It is then
 replayed in each precision by eager torch, and by the whole-step graph of the TensorRT build under ONNX Runtime, with every
 value rounded as a strongly typed engine rounds it (causalrt/proof/emulated_graph.py). Twice:
 
@@ -87,7 +87,7 @@ class Forced:
 
 def record(path: Path, num_chunks: int) -> Recording:
     """Record a rollout of these sizes in float64."""
-    spec = importlib.util.spec_from_file_location("float64_replay", ROOT / "tests" / "numerics" / "float64_replay.py")
+    spec = importlib.util.spec_from_file_location("float64_replay", ROOT / "tests" / "support" / "float64_replay.py")
     assert spec is not None
     assert spec.loader is not None
     float64_replay = importlib.util.module_from_spec(spec)
