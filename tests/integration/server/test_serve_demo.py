@@ -9,7 +9,7 @@ from running import Client
 from test_serve_command import Process
 
 from causalrt.cli import main
-from causalrt.tools.demo_request import ABOUT, EXAMPLES
+from causalrt.tools.arguments import ABOUT, EXAMPLES
 
 
 def test_the_demo_model_is_served(tmp_path, monkeypatch):

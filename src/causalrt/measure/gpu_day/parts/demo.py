@@ -7,9 +7,9 @@ from causalrt.demo_model import demo_files
 from causalrt.export.build import build
 from causalrt.measure.gpu_day.recorder import Recorder
 from causalrt.recipes import recipe
+from causalrt.tools.arguments import DemoRequest
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet
 from causalrt.tools.demo import Made, compared, make_video
-from causalrt.tools.demo_request import DemoRequest
 
 TABLE = "videos of the demo model"
 SHEET = "demo.png"
@@ -48,18 +48,18 @@ def run(recorder: Recorder) -> None:
         with recorder.attempt(name):
             made = made_by(executor, device, plugins=plugins)
             found = compared((executor, 1), made, wanted)
-            levels = found["grey_levels"]
+            levels = found.grey_levels
             recorder.row(
                 TABLE,
                 variant=name,
                 device=device,
                 **{
                     "largest difference, of 255": levels,
-                    "mean difference, of 255": found["mean_grey_levels"],
-                    "latents": found["latent_error"],
-                    "start s": found["load_s"],
-                    "first frames ms": found["first_frame_ms"],
-                    "chunk ms": found["median_chunk_ms"],
+                    "mean difference, of 255": found.mean_grey_levels,
+                    "latents": found.latent_error,
+                    "start s": found.load_s,
+                    "first frames ms": found.first_frame_ms,
+                    "chunk ms": found.median_chunk_ms,
                 },
             )
             where = "GPU" if device == "cuda" else "CPU"
