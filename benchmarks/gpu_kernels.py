@@ -7,8 +7,8 @@
 
 One rank's work at the recipe's sizes, for each number of ranks. Every result is compared with float64 before its time is taken,
 and a kernel that is wrong ends the run. All sides of a case take turns, round by round (`measure/kernel_bench/timing.py`).
-A verdict goes by the ratio of two sides in the same round; a difference from the limit that is smaller than the spread
-(p90 - p10) is none.
+A verdict depends on the ratio of two sides in the same round; it is `none` if the distance from the limit is smaller than the
+spread from p10 to p90.
 
 | section          | claim                                                                                                   |
 |------------------|---------------------------------------------------------------------------------------------------------|
@@ -32,7 +32,7 @@ from causalrt.measure.kernel_bench.operands import interpreted
 from causalrt.measure.kernel_bench.picture import plot
 from causalrt.measure.kernel_bench.rope_attention import FORMS
 from causalrt.measure.kernel_bench.sections import Bench
-from causalrt.measure.kernel_bench.verdicts import progress
+from causalrt.measure.kernel_bench.timing import progress
 from causalrt.recipes import recipe
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -41,7 +41,7 @@ UNASKED = ("qk_norm_rope", "rope_attention", "plans")
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="wan_1_3b_480p")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the sections, write the report and its picture, and print the verdicts."""
     args = parse()
     changes = {"build.precision": DTYPES[args.dtype], **dict(change.split("=", 1) for change in args.set)}
     config = override(recipe(args.recipe), changes)

@@ -93,7 +93,7 @@ def measure(engines: dict[Key, Engine], config: Config, *, repeats: int, clock: 
         for key, session in sessions.items():
             session.close()
             if repeat:  # the first warms up
-                wall = [sum(times[0].denoise_ms) + times[0].refresh_ms for times in session.times.values()]
+                wall = [sum(times[0].denoise_ms) + times[0].context_pass_ms for times in session.times.values()]
                 seen[key].append(used[key] if clock == "cpu" else wall)
         print(f"repeat {repeat} of {repeats}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     return {key: [statistics.median(column) for column in zip(*rows, strict=True)] for key, rows in seen.items()}

@@ -23,9 +23,9 @@ from typing import Any, get_args
 import torch
 
 from causalrt.config import Config, Precision
-from causalrt.engines.base import Executor
+from causalrt.engines.base import Executor, SessionView
 from causalrt.model.schedule import schedule_from_config
-from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.model.wan.conditioning import Conditioning
 from causalrt.proof.emulate import write_graphs
 from causalrt.proof.recording import Recording, open_recording
 from causalrt.proof.replay import Outputs, Player, eager_player, emulated_player, recorded_outputs, replay_here
@@ -76,13 +76,13 @@ class Forced:
         """See `Executor.graph_bytes`."""
         return self._executor.graph_bytes()
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
+    def bind(self, view: SessionView) -> None:
         """See `Executor.bind`."""
-        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, step=step)
+        self._executor.bind(view)
 
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
-        return self._executor.step(next(self._inputs), e, e0, first_frame)
+        return self._executor.step(next(self._inputs), time, first_frame)
 
 
 def record(path: Path, num_chunks: int) -> Recording:
@@ -97,7 +97,7 @@ def record(path: Path, num_chunks: int) -> Recording:
 
 
 def recorded_inputs(recording: Recording, expected: Outputs) -> list[torch.Tensor]:
-    """What each forward was given, in order: the denoising steps of a chunk, then its refresh."""
+    """What each forward was given, in order: the denoising steps of a chunk, then its context pass."""
     noise, sigmas = recording.noise(0), schedule_from_config(recording.config.sampler).sigmas
     inputs = []
     for chunk in range(recording.num_chunks):

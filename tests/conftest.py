@@ -4,11 +4,18 @@ import functools
 import gc
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from support.forked_workers import ForkedWorkers
 
 # Before torch is imported, and for the processes that tests start: small ops on several threads wait for each other, at
 # great length where other tests run beside them.
@@ -66,6 +73,34 @@ def torchlib_read_once() -> Iterator[None]:
     apis = _registration.onnxscript_apis
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
+        yield
+
+
+@pytest.fixture(scope="session")
+def forked_workers() -> Iterator["ForkedWorkers | None"]:
+    """Where the kernel adopts orphans as `support.forked_workers` needs it."""
+    if sys.platform != "linux":
+        yield None
+        return
+    from support.forked_workers import ForkedWorkers
+
+    workers = ForkedWorkers()
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ranks_of_a_template(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ranks are forked from a template, but where a module is about how they start (`STARTS_PROCESSES = True`)."""
+    if getattr(request.module, "STARTS_PROCESSES", False) or "causalrt.runtime.ranks" not in sys.modules:
+        yield
+        return
+    from causalrt.runtime import ranks
+
+    workers = request.getfixturevalue("forked_workers")
+    with pytest.MonkeyPatch.context() as patch:
+        if workers:
+            patch.setattr(ranks, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": workers.popen}))
         yield
 
 

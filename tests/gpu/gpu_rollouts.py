@@ -55,11 +55,10 @@ def ready_to_step(case: Case, executor: Executor) -> tuple[Callable[[], object],
     model, prompt = config.model, recording.prompt(0)
     text = torch.cat([prompt, torch.zeros(model.text_len - len(prompt), model.text_dim)])
     noise = RecordedNoise(recording.noise(0))
-    memory = SessionBufferPool(executor, config, case.bundle.layout).take()
+    buffers = SessionBufferPool(executor, config, case.bundle.layout).take()
     layout = case.bundle.layout
-    session = Rollout(executor, LocalCollectives(), config, layout, text=text, noise=noise, memory=memory)
-    slots = session.slots
-    executor.bind(slots.filled(0), memory.cross_kv, kv_rows=slots.filled_rows(0), memory=memory.number)
+    session = Rollout(executor, LocalCollectives(), config, layout, text=text, noise=noise, buffers=buffers)
+    executor.bind(buffers.view(0))
     x = session._local_noise(0, 0)
-    e, e0 = session._times[0]
-    return lambda: executor.step(x, e, e0, 0), lambda: session._local_noise(0, 1)
+    time = session._times[0]
+    return lambda: executor.step(x, time, 0), lambda: session._local_noise(0, 1)

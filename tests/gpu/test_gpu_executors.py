@@ -14,9 +14,9 @@ from gpu_rollouts import (
     ready_to_step,
 )
 
-from causalrt.engines.base import make_executor
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor
+from causalrt.engines.make import make_executor
 from causalrt.engines.streams import own_stream
 from causalrt.engines.tensorrt import TensorRTExecutor
 from causalrt.engines.tensorrt_engine import EngineLoader
@@ -104,7 +104,7 @@ def test_two_kinds_of_step(cases, kind, name):
 def test_fused_kernels_in_float32(cases, kind):
     pytest.importorskip("triton", reason="the fused kernels need Triton")
     case = cases("float32")
-    outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE, plugins=True))
+    outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE, fused_ops=True))
     check(outputs, recorded_outputs(case.recording), TOLERANCE)
 
 
@@ -113,7 +113,7 @@ def test_fused_kernels_in_float32(cases, kind):
 def test_fused_kernels_in_low_precision(cases, kind, precision):
     pytest.importorskip("triton", reason="the fused kernels need Triton")
     case = cases(precision)
-    outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE, plugins=True))
+    outputs = play(case, kind(case.bundle, LocalCollectives(), device=DEVICE, fused_ops=True))
     check_low(outputs, eager_outputs(case), recorded_outputs(case.recording), EAGER_RATIO)
 
 
@@ -124,7 +124,7 @@ def test_onnxruntime_on_cuda(cases, name):
         pytest.skip("needs ONNX Runtime with CUDA: see `causalrt doctor`")
     case = cases("float32", "onnxruntime", name=name)
     executor = make_executor(
-        "onnxruntime", case.bundle, LocalCollectives(), num_threads=1, device=DEVICE, plugins=False
+        "onnxruntime", case.bundle, LocalCollectives(), num_threads=1, device=DEVICE, fused_ops=False
     )
     check(play(case, executor), recorded_outputs(case.recording), TOLERANCE)
 

@@ -58,7 +58,7 @@ def build_stand_in(
             executors=[flavour],
             targets=[TARGET],
             collectives=collectives,
-            plugins="on" if fused else "auto",
+            fused_ops="on" if fused else "auto",
             prepare=True,
         )
     with stand_in_builder():

@@ -69,8 +69,8 @@ def test_a_clip_becomes_latents_that_a_video_begins_with(engine, bundle):
     clip = torch.randint(0, 256, (9, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     latents = engine.encode_frames(clip)
     assert torch.equal(latents, encode(load_vae(bundle / VAE_WEIGHTS), clip))
-    with engine.session(prompt(), given=latents) as session:
-        assert session.given_frames.shape == clip.shape
+    with engine.session(prompt(), initial_latents=latents) as session:
+        assert session.initial_frames.shape == clip.shape
         assert len(next(session).frames) == 12
     with pytest.raises(RequestError, match="T = 1, 5, 9"):
         engine.encode_frames(clip[:8])

@@ -37,7 +37,7 @@ from causalrt.errors import (
 )
 from causalrt.runtime import load as load_module
 from causalrt.runtime import memory, ranks
-from causalrt.runtime.messages import ChunkCommand, OpenCommand
+from causalrt.runtime.messages import ChunkCommand, OpenCommand, packed
 from causalrt.runtime.noise import SeededNoise
 
 SAME = 2e-5
@@ -453,7 +453,7 @@ def test_waiting_for_a_dead_engine_keeps_raising(bundles: Bundles) -> None:
             engine.wait()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_rank_killed_in_the_middle_of_a_chunk(bundles: Bundles, world_size: int) -> None:
     bundle = bundles(world_size, LONG)
     engine = load(bundle)
@@ -601,14 +601,11 @@ def test_first_rank_to_raise_is_the_one_that_is_named(bundles: Bundles, monkeypa
     with load(bundles(3)) as engine:
         session = engine.session(prompt())
         pool = engine.workers.ranks
-        chunk = ChunkCommand(session=session.number, index=0, frame=0, refresh=True, record=False)
-        real = ranks.send
-
-        def send(channel: Any, command: Any) -> None:
-            last = channel is pool._channels[2]
-            real(channel, OpenCommand(session=9, text=torch.zeros(8, 5), noise=SeededNoise(0)) if last else command)
-
-        monkeypatch.setattr(ranks, "send", send)
+        chunk = ChunkCommand(session=session.number, index=0, frame=0, context_pass=True, record=False)
+        (wrong,) = packed(OpenCommand(session=9, text=torch.zeros(8, 5), noise=SeededNoise(0)))
+        last = pool._channels[2]
+        send_bytes = last.send_bytes
+        monkeypatch.setattr(last, "send_bytes", lambda part: send_bytes(wrong))
         pool.send(chunk)
         time.sleep(0.5)
         with pytest.raises(RankError) as caught:
@@ -630,7 +627,7 @@ def test_typed_error_of_a_rank_keeps_its_type(compiled: Path, tmp_path: Path) ->
 
 def test_interrupt_while_waiting_for_a_chunk(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever Ctrl-C strikes, no later request may read the answers to the one that it broke off."""
-    for place in ("wait", "receive", "send"):
+    for place in ("wait", "receive", "packed"):
         with load(bundles(1)) as engine:
             session = engine.session(prompt())
             group = supervisor(engine)
@@ -785,7 +782,7 @@ def test_interleaved_sessions_equal_single_ones(bundles: Bundles) -> None:
 
 
 def test_cancelled_session_leaves_no_trace(bundles: Bundles) -> None:
-    """Closed while its refresh runs, between chunks, or dropped without a word: the next one starts clean."""
+    """Closed while its context pass runs, between chunks, or dropped without a word: the next one starts clean."""
     with load(bundles(2)) as engine:
         expected = whole_video(engine, 1)
         with engine.session(prompt(2), seed=2) as session:

@@ -56,7 +56,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(inputs, tmp_path_factory):
     """With plugins and a VAE; not to be changed."""
-    return inputs.build(tmp_path_factory.mktemp("prepared") / "bundle", plugins="on", prepare=True)
+    return inputs.build(tmp_path_factory.mktemp("prepared") / "bundle", fused_ops="on", prepare=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +100,14 @@ def edit_manifest(folder, change):
 
 
 def test_finished_without_the_checkpoint_it_is_what_one_command_makes(inputs, bundle, server, tmp_path):
-    at_once = inputs.build(tmp_path / "at-once", plugins="on")
+    at_once = inputs.build(tmp_path / "at-once", fused_ops="on")
     assert finish_build(bundle) == bundle
     assert contents(bundle) == contents(at_once)
     opened = open_bundle(bundle)
     assert (opened.executors, opened.unfinished) == (("eager", "tensorrt"), ())
     engines = opened.engines["tensorrt"].targets["sm80"]
     assert len(engines.vae) == 2
-    assert opened.plugins
+    assert opened.fused_ops
     assert all(
         (bundle / file).read_bytes().startswith(b"stand-in engine") for file in (*engines.steps[0], *engines.vae)
     )
@@ -209,7 +209,7 @@ def test_commands_say_what_is_missing(inputs, bundle, tmp_path, capsys, monkeypa
 
 
 def test_other_executors_run_it(prepared):
-    with causalrt.load(prepared, device="cpu", plugins=True) as engine, engine.session(prompt()) as session:
+    with causalrt.load(prepared, device="cpu", fused_ops=True) as engine, engine.session(prompt()) as session:
         assert engine.executor == "eager"
         assert next(session).frames.shape == (9, 32, 48, 3)
 

@@ -132,7 +132,7 @@ def test_an_image_is_a_first_chunk(tmp_path, capsys):
     assert "--switch 4=...: chunks are 0 to 3" in run(
         capsys, *flags, "--switch", f"4={tmp_path / 'prompt.pt'}", "--out", out
     )
-    assert "5 chunks of 3 latent frames asked for after 1 given ones" in run(
+    assert "5 chunks of 3 latent frames asked for after 1 of initial latents" in run(
         capsys, *flags, "--chunks", 5, "--out", out
     )
     report = run(capsys, *flags, "--out", out)

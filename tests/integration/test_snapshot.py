@@ -294,11 +294,11 @@ def test_a_header_that_was_edited(engine, written):
 
 def test_a_session_that_began_with_given_frames(engine, tmp_path):
     first = next(engine.session(prompt(), seed=3)).latents  # one frame
-    whole = list(engine.session(prompt(), seed=3, given=first))
-    session = engine.session(prompt(), seed=3, given=first)
+    whole = list(engine.session(prompt(), seed=3, initial_latents=first))
+    session = engine.session(prompt(), seed=3, initial_latents=first)
     next(session)
     session.snapshot(tmp_path / "s")
-    with pytest.raises(RequestError, match="6 chunks of 3 latent frames asked for after 1 given ones"):
+    with pytest.raises(RequestError, match="6 chunks of 3 latent frames asked for after 1 of initial latents"):
         engine.resume(tmp_path / "s", num_chunks=6)
     same(list(engine.resume(tmp_path / "s")), whole[1:])
 

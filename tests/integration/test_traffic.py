@@ -17,7 +17,7 @@ TWELVE_HEADS = {"model.dim": "96", "model.num_heads": "12"}
 RANKS_AND_SIZES = [
     pytest.param(2, {}, id="3 heads on 2 ranks"),
     pytest.param(3, {}, id="3 heads on 3 ranks"),
-    pytest.param(8, TWELVE_HEADS, id="12 heads on 8 ranks"),
+    pytest.param(8, TWELVE_HEADS, id="12 heads on 8 ranks", marks=pytest.mark.slow),
 ]
 
 
@@ -125,4 +125,4 @@ def test_noise_is_drawn_ahead_for_every_chunk_that_follows(
             list(session)
     chunks = [command for command in sent if isinstance(command, ChunkCommand)]
     assert [chunk.draw_next for chunk in chunks] == [True, True, False]
-    assert [chunk.refresh for chunk in chunks] == [True, True, record]
+    assert [chunk.context_pass for chunk in chunks] == [True, True, record]

@@ -18,6 +18,7 @@ from causalrt.engines.eager import EagerExecutor
 from causalrt.model.tokens import latents_from_tokens, tokens_from_latents
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.session_buffers import SessionBuffers
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -139,9 +140,10 @@ def test_chunk_0_agrees_with_diffusers(pair: Pair, tolerance: float, timestep: f
     expected = expected[0].transpose(0, 1)
 
     executor = EagerExecutor(pair.bundle, LocalCollectives(), device=torch.device("cpu"))
-    slots = KVSlots(config, pair.bundle.layout, torch.float32)
-    executor.bind(slots.filled(0), executor.encode_prompt(text), kv_rows=slots.filled_rows(0), memory=0)
-    rows = executor.step(tokens_from_latents(latents, config), *executor.embed_time(timestep), first_frame=0)
+    buffers = SessionBuffers(0, KVSlots(config, pair.bundle.layout, torch.float32))
+    buffers.begin(executor.encode_prompt(text))
+    executor.bind(buffers.view(0))
+    rows = executor.step(tokens_from_latents(latents, config), executor.embed_time(timestep), first_frame=0)
     flow = latents_from_tokens(rows, config)
 
     assert expected.std() > 0.3, "a flow this small would hide mistakes"

@@ -21,10 +21,14 @@ EXECUTORS = ("eager", "onnxruntime")
 RANK_TOLERANCE = 2e-5
 
 
-def rollout(case: str, world_size: int):
-    """Several ranks are left to the slow run, but for some cases: 12 heads, a window that rolls, an independent first frame."""
-    slow = (world_size in (2, 3) and case != "B") or (world_size == 8 and case not in ("B", "J", "R"))
-    return pytest.param(case, world_size, marks=[pytest.mark.slow] if slow else [])
+ONE_RANK = [(case, 1) for case in CASES]
+SEVERAL_RANKS = [
+    ("B", 8),  # 12 heads
+    ("J", 8),  # an independent first frame
+    *(pytest.param(case, 8, marks=pytest.mark.slow) for case in CASES if case not in "BJ"),
+    *(pytest.param(case, 3, marks=pytest.mark.slow) for case in "ABC"),
+    *(pytest.param(case, 2, marks=pytest.mark.slow) for case in "BR"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def rollouts(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("case", "world_size"), [rollout(case, ranks) for case in CASES for ranks in (1, 2, 3, 8)])
+@pytest.mark.parametrize(("case", "world_size"), ONE_RANK + SEVERAL_RANKS)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_rollout_is_the_recorded_one(rollouts, executor, case, world_size):
     outputs, recorded = rollouts(case, world_size)
@@ -57,7 +61,7 @@ def test_rollout_is_the_recorded_one(rollouts, executor, case, world_size):
         assert error.largest <= TOLERANCE, f"{name}: {error.largest:.2e} at {error.at}"
 
 
-@pytest.mark.parametrize(("case", "world_size"), [rollout(case, ranks) for case in CASES for ranks in (2, 3, 8)])
+@pytest.mark.parametrize(("case", "world_size"), SEVERAL_RANKS)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_ranks_agree_with_one_rank(rollouts, executor, case, world_size):
     outputs, _ = rollouts(case, world_size)

@@ -59,12 +59,15 @@ def replay_error(case: str, folder: Path) -> float:
         bundle.layout,
         text=text,
         noise=RecordedNoise(recorded.noise(0)),
-        memory=SessionBufferPool(executor, config, bundle.layout).take(),
+        buffers=SessionBufferPool(executor, config, bundle.layout).take(),
     )
     latents: list[torch.Tensor] = []
     for chunk in range(recorded.num_chunks):
         session.chunk(
-            chunk, refresh=True, record=False, deliver=lambda rows, _: latents.append(latents_from_tokens(rows, config))
+            chunk,
+            context_pass=True,
+            record=False,
+            deliver=lambda rows, _: latents.append(latents_from_tokens(rows, config)),
         )
     return float((torch.cat(latents) - recorded.tensors["out.latents"][0]).abs().max())
 
@@ -209,8 +212,8 @@ def _(patch: pytest.MonkeyPatch, recorded: Recording) -> None:
     right = Rollout.chunk
     frames = recorded.config.video.chunk_frames
 
-    def wrong(self: Rollout, index: int, *, refresh: bool, record: bool, deliver: Callable[..., None]) -> object:
-        result = right(self, index, refresh=False, record=record, deliver=deliver)
+    def wrong(self: Rollout, index: int, *, context_pass: bool, record: bool, deliver: Callable[..., None]) -> object:
+        result = right(self, index, context_pass=False, record=record, deliver=deliver)
         self.slots.commit(index * frames)
         return result
 

@@ -139,10 +139,22 @@ def test_the_replay_is_the_reference(case):
         assert (output - tensors[name][0]).abs().max() < 5e-6, name
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("independent first frame, one token a frame", "sink and window that no chunk divides")
+"""The cases for which the default run builds graphs."""
+
+
 @pytest.mark.parametrize(
-    ("executor", "world_size"),
-    [("eager", 1), pytest.param("onnxruntime", 5, marks=pytest.mark.slow), ("onnxruntime", 8)],
+    ("case", "executor", "world_size"),
+    [
+        *((case, "eager", 1) for case in CASES),
+        *(
+            pytest.param(
+                case, "onnxruntime", 8, marks=[] if case in QUICK else pytest.mark.slow, id=f"{case}-onnxruntime"
+            )
+            for case in CASES
+        ),
+        *(pytest.param(case, "onnxruntime", 5, marks=pytest.mark.slow) for case in QUICK),
+    ],
 )
 def test_any_sizes(tmp_path, case, executor, world_size):
     path = tmp_path / "recording.safetensors"

@@ -24,6 +24,7 @@ FLOORS = (
         "control_groups",
         "install_hint",
         "progress",
+        "plain",
     ),
     ("plugins",),
     ("recipes", "media"),

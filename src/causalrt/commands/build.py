@@ -152,7 +152,7 @@ def _compile(request: BuildRequest) -> Path:
             collectives=request.collectives,
             frontend=request.frontend,
             timing_cache=request.timing_cache,
-            plugins=request.fused_ops,
+            fused_ops=request.fused_ops,
             vae=request.vae,
             prepare=request.prepare,
             overwrite=request.overwrite,

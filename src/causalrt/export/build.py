@@ -16,7 +16,7 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError, Faults
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
 from causalrt.export.finish import Prepared, build_flavour, check_timing_cache, warn_of_unlisted
-from causalrt.export.options import CollectivesMode, FrontEnd, PluginsMode
+from causalrt.export.options import CollectivesMode, FrontEnd, FusedOpsMode
 from causalrt.model.codecs.vae_checkpoint import load_vae, vae_config_from_mapping
 from causalrt.plugins.plugin_specs import MAX_HEAD_DIM
 from causalrt.progress import Progress
@@ -49,7 +49,7 @@ def build(
     collectives: CollectivesMode = "engine",
     frontend: FrontEnd = "onnx",
     timing_cache: str | Path | None = None,
-    plugins: PluginsMode = "auto",
+    fused_ops: FusedOpsMode = "auto",
     vae: str | Path | None = None,
     prepare: bool = False,
     overwrite: bool = False,
@@ -69,7 +69,7 @@ def build(
         collectives: in TensorRT engines, whether the engine or the runtime exchanges between ranks.
         frontend: what makes TensorRT's network of the traced step.
         timing_cache: file with TensorRT's measured kernel times, read and written; by default one in the user's cache.
-        plugins: whether self-attention is made of the fused ops: plugins for TensorRT, functions of standard ops for
+        fused_ops: whether self-attention is made of the fused ops: plugins for TensorRT, functions of standard ops for
             onnxruntime, and what eager and inductor run unless `load` is told otherwise. `auto` is off, for no GPU has measured
             them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
         vae: Wan2.1's VAE, in its own layout or diffusers' (file or folder), or the file of a cosine transform
@@ -99,7 +99,7 @@ def build(
             prepare=prepare,
         )
     with faults:
-        fused = fused_ops_wanted(plugins, config, [name for name in executors if name in FLAVOURS], frontend)
+        fused = fused_ops_wanted(fused_ops, config, [name for name in executors if name in FLAVOURS], frontend)
     faults.report()
     progress = on_progress or (lambda stage, done, total: None)
     warn_of_unlisted({name: plan.targets for name, plan in plans.items()})
@@ -156,7 +156,7 @@ def build(
         write_manifest(
             folder,
             config=config,
-            plugins=fused,
+            fused_ops=fused,
             vae=None if decoder is None else vae_config_from_mapping(decoder.config),
             executors=tuple(name for name in chosen if name not in later),
             steps=steps,
@@ -270,8 +270,8 @@ def fused_ops_wanted(mode: str, config: Config, flavours: Sequence[str], fronten
         ConfigError: the mode is unknown, or something else that was asked for cannot be had with it.
     """
     relative = config.video.time_index == "relative"
-    if mode not in get_args(PluginsMode):
-        raise ConfigError(f"plugins must be {', '.join(get_args(PluginsMode))}, got {mode!r}")
+    if mode not in get_args(FusedOpsMode):
+        raise ConfigError(f"fused_ops must be {', '.join(get_args(FusedOpsMode))}, got {mode!r}")
     if relative and mode == "off":
         raise ConfigError("video.time_index=relative is what the fused ops do; leave `--plugins` out")
     if relative and frontend != "onnx":
@@ -321,7 +321,7 @@ def _write_graphs(
         segments: tuple[StepPart, ...] = ()
         engine_parts: tuple[StepPart, ...] = ()
         segmented = None
-        if "onnxruntime" in chosen:
+        if any(executor_kind(name).graphs == "segments" for name in chosen):
             segmented = step_graph(wan, config, folder, progress, whole_slots=False, fused=fused, step=step)
             name = f"{step_prefix(config, step)}step"
             segments = write_segments(runtime_graph(segmented, config), folder, name, progress, at_cache_writes=False)

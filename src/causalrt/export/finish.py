@@ -23,13 +23,13 @@ from causalrt.engines.bundle import (
     Bundle,
     new_bundle,
     open_bundle,
-    toolchain_versions,
     unchanged,
     write_manifest,
 )
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.step_record import FlavourEngines, StepGraphs
 from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BundleError, ConfigError, ExecutorError, Faults
 from causalrt.progress import Progress
 
@@ -105,7 +105,7 @@ def finish_build(
             folder=folder,
             config=source.config,
             steps=source.steps,
-            fused=source.plugins,
+            fused=source.fused_ops,
             has_vae=source.vae is not None,
         )
         engines = {
@@ -117,7 +117,7 @@ def finish_build(
         write_manifest(
             folder,
             config=source.config,
-            plugins=source.plugins,
+            fused_ops=source.fused_ops,
             vae=source.vae,
             executors=tuple(name for name in EXECUTORS if name in source.executors or name in engines),
             steps=source.steps,

@@ -16,28 +16,24 @@ from causalrt.export.share_weights import share_weights_pass
 from causalrt.export.trace import trace_prompt, trace_step, trace_time
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
+from causalrt.model.wan.conditioning import TIME_NAMES, prompt_names
 from causalrt.model.wan.transformer import Wan
 from causalrt.progress import Progress
-
-
-def cross_kv_names(config: Config) -> list[str]:
-    """Names of the prompt's keys and values: outputs of the prompt graph, inputs of the step graph."""
-    return [f"cross_{kind}.{layer}" for layer in range(config.model.num_layers) for kind in ("k", "v")]
 
 
 def step_names(config: Config, *, whole_slots: bool = False, fused: bool = False) -> tuple[list[str], list[str]]:
     """Names of the step graph's inputs and outputs, in the order of `ChunkStep.forward`."""
     layers, shards = range(config.model.num_layers), range(len(layout_from_config(config).shards))
     slots = [f"{kind}.{layer}.{shard}" for layer in layers for shard in shards for kind in ("k", "v")]
-    inputs = ["x", "e", "e0", "rank", "first_frame", *slots, *cross_kv_names(config)]
+    inputs = ["x", *TIME_NAMES, "rank", "first_frame", *slots, *prompt_names(config.model.num_layers)]
     return [*inputs, *([KV_ROWS] if whole_slots or fused else [])], ["flow", *(f"{name}.written" for name in slots)]
 
 
 def write_small_graphs(wan: Wan, config: Config, folder: Path, on_progress: Progress) -> None:
     """Trace, translate and write the prompt's and the time's graph; `folder` already holds the weights."""
     small = (
-        (PROMPT_GRAPH, trace_prompt, ["text"], cross_kv_names(config)),
-        (TIME_GRAPH, trace_time, ["sinusoid"], ["e", "e0"]),
+        (PROMPT_GRAPH, trace_prompt, ["text"], prompt_names(config.model.num_layers)),
+        (TIME_GRAPH, trace_time, ["sinusoid"], TIME_NAMES),
     )
     for done, (name, trace, inputs, outputs) in enumerate(small):
         on_progress("prompt and time graph", done, len(small))

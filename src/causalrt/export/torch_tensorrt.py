@@ -26,10 +26,11 @@ from causalrt.engines.bundle import WEIGHTS
 from causalrt.engines.tensorrt_flavour import Flavour, device_target
 from causalrt.errors import BuildError, ConfigError, ExecutorError
 from causalrt.export.engine_network import check_network, describe_network
-from causalrt.export.onnx import cross_kv_names, step_names, step_prefix
+from causalrt.export.onnx import step_names, step_prefix
 from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
 from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
 from causalrt.install_hint import install_extra
+from causalrt.model.wan.conditioning import TIME_NAMES, prompt_names
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.progress import Progress
 from causalrt.user_cache import keep_in_cache
@@ -115,8 +116,8 @@ def build_with_torch_tensorrt(
         )
     wan = wan_from_file(config, folder / WEIGHTS)
     graphs: tuple[tuple[str, Callable[[], ExportedProgram], Sequence[str], Sequence[str]], ...] = (
-        ("prompt", lambda: trace_prompt(wan), ["text"], cross_kv_names(config)),
-        ("time", lambda: trace_time(wan), ["sinusoid"], ["e", "e0"]),
+        ("prompt", lambda: trace_prompt(wan), ["text"], prompt_names(config.model.num_layers)),
+        ("time", lambda: trace_time(wan), ["sinusoid"], TIME_NAMES),
         *(
             (
                 f"{step_prefix(config, step)}whole-step",

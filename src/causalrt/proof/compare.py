@@ -13,7 +13,7 @@ from causalrt.config import HeadPlanName, Precision, TimeIndex
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.build import build, fused_ops_wanted
-from causalrt.export.options import CollectivesMode, PluginsMode
+from causalrt.export.options import CollectivesMode, FusedOpsMode
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.progress import Progress
 from causalrt.proof.recording import open_recording
@@ -76,13 +76,13 @@ def compare_recorded(
     config = replace(recording.config, video=replace(recording.config.video, time_index=time_index))
     with TemporaryFolder("compare") as folder:
         checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
-        mode: PluginsMode = "on" if plugins else "auto"
+        mode: FusedOpsMode = "on" if plugins else "auto"
         bundle = build(
             config,
             checkpoint=checkpoint,
             out=folder / "bundle",
             executors=[executor],
-            plugins=mode,
+            fused_ops=mode,
             on_progress=on_progress,
         )
         on_progress("replay", 0, 1)

@@ -22,7 +22,7 @@ from causalrt.proof.recording import Recording
 from causalrt.runtime.collectives import CountingCollectives, LocalCollectives
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.noise import RecordedNoise
-from causalrt.runtime.requests import checked_given, checked_text
+from causalrt.runtime.requests import checked_initial_latents, checked_text
 from causalrt.runtime.rollout import ChunkTimes, Rollout, StepRecord, SwitchPolicy
 from causalrt.runtime.session_buffers import SessionBufferPool
 
@@ -40,7 +40,7 @@ def replay(recording: Recording, engine: Engine) -> Outputs:
         with engine.session(
             recording.prompt(element),
             num_chunks=recording.num_chunks,
-            given=recording.given(element),
+            initial_latents=recording.given(element),
             noise=recording.noise(element),
             record=True,
         ) as session:
@@ -49,8 +49,8 @@ def replay(recording: Recording, engine: Engine) -> Outputs:
                     session.switch_prompt(recording.second_prompt(element))
                 outputs[element, f"out.c{index}"] = tokens_from_latents(next(session).latents, recording.config)
         assert len(session.records) == recording.num_chunks
-        assert len(session.given_records) == recording.num_given
-        for index, (record,) in enumerate(session.given_records):
+        assert len(session.initial_records) == recording.num_given
+        for index, (record,) in enumerate(session.initial_records):
             outputs[element, f"out.g{index}.ctx.flow"] = record.flow
         for index, records in enumerate(session.records):
             outputs |= _outputs_of_chunk(element, index, records)
@@ -96,7 +96,7 @@ def replay_here(recording: Recording, player: Player, *, policy: SwitchPolicy = 
     Where several ranks play, each in a thread of its own, rank 0's call returns the outputs, and the others' return none.
     """
     outputs: Outputs = {}
-    memories = SessionBufferPool(player.executor, player.config, player.layout)
+    pool = SessionBufferPool(player.executor, player.config, player.layout)
     for element in range(recording.batch_size):
         noise, text = RecordedNoise(recording.noise(element)), checked_text(player.config, recording.prompt(element))
         session = Rollout(
@@ -106,17 +106,17 @@ def replay_here(recording: Recording, player: Player, *, policy: SwitchPolicy = 
             player.layout,
             text=text,
             noise=noise,
-            memory=memories.take(),
+            buffers=pool.take(),
         )
-        for index, rows in enumerate(checked_given(player.config, recording.given(element))):
-            for record in session.take_given(rows, record=True):
+        for index, rows in enumerate(checked_initial_latents(player.config, recording.given(element))):
+            for record in session.take_initial(rows, record=True):
                 outputs[element, f"out.g{index}.ctx.flow"] = record.flow
         for index in range(recording.num_chunks):
             if index == recording.switch_chunk:
                 session.switch_prompt(checked_text(player.config, recording.second_prompt(element)), policy)
             latents: list[torch.Tensor] = []
             deliver = functools.partial(_keep, latents)
-            _, records = session.chunk(index, refresh=True, record=True, deliver=deliver)
+            _, records = session.chunk(index, context_pass=True, record=True, deliver=deliver)
             for rows in latents:
                 outputs[element, f"out.c{index}"] = rows
             outputs |= _outputs_of_chunk(element, index, records)

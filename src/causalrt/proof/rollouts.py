@@ -129,7 +129,7 @@ def play(side: Replica, plan: RolloutPlan, prompts: Mapping[str, torch.Tensor], 
             layout,
             text=texts[0],
             noise=SeededNoise(plan.seed),
-            memory=SessionBufferPool(executor, config, layout).take(),
+            buffers=SessionBufferPool(executor, config, layout).take(),
         )
         for chunk in range(plan.num_chunks):
             tapes[rank].begin_chunk(chunk)
@@ -137,7 +137,7 @@ def play(side: Replica, plan: RolloutPlan, prompts: Mapping[str, torch.Tensor], 
                 rollout.switch_prompt(texts[1], "keep")
             latents: list[torch.Tensor] = []
             deliver = functools.partial(_keep, latents)
-            _, records = rollout.chunk(chunk, refresh=True, record=True, deliver=deliver)
+            _, records = rollout.chunk(chunk, context_pass=True, record=True, deliver=deliver)
             if rank == 0:
                 found |= outputs_of_chunk(chunk, latents[0], records)
             if chunk in plan.chunks:
@@ -176,12 +176,12 @@ def _add_small_graphs(
     """Outputs of the prompt's and the time's graph."""
     executor, schedule = side.executors[0], schedule_from_config(config.sampler)
     for prompt, text in prompts.items():
-        for layer, pair in enumerate(executor.encode_prompt(text)):
-            for kind, tensor in zip(("cross_k", "cross_v"), pair, strict=True):
-                found[f"{prompt} layer {layer} {kind}"] = tensor.cpu().clone()
+        for name, tensor in executor.encode_prompt(text).items():
+            kind, layer = name.split(".")
+            found[f"{prompt} layer {layer} {kind}"] = tensor.cpu().clone()
     for timestep in dict.fromkeys((*schedule.timesteps, schedule.context_timestep)):
-        for kind, tensor in zip(("e", "e0"), executor.embed_time(timestep), strict=True):
-            found[f"time {timestep:g} {kind}"] = tensor.cpu().clone()
+        for name, tensor in executor.embed_time(timestep).items():
+            found[f"time {timestep:g} {name}"] = tensor.cpu().clone()
 
 
 def _as_held(

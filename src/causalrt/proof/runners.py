@@ -9,7 +9,7 @@ Polygraphy's own PyTorch runner takes a module and a dictionary; ours are execut
 
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from polygraphy.comparator import Comparator, RunResults
 from polygraphy.datatype import DataType
 from polygraphy.logger import G_LOGGER
 
+from causalrt.engines.base import SessionView
 from causalrt.layout import Layout
 from causalrt.proof.errors import TensorError, Within
 from causalrt.proof.rollouts import RolloutPlan, RolloutTrace, play
@@ -78,34 +79,39 @@ class StepRunner(_SideRunner):
 
     def __init__(self, side: Replica, feed: Feed) -> None:
         super().__init__(side, feed)
-        self._memory = 1_000  # of no session
+        self._buffers_id = 1_000  # of no session
 
     @torch.inference_mode()
     def outputs(self, feed: Feed) -> Feed:
         """By name and rank, in the order in which they arise."""
-        self._memory += 1
-        layers = 1 + max(int(name.split(".")[1]) for name in feed if name.startswith("cross_k."))
-        cross_kv = [(feed[f"cross_k.{layer}"].clone(), feed[f"cross_v.{layer}"].clone()) for layer in range(layers)]
+        self._buffers_id += 1
+        prompt, time = ({name: tensor.clone() for name, tensor in part(feed, kind)} for kind in ("prompt ", "time "))
         shards = range(len(self.side.bundle.layout.shards))
+        layers = range(self.side.bundle.config.model.num_layers)
 
         def on_rank(rank: int) -> dict[str, torch.Tensor]:
-            executor, prefix = self.side.executors[rank], f"rank {rank} "
+            executor, own = self.side.executors[rank], dict(part(feed, f"rank {rank} "))
             kv = [
-                [
-                    (feed[f"{prefix}k.{layer}.{shard}"].clone(), feed[f"{prefix}v.{layer}.{shard}"].clone())
-                    for shard in shards
-                ]
-                for layer in range(layers)
+                [(own[f"k.{layer}.{shard}"].clone(), own[f"v.{layer}.{shard}"].clone()) for shard in shards]
+                for layer in layers
             ]
+            view = SessionView(
+                buffers_id=self._buffers_id, step=int(feed["step"]), prompt=prompt, kv=kv, kv_rows=int(feed["kv_rows"])
+            )
             tape = executor.tape = Trace([(0, "step 0")], num_steps=1)
             tape.begin_chunk(0)
-            executor.bind(kv, cross_kv, kv_rows=int(feed["kv_rows"]), memory=self._memory, step=int(feed["step"]))
-            executor.step(feed[f"{prefix}x"].clone(), feed["e"], feed["e0"], int(feed["first_frame"]))
+            executor.bind(view)
+            executor.step(own["x"].clone(), time, int(feed["first_frame"]))
             executor.tape = None
             return tape.forwards[0].outputs
 
         by_rank = self.side.run(on_rank)
         return {f"{name}, rank {rank}": found[name] for name in by_rank[0] for rank, found in enumerate(by_rank)}
+
+
+def part(feed: Feed, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors whose names begin with `prefix`, by the rest of the name."""
+    return ((name.removeprefix(prefix), tensor) for name, tensor in feed.items() if name.startswith(prefix))
 
 
 def forwards_at(tapes: Sequence[Trace], place: StepId) -> list[StepTrace]:
@@ -116,16 +122,12 @@ def forwards_at(tapes: Sequence[Trace], place: StepId) -> list[StepTrace]:
 def step_feed(forwards: Sequence[StepTrace]) -> dict[str, torch.Tensor]:
     """What a forward was given, rank by rank; what is the same on every rank once."""
     common = forwards[0]
-    feed = {"e": common.e, "e0": common.e0}
-    for name in ("first_frame", "kv_rows", "step"):
-        feed[name] = torch.tensor(int(getattr(common, name)))
-    for layer, pair in enumerate(common.cross_kv):
-        feed[f"cross_k.{layer}"], feed[f"cross_v.{layer}"] = pair
+    feed = {f"time {name}": tensor for name, tensor in common.time.items()}
+    feed |= {f"prompt {name}": tensor for name, tensor in common.view.prompt.items()}
+    numbers = {"first_frame": common.first_frame, "kv_rows": common.view.kv_rows, "step": common.view.step}
+    feed |= {name: torch.tensor(number) for name, number in numbers.items()}
     for rank, forward in enumerate(forwards):
-        feed[f"rank {rank} x"] = forward.x
-        for layer, shards in enumerate(forward.kv):
-            for shard, (k, v) in enumerate(shards):
-                feed[f"rank {rank} k.{layer}.{shard}"], feed[f"rank {rank} v.{layer}.{shard}"] = k, v
+        feed |= {f"rank {rank} {name}": tensor for name, tensor in {"x": forward.x, **forward.view.slots()}.items()}
     return feed
 
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from causalrt.control_groups import available_cpus
-from causalrt.engines.base import Executor, make_executor
+from causalrt.engines.base import Executor
 from causalrt.engines.bundle import WEIGHTS, Bundle
+from causalrt.engines.make import make_executor
 from causalrt.engines.streams import own_stream
 from causalrt.layout import layout_from_config
 from causalrt.proof.ranks import meet, run_threads
@@ -80,7 +81,7 @@ def side_of(name: str, bundle: Bundle, executor: str, *, device: torch.device, c
             collectives,
             num_threads=cores,
             device=device,
-            plugins=bundle.plugins,
+            fused_ops=bundle.fused_ops,
             cuda_graphs=cuda_graphs,
         )
 

@@ -112,7 +112,7 @@ def emulated_side(name: str, bundle: Bundle, flavour: str) -> Replica:
         config=bundle.config,
         collectives="engine" if bundle.engines[flavour].collectives == "engine" else "runtime",
         steps=[step.tensorrt for step in bundle.steps],
-        fused=bundle.plugins,
+        fused=bundle.fused_ops,
     )
     config, layout = rollout_view(bundle.config)
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from causalrt.engines.kinds import executor_kind
 from causalrt.progress import Progress
 from causalrt.proof.attempt import attempt
 from causalrt.proof.bisect import bisect_eager, bisect_step
@@ -80,7 +81,7 @@ def compare_segments(
     stage: Stage, folder: Path | None, out: Path | None, on_progress: Progress, *, always_bisect: bool
 ) -> None:
     """Each ONNX file by itself; where the first that differs does so."""
-    if stage.executor != "onnxruntime" or stage.low or stage.eager not in stage.played:
+    if executor_kind(stage.executor).graphs != "segments" or stage.low or stage.eager not in stage.played:
         return
     saved = SavedSegments(folder) if folder is not None else None
     errors: list[TensorError] = []

@@ -7,16 +7,16 @@
 A forward's inputs are kept as well, so that another side can be given the very same ones.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from causalrt.engines.base import Executor
-from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.engines.base import Executor, SessionView
+from causalrt.model.wan.conditioning import Conditioning
 from causalrt.proof.ranks import ThreadCollectives, ThreadGroup
 
 StepId = tuple[int, str]
@@ -30,26 +30,18 @@ class StepTrace:
     Attributes:
         place: where in the rollout.
         x: `[S, 64]`.
-        e: `[C]`.
-        e0: `[6, C]`.
+        time: conditioning of the timestep.
         first_frame: that the step was given.
-        kv: what was bound, before the step wrote to it, by layer and shard.
-        cross_kv: the prompt's keys and values, by layer.
-        kv_rows: filled rows.
-        step: number of the kind of step.
+        view: copy of what was bound, before the step wrote to it.
         outputs: by name, in the order in which they arise: exchanges sent and received, flow, KV slots as the step left them.
         residuals: what each LayerNorm was given, `[S, C]`, in order; eager alone tells.
     """
 
     place: StepId
     x: torch.Tensor
-    e: torch.Tensor
-    e0: torch.Tensor
+    time: Conditioning
     first_frame: int
-    kv: list[list[KVPair]]
-    cross_kv: list[KVPair]
-    kv_rows: int
-    step: int
+    view: SessionView
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     residuals: list[torch.Tensor] = field(default_factory=list)
 
@@ -129,7 +121,7 @@ class WatchedExecutor:
     def __init__(self, executor: Executor, collectives: WatchedCollectives) -> None:
         self.device, self.whole_slots = executor.device, executor.whole_slots
         self._executor, self._collectives = executor, collectives
-        self._bound: tuple[KVTensors, Sequence[KVPair], int, int] = ((), (), 0, 0)
+        self._bound = SessionView(buffers_id=0, step=0, prompt={}, kv=(), kv_rows=0)
         self.watches_residuals = False
 
     @property
@@ -141,18 +133,18 @@ class WatchedExecutor:
     def tape(self, tape: Trace | None) -> None:
         self._collectives.tape = tape
 
-    def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
+    def encode_prompt(self, text: torch.Tensor) -> Conditioning:
         """See `Executor.encode_prompt`."""
         return self._executor.encode_prompt(text)
 
-    def embed_time(self, timestep: float) -> KVPair:
+    def embed_time(self, timestep: float) -> Conditioning:
         """See `Executor.embed_time`."""
         return self._executor.embed_time(timestep)
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
+    def bind(self, view: SessionView) -> None:
         """See `Executor.bind`."""
-        self._bound = kv, cross_kv, kv_rows, step
-        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, step=step)
+        self._bound = view
+        self._executor.bind(view)
 
     def warmed_up(self) -> None:
         """See `Executor.warmed_up`."""
@@ -162,36 +154,35 @@ class WatchedExecutor:
         """See `Executor.graph_bytes`."""
         return self._executor.graph_bytes()
 
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         self._collectives.exchanges = 0
         place = self.tape.next_place() if self.tape is not None else None
         if self.tape is None or place is None:
-            return self._executor.step(x, e, e0, first_frame)
-        kv, cross_kv, kv_rows, step = self._bound
+            return self._executor.step(x, time, first_frame)
         forward = StepTrace(
-            place=place,
-            x=x.clone(),
-            e=e.clone(),
-            e0=e0.clone(),
-            first_frame=first_frame,
-            kv=[[(k.clone(), v.clone()) for k, v in layer] for layer in kv],
-            cross_kv=[(k.clone(), v.clone()) for k, v in cross_kv],
-            kv_rows=kv_rows,
-            step=step,
+            place=place, x=x.clone(), time=copied(time), first_frame=first_frame, view=copied_view(self._bound)
         )
         self.tape.running = forward
         if self.watches_residuals:
             with LayerNormInputs() as watched:
-                flow = self._executor.step(x, e, e0, first_frame)
+                flow = self._executor.step(x, time, first_frame)
             forward.residuals = watched.seen
         else:
-            flow = self._executor.step(x, e, e0, first_frame)
+            flow = self._executor.step(x, time, first_frame)
         self.tape.running = None
-        for layer, shards in enumerate(kv):
-            for shard, pair in enumerate(shards):
-                for kind, tensor in zip("kv", pair, strict=True):
-                    forward.outputs[f"{kind}.{layer}.{shard}"] = tensor.clone()
+        forward.outputs |= copied(self._bound.slots())
         forward.outputs["flow"] = flow.clone()
         self.tape.forwards.append(forward)
         return flow
+
+
+def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of tensors, by name."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def copied_view(view: SessionView) -> SessionView:
+    """A view of copies of the session's tensors."""
+    kv = [[(k.clone(), v.clone()) for k, v in layer] for layer in view.kv]
+    return replace(view, prompt=copied(view.prompt), kv=kv)

@@ -48,8 +48,9 @@ def run(
     import asyncio
 
     from causalrt.engines.bundle import open_bundle
-    from causalrt.runtime.engine import Engine, open_text_encoder
+    from causalrt.runtime.engine import Engine
     from causalrt.runtime.load import load
+    from causalrt.runtime.start import open_text_encoder
     from causalrt.server import run as running
     from causalrt.server.engine_host import BundleReplacedError
 

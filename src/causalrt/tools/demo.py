@@ -21,7 +21,8 @@ import torch
 
 from causalrt.config import Config, override
 from causalrt.demo_model import DemoFiles, demo_files
-from causalrt.engines.bundle import file_digest, open_bundle, record_digest, toolchain_versions
+from causalrt.engines.bundle import file_digest, open_bundle, record_digest
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BuildError, BundleError, Faults, RequestError
 from causalrt.export.build import build
 from causalrt.media.pyav import pyav
@@ -272,7 +273,7 @@ def make_video(
     executor: str,
     *,
     device: str = "cpu",
-    plugins: bool | None = None,
+    fused_ops: bool | None = None,
     on_progress: Progress,
     stage: str,
 ) -> Made:
@@ -284,7 +285,7 @@ def make_video(
         bundle: a bundle of the demo model.
         executor: the executor of the ranks and of the decoder.
         device: `cpu` or `cuda`.
-        plugins: whether to use the fused ops, see `load`.
+        fused_ops: whether to use the fused ops, see `load`.
         on_progress: called with (`stage`, chunks done, number of chunks).
         stage: the name of this video in progress reports.
     """
@@ -295,7 +296,7 @@ def make_video(
         executor=executor,
         vae_executor=executor,
         device=device,
-        plugins=plugins,
+        fused_ops=fused_ops,
         cuda_graphs=request.cuda_graphs == "on",
         text_encoder=demo_files().words,
     ) as engine:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.bundle import open_bundle, toolchain_versions
+from causalrt.engines.bundle import open_bundle
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.engines.vae import check_has_vae
 from causalrt.errors import Faults, RequestError
 from causalrt.media.pyav import pyav
@@ -21,7 +22,7 @@ from causalrt.progress import Progress
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.load import check_rank_limits, load
 from causalrt.runtime.noise import SeededNoise
-from causalrt.runtime.requests import checked_chunks, checked_given
+from causalrt.runtime.requests import checked_chunks, checked_initial_latents
 from causalrt.runtime.session import Chunk, Session
 from causalrt.runtime.stopwatch import process_age_s
 from causalrt.tools.arguments import GenerateRequest
@@ -107,7 +108,7 @@ def generate(request: GenerateRequest, *, on_progress: Progress) -> GenerateRepo
         request.bundle,
         executor=request.executor,
         device=request.device,
-        plugins=None if request.fused_ops is None else request.fused_ops == "on",
+        fused_ops=None if request.fused_ops is None else request.fused_ops == "on",
         cuda_graphs=request.cuda_graphs == "on",
         vae=as_video or encodes,
         text_encoder=request.text_encoder,
@@ -121,7 +122,9 @@ def generate(request: GenerateRequest, *, on_progress: Progress) -> GenerateRepo
             given = engine.encode_frames(given)
         encode_ms = 1e3 * (time.perf_counter() - start)
         with (
-            engine.session(checked.prompt, seed=request.seed, num_chunks=request.chunks, given=given) as session,
+            engine.session(
+                checked.prompt, seed=request.seed, num_chunks=request.chunks, initial_latents=given
+            ) as session,
             _sink(request, checked.config, session, given) as write,
         ):
             before |= {"text": session.text_ms, "given": encode_ms}
@@ -249,7 +252,7 @@ def _warm(engine: Engine, request: GenerateRequest, prompt: Prompt, given: torch
     engine.wait()
     engine.forget_prompts()
     start = time.perf_counter()
-    with engine.session(prompt, seed=(request.seed + 1) % 2**64, num_chunks=1, given=given) as session:
+    with engine.session(prompt, seed=(request.seed + 1) % 2**64, num_chunks=1, initial_latents=given) as session:
         chunk = next(session)
     return _first_frame(chunk, total_ms=1e3 * (time.perf_counter() - start), before={"text": session.text_ms})
 
@@ -308,7 +311,7 @@ def _read_given(request: GenerateRequest, config: Config) -> tuple[torch.Tensor 
         return None, 0
     if not _is_picture(request.given):
         latents = read_latents(request.given)
-        return latents, len(checked_given(config, latents))
+        return latents, len(checked_initial_latents(config, latents))
     frames = _read_clip(request, request.given, config)
     return frames, config.video.chunks_in(_whole_latents(frames, config))
 
@@ -380,6 +383,6 @@ def _sink(
             written += len(frames)
             return [written, *frames.shape[1:]]
 
-        if session.given_frames is not None:
-            encode(session.given_frames)
+        if session.initial_frames is not None:
+            encode(session.initial_frames)
         yield lambda chunk: encode(chunk.frames)

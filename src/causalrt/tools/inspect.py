@@ -38,7 +38,7 @@ def inspect_bundle(
     found = {
         "path": str(bundle.path),
         "executors": list(bundle.executors),
-        "plugins": "on" if bundle.plugins else "off",
+        "plugins": "on" if bundle.fused_ops else "off",
         "vae": None if bundle.vae is None else bundle.vae.to_mapping(),
         "config": config.as_dict(),
         "parameters": num_parameters(config.model),

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, device_target
 from causalrt.errors import ExecutorError
 from causalrt.layout import layouts_from_config
+from causalrt.model.wan.conditioning import is_prompt_name
 from causalrt.model.wan.relative_rope import RelativeRope
 from causalrt.model.wan.rope import rope_tables
 from causalrt.runtime.memory import predict_memory
@@ -57,8 +58,8 @@ def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
 def describe_step(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> dict[str, Any]:
     """Describe the engines of one kind of step together."""
     attentions = [attention for network in networks for attention in network.attentions]
-    own = [attention for attention in attentions if not attention.key_source.startswith("cross_k.")]
-    ranks = [count for network in networks for count in network.collective_ranks]
+    own = [attention for attention in attentions if not is_prompt_name(attention.key_source)]
+    ranks = [collective.ranks for network in networks for collective in network.collectives]
     parts = bundle.steps[step].tensorrt
     layers, plugins = Counter[str](), Counter[str]()
     for network in networks:
@@ -93,7 +94,7 @@ def expected_constants(bundle: Bundle, step: int = 0) -> dict[str, np.ndarray[An
     else:
         rotary = dict(rope_tables(config, layout).constants())
     tables = {name: table.numpy() for name, table in rotary.items()}
-    if bundle.plugins:
+    if bundle.fused_ops:
         tables["scatter_destinations"] = layout.scatter_destinations()
     elif layout.world_size > 1:
         tables["scatter_index"] = layout.scatter_index().ravel()
@@ -104,7 +105,7 @@ def expected_constants(bundle: Bundle, step: int = 0) -> dict[str, np.ndarray[An
 
 def check_constants(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> dict[str, dict[str, Any]]:
     """For each table its shape, type, size, and how many constants of the networks equal it, bit for bit."""
-    digests = Counter(digest for network in networks for digest in network.constant_digests)
+    digests = Counter(constant.sha256 for network in networks for constant in network.constants)
     return {
         name: {
             "shape": list(table.shape),
@@ -134,8 +135,8 @@ def _bytes_per_rank(
     inputs = {entry.name: entry for network in sessions for entry in network.inputs}
     rows = bundle.config.slot_rows
 
-    def total(*prefixes: str) -> int:
-        return sum(entry.num_bytes(dynamic_size=rows) for name, entry in inputs.items() if name.startswith(prefixes))
+    def total(belongs: Callable[[str], bool]) -> int:
+        return sum(entry.num_bytes(dynamic_size=rows) for name, entry in inputs.items() if belongs(name))
 
     working = working_bytes(networks, files, bundle)
     activations = (
@@ -146,8 +147,8 @@ def _bytes_per_rank(
     return {
         "weights_bytes": sum(network.weight_bytes for network in networks.values()),
         "constants_bytes": sum(network.constant_bytes for network in networks.values()),
-        "kv_bytes": total("k.", "v."),
-        "cross_kv_bytes": total("cross_k.", "cross_v."),
+        "kv_bytes": total(lambda name: name.startswith(("k.", "v."))),
+        "cross_kv_bytes": total(is_prompt_name),
         **activations,
     }
 

@@ -164,7 +164,7 @@ def test_a_server_works_on_its_own_stream(current, monkeypatch, role):
     server, command = VaeServer(None), LoadVaeCommand(**common, device="cuda:0")
     if role == "rank":
         server = RankServer(0, 1, "", None)
-        command = LoadCommand(**common, device="cuda", plugins=False, cuda_graphs=True, timeout_s=1.0)
+        command = LoadCommand(**common, device="cuda", fused_ops=False, cuda_graphs=True, timeout_s=1.0)
     with pytest.raises(LoadedError):
         server.run(command)
     assert seen == [1]

@@ -32,9 +32,10 @@ from causalrt.errors import BuildError, ConfigError, ExecutorError
 from causalrt.export import engine_files, engine_worker
 from causalrt.export.engine_files import build_engines, kv_lengths
 from causalrt.export.engine_worker import EngineRequest, build_engine, parse
-from causalrt.export.onnx import cross_kv_names, step_names
+from causalrt.export.onnx import step_names
 from causalrt.export.random_weights import random_weights
 from causalrt.install_hint import install_extra
+from causalrt.model.wan.conditioning import prompt_names
 from causalrt.model.wan.rope import rope_tables
 from causalrt.runtime.memory import predict_memory, rank_memory
 from causalrt.tools.inspect import inspect_bundle
@@ -275,7 +276,7 @@ def test_networks_have_the_steps_own_inputs_and_outputs(built):
             else:
                 assert entry["dtype"] == kind, entry
     prompt = built.networks[built.record.prompt]
-    assert [entry["name"] for entry in prompt["outputs"]] == cross_kv_names(config)
+    assert [entry["name"] for entry in prompt["outputs"]] == prompt_names(config.model.num_layers)
 
 
 def test_constants_are_the_tables_bit_for_bit(built):

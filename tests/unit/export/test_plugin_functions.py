@@ -1,3 +1,4 @@
+import functools
 from collections import Counter
 
 import numpy as np
@@ -23,7 +24,13 @@ from causalrt.recipes import recipe
 
 
 def fused_step(world_size, *, whole_slots=True, precision="float32", frames=None):
-    """(config, the step's graph with fused ops); `frames` makes the KV slots as long."""
+    """(config, the step's graph with fused ops, the caller's own copy); `frames` makes the KV slots as long."""
+    config, graph = _fused_step(world_size, whole_slots, precision, frames)
+    return config, onnx.ModelProto.FromString(graph)
+
+
+@functools.cache
+def _fused_step(world_size, whole_slots, precision, frames):
     changes = {"build.world_size": str(world_size), "build.precision": precision}
     if frames is not None:
         changes |= {"video.window_frames": "none", "video.sink_frames": "0", "video.horizon_frames": str(frames)}
@@ -31,7 +38,8 @@ def fused_step(world_size, *, whole_slots=True, precision="float32", frames=None
     wan = Wan(config.model).to(getattr(torch, precision)).eval()
     program = trace_step(wan, config, whole_slots=whole_slots, fused=True)
     inputs, outputs = step_names(config, whole_slots=whole_slots, fused=True)
-    return config, ir.to_proto(onnx_from_program(program, input_names=inputs, output_names=outputs))
+    graph = ir.to_proto(onnx_from_program(program, input_names=inputs, output_names=outputs))
+    return config, graph.SerializeToString()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

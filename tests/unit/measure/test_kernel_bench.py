@@ -15,8 +15,7 @@ import torch
 from causalrt.config import override
 from causalrt.measure.kernel_bench import operands, qk_norm_rope, rope_attention
 from causalrt.measure.kernel_bench.sections import Bench
-from causalrt.measure.kernel_bench.timing import Captured, Facts, Spread, Timer, Work, ratio
-from causalrt.measure.kernel_bench.verdicts import judge, judge_all
+from causalrt.measure.kernel_bench.timing import Captured, Facts, Spread, Timer, Work, judge, judge_all, ratio
 from causalrt.recipes import recipe
 
 SCRIPT = Path(gpu_kernels.__file__)

@@ -178,7 +178,9 @@ def test_one_gpu_of_several_that_does_not_work(machine):
     found, said = examined()
     assert not found["next"]["gpus_usable"]
     assert "GPU 1 (NVIDIA A100) does not work: CUDA error: uncorrectable ECC error" in said
-    assert re.search(r"It runs eager(, | and )inductor( and onnxruntime)? on one rank\.", said)  # by what is installed here
+    assert re.search(
+        r"It runs eager(, | and )inductor( and onnxruntime)? on one rank\.", said
+    )  # by what is installed here
 
 
 def test_what_slows_or_stops_several_ranks(machine, monkeypatch):

@@ -49,12 +49,6 @@ def run(
 ) -> None:
     """Run the command.
 
-    Args:
-        request: what to measure.
-        read_config: returns the config of the recipe, or None if the request names bundles.
-        write: prints a line.
-        on_progress: called with stage, done and total.
-
     Raises:
         CausalRTError: of the type that fits, or CombinedConfigError for several faults. Requests are refused before anything
             is loaded, and an earlier report is replaced only when the new one is complete.

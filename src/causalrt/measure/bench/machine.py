@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from causalrt.control_groups import cpu_quota
-from causalrt.engines.bundle import toolchain_versions
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.tools.gpus import find_gpus, output_of, query_nvidia_smi
 
 GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")

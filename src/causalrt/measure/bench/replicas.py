@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from causalrt.config import BuildConfig, Config, override
 from causalrt.control_groups import available_cpus
 from causalrt.engines.bundle import VAE_WEIGHTS, WEIGHTS, Bundle, open_bundle
-from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind
+from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind, precision_fault
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ConfigError, ExecutorError, OutOfMemoryError
 from causalrt.export.build import build, fused_ops_wanted
-from causalrt.export.options import PluginsMode
+from causalrt.export.options import FusedOpsMode
 from causalrt.export.random_weights import random_weights
 from causalrt.measure.bench.arguments import BenchRequest
 from causalrt.progress import Progress
@@ -26,14 +26,7 @@ MODES = {"on": [True], "off": [False], "both": [False, True]}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A bundle, or one that is yet to be built with random weights.
-
-    Attributes:
-        path: folder of the bundle.
-        config: its config.
-        plugins: whether its step uses the fused ops.
-        bundle: the opened bundle; None if it will be built for the executors that are measured.
-    """
+    """A bundle; `bundle` is None if it is yet to be built with random weights, for the executors that are measured."""
 
     path: Path
     config: Config
@@ -43,18 +36,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replica:
-    """An executor on a number of ranks: one row of the benchmark.
-
-    Attributes:
-        name: name of the row; on a CPU it ends in ranks x threads of each.
-        executor: name of the executor.
-        config: config of the bundle, with the number of ranks.
-        plugins: whether self-attention is done by the fused ops.
-        cuda_graphs: whether steps are captured, where the executor can.
-        threads: CPU threads of each rank.
-        device: `cpu` or `cuda`.
-        bundle: folder of the bundle.
-    """
+    """An executor on a number of ranks: one row of the benchmark."""
 
     name: str
     executor: str
@@ -109,7 +91,7 @@ def bundles_of(request: BenchRequest) -> list[Source]:
                 f"`--world-size {ranks}`, or leave it out of --world-sizes"
             )
     return [
-        Source(path=bundle.path, config=bundle.config, plugins=bundle.plugins, bundle=bundle)
+        Source(path=bundle.path, config=bundle.config, plugins=bundle.fused_ops, bundle=bundle)
         for bundle in opened
         if request.world_sizes is None or bundle.config.build.world_size in request.world_sizes
     ]
@@ -133,7 +115,7 @@ def sources_of(config: Config, request: BenchRequest, folder: Path) -> list[Sour
         usual = sorted({1, max(1, torch.cuda.device_count())})
     else:
         usual = [1, 2] if _threads(request) > 1 else [1]
-    mode: PluginsMode = "on" if request.plugins == "on" else "auto"
+    mode: FusedOpsMode = "on" if request.plugins == "on" else "auto"
     fused = fused_ops_wanted(mode, config, (), "onnx")
     return [
         Source(
@@ -160,7 +142,7 @@ def build_random(
                 checkpoint=checkpoint,
                 out=source.path,
                 executors=[name for name in dict.fromkeys(names) if executor_kind(name).compiled] or ["eager"],
-                plugins="on" if source.plugins else "auto",
+                fused_ops="on" if source.plugins else "auto",
                 on_progress=on_progress,
             )
     checkpoint.unlink()
@@ -213,10 +195,8 @@ def why_not(executor: str, source: Source, device: str, can: Mapping[str, Mappin
     for need in wanted:
         if not can[need]["ok"]:
             return str(can[need]["detail"])
-    if executor == "onnxruntime" and device == "cpu" and build_config.precision != "float32":
-        return f"on a CPU it runs float32 only, and this is {build_config.precision}"
-    if executor in FLAVOURS and build_config.precision == "float32":
-        return "its fused attention is for bfloat16 and float16; add `--dtype bf16`"
+    if (fault := precision_fault(executor, build_config.precision, device)) is not None:
+        return fault
     try:
         choose_device(executor, asked=device, world_size=build_config.world_size)
     except ExecutorError as error:

@@ -209,23 +209,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What was measured, how, and on what.
-
-    Attributes:
-        what: name of the recipe, or of the bundles.
-        date: when the measurement ended, UTC.
-        command: the command line.
-        machine: what stays the same during a measurement.
-        before: load and clocks before it.
-        after: load and clocks after it.
-        bundles: name, number of ranks and digest of each bundle.
-        random_weights: whether the weights are random.
-        seed: seed of noise, weights and the order of turns.
-        repeats: number of measured rollouts.
-        chunks: chunks of each rollout.
-        config: the config of the first replica.
-        includes: what the latencies include.
-    """
+    """What was measured, how, and on what."""
 
     what: str
     date: str

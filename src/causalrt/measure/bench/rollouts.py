@@ -207,7 +207,7 @@ class Rollouts:
                 executor=replica.executor,
                 world_size=replica.world_size,
                 device=replica.device,
-                plugins=replica.plugins,
+                fused_ops=replica.plugins,
                 cuda_graphs=replica.cuda_graphs,
                 vae=None if self._vae else False,
                 num_threads=replica.threads,
@@ -338,7 +338,7 @@ def _sample(repeat: int, turn: _Turn, num_chunks: int) -> ChunkSample:
         decode_ms=chunk.decode_ms,
         hand_over_ms=chunk.hand_over_ms,
         queue_ms=chunk.queue_ms,
-        context_pass_ms=times.refresh_ms,
+        context_pass_ms=times.context_pass_ms,
         all_to_all_calls=times.all_to_all_calls,
         rows_sent=times.rows_sent,
     )

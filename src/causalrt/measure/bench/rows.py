@@ -240,14 +240,7 @@ def _times(found: Measured, metric: str) -> list[float]:
 
 
 def compare(side: str, against: str, metric: str, times: Mapping[str, Sequence[float]]) -> Comparison:
-    """Compare two replicas by their times in the same repeats.
-
-    Args:
-        side: name of the one.
-        against: name of the other.
-        metric: what the times are.
-        times: by name, one time for each repeat.
-    """
+    """Compare two replicas by their times, of which `times` has one for each repeat by name."""
     ratios = [theirs / ours for ours, theirs in zip(times[side], times[against], strict=True)]
     ratio = statistics.median(ratios)
     spread = float(np.subtract(*np.percentile(ratios, (75, 25))))

@@ -29,12 +29,6 @@ DRY_RUN_PATIENCE = 4.0
 def run(request: GpuDayRequest, *, version: str, write: Callable[[str], None], on_stage: Callable[[str], None]) -> bool:
     """Run the command.
 
-    Args:
-        request: the parts to run, and where to write the report.
-        version: version of the package.
-        write: prints a line.
-        on_stage: called with a line when a part begins or ends.
-
     Returns:
         Whether no part failed.
 
@@ -105,17 +99,7 @@ def run_day(
     version: str,
     on_stage: Callable[[str], None],
 ) -> Report:
-    """Run parts one after another until the budget is used up; the report is on disk after each.
-
-    Args:
-        parts: the parts, in order.
-        out: an existing folder for the report.
-        golden: folder of recorded rollouts.
-        budget_s: seconds for all parts together.
-        dry_run: whether parts run on the CPU at the smallest size.
-        version: version of the package.
-        on_stage: called with a line when a part begins or ends.
-    """
+    """Run parts one after another until the budget is used up; the report is on disk after each."""
     until = time.monotonic() + budget_s
     outcomes = [Outcome(name=part.name, summary=part.summary) for part in parts]
     asked = {"version": version, "dry_run": dry_run, "budget_s": budget_s}

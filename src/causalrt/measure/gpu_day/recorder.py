@@ -20,14 +20,7 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """The settings of a part.
-
-    Attributes:
-        out: folder of the report.
-        work: folder for files that parts leave for later ones; it is removed at the end.
-        golden: folder of recorded rollouts.
-        dry_run: whether parts run on the CPU at the smallest size.
-    """
+    """The settings of a part: folders of the report, of files for later parts, and of recorded rollouts."""
 
     out: Path
     work: Path
@@ -74,13 +67,7 @@ class Record:
 
 
 class Recorder:
-    """Writes the record of a part to a file whenever it changes.
-
-    Attributes:
-        settings: settings of the part.
-        device: the first GPU, or the CPU in a dry run.
-        record: the findings so far.
-    """
+    """Writes the record of a part to a file whenever it changes."""
 
     def __init__(self, settings: Settings, path: Path) -> None:
         self.settings, self.record, self._path = settings, Record(), path

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,24 +31,16 @@ LOG_TAIL_LINES = 40
 LOG_TAIL_BYTES = 2**16
 
 
+Status = Literal["waiting", "running", "done", "failed", "timed out", "skipped", "interrupted"]
+
+
 @dataclass(kw_only=True, slots=True)
 class Outcome:
-    """The outcome of a part.
-
-    Attributes:
-        name: name of the part.
-        summary: what the part finds out.
-        status: `waiting`, `running`, `done`, `failed`, `timed out`, `skipped` or `interrupted`.
-        reason: why it was skipped, or how it ended.
-        seconds: time that it took.
-        limit_s: time that it was given.
-        log_tail: last lines of what its process wrote, if it failed or timed out.
-        record: its findings (see `recorder.Record`).
-    """
+    """The outcome of a part; `record` has its findings (see `recorder.Record`), `log_tail` the end of its log if it failed."""
 
     name: str
     summary: str
-    status: str = "waiting"
+    status: Status = "waiting"
     reason: str = ""
     seconds: float = 0.0
     limit_s: float = 0.0
@@ -59,15 +51,7 @@ class Outcome:
 def run_part(
     part: Part, outcome: Outcome, settings: Settings, *, limit_s: float, on_change: Callable[[], None]
 ) -> None:
-    """Run a part, and keep `outcome` up to date.
-
-    Args:
-        part: the part.
-        outcome: its outcome, whose record follows that of the running part.
-        settings: settings of the part.
-        limit_s: seconds after which its process and the whole process group are killed.
-        on_change: called whenever the outcome has changed.
-    """
+    """Run a part, and kill its process group after `limit_s` seconds; `on_change` is called when `outcome` has changed."""
     record, log = settings.work / f"{part.name}.json", settings.work / f"{part.name}.log"
     outcome.status, outcome.limit_s = "running", round(limit_s, 1)
     on_change()

@@ -24,6 +24,7 @@ from causalrt.export.random_weights import random_weights
 from causalrt.measure.gpu_day.recorder import Recorder
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.session_buffers import SessionBuffers
 from causalrt.runtime.usage import WaitCounter
 from causalrt.tools.ops.timing import seconds_of
 
@@ -35,13 +36,13 @@ MOST_ERROR = 0.05
 
 def eager(*, plugins: bool = False) -> MakeExecutor:
     """Makes eager executors, with or without the fused ops."""
-    return lambda bundle, device: EagerExecutor(bundle, LocalCollectives(), device=device, plugins=plugins)
+    return lambda bundle, device: EagerExecutor(bundle, LocalCollectives(), device=device, fused_ops=plugins)
 
 
 def inductor(*, plugins: bool = False, cuda_graphs: bool = True) -> MakeExecutor:
     """Makes inductor executors, with or without the fused ops and CUDA graphs."""
     return lambda bundle, device: InductorExecutor(
-        bundle, LocalCollectives(), device=device, plugins=plugins, cuda_graphs=cuda_graphs
+        bundle, LocalCollectives(), device=device, fused_ops=plugins, cuda_graphs=cuda_graphs
     )
 
 
@@ -61,7 +62,7 @@ def random_bundle(config: Config, path: Path, *, device: torch.device) -> Bundle
         with new_bundle(path, overwrite=False, needed_bytes=size) as folder:
             save_file(weights, folder / WEIGHTS)
             steps = [StepGraphs() for _ in config.video.step_frames]
-            write_manifest(folder, config=config, plugins=False, executors=("eager",), steps=steps, engines={})
+            write_manifest(folder, config=config, fused_ops=False, executors=("eager",), steps=steps, engines={})
     return open_bundle(path, verify=False)
 
 
@@ -77,21 +78,22 @@ class StepSession:
         self.executor, self._device = make(bundle, device), device
         dtype = TORCH_DTYPES[config.build.precision]
         whole = self.executor.whole_slots
-        self._slots = KVSlots(config, bundle.layout, dtype, whole_slots=whole, device=device)
+        slots = KVSlots(config, bundle.layout, dtype, whole_slots=whole, device=device)
+        self._buffers = SessionBuffers(0, slots)
         generator = torch.Generator().manual_seed(0)
         text = torch.randn(config.model.text_len, config.model.text_dim, generator=generator)
-        self._cross_kv = self.executor.encode_prompt(text)
+        self._buffers.begin(self.executor.encode_prompt(text))
         self._time = self.executor.embed_time(TIME)
 
     def bind(self, first_frame: int) -> int:
         """Begin the chunk that starts at this frame, and return the number of filled KV rows."""
-        rows = self._slots.filled_rows(first_frame)
-        self.executor.bind(self._slots.filled(first_frame), self._cross_kv, kv_rows=rows, memory=0)
-        return rows
+        view = self._buffers.view(first_frame)
+        self.executor.bind(view)
+        return view.kv_rows
 
     def step(self, x: torch.Tensor, first_frame: int) -> torch.Tensor:
         """Run one chunk step, and return its flow."""
-        return self.executor.step(x, *self._time, first_frame)
+        return self.executor.step(x, self._time, first_frame)
 
     def timed_step(self, x: torch.Tensor, first_frame: int) -> float:
         """Milliseconds of one chunk step, from its first call to an idle device."""
@@ -110,7 +112,7 @@ class StepSession:
 
     def commit(self, first_frame: int) -> None:
         """Commit the chunk to the history."""
-        self._slots.commit(first_frame)
+        self._buffers.slots.commit(first_frame)
 
 
 def noise_of(bundle: Bundle, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What `gpu_kernels.py` would run, planned for an H200 and without one."""
+"""The cases that `gpu_kernels.py` would run, with their sizes for an H200; no GPU is needed."""
 
 import argparse
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ FLUSH_MS = 0.3
 FACTS = Facts()
 
 Line = tuple[str, Work | None, int]
-"""What to say, the work of a call, and the number of sides."""
+"""A description, the work of a call, and the number of sides."""
 
 
 def planned_cases(args: argparse.Namespace, config: Config) -> Iterator[Line]:
-    """Every case, in order."""
+    """Yield every case in order."""
 
     def of(world_size: int, plan: str = "balanced") -> Config:
         return override(config, {"build.world_size": str(world_size), "build.head_plan": plan})
@@ -52,7 +52,7 @@ def planned_cases(args: argparse.Namespace, config: Config) -> Iterator[Line]:
 
 
 def planned_lines(args: argparse.Namespace, config: Config) -> Iterator[str]:
-    """A line for each case with its size, and one for the time that they all take at least."""
+    """Yield a line for each case with its size, and one with the least time of all cases."""
     total_ms = 0.0
     for name, work, sides in planned_cases(args, config):
         if work is None:

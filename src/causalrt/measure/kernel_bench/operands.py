@@ -1,4 +1,4 @@
-"""What both kernels' cases are made of: values, types, and the comparison that comes before any time is taken."""
+"""Random operands of the cases, and the check of results that comes before any time is taken."""
 
 import torch
 
@@ -6,27 +6,27 @@ from causalrt.plugins.kernel_launch import is_interpreted
 from causalrt.plugins.triton_rope_attention import rope_attention_kernel
 
 OTHERS = 4.0
-"""How much further off others may be, who round between their ops."""
+"""Factor by which errors of the other sides may be larger, since they round between their ops."""
 
 
 class WrongResultError(RuntimeError):
-    """A side does not compute what it should."""
+    """The result of a side is wrong."""
 
 
 def require(error: float, limit: float, what: str) -> float:
-    """The error, which is no larger than the limit, and a number."""
+    """Return the error, or raise WrongResultError if it is larger than the limit or not a number."""
     if not error <= limit:
         raise WrongResultError(f"{what}: error {error:.3e}, allowed {limit:.3e} (nan: values that nobody wrote)")
     return error
 
 
 def element_bytes(dtype: torch.dtype) -> int:
-    """Bytes of a value."""
+    """Bytes of one value."""
     return torch.empty(0, dtype=dtype).element_size()
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter here."""
+    """Whether kernels run in Triton's interpreter in this process."""
     return is_interpreted(rope_attention_kernel)
 
 
@@ -38,5 +38,5 @@ class Random:
         self._generator = torch.Generator(device).manual_seed(0)
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Values of a shape, in the type of the case or another."""
+        """Values of a shape, in the type of the case or in `dtype`."""
         return torch.randn(shape, generator=self._generator, device=self.device).to(dtype or self.dtype)

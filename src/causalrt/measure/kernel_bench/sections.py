@@ -1,4 +1,4 @@
-"""The sections of `gpu_kernels.py`: which sides meet, and which claims are judged.
+"""The sections of `gpu_kernels.py`: the sides of each case, and the claims that are judged.
 
 case -> operands in several sets -> sides -> captured -> checked against float64 -> measured together -> report, claims
 """
@@ -16,8 +16,19 @@ from causalrt.errors import KernelError
 from causalrt.measure.kernel_bench.operands import Random
 from causalrt.measure.kernel_bench.qk_norm_rope import QkNormRope
 from causalrt.measure.kernel_bench.rope_attention import BACKENDS, RopeAttention, Slots
-from causalrt.measure.kernel_bench.timing import Call, Captured, Samples, Spread, Timer, Work, machine, ratio
-from causalrt.measure.kernel_bench.verdicts import judge, judge_all, progress
+from causalrt.measure.kernel_bench.timing import (
+    Call,
+    Captured,
+    Samples,
+    Spread,
+    Timer,
+    Work,
+    judge,
+    judge_all,
+    machine,
+    progress,
+    ratio,
+)
 from causalrt.plugins.ptx import compile_kernel, default_cache
 from causalrt.plugins.rope_attention_launch import MAX_KV_SPLITS, RopeAttentionPlan, Tiles
 
@@ -46,22 +57,22 @@ TILES = tuple(
 
 Sides = dict[str, list[Call]]
 Checks = dict[str, Callable[[str, Captured], float]]
-"""Replays, compares, and gives the worst error."""
+"""By side, a function that replays it, compares the outputs, and returns the largest error."""
 
 
 def named(tiles: Tiles) -> str:
-    """How a table calls them."""
+    """The name of tiles in tables."""
     return f"{tiles.block_m}x{tiles.block_n}, {tiles.num_warps} warps, {tiles.num_stages} stages"
 
 
 def fastest(samples: Mapping[str, Samples], names: Iterable[str]) -> str | None:
-    """Of the sides that have times."""
+    """The fastest of the sides that have times."""
     there = [name for name in names if name in samples]
     return min(there, key=lambda name: Spread.of(samples[name]).median) if there else None
 
 
 def kv_lengths(args: argparse.Namespace, config: Config) -> list[int]:
-    """Filled rows: those asked for, or one more chunk at a time."""
+    """Numbers of filled rows: those of the arguments, or every whole number of chunks."""
     rows, slots = config.tokens_per_chunk, config.slot_rows
     lengths = list(args.kv_rows or range(rows, slots + 1, rows))
     for length in lengths:
@@ -71,7 +82,7 @@ def kv_lengths(args: argparse.Namespace, config: Config) -> list[int]:
 
 
 class Bench:
-    """One run: its report, and a method for each section."""
+    """One run, with a method for each section."""
 
     def __init__(
         self,
@@ -81,14 +92,7 @@ class Bench:
         *,
         keep: Callable[[Mapping[str, Any]], None] = lambda report: None,
     ) -> None:
-        """Prepare a run.
-
-        Args:
-            args: the options of `benchmarks/gpu_kernels.py`.
-            config: the recipe.
-            device: where the kernels run.
-            keep: called with the report after each case.
-        """
+        """Prepare a run with the options of `benchmarks/gpu_kernels.py`; `keep` is called with the report after each case."""
         self.args, self.base, self.device, self._keep = args, config, device, keep
         self.timer = Timer(device, repeats=args.repeats)
         self.report: dict[str, Any] = {
@@ -101,7 +105,7 @@ class Bench:
     # -- sections
 
     def qk_norm_rope(self) -> None:
-        """The fused op, the unfused ones, and copies."""
+        """Measure the fused op, the unfused ops, and copies."""
         self.report["qk_norm_rope"] = entries = []
         for world_size in self.args.world_sizes:
             entries.append(self._rows_of_a_rank(world_size))
@@ -130,7 +134,7 @@ class Bench:
         known["kernel"]["host_us"] = self.timer.host_us(sides["kernel"][0])
         samples = self._measure(ready, known)
         for name in ready:
-            if world_size > 1 or not name.endswith("as the step"):  # who does not pack moves less
+            if world_size > 1 or not name.endswith("as the step"):  # a side that does not pack moves less
                 known[name]["gb_s"] = round(copied.get(name, work.num_bytes) / known[name]["ms"]["median"] / 1e6, 1)
         fractions = {}
         for name, moved in copied.items():
@@ -142,7 +146,7 @@ class Bench:
         return {"P": world_size, "num_bytes": work.num_bytes, "sides": known, "of_copy": fractions}
 
     def rope_attention(self) -> None:
-        """The fused op in every form, and SDPA."""
+        """Measure the fused op in every form, and SDPA."""
         self.report["rope_attention"] = entries = []
         for world_size in self.args.world_sizes:
             by_form: dict[str, dict[int, Spread]] = {}
@@ -179,7 +183,7 @@ class Bench:
         return entry, ratios
 
     def plans(self) -> None:
-        """Head plans at the most ranks and keys: our kernel and SDPA."""
+        """Measure all head plans at the most ranks and keys, by our kernel and by SDPA."""
         world_size, kv_rows = max(self.args.world_sizes), self.base.slot_rows
         if world_size == 1:
             progress("plans: needs more than one rank; name them with --world-sizes")
@@ -220,7 +224,7 @@ class Bench:
         }
 
     def tune(self) -> None:
-        """Tiles of a short list, those that fit."""
+        """Measure the tiles of a short list that fit the device."""
         self.report["tune"] = entries = []
         for world_size in self.args.world_sizes:
             for form in self.args.tune or ["whole"]:
@@ -231,7 +235,7 @@ class Bench:
                     entries.append(self._sweep("tune", case, form, plans))
 
     def kv_splits(self) -> None:
-        """Ranges of keys."""
+        """Measure numbers of ranges of keys."""
         self.report["kv_splits"] = entries = []
         facts, numbers = self.timer.facts, self.args.kv_splits or range(1, MAX_KV_SPLITS + 1)
         for world_size in self.args.world_sizes:
@@ -242,7 +246,7 @@ class Bench:
                 entries.append(self._sweep("kv_splits", case, "whole", plans) | {"chosen": chosen})
 
     def _fitting_tiles(self, case: RopeAttention, form: str) -> list[Tiles]:
-        """Those that compile, without spills, in the device's shared memory; two small ones where kernels are interpreted."""
+        """Tiles that compile without spills and fit shared memory; two small ones where kernels are interpreted."""
         if not self.on_gpu:
             return [Tiles(block_m=16, block_n=block_n, num_warps=4, num_stages=2) for block_n in (16, 32)]
         fitting, facts = [], self.timer.facts
@@ -264,7 +268,7 @@ class Bench:
     def _sweep(
         self, section: str, case: RopeAttention, form: str, plans: Mapping[str, RopeAttentionPlan]
     ) -> dict[str, Any]:
-        """Launches of one case side by side."""
+        """Measure several launch plans of one case side by side."""
         given = case.operands(self._random())[form]
         sets = [given, *(given.clone() for _ in range(self._num_sets(case.work) - 1))]
         check = self._kernel_check(case, given, case.reference(given))
@@ -281,7 +285,7 @@ class Bench:
     # -- sides of attention
 
     def _attention_sides(self, case: RopeAttention, forms: Sequence[str]) -> tuple[Sides, Checks]:
-        """The op in these forms, and every back end of SDPA over keys and values that lie ready."""
+        """The fused op in these forms, and every back end of SDPA over prepared keys and values."""
         made, count = case.operands(self._random()), self._num_sets(case.work)
         names = BACKENDS if self.on_gpu else {"flash": BACKENDS["flash"]}
         ready = [case.heads_slow(made["whole"]) for _ in range(count)]
@@ -308,7 +312,7 @@ class Bench:
     def _kernel_check(
         self, case: RopeAttention, given: Slots, reference: Sequence[torch.Tensor]
     ) -> Callable[[str, Captured], float]:
-        """Of outputs, of staging, and of what must not be written."""
+        """A check of outputs, of staging, and of memory that must not be written."""
         before = given.clone() if self.args.check else given
 
         def check(name: str, captured: Captured) -> float:
@@ -320,7 +324,7 @@ class Bench:
 
         return check
 
-    # -- what every section does
+    # -- common to all sections
 
     @property
     def on_gpu(self) -> bool:
@@ -337,11 +341,11 @@ class Bench:
         return work.num_sets(self.timer.facts)
 
     def _repeated(self, calls: Sequence[Call], work: Work) -> list[Call]:
-        """As many calls as a graph should hold."""
+        """Repeat calls until there are as many as a graph should hold."""
         return list(calls) * (work.num_calls(self.timer.facts) // len(calls) if self.on_gpu else 1)
 
     def _poison_and_replay(self, captured: Captured) -> None:
-        """Outputs are NaN, and then what the calls leave there."""
+        """Fill the outputs with NaN and replay, so that values that are not written show."""
         for tensor in captured.tensors():
             tensor.fill_(math.nan)
         captured.replay()
@@ -349,15 +353,10 @@ class Bench:
     def _settle(
         self, sides: Sides, checks: Checks, own: Collection[str]
     ) -> tuple[dict[str, Captured], dict[str, dict[str, Any]]]:
-        """Capture and check all sides.
-
-        Args:
-            sides: a call for each set, or more.
-            checks: for the sides that have one.
-            own: sides that must be there and right; others are left out, with the reason.
+        """Capture and check all sides; those not in `own` are left out when they fail, with the reason.
 
         Returns:
-            What can be timed, and what is known of each side.
+            The captured sides, and the facts about each side.
         """
         ready: dict[str, Captured] = {}
         known: dict[str, dict[str, Any]] = {name: {} for name in sides}
@@ -377,7 +376,7 @@ class Bench:
         return ready, known
 
     def _measure(self, ready: Mapping[str, Captured], known: dict[str, dict[str, Any]]) -> dict[str, Samples]:
-        """Times of all sides, kept in `known` too."""
+        """Measure all sides, and add their times to `known`."""
         samples = self.timer.measure(ready)
         for name, times in samples.items():
             known[name]["ms"] = Spread.of(times).as_json()

@@ -143,16 +143,7 @@ DECODE_SPREAD = 0.3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredDecode:
-    """A published time of Wan2.1's VAE decoder in bfloat16.
-
-    Attributes:
-        gpu: name in the table of GPUs.
-        seconds: time for the whole video.
-        latent_height: rows of the latents.
-        latent_width: columns of the latents.
-        latent_frames: latents of the video; the first makes one frame, every other one four.
-        source: where the figure is from.
-    """
+    """A published time of Wan2.1's VAE decoder in bfloat16."""
 
     gpu: str
     seconds: float

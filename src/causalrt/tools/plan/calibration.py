@@ -66,14 +66,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """The measured costs of one machine.
-
-    Attributes:
-        machine: name of the machine.
-        device: kind of device that the ops ran on.
-        precision: precision of the ops.
-        entries: costs of each executor on each number of ranks.
-    """
+    """The measured costs of one machine."""
 
     machine: str
     device: Literal["cpu", "cuda"]

@@ -84,12 +84,6 @@ def check_request(request: PlanRequest, config: Config | None) -> None:
 def run(request: PlanRequest, config: Config, *, write: Callable[[str], None], on_progress: Progress) -> None:
     """Run the command.
 
-    Args:
-        request: what to plan for, as `check_request` has accepted it.
-        config: the recipe.
-        write: prints a line.
-        on_progress: called with stage, done and total while a machine is measured.
-
     Raises:
         ConfigError: the calibration does not fit the request.
         ExecutorError: the picture could not be drawn.

@@ -29,14 +29,7 @@ CUBE, SQUARE, COLUMN = 27, 9, 3
 
 
 def decode_convolutions(vae: VaeConfig, *, latent_height: int, latent_width: int, first: bool) -> list[Convolution]:
-    """List the convolutions for one latent frame; the products of attention are listed as convolutions of one tap.
-
-    Args:
-        vae: sizes of the VAE.
-        latent_height: rows of the latent.
-        latent_width: columns of the latent.
-        first: whether it is the first latent of a video, which makes one frame; every other one makes four.
-    """
+    """List the convolutions for one latent frame; the products of attention are listed as convolutions of one tap."""
     return list(_convolutions(vae, latent_height, latent_width, first=first))
 
 

@@ -18,22 +18,7 @@ VaePlace = Literal["none", "own", "shared", "split"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One GPU in the server that it is usually found in.
-
-    Attributes:
-        name: name under which it is sold.
-        architecture: its architecture, which selects the assumptions.
-        capability: compute capability, for example 80.
-        num_multiprocessors: number of streaming multiprocessors.
-        tensor_tflops: rate of the tensor cores in dense bfloat16.
-        memory_gbs: bandwidth of its memory, GB/s.
-        memory_gb: size of its memory, GB.
-        link_gbs: bandwidth of the link between GPUs of a server, in one direction, GB/s for each GPU.
-        network_gbs: bandwidth between servers, in one direction, GB/s for each GPU.
-        source: source of the figures.
-        link: kind of link between GPUs of a server.
-        gpus_per_server: GPUs that this link connects.
-    """
+    """One GPU in the server that it is usually found in; `link_gbs` and `network_gbs` are GB/s of one GPU in one direction."""
 
     name: str
     architecture: Architecture

@@ -23,16 +23,7 @@ CAUSAL_ROPE_SP = "arXiv 2603.06664, abstract: 8 x A800, 5-second 480P video"
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A published figure beside its prediction.
-
-    Attributes:
-        what: the quantity that was measured.
-        unit: unit of the figures.
-        published: the published figure.
-        predicted: the prediction.
-        source: source of the published figure.
-        note: what makes the comparison less than exact.
-    """
+    """A published figure beside its prediction; `note` says what makes the comparison less than exact."""
 
     what: str
     unit: str

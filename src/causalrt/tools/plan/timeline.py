@@ -8,10 +8,9 @@ so a step takes as long as the slowest rank needs. The reader takes frames at on
 of the decoder.
 """
 
-import heapq
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeline:
-    """What the devices do, and when.
-
-    Attributes:
-        jobs: in order of their end.
-        started_s: when the first step of each chunk begins.
-        delivered_s: when the frames of each chunk are there.
-        frames: frames of each chunk.
-    """
+    """What the devices do, and when each chunk begins and its frames are delivered."""
 
     jobs: tuple[Job, ...]
     started_s: tuple[float, ...]
@@ -71,12 +63,10 @@ class Timeline:
         return found
 
 
-@dataclass(slots=True)
-class _Device:
-    """Serves one job at a time, first come first served."""
-
-    waiting: deque[tuple[str, int]] = field(default_factory=deque)
-    busy: bool = False
+def check_straggler(straggler: float) -> None:
+    """Raise ConfigError unless `straggler` is a fraction that makes sense."""
+    if not 0 <= straggler < 10:
+        raise ConfigError(f"straggler must lie in [0, 10), got {straggler}; 0.05 is 5 %")
 
 
 def timeline(forecast: Forecast, *, chunks: int, straggler: float = 0.0, chunks_ahead: int = 1) -> Timeline:
@@ -96,116 +86,83 @@ def timeline(forecast: Forecast, *, chunks: int, straggler: float = 0.0, chunks_
             f"a timeline needs at least one chunk, and chunks_ahead of 0 or more, got {chunks}, {chunks_ahead}"
         )
     check_straggler(straggler)
-    return _Run(forecast, chunks, straggler, chunks_ahead).run()
-
-
-def check_straggler(straggler: float) -> None:
-    """Raise ConfigError unless `straggler` is a fraction that makes sense."""
-    if not 0 <= straggler < 10:
-        raise ConfigError(f"straggler must lie in [0, 10), got {straggler}; 0.05 is 5 %")
+    run = _Run(forecast, 1 + straggler)
+    for chunk in range(chunks):
+        run.make(chunk, ahead=chunks_ahead)
+    while run.latents:
+        run.decode_one()
+    return Timeline(
+        jobs=tuple(run.jobs),
+        started_s=tuple(run.started),
+        delivered_s=tuple(run.delivered),
+        frames=tuple(run.chunk(index).frames for index in range(chunks)),
+    )
 
 
 class _Run:
-    """The state while a timeline is computed."""
+    """The state while a timeline is computed: when the ranks and the decoder are free, and latents that wait for decoding."""
 
-    def __init__(self, forecast: Forecast, chunks: int, straggler: float, ahead: int) -> None:
-        self.forecast, self.chunks, self.slowness, self.ahead = forecast, chunks, 1 + straggler, ahead
+    def __init__(self, forecast: Forecast, slowness: float) -> None:
+        self.forecast, self.slowness = forecast, slowness
         self.steps = round(forecast.chunks[-1].denoise_s.nominal / forecast.chunks[-1].step_s.nominal)
-        self.group = _Device()
-        self.decoder = _Device() if forecast.vae == "own" else self.group
-        self.events: list[tuple[float, int, _Device, Job]] = []
-        self.now = 0.0
-        self.order = 0
-        self.steps_done = 0  # of all chunks
-        self.decoded = 0  # latents of the chunk that is being decoded
+        self.apart = forecast.vae == "own"
+        self.ranks_s = self.decoder_s = 0.0
+        self.latents: deque[tuple[int, bool, float]] = deque()  # chunk, whether it is the chunk's last one, ready at
         self.started: list[float] = []
         self.delivered: list[float] = []
         self.jobs: list[Job] = []
-        self.blocked: int | None = None
 
-    def run(self) -> Timeline:
-        self._begin(0)
-        while self.events:
-            self.now, _, device, job = heapq.heappop(self.events)
-            device.busy = False
-            self.jobs.append(job)
-            self._finished(job)
-            for each in (self.group, self.decoder):
-                self._serve(each)
-        return Timeline(
-            jobs=tuple(self.jobs),
-            started_s=tuple(self.started),
-            delivered_s=tuple(self.delivered),
-            frames=tuple(self._chunk(index).frames for index in range(self.chunks)),
-        )
-
-    def _begin(self, chunk: int) -> None:
-        """Start a chunk, unless the ranks are too far ahead; its steps follow one another."""
-        if chunk >= self.chunks:
-            return
-        if self.forecast.vae != "none" and chunk - len(self.delivered) > self.ahead:
-            self.blocked = chunk
-            return
-        self.blocked = None
-        self.group.waiting.append(("step", chunk))
-        self._serve(self.group)
-
-    def _finished(self, job: Job) -> None:
-        chunk = job.chunk
-        if job.what == "step":
-            self.steps_done += 1
-            if self.steps_done % self.steps:
-                self.group.waiting.append(("step", chunk))
-                return
-            if self.forecast.vae == "none":
-                self.delivered.append(self.now)
-            else:
-                self._ask_decode()
-            self.group.waiting.append(("context pass", chunk))
-        elif job.what == "context pass":
-            self._begin(chunk + 1)
-        else:
-            self.decoded += 1
-            if self.decoded == self._latents(chunk):
-                self.decoded = 0
-                self.delivered.append(self.now)
-                if self.blocked is not None:
-                    self._begin(self.blocked)
-            self._ask_decode()
-
-    def _ask_decode(self) -> None:
-        """Queue the next decoder job, unless one waits or runs."""
-        chunk = len(self.delivered)
-        pending = any(what == "decode" for what, _ in self.decoder.waiting)
-        running = any(job.what == "decode" for _, _, _, job in self.events)
-        if chunk < self.steps_done // self.steps and not pending and not running:
-            self.decoder.waiting.append(("decode", chunk))
-
-    def _serve(self, device: _Device) -> None:
-        if device.busy or not device.waiting:
-            return
-        what, chunk = device.waiting.popleft()
-        busy: tuple[float, ...] = ()
-        if what == "decode":
-            seconds = self._chunk(chunk).decode_s.nominal / self._latents(chunk)
-        else:
-            parts = self._chunk(chunk).parts
-            compute_s = parts.total_s - parts.exchange_s
-            busy = (self.slowness * compute_s, *[compute_s] * (self.forecast.world_size - 1))
-            seconds = busy[0] + parts.exchange_s
-            if what == "step" and chunk == len(self.started):
-                self.started.append(self.now)
-        job = Job(what=what, chunk=chunk, start_s=self.now, end_s=self.now + seconds, busy_s=busy)
-        device.busy = True
-        self.order += 1
-        heapq.heappush(self.events, (job.end_s, self.order, device, job))
-
-    def _latents(self, chunk: int) -> int:
-        """Decoder jobs of a chunk; the first latent of a video makes one frame, every other one `TEMPORAL_SCALE`."""
-        return 1 if self.forecast.vae == "split" else math.ceil(self._chunk(chunk).frames / TEMPORAL_SCALE)
-
-    def _chunk(self, index: int) -> ChunkForecast:
+    def chunk(self, index: int) -> ChunkForecast:
         return self.forecast.chunks[min(index, len(self.forecast.chunks) - 1)]
+
+    def make(self, chunk: int, *, ahead: int) -> None:
+        """Denoise a chunk once the ranks are not too far ahead, queue its latents, and run its context pass."""
+        while self.latents and (self.apart or chunk - len(self.delivered) > ahead):
+            self.decode_one()
+        if self.apart and chunk > ahead:
+            self.ranks_s = max(self.ranks_s, self.delivered[chunk - ahead - 1])
+        self.started.append(self.ranks_s)
+        for step in range(self.steps):
+            if step:
+                self._share()
+            self._rank_job("step", chunk)
+        if self.forecast.vae == "none":
+            self.delivered.append(self.ranks_s)
+        else:
+            count = self._jobs_of(chunk)
+            self.latents.extend((chunk, index + 1 == count, self.ranks_s) for index in range(count))
+        self._share()
+        self._rank_job("context pass", chunk)
+        self._share()
+
+    def decode_one(self) -> None:
+        """Decode the next latent, on a device of its own or on that of the ranks."""
+        chunk, last, ready_s = self.latents.popleft()
+        seconds = self.chunk(chunk).decode_s.nominal / self._jobs_of(chunk)
+        start_s = max(self.decoder_s, ready_s) if self.apart else self.ranks_s
+        self.decoder_s = start_s + seconds
+        if not self.apart:
+            self.ranks_s = self.decoder_s
+        self.jobs.append(Job(what="decode", chunk=chunk, start_s=start_s, end_s=self.decoder_s))
+        if last:
+            self.delivered.append(self.decoder_s)
+
+    def _share(self) -> None:
+        """On a shared device, the decoder takes its turn after every job of the ranks."""
+        if self.latents and not self.apart:
+            self.decode_one()
+
+    def _jobs_of(self, chunk: int) -> int:
+        """Decoder jobs of a chunk; the first latent of a video makes one frame, every other one `TEMPORAL_SCALE`."""
+        return 1 if self.forecast.vae == "split" else math.ceil(self.chunk(chunk).frames / TEMPORAL_SCALE)
+
+    def _rank_job(self, what: str, chunk: int) -> None:
+        parts = self.chunk(chunk).parts
+        compute_s = parts.total_s - parts.exchange_s
+        busy = (self.slowness * compute_s, *[compute_s] * (self.forecast.world_size - 1))
+        start_s = self.ranks_s
+        self.ranks_s += busy[0] + parts.exchange_s
+        self.jobs.append(Job(what=what, chunk=chunk, start_s=start_s, end_s=self.ranks_s, busy_s=busy))
 
 
 def draw_timeline(found: Timeline, path: Path, *, title: str, chunks: int = 4) -> None:

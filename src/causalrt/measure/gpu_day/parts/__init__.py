@@ -7,16 +7,7 @@ from importlib import metadata
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One part of a GPU day.
-
-    Attributes:
-        name: name for `--parts` and the report.
-        module: dotted name of the module whose `run` is called.
-        summary: what it finds out.
-        limit_s: most seconds that it may take.
-        least_s: seconds below which it is not started.
-        dry_environment: returns environment variables for its process in a dry run.
-    """
+    """One part of a GPU day: it may take `limit_s` seconds, and is not started when fewer than `least_s` are left."""
 
     name: str
     module: str

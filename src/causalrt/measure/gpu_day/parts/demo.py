@@ -34,7 +34,7 @@ def run(recorder: Recorder) -> None:
 
     def made_by(executor: str, device: str, *, plugins: bool) -> Made:
         return make_video(
-            request, {}, bundle, executor, device=device, plugins=plugins, on_progress=lambda *_: None, stage=""
+            request, {}, bundle, executor, device=device, fused_ops=plugins, on_progress=lambda *_: None, stage=""
         )
 
     wanted = made_by("eager", "cpu", plugins=False)

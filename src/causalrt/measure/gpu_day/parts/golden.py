@@ -20,14 +20,7 @@ TABLE = "largest errors"
 
 @dataclass(frozen=True, slots=True)
 class StepVariant:
-    """A variant of the step.
-
-    Attributes:
-        name: name in tables.
-        compiled: whether torch.compile compiles it.
-        plugins: whether self-attention is done by the fused ops.
-        captured: whether it runs in CUDA graphs.
-    """
+    """A variant of the step."""
 
     name: str
     compiled: bool = False
@@ -37,9 +30,9 @@ class StepVariant:
     def executor(self, model: RecordedModel, device: torch.device) -> Executor:
         """Make the executor; the class that captures compiled steps captures eager ones too (see `stance`)."""
         if not (self.compiled or self.captured):
-            return EagerExecutor(model.bundle, LocalCollectives(), device=device, plugins=self.plugins)
+            return EagerExecutor(model.bundle, LocalCollectives(), device=device, fused_ops=self.plugins)
         return InductorExecutor(
-            model.bundle, LocalCollectives(), device=device, plugins=self.plugins, cuda_graphs=self.captured
+            model.bundle, LocalCollectives(), device=device, fused_ops=self.plugins, cuda_graphs=self.captured
         )
 
     def stance(self) -> AbstractContextManager[object]:

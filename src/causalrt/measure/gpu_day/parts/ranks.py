@@ -52,7 +52,7 @@ def _replay(recorder: Recorder, name: str, model: RecordedModel, *, plugins: boo
         mine = collectives[rank]
         dtype = TORCH_DTYPES[config.build.precision]
         checks = check_exchanges(mine, config, dtype=dtype, device=device)
-        executor = EagerExecutor(model.bundle, mine, device=device, plugins=plugins)
+        executor = EagerExecutor(model.bundle, mine, device=device, fused_ops=plugins)
         player = Player(executor=executor, config=config, layout=layout, collectives=mine)
         return replay_here(model.recording, player), checks
 
