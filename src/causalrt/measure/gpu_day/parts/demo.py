@@ -7,9 +7,9 @@ from causalrt.demo_model import demo_files
 from causalrt.export.build import build
 from causalrt.measure.gpu_day.recorder import Recorder
 from causalrt.recipes import recipe
+from causalrt.tools.arguments import DemoRequest
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet
 from causalrt.tools.demo import Made, compared, make_video
-from causalrt.tools.demo_request import DemoRequest
 
 TABLE = "videos of the demo model"
 SHEET = "demo.png"
@@ -34,7 +34,7 @@ def run(recorder: Recorder) -> None:
 
     def made_by(executor: str, device: str, *, fused_ops: bool) -> Made:
         return make_video(
-            request, {}, bundle, executor, device=device, plugins=fused_ops, on_progress=lambda *_: None, stage=""
+            request, {}, bundle, executor, device=device, fused_ops=fused_ops, on_progress=lambda *_: None, stage=""
         )
 
     wanted = made_by("eager", "cpu", fused_ops=False)
@@ -48,18 +48,18 @@ def run(recorder: Recorder) -> None:
         with recorder.attempt(name):
             made = made_by(executor, device, fused_ops=fused_ops)
             found = compared((executor, 1), made, wanted)
-            levels = found["grey_levels"]
+            levels = found.grey_levels
             recorder.row(
                 TABLE,
                 variant=name,
                 device=device,
                 **{
                     "largest difference, of 255": levels,
-                    "mean difference, of 255": found["mean_grey_levels"],
-                    "latents": found["latent_error"],
-                    "start s": found["load_s"],
-                    "first frames ms": found["first_frame_ms"],
-                    "chunk ms": found["median_chunk_ms"],
+                    "mean difference, of 255": found.mean_grey_levels,
+                    "latents": found.latent_error,
+                    "start s": found.load_s,
+                    "first frames ms": found.first_frame_ms,
+                    "chunk ms": found.median_chunk_ms,
                 },
             )
             where = "GPU" if device == "cuda" else "CPU"
