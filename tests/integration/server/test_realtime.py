@@ -346,7 +346,7 @@ def test_a_second_start_is_refused_and_the_first_goes_on(held):
     with held.realtime() as client:
         client.start(chunks=1)
         client.start(chunks=1)
-        assert "runs already" in client.next("error")["message"]
+        assert "already running" in client.next("error")["message"]
         held.engine.let(1)
         assert client.next("ended")["reason"] == "done"
 

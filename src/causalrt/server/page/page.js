@@ -98,8 +98,8 @@ function finish(words) {
   render();
 }
 
-function begin(wish) {
-  if (!connection.send({ type: "start", ...wish })) return;
+function begin(request) {
+  if (!connection.send({ type: "start", ...request })) return;
   state.phase = "asking";
   say("Asking for a video.");
 }
@@ -276,11 +276,11 @@ $["prompt-form"].addEventListener("submit", (event) => {
     const policy = new FormData($["prompt-form"]).get("policy");
     if (connection.send({ type: "switch", prompt, policy })) say("Switching the prompt.");
   } else {
-    const wish = { prompt, seed: Number($.seed.value), chunks: $.chunks.value ? Number($.chunks.value) : null };
+    const request = { prompt, seed: Number($.seed.value), chunks: $.chunks.value ? Number($.chunks.value) : null };
     state.askedAt = performance.now();
-    if (state.phase === "idle") begin(wish);
+    if (state.phase === "idle") begin(request);
     else {
-      state.next = wish;
+      state.next = request;
       say("The new video begins after this chunk.");
     }
   }
