@@ -1,17 +1,15 @@
 """The shipped demo model on the GPU, through rank and decoder processes as in serving: its frames against those of the CPU."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from causalrt.config import override
 from causalrt.demo_model import demo_files
 from causalrt.export.build import build
 from causalrt.measure.gpu_day.recorder import Recorder
 from causalrt.recipes import recipe
+from causalrt.tools.arguments import DemoRequest
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet
-from causalrt.tools.demo import Made, compared, make_video
-from causalrt.tools.demo_request import DemoRequest
+from causalrt.tools.demo import DemoRow, Made, compared, make_video
 
 TABLE = "videos of the demo model"
 SHEET = "demo.png"
@@ -36,7 +34,7 @@ def run(recorder: Recorder) -> None:
 
     def made_by(executor: str, device: str, *, fused_ops: bool) -> Made:
         return make_video(
-            request, {}, bundle, executor, device=device, plugins=fused_ops, on_progress=lambda *_: None, stage=""
+            request, {}, bundle, executor, device=device, fused_ops=fused_ops, on_progress=lambda *_: None, stage=""
         )
 
     wanted = made_by("eager", "cpu", fused_ops=False)
@@ -59,20 +57,20 @@ def run(recorder: Recorder) -> None:
             recorder.headline("demo", f"The demo's frames differ from the CPU's by at most {worst} of 255.")
 
 
-def _record(recorder: Recorder, name: str, found: Mapping[str, Any]) -> int:
+def _record(recorder: Recorder, name: str, found: DemoRow) -> int:
     """Record the comparison of one variant, and return its largest difference in grey levels."""
-    levels = int(found["grey_levels"])
+    levels = found.grey_levels
     recorder.row(
         TABLE,
         variant=name,
         device=recorder.device.type,
         **{
             "largest difference, of 255": levels,
-            "mean difference, of 255": found["mean_grey_levels"],
-            "latents": found["latent_error"],
-            "start s": found["load_s"],
-            "first frames ms": found["first_frame_ms"],
-            "chunk ms": found["median_chunk_ms"],
+            "mean difference, of 255": found.mean_grey_levels,
+            "latents": found.latent_error,
+            "start s": found.load_s,
+            "first frames ms": found.first_frame_ms,
+            "chunk ms": found.median_chunk_ms,
         },
     )
     if levels > SAME_LEVELS:
