@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for proxy in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(proxy, None)
     os.environ.pop(proxy.upper(), None)
+# Programs that tests start import `support` too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 # Tests that import onnxruntime before causalrt must not report to its maker either.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # A shell has what it starts in the background ignore Ctrl-C, and tests that press it would wait in vain.

@@ -5,7 +5,7 @@ Everything runs on a stream of its own, as in a rank: on the default one TensorR
 
 import pytest
 import torch
-from gpu_rollouts import (
+from support.gpu_rollouts import (
     DEVICE,
     Case,
     largest_difference,

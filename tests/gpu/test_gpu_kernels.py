@@ -9,19 +9,16 @@ kernels down some hundred times; what it must not find is anything.
 """
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from driver_launch import Kernel
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "plugins"))
-import tensorrt_double as double
-from qk_norm_rope_cases import CASES as QK_CASES
-from qk_norm_rope_cases import TOLERANCE as QK_ERRORS
-from qk_norm_rope_cases import check as check_qk
-from qk_norm_rope_cases import operands
-from rope_attention_cases import CUT_CASES, KERNEL_ERRORS, LAYOUTS, make_arguments, make_layout, run
+from support import tensorrt_double as double
+from support.driver_launch import Kernel
+from support.qk_norm_rope_cases import CASES as QK_CASES
+from support.qk_norm_rope_cases import TOLERANCE as QK_ERRORS
+from support.qk_norm_rope_cases import check as check_qk
+from support.qk_norm_rope_cases import operands
+from support.rope_attention_cases import CUT_CASES, KERNEL_ERRORS, LAYOUTS, make_arguments, make_layout, run
 
 from causalrt.plugins.plugin_specs import DTYPE_FROM_ONNX, LARGE_TILES, SMALL_TILES, SPECS
 from causalrt.plugins.qk_norm_rope import qk_norm_rope, write_rows

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_bundles import bundle_factory, write_checkpoint
-from small_encoders import write_vae
+from support.small_bundles import bundle_factory, write_checkpoint
+from support.small_encoders import write_vae
 
 from causalrt import Engine, Session, build, override, recipe
 from causalrt.cli import main, parse

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import GOLDEN
 
 import causalrt
 from causalrt import control_groups
@@ -26,8 +27,6 @@ from causalrt.cli import main
 from causalrt.errors import ConfigError
 from causalrt.export.random_weights import random_weights
 from causalrt.recipes import recipe
-
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from small_bundles import bundle_factory, prompt, tiny_config
+from support.small_bundles import bundle_factory, prompt, tiny_config
 
 import causalrt
 from causalrt.cli import main

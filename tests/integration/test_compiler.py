@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from small_bundles import bundle_factory
+from support.small_bundles import bundle_factory
 
 from causalrt import load
 from causalrt.cli import main

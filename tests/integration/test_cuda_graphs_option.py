@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_bundles import bundle_factory, tiny_config, write_checkpoint
+from support.small_bundles import bundle_factory, tiny_config, write_checkpoint
 
 from causalrt.cli import main
 from causalrt.errors import ExecutorError

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from memory_faults import run_out_of_memory
 from safetensors.torch import load_file, save_file
-from small_bundles import Bundles, bundle_factory, num_steps, prompt, tiny_config, write_checkpoint
+from support.memory_faults import run_out_of_memory
+from support.small_bundles import Bundles, bundle_factory, num_steps, prompt, tiny_config, write_checkpoint
 
 from causalrt import Engine, Session, build, load
 from causalrt.engines import bundle as bundle_module
@@ -322,7 +322,7 @@ def test_build_predicts_that_the_disk_is_too_small(tmp_path: Path, monkeypatch: 
 BUILD_ON_A_FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from small_bundles import tiny_config
+from support.small_bundles import tiny_config
 from causalrt import build
 from causalrt.errors import BuildError
 
@@ -342,11 +342,8 @@ except BuildError as error:
 
 
 def run_script(script: str, *arguments: str) -> subprocess.Popen[str]:
-    """A python process that sees what this one sees."""
-    paths = [str(Path(__file__).parent), *sys.path]
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -529,7 +526,7 @@ def test_rank_that_hangs_before_a_large_command(bundles: Bundles) -> None:
 
 CALLER = """
 import sys, torch
-from small_bundles import prompt
+from support.small_bundles import prompt
 from causalrt import load
 engine = load(sys.argv[1])
 session = engine.session(prompt())

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-import tensorrt_stand_in
 import torch
-from small_bundles import prompt, tiny_config, write_checkpoint
-from small_encoders import write_text_encoder
-from stand_in_bundles import stand_in_builder
+from support import tensorrt_stand_in
+from support.small_bundles import prompt, tiny_config, write_checkpoint
+from support.small_encoders import write_text_encoder
+from support.stand_in_bundles import stand_in_builder
 
 import causalrt
 from causalrt import build, finish_build, override

@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from memory_faults import run_out_of_memory
-from small_bundles import bundle_factory, prompt, tiny_config
-from small_encoders import write_text_encoder, write_vae
+from support.memory_faults import run_out_of_memory
+from support.small_bundles import bundle_factory, prompt, tiny_config
+from support.small_encoders import write_text_encoder, write_vae
 
 import causalrt
 from causalrt.engines.bundle import VAE_WEIGHTS

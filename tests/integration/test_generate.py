@@ -6,8 +6,8 @@ import av
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_bundles import bundle_factory, tiny_config
-from small_encoders import write_text_encoder, write_vae
+from support.small_bundles import bundle_factory, tiny_config
+from support.small_encoders import write_text_encoder, write_vae
 
 from causalrt import write_video
 from causalrt.cli import main

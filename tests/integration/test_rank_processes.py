@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_bundles import bundle_factory, prompt
+from support.small_bundles import bundle_factory, prompt
 
 import causalrt
 from causalrt.errors import RankError

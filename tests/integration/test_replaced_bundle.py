@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_bundles import prompt, tiny_config, write_checkpoint
+from support.small_bundles import prompt, tiny_config, write_checkpoint
 
 import causalrt
 from causalrt.engines import bundle as bundle_module

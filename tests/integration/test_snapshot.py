@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_bundles import bundle_factory, prompt, tiny_config, write_checkpoint
-from small_encoders import write_vae
+from support.small_bundles import bundle_factory, prompt, tiny_config, write_checkpoint
+from support.small_encoders import write_vae
 
 import causalrt
 from causalrt.engines.bundle import file_digest, record_digest, tensor_digest

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_bundles import bundle_factory
+from support import SUPPORT
+from support.small_bundles import bundle_factory
 
-RECORDER = Path(__file__).with_name("dns_recorder.py")
+RECORDER = SUPPORT / "dns_recorder.py"
 COLLECTOR = "mobile.events.data.microsoft.com"
 LONG_ENOUGH_S = 12
 """ONNX Runtime's first look-up came five seconds after its import."""

@@ -19,10 +19,10 @@ from typing import Any
 import onnx
 import onnx.compose
 import pytest
-import tensorrt_stand_in
 import torch
-from rank_threads import ThreadCollectives, run_ranks
-from stand_in_bundles import CAPABILITY, STAND_INS, TARGET, build_stand_in
+from support import GOLDEN, tensorrt_stand_in
+from support.rank_threads import ThreadCollectives, run_ranks
+from support.stand_in_bundles import CAPABILITY, STAND_INS, TARGET, build_stand_in
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,7 +44,6 @@ from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_buffers import SessionBufferPool, SessionBuffers
 from causalrt.runtime.warm_up import warm_up
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 FLAVOUR_OF_CASE = {"B": "tensorrt_rtx", "D": "tensorrt", "J": "tensorrt_rtx", "J2": "tensorrt", "R": "tensorrt_rtx"}
 CPU = torch.device("cpu")
 LOWERINGS = ("engine", "runtime")

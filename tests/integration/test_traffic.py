@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from small_bundles import Bundles, bundle_factory, prompt, tiny_config
+from support.small_bundles import Bundles, bundle_factory, prompt, tiny_config
 
 from causalrt import load
 from causalrt.runtime.messages import ChunkCommand, Command

@@ -16,13 +16,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from damage import change_constant, change_weight, copy_of, hash_again, hold_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-sys.path.append(str(Path(__file__).parents[1] / "integration"))
-
-from small_bundles import bundle_factory, tiny_config, write_checkpoint
+from support.damage import change_constant, change_weight, copy_of, hash_again, hold_weight
+from support.small_bundles import bundle_factory, tiny_config, write_checkpoint
 
 from causalrt.cli import main
 from causalrt.engines.base import SessionView
@@ -265,7 +262,7 @@ def test_a_lower_precision_that_is_too_far_from_float32_fails(low_bundle, monkey
 
 @pytest.mark.parametrize("collectives", ["engine", pytest.param("runtime", marks=pytest.mark.slow)])
 def test_graphs_of_engines_pass_where_there_is_no_gpu(bundles, checkpoint, tmp_path, collectives):
-    from stand_in_bundles import build_stand_in
+    from support.stand_in_bundles import build_stand_in
 
     bundle = build_stand_in(
         tiny_config(RANKS),

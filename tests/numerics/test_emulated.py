@@ -7,11 +7,10 @@ costs: every value is rounded as a strongly typed engine rounds it.
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
-import float64_replay
 import pytest
 from safetensors import safe_open
+from support import GOLDEN, float64_replay
 
 from causalrt.cli import main
 from causalrt.proof.compare import EAGER_RATIO, EMULATED, TOLERANCE, compare_emulated, rms_errors
@@ -19,7 +18,6 @@ from causalrt.proof.emulate import write_graphs
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replay import eager_player, emulated_player, recorded_outputs, replay_here
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 # `tests/integration/test_tensorrt_executor.py` replays B, D and R on more ranks, through the same graphs.
 ENGINE = [
     ("C", 8, "engine"),

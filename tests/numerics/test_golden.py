@@ -5,16 +5,14 @@ the token counts 36, 48, 24, 15 and 18 leave padding on most of these numbers of
 of one frame, generated and given: chunks of 10 and 30, of 9 and 27 tokens.
 """
 
-from pathlib import Path
-
 import pytest
+from support import GOLDEN
 
 from causalrt.export.build import build
 from causalrt.proof.compare import TOLERANCE, Outputs, largest_errors, recorded_outputs, replay
 from causalrt.proof.recording import open_recording
 from causalrt.runtime.load import load
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = ("A", "B", "C", "D", "I", "J", "J2", "K", "L", "N1", "N2", "R")
 EXECUTORS = ("eager", "onnxruntime")
 """Those that run on any machine and start at once; inductor, TensorRT and GPUs have tests of their own."""

@@ -3,11 +3,10 @@
 Only one recording and few ranks, for compiling takes its time; `test_golden.py` has eager, which is what is compiled.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch._inductor.config
+from support import GOLDEN
 from torch._dynamo.utils import counters
 from torch._inductor.async_compile import get_compile_threads
 
@@ -22,7 +21,6 @@ from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.load import load
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="inductor needs a C++ compiler on a CPU: install g++")
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
 def recording_and_bundle(world_size, folder, case="B"):

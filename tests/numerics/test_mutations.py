@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support import GOLDEN
 
 from causalrt.config import SamplerConfig
 from causalrt.engines import eager
@@ -30,7 +31,6 @@ from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_buffers import SessionBufferPool
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TOLERANCE = 5e-5
 """Of the golden replay (proof/compare.py); an unmutated replay stays below it."""
 DETECTED = 2e-4

@@ -5,12 +5,11 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-import float64_replay
 import onnx
 import pytest
 from safetensors import safe_open
+from support import GOLDEN, SUPPORT, float64_replay
 
 from causalrt.engines.bundle import open_bundle
 from causalrt.errors import ConfigError, ExecutorError, RequestError
@@ -19,8 +18,6 @@ from causalrt.proof.compare import EMULATED, TOLERANCE, compare_emulated, compar
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replay import recorded_outputs, replay
 from causalrt.runtime.load import load
-
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +104,7 @@ def small_recording(folder):
 )
 def test_kernels_interpreted(case, time_index, tmp_path):
     """Golden R has a window that rolls; A to D take up to a minute each, and pass too."""
-    script = Path(__file__).with_name("interpreted_rollouts.py")
+    script = SUPPORT / "interpreted_rollouts.py"
     recording = small_recording(tmp_path) if case == "small" else GOLDEN / f"{case}.safetensors"
     done = subprocess.run(
         [sys.executable, str(script), str(recording), str(tmp_path), time_index],

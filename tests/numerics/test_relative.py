@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import GOLDEN
 from torch._dynamo.utils import counters
 
 from causalrt import build, load, override, recipe
@@ -26,7 +26,6 @@ from causalrt.runtime.requests import checked_chunks
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_buffers import SessionBufferPool
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SLOW_EAGER = (("A", 8), ("B", 8), ("D", 1), ("J", 8), ("J2", 2), ("R", 2))
 SLOW_ONNXRUNTIME = (("A", 2), ("B", 8), ("D", 1), ("J", 2), ("J2", 1), ("R", 8))
 

@@ -1,17 +1,15 @@
 """Sizes, windows and schedules that no golden case has, against an independent float64 replay."""
 
 import json
-from pathlib import Path
 
-import float64_replay
 import pytest
 from safetensors import safe_open
+from support import GOLDEN, float64_replay
 
 from causalrt.proof.compare import TOLERANCE, compare_recorded, largest_errors
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replay import eager_player, recorded_outputs, replay_here
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SMALL = {"dim": 60, "num_heads": 6, "num_layers": 1, "ffn_dim": 50, "freq_dim": 20}
 SMALL |= {"text_dim": 7, "text_len": 5, "text_rows": 2}
 CASES = {

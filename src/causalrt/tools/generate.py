@@ -56,7 +56,7 @@ class ChunkReport:
     latency_ms: float
     queue_ms: float
     denoise_ms: Sequence[float]
-    exchange_ms: Sequence[float] | None
+    exchange_ms: float | None
     gather_ms: float
     decode_ms: float
     hand_over_ms: float
@@ -183,7 +183,8 @@ def _is_picture(given: Path | None) -> bool:
 
 def _checked(request: GenerateRequest) -> _Checked:
     """Read what a request names before anything is loaded; one error lists everything that is wrong with it."""
-    opened, given, prompt, switches, faults = None, None, None, dict[int, Prompt](), Faults()
+    opened, given, prompt, faults = None, None, None, Faults()
+    switches: Mapping[int, Prompt] = {}
     as_video = request.out.suffix == VIDEO
     with faults:
         opened = open_bundle(request.bundle, verify=False)
@@ -385,4 +386,4 @@ def _sink(
 
         if session.initial_frames is not None:
             encode(session.initial_frames)
-        yield lambda chunk: encode(chunk.frames)
+        yield lambda chunk: [] if chunk.frames is None else encode(chunk.frames)

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 from fastapi.routing import APIRoute
-from running import Running, until
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
+from support.running import Running, until
 from websockets.exceptions import InvalidStatus
 
 from causalrt.errors import ConfigError

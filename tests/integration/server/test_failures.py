@@ -5,8 +5,8 @@ import threading
 import time
 
 import pytest
-from fake_engine import FakeEngine, FakeSession
-from running import Running, until
+from support.fake_engine import FakeEngine, FakeSession
+from support.running import Running, until
 
 from causalrt.errors import RankError, RequestError
 from causalrt.media.video_file import Mp4Writer

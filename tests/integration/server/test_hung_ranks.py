@@ -5,9 +5,9 @@ import signal
 import threading
 
 import pytest
-from running import until
-from small_bundles import bundle_factory, prompt
-from small_encoders import write_vae
+from support.running import until
+from support.small_bundles import bundle_factory, prompt
+from support.small_encoders import write_vae
 
 from causalrt.errors import EngineClosedError, RankError
 from causalrt.runtime.load import load

@@ -10,8 +10,8 @@ import time
 
 import av
 import pytest
-from fake_engine import FakeEngine
-from running import DEADLINE_S, Running, until
+from support.fake_engine import FakeEngine
+from support.running import DEADLINE_S, Running, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 

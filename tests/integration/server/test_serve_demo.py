@@ -5,8 +5,8 @@ import signal
 
 import av
 import pytest
-from running import Client
-from test_serve_command import Process
+from support.running import Client
+from support.serve_process import Process
 
 from causalrt.cli import main
 from causalrt.tools.arguments import ABOUT, EXAMPLES

@@ -9,8 +9,8 @@ import time
 import av
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from running import Running, until
+from support.fake_engine import FakeEngine
+from support.running import Running, until
 
 from causalrt.errors import RequestError
 from causalrt.server import jobs

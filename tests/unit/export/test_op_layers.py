@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
-from network_from_program import add_input, kinds_of, layers_of, make_network, network_from_program
+from support.network_from_program import add_input, kinds_of, layers_of, make_network, network_from_program
 from torch import nn
 
 from causalrt.export.dist_collective import lower_exchanges_pass

@@ -1,4 +1,3 @@
-import functools
 from collections import Counter
 
 import numpy as np
@@ -7,39 +6,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from support.fused_step import fused_step
 from torch import nn
 
-from causalrt.config import override
-from causalrt.export.onnx import step_names
 from causalrt.export.plugin_functions import NODE_FORMS, check_fused_nodes, expand_functions
 from causalrt.export.segment import cut_exchanges_pass
-from causalrt.export.trace import trace_step
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
-from causalrt.model.wan.transformer import Wan
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
 from causalrt.plugins.plugin_specs import SPECS
 from causalrt.plugins.rope_attention import rope_attention
-from causalrt.recipes import recipe
-
-
-def fused_step(world_size, *, whole_slots=True, precision="float32", frames=None):
-    """(config, the step's graph with fused ops, the caller's own copy); `frames` makes the KV slots as long."""
-    config, graph = _fused_step(world_size, whole_slots, precision, frames)
-    return config, onnx.ModelProto.FromString(graph)
-
-
-@functools.cache
-def _fused_step(world_size, whole_slots, precision, frames):
-    changes = {"build.world_size": str(world_size), "build.precision": precision}
-    if frames is not None:
-        changes |= {"video.window_frames": "none", "video.sink_frames": "0", "video.horizon_frames": str(frames)}
-    config = override(recipe("tiny"), changes)
-    wan = Wan(config.model).to(getattr(torch, precision)).eval()
-    program = trace_step(wan, config, whole_slots=whole_slots, fused=True)
-    inputs, outputs = step_names(config, whole_slots=whole_slots, fused=True)
-    graph = ir.to_proto(onnx_from_program(program, input_names=inputs, output_names=outputs))
-    return config, graph.SerializeToString()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

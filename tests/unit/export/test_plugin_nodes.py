@@ -1,15 +1,11 @@
-import sys
 from collections import Counter
-from pathlib import Path
 
 import onnx
 import pytest
 from onnx import helper
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
-import real_bindings
-from interpreter import run_tests
-from test_plugin_functions import fused_step
+from support import SUPPORT, real_bindings
+from support.fused_step import fused_step, with_plugins
+from support.interpreter import run_tests
 
 from causalrt.errors import BuildError, ExecutorError
 from causalrt.export import engine_worker
@@ -18,16 +14,6 @@ from causalrt.export.engine_worker import PluginDevice, graph_with_plugins, pars
 from causalrt.export.plugin_functions import expand_functions
 from causalrt.export.plugin_nodes import use_plugins_pass
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
-from causalrt.plugins.plugin_specs import SPECS
-
-SPEC_BY_NAME = {spec.name: spec for spec in SPECS}
-
-
-def with_plugins(world_size, *, num_multiprocessors=1, frames=None):
-    config, model = fused_step(world_size, precision="bfloat16", frames=frames)
-    before = {name for node in model.graph.node for name in node.output}
-    counts = use_plugins_pass(model, capability=80, num_multiprocessors=num_multiprocessors)
-    return config, model, before, counts
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -60,8 +46,8 @@ def test_keys_are_split_where_the_gpu_is_not_full():
         assert all(order.get(name, -1) < number for name in node.input)
 
 
-def test_every_node_is_what_its_plugin_declares(tmp_path, request):
-    run_tests(request.path.with_name("over_bindings_plugin_nodes.py"), real_bindings.environment(tmp_path))
+def test_every_node_is_what_its_plugin_declares(tmp_path):
+    run_tests(SUPPORT / "over_bindings_plugin_nodes.py", real_bindings.environment(tmp_path))
 
 
 # ---- what is refused

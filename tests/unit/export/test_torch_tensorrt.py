@@ -11,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from network_from_program import network_from_program
 from safetensors.torch import save_file
+from support.network_from_program import network_from_program
 
 from causalrt import build, finish_build, override, recipe
 from causalrt.cli import main

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import GOLDEN
 
 from causalrt import cli
 from causalrt.measure.bench.machine import describe_machine
@@ -273,9 +274,6 @@ def test_files_of_an_earlier_report_go_and_others_stay(tmp_path, monkeypatch):
 
 
 # ---- parts whose results would be wrong
-
-
-GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 
 
 def recorder_at(tmp_path, golden=GOLDEN):

@@ -6,9 +6,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from interpreter import run_in_interpreter
 from onnxscript.values import Opset
-from qk_norm_rope_cases import CASES, TOLERANCE, check, operands
+from support.interpreter import run_in_interpreter
+from support.qk_norm_rope_cases import CASES, TOLERANCE, check, operands
 from torch import nn
 
 import causalrt.plugins.qk_norm_rope as qk_norm_rope_module

@@ -3,7 +3,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import onnx_ir as ir
 import onnxruntime as ort
@@ -11,7 +10,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from rope_attention_cases import CUT_CASES, KERNEL_ERRORS, LAYOUTS, make_arguments, make_layout
+from support import SUPPORT
+from support.rope_attention_cases import CUT_CASES, KERNEL_ERRORS, LAYOUTS, make_arguments, make_layout
 from torch import nn
 
 from causalrt.errors import KernelError, OperandError
@@ -28,7 +28,7 @@ class Interpreter:
     """A process that interprets kernels: Triton asks for its mode once, when it is imported."""
 
     def __init__(self):
-        script = Path(__file__).with_name("interpreted_rope_attention.py")
+        script = SUPPORT / "interpreted_rope_attention.py"
         self.process = subprocess.Popen(
             [sys.executable, script],
             stdin=subprocess.PIPE,

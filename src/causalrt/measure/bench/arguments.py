@@ -27,7 +27,7 @@ class BenchRequest:
         executors: Executors to measure, separated by commas; by default all that can run here.
         world_sizes: Numbers of ranks, separated by commas. By default those of the bundles; for a recipe 1 and 2, or 1 and the
             number of GPUs.
-        plugins: Use the fused ops in eager and inductor; by default as the bundle was built.
+        fused_ops: Use the fused ops in eager and inductor; by default as the bundle was built.
         cuda_graphs: Capture the steps of inductor and TensorRT as CUDA graphs on a GPU.
         device: Device of all ranks; GPUs by default, if there are any.
         threads: CPU threads, divided among the ranks of a row; by default all cores.
@@ -47,7 +47,7 @@ class BenchRequest:
     overrides: Overrides = ()
     executors: Annotated[Names | None, Parameter(group=EXECUTION, metavar="NAME,NAME")] = None
     world_sizes: Annotated[Numbers | None, Parameter(group=EXECUTION, metavar="P,P")] = None
-    plugins: Annotated[Literal["on", "off", "both"] | None, Parameter(group=EXECUTION), FUSED_OPS] = None
+    fused_ops: Annotated[Literal["on", "off", "both"] | None, Parameter(group=EXECUTION), FUSED_OPS] = None
     cuda_graphs: Annotated[Literal["on", "off", "both"], Parameter(group=EXECUTION)] = "on"
     device: Annotated[Literal["cuda", "cpu"] | None, Parameter(group=EXECUTION)] = None
     threads: Annotated[int | None, Parameter(group=EXECUTION)] = None

@@ -31,7 +31,7 @@ class PlanRequest:
         world_size: Number of ranks; by default a table over 1 to 16.
         head_plan: How attention is divided among ranks. `gathered` can be predicted, but not built.
         collectives: What exchanges data between ranks: the engine, or the runtime.
-        plugins: Compute self-attention of all heads in one launch of the fused op.
+        fused_ops: Compute self-attention of all heads in one launch of the fused op.
         vae: Where frames are decoded: not at all, on a GPU of its own, on the GPU of rank 0, or split over all ranks, which the
             runtime cannot do yet. By default own with --gpu, and none on a machine that was measured.
         executor: Executor, on a machine that was measured.
@@ -52,7 +52,7 @@ class PlanRequest:
     world_size: Annotated[int | None, PLAN] = None
     head_plan: Annotated[Literal["balanced", "padded", "grouped", "gathered", "all"], PLAN] = "all"
     collectives: Annotated[Literal["engine", "runtime"], PLAN] = "engine"
-    plugins: Annotated[OnOff, PLAN, FUSED_OPS] = "off"
+    fused_ops: Annotated[OnOff, PLAN, FUSED_OPS] = "off"
     vae: Annotated[VaePlace | None, PLAN] = None
     executor: Annotated[Literal["eager", "onnxruntime"], PLAN] = "onnxruntime"
     straggler: Annotated[float, PLAN, Parameter(metavar="FRACTION")] = 0.0

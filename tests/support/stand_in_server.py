@@ -19,11 +19,11 @@ import uvicorn
 from fastapi import FastAPI, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import FileResponse
 
-import causalrt.runtime
+import causalrt.server
 from causalrt.media.video_file import FragmentWriter
 from causalrt.server.request_guard import SECURITY_HEADERS
 
-PAGE = Path(causalrt.runtime.__file__).parent / "server" / "page"
+PAGE = Path(causalrt.server.__file__).parent / "page"
 
 
 def pictures(first: int, count: int, *, height: int, width: int, prompt: str) -> npt.NDArray[np.uint8]:

@@ -8,13 +8,13 @@ import threading
 import time
 
 import httpx
-from fake_engine import FakeEngine, fake_encode, fake_tokenize
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from causalrt.server.auth import Tokens
 from causalrt.server.run import address, listen, serve
 from causalrt.server.settings import ServerSettings
+from support.fake_engine import FakeEngine, fake_encode, fake_tokenize
 
 DEADLINE_S = 30.0
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
-from tensorrt_stand_in import communicator_handle
 
 from causalrt.proof import ranks
 from causalrt.proof.ranks import ThreadGroup, meet, run_threads
 from causalrt.runtime.collectives import CAPSULE_NAME, capsule
+from support.tensorrt_stand_in import communicator_handle
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,7 @@ from causalrt import recipe
 from causalrt.export.checkpoint import open_checkpoint, write_weights
 from causalrt.export.random_weights import random_weights
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "make_checkpoint.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "make_checkpoint.py"
 
 
 def test_the_file_is_read_and_holds_the_random_weights(tmp_path):

@@ -8,7 +8,8 @@ import sys
 import types
 
 import numpy as np
-from tensorrt_double import Built
+
+from support.tensorrt_double import Built
 
 
 class Expr:

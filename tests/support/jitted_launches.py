@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from rope_attention_cases import make_layout
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
@@ -21,6 +20,7 @@ from causalrt.plugins import qk_norm_rope_launch
 from causalrt.plugins.ptx import compile_kernel
 from causalrt.plugins.rope_attention_launch import plan, tiles_for
 from causalrt.plugins.shard_blocks import blocks_from_shares
+from support.rope_attention_cases import make_layout
 
 STREAM = 77
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i64": torch.int64, "i32": torch.int32}

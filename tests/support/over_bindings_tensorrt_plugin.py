@@ -8,9 +8,7 @@ import subprocess
 import types
 from dataclasses import replace
 
-import library_double as library
 import pytest
-import tensorrt_double as double
 import torch
 
 from causalrt.errors import OperandError
@@ -18,6 +16,8 @@ from causalrt.layout import Layout, plan_head_shards
 from causalrt.plugins.plugin_specs import COMBINE_SPLITS, LARGE_TILES, QK_NORM_ROPE, SMALL_TILES, SPECS
 from causalrt.plugins.ptx import compile_kernel
 from causalrt.plugins.tensorrt_plugin import enable_in_place, register_plugins
+from support import library_double as library
+from support import tensorrt_double as double
 
 # The 1.3B model, 12 heads of 128 channels on 8 ranks: chunks of 4680 tokens, slots of 32760 rows.
 WORLD_SIZE, NUM_TOKENS, SLOT_ROWS, NUM_HEADS, HEAD_DIM = 8, 4680, 32760, 12, 128

@@ -12,8 +12,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 import triton.language as tl
-from rope_attention_cases import run
 from triton.runtime import interpreter
+
+from support.rope_attention_cases import run
 
 
 def repair_bfloat16():

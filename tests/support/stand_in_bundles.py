@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import tensorrt_stand_in
 import torch
 
 from causalrt.config import Config
@@ -22,6 +21,7 @@ from causalrt.export import engine_files, onnx, vae
 from causalrt.export.build import EnginePlan, build
 from causalrt.export.finish import finish_build
 from causalrt.export.options import CollectivesMode
+from support import tensorrt_stand_in
 
 TARGET, CAPABILITY = "sm80", (8, 0)
 GPU = SimpleNamespace(multi_processor_count=108)

@@ -1,11 +1,11 @@
 """TensorRT 11.0, whose plugin Python fails under NumPy 2.4. `test_tensorrt_plugin.py` starts this file."""
 
-import library_double as library
 import numpy as np
 import pytest
 
 from causalrt.errors import ExecutorError
 from causalrt.plugins.tensorrt_plugin import register_plugins
+from support import library_double as library
 
 pytestmark = pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.4.0", reason="needs NumPy >= 2.4")
 

@@ -16,8 +16,8 @@ from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_buffers import SessionBufferPool
+from support import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 DEVICE = torch.device("cuda", 0)
 
 

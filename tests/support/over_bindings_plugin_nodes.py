@@ -3,17 +3,12 @@
 `test_plugin_nodes.py` starts this file in a process that `real_bindings` has prepared.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 from onnx import helper
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
-import library_double as library
-from test_plugin_nodes import SPEC_BY_NAME, with_plugins
-
 from causalrt.plugins.tensorrt_plugin import register_plugins
+from support import library_double as library
+from support.fused_step import SPEC_BY_NAME, with_plugins
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from qk_norm_rope_cases import CASES, INTERPRETED, TOLERANCE, Case, check, operands
 
 from causalrt.plugins.kernel_launch import is_interpreted
 from causalrt.plugins.qk_norm_rope import qk_norm_rope, write_rows
 from causalrt.plugins.triton_qk_norm_rope import qk_norm_rope_kernel
+from support.qk_norm_rope_cases import CASES, INTERPRETED, TOLERANCE, Case, check, operands
 
 DTYPES = list(TOLERANCE)
 GUARD_ROWS = 2

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from small_bundles import tiny_config
-
 from causalrt.export import random_encoders
 from causalrt.export.random_encoders import SMALL_VAE as VAE_CONFIG
 from causalrt.export.random_encoders import random_vae
+from support.small_bundles import tiny_config
 
 
 def write_text_encoder(folder: Path) -> Path:

@@ -5,15 +5,15 @@ import math
 import sys
 
 import pytest
-import tensorrt_double as double
 import torch
-from qk_norm_rope_cases import CASES, TOLERANCE, check, operands
 
 from causalrt.layout import plan_head_shards
 from causalrt.plugins.plugin_specs import SPECS
 from causalrt.plugins.rope_attention import rope_attention_rows
 from causalrt.plugins.shard_blocks import blocks_from_shares
 from causalrt.plugins.tensorrt_plugin import TYPES, register_plugins
+from support import tensorrt_double as double
+from support.qk_norm_rope_cases import CASES, TOLERANCE, check, operands
 
 TARGET = 80
 
