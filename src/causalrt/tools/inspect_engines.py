@@ -24,23 +24,7 @@ from causalrt.runtime.memory import predict_memory
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """The engines of one kind of step together.
-
-    Attributes:
-        frames: latent frames of the step.
-        engines: number of engines.
-        layers: number of layers by type.
-        self_attentions: number of attentions over the KV cache.
-        cross_attentions: number of attentions over the prompt.
-        decomposable_attentions: attentions that TensorRT may compute in parts.
-        self_attentions_with_lengths: attentions that read the number of filled KV rows.
-        cache_updates: KV updates in place.
-        plugins: number of plugin layers by plugin.
-        collectives_in_engine: exchanges inside the engines.
-        collectives_at_runtime: exchanges that the runtime makes between engines.
-        ranks_of_collectives: numbers of ranks that take part in exchanges inside the engines.
-        constants: the tables that the step must contain, see `check_constants`.
-    """
+    """The engines of one kind of step together: counts of layers, attentions and exchanges, and `check_constants`."""
 
     frames: int
     engines: int
@@ -67,20 +51,7 @@ class EngineFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineReport:
-    """The engines of a bundle for one flavour of TensorRT and one target.
-
-    Attributes:
-        flavour: `tensorrt` or `tensorrt_rtx`.
-        target: GPU architecture, for example `sm80`.
-        collectives: what exchanges data between ranks, `engine` or `runtime`.
-        frontend: what made TensorRT's network.
-        version: version of TensorRT.
-        files: the engine files.
-        steps: a report for each kind of step.
-        bytes_per_rank: memory of a rank with one session.
-        builder_memory: memory of all engines by TensorRT's builder; None if it did not report any.
-        inspector: what the inspector reports about each engine, or `unavailable` with the reason.
-    """
+    """The engines of a bundle for one flavour of TensorRT and one target; `inspector` may be `unavailable` with a reason."""
 
     flavour: str
     target: str

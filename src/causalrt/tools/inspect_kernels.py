@@ -101,20 +101,7 @@ class PlannedKernel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompiledFacts:
-    """What a kernel compiled to.
-
-    Attributes:
-        grid: blocks of the launch along each axis.
-        warps: warps of a block.
-        threads: threads of a block.
-        registers: registers of a thread.
-        shared_bytes: shared memory of a block.
-        spill_bytes: bytes of registers that a thread spills.
-        blocks_per_multiprocessor: see `blocks_per_multiprocessor`.
-        ptx_version: version of the PTX language.
-        ptx_bytes: size of the PTX.
-        cached: whether the kernel was in the cache.
-    """
+    """What a kernel compiled to: a launch, the resources of a thread and of a block, and the PTX."""
 
     grid: Sequence[int]
     warps: int

@@ -14,7 +14,7 @@ from causalrt.progress import Progress
 from causalrt.terminal import PrintableConsole
 from causalrt.tools.files import check_writable
 from causalrt.tools.ops.micro_ops import OpExecutor
-from causalrt.tools.ops.work import LAYOUTS, LayoutName
+from causalrt.tools.ops.work import LAYOUTS
 from causalrt.tools.plan.arguments import WORLD_SIZES, PlanRequest
 from causalrt.tools.plan.calibration import (
     CalibratedMachine,
