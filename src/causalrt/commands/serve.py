@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import tomllib
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +34,9 @@ def read_options(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     tokens = arguments["--config"].tokens
     if not tokens:
         return
-    path = tokens[0].value
+    import tomllib
+
+    path = tokens[-1].value
     try:
         with open(path, "rb") as file:
             options: dict[str, Any] = tomllib.load(file)
