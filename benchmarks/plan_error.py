@@ -1,12 +1,12 @@
-"""The planner's chunk times against those of the executors on this CPU, for sizes that it was not calibrated on.
+"""Chunk times that the planner predicts, against those of executors on this CPU, for sizes it was not calibrated on.
 
     python benchmarks/plan_error.py --calibration machine.json           # measures the machine if the file is not there
     python benchmarks/plan_error.py --clock cpu --calibration cpu.json   # where other programs keep the machine busy
 
 For each size, two ranks of one thread and one rank of two, under eager and onnxruntime, lie side by side and take turns chunk
-by chunk. Compared is the time of a chunk's denoising steps and refresh (the last chunk has none); both sides are medians. With
-`--clock cpu`, ranks have one thread each, and the time is processor time of the busiest rank: waiting is left out. The load is
-in the report.
+by chunk. Medians of the time of a chunk's denoising steps and context pass (the last chunk has none) are compared. With
+`--clock cpu`, ranks have one thread each, and the time is processor time of the busiest rank, without waiting. The
+load is in the report.
 """
 
 import argparse
@@ -56,7 +56,7 @@ Key = tuple[str, int]
 
 
 def open_engines(config: Config, folder: Path, *, clock: str) -> dict[Key, Engine]:
-    """Engines of random weights, by executor and ranks."""
+    """Load engines of random weights, by executor and ranks."""
     checkpoint = folder / "checkpoint.safetensors"
     save_file({f"model.{key}": value for key, value in random_weights(config.model, seed=0)}, checkpoint)
     engines: dict[Key, Engine] = {}
@@ -77,7 +77,7 @@ def cpu_ms(engine: Engine) -> list[float]:
 
 
 def measure(engines: dict[Key, Engine], config: Config, *, repeats: int, clock: str) -> dict[Key, list[float]]:
-    """Milliseconds of each chunk, steps and refresh together, by engine."""
+    """Measure milliseconds of each chunk, steps and context pass together, by engine."""
     prompt = torch.randn(config.model.text_len, config.model.text_dim, generator=torch.Generator().manual_seed(0))
     seen: dict[Key, list[list[float]]] = {key: [] for key in engines}
     for repeat in range(repeats + 1):
@@ -92,7 +92,7 @@ def measure(engines: dict[Key, Engine], config: Config, *, repeats: int, clock: 
                 used[key].append(max(b - a for a, b in zip(before, cpu_ms(engines[key]), strict=True)))
         for key, session in sessions.items():
             session.close()
-            if repeat:  # the first warms up
+            if repeat:  # the first repeat warms up
                 wall = [sum(times[0].denoise_ms) + times[0].context_pass_ms for times in session.times.values()]
                 seen[key].append(used[key] if clock == "cpu" else wall)
         print(f"repeat {repeat} of {repeats}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
@@ -100,7 +100,7 @@ def measure(engines: dict[Key, Engine], config: Config, *, repeats: int, clock: 
 
 
 def compare(name: str, found: Calibration, *, repeats: int, clock: str) -> list[dict[str, Any]]:
-    """Rows of one size: measured and predicted milliseconds of each chunk, and the error of their sum."""
+    """Compare measured and predicted milliseconds of each chunk of one size; a row for each executor and number of ranks."""
     config = override(recipe("bench_cpu"), SIZES[name])
     with tempfile.TemporaryDirectory(prefix="causalrt-bench-") as folder:
         engines = open_engines(config, Path(folder), clock=clock)
@@ -127,7 +127,7 @@ def compare(name: str, found: Calibration, *, repeats: int, clock: str) -> list[
 
 
 def main() -> None:
-    """Command line."""
+    """Calibrate if the file is missing, compare all sizes, and print the largest error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--repeats", type=int, default=5)

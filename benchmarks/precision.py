@@ -1,4 +1,4 @@
-"""What a low precision costs: eager and the graph that TensorRT parses, each against an independent float64 replay.
+"""Errors of low precisions: eager and the graph that TensorRT parses, each against an independent float64 replay.
 
     python benchmarks/precision.py                      # writes docs/precision.png, prints one JSON line
 
@@ -32,8 +32,8 @@ from causalrt.proof.replay import Outputs, Player, eager_player, emulated_player
 
 ROOT = Path(__file__).parents[1]
 WORLD_SIZES = (1, 8)
-# On 8 ranks each takes a quarter of the query rows of 3 of the 6 heads, and 23 of 180 tokens, 4 of the 184 being padding. A
-# window of 12 latent frames, 3 of them pinned: full from chunk 3 on, rolling from chunk 4 on.
+# On 8 ranks, each rank attends for a quarter of the query rows of 3 of the 6 heads, and holds 23 of 180 tokens (184 with
+# padding). The window of 12 latent frames, 3 of them pinned, is full from chunk 3 on and rolls from chunk 4 on.
 SIZES: dict[str, Any] = {
     "dim": 192,
     "num_heads": 6,
@@ -61,7 +61,7 @@ SIZES: dict[str, Any] = {
 
 
 class Forced:
-    """An executor whose every step is given the next recorded input in the place of its own."""
+    """An executor whose every step takes the next recorded input in place of its own."""
 
     def __init__(self, executor: Executor, inputs: Sequence[torch.Tensor]) -> None:
         self.device, self.whole_slots = executor.device, executor.whole_slots
@@ -86,7 +86,7 @@ class Forced:
 
 
 def record(path: Path, num_chunks: int) -> Recording:
-    """A float64 rollout of these sizes."""
+    """Record a rollout of these sizes in float64."""
     spec = importlib.util.spec_from_file_location("float64_replay", ROOT / "tests" / "support" / "float64_replay.py")
     assert spec is not None
     assert spec.loader is not None
@@ -97,7 +97,7 @@ def record(path: Path, num_chunks: int) -> Recording:
 
 
 def recorded_inputs(recording: Recording, expected: Outputs) -> list[torch.Tensor]:
-    """What each forward was given, in order: the denoising steps of a chunk, then its context pass."""
+    """The input of each forward, in order: the denoising steps of a chunk, then its context pass."""
     noise, sigmas = recording.noise(0), schedule_from_config(recording.config.sampler).sigmas
     inputs = []
     for chunk in range(recording.num_chunks):
@@ -111,7 +111,7 @@ def recorded_inputs(recording: Recording, expected: Outputs) -> list[torch.Tenso
 
 
 def errors_by_chunk(got: Outputs, expected: Outputs, num_chunks: int, ending: str) -> list[float]:
-    """Root mean square of the difference over that of the expected values, of each chunk."""
+    """For each chunk, the root mean square of the difference over that of the expected values."""
     errors = []
     for chunk in range(num_chunks):
         names = [
@@ -123,7 +123,7 @@ def errors_by_chunk(got: Outputs, expected: Outputs, num_chunks: int, ending: st
 
 
 def players(config: Config, checkpoint: Path, folder: Path) -> dict[str, Player]:
-    """Eager, and the emulated engine graph on each number of ranks."""
+    """Make players for eager, and for the emulated engine graph on each number of ranks."""
     folder.mkdir()
     made = {"eager": eager_player(config, checkpoint=checkpoint, folder=folder / "eager")}
     for world_size in WORLD_SIZES:
@@ -136,11 +136,11 @@ def players(config: Config, checkpoint: Path, folder: Path) -> dict[str, Player]
 
 
 Curves = dict[str, dict[str, dict[str, list[float]]]]
-"""By kind of replay, precision, and what runs it: an error a chunk."""
+"""By kind of replay, precision and player, the error of each chunk."""
 
 
 def measure(num_chunks: int) -> Curves:
-    """All replays of one recording."""
+    """Replay one recording with every player in every precision, and return the errors."""
     curves: Curves = {"free-running": {}, "teacher-forced": {}}
     with tempfile.TemporaryDirectory(prefix="causalrt-precision-") as name:
         folder = Path(name)
@@ -161,7 +161,7 @@ def measure(num_chunks: int) -> Curves:
 
 
 def plot(curves: Curves, path: Path) -> None:
-    """Both kinds side by side; a colour a precision, a line style for what runs it."""
+    """Draw both kinds of replay side by side, with a colour for each precision and a line style for each player."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -188,7 +188,7 @@ def plot(curves: Curves, path: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure, draw the picture, and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=14)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "precision.png")

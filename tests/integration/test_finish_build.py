@@ -286,7 +286,7 @@ def test_machine_that_cannot_build(bundle, monkeypatch, capsys):
     ("flags", "said"),
     [
         (["--recipe", "tiny"], "--finish builds what the bundle was prepared for; leave --recipe out"),
-        (["--world-size", "2", "--plugins", "on", "--set", "a=b"], "leave --world-size, --set, --plugins out"),
+        (["--world-size", "2", "--plugins", "on", "--set", "a=b"], "leave --world-size, --set, --fused-ops out"),
     ],
 )
 def test_options_that_the_bundle_has_already(bundle, capsys, flags, said):

@@ -31,6 +31,7 @@ FLOORS = (
     ),
     ("plugins",),
     ("recipes", "media"),
+    ("options",),
     ("model",),
     ("engines",),
     ("export", "runtime"),  # side by side: neither imports the other
@@ -38,7 +39,7 @@ FLOORS = (
     ("tools",),
     ("proof",),
     ("measure",),
-    ("cli", "__init__", "__main__"),
+    ("commands", "cli", "__init__", "__main__"),
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 SIDE_BY_SIDE = {"export", "runtime"}

@@ -74,10 +74,10 @@ EXECUTORS: Mapping[str, ExecutorKind] = {
 
 
 def executor_kind(name: str) -> ExecutorKind:
-    """The kind of executor `name`.
+    """Look up an executor by name.
 
     Raises:
-        ExecutorError: there is none of that name; the known ones are listed.
+        ExecutorError: the name is unknown; the known ones are listed.
     """
     if name not in EXECUTORS:
         raise ExecutorError(f"no executor {name!r}; this version has: {', '.join(EXECUTORS)}")
@@ -85,7 +85,7 @@ def executor_kind(name: str) -> ExecutorKind:
 
 
 def warms_up(name: str, device: str) -> bool:
-    """Whether executor `name` runs every kind of step before it serves: on a GPU all do, where kernels are loaded lazily."""
+    """Whether an executor runs every kind of step before it serves; on a GPU all do, since kernels are loaded lazily."""
     return device == "cuda" or executor_kind(name).warms_up
 
 
@@ -101,10 +101,10 @@ def precision_fault(name: str, precision: Precision, device: str) -> str | None:
 
 
 def choose_device(name: str, *, asked: str | None, world_size: int) -> str:
-    """`cuda` or `cpu` for the ranks of executor `name`; without a wish, GPUs where there is one for each rank.
+    """Choose `cuda` or `cpu` for the ranks of an executor; by default GPUs, if there is one for each rank.
 
     Raises:
-        ExecutorError: the executor does not run on the device asked for, there are too few GPUs, or ONNX Runtime is missing.
+        ExecutorError: the executor does not run on that device, there are too few GPUs, or ONNX Runtime is missing.
     """
     kind, gpus = executor_kind(name), torch.cuda.device_count()
     if asked not in (None, "cuda", "cpu"):
@@ -135,10 +135,10 @@ def choose_device(name: str, *, asked: str | None, world_size: int) -> str:
 
 
 def onnxruntime_gpu_fault() -> str | None:
-    """Why the ONNX Runtime that is installed here cannot use a GPU, and what to do about it; None if nothing is in the way.
+    """Why the installed ONNX Runtime cannot use a GPU, and what to do about it; None if it can.
 
-    Several distributions bring the module `onnxruntime` and overwrite each other's files. Where that happened and CUDA is
-    still there, a warning is logged.
+    Several distributions contain the module `onnxruntime` and overwrite each other's files. If that has happened and CUDA
+    still works, a warning is logged.
 
     Raises:
         ExecutorError: ONNX Runtime cannot be imported.

@@ -1,7 +1,6 @@
 """Starting an engine: its processes load the bundle while this process loads the text encoder."""
 
 import contextlib
-import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,15 +54,13 @@ class EngineOptions:
     timeout_s: float
 
 
-def open_text_encoder(folder: Path | None, device: str, config: Config) -> "TextEncoder | WordEncoder | None":
+def open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder | WordEncoder":
     """The text encoder in a folder, for the prompts of a model: a table of words if the folder has one, otherwise umT5.
 
     Raises:
         CheckpointError: it cannot be read, or is not the model's.
         ConfigError, ExecutorError: umT5 cannot compute on `device`, or lacks a library; a table of words needs neither.
     """
-    if folder is None:
-        return None
     model = config.model
     if (folder / WORDS_FILE).is_file():
         return WordEncoder.from_folder(folder, text_dim=model.text_dim, max_tokens=model.text_len)
@@ -92,18 +89,16 @@ def start_engine(bundle: Bundle, options: EngineOptions) -> Engine:
     num_threads = options.num_threads or max(1, cores // world_size)
     start_s = WARM_START_S if warms_up(options.executor, device) else START_S
     own_gpu = device == "cuda" and torch.cuda.device_count() > world_size
-    open_encoder = functools.partial(open_text_encoder, options.text_encoder, options.text_device, config)
-    encoder_on_gpu = (
-        options.text_device != "cpu"
-    )  # such an encoder is loaded before the ranks measure their free memory
-    text_encoder = open_encoder() if encoder_on_gpu else None
+    text_encoder = None
+    if options.text_encoder is not None and options.text_device != "cpu":  # before the ranks measure their free memory
+        text_encoder = open_text_encoder(options.text_encoder, options.text_device, config)
     with contextlib.ExitStack() as if_loading_fails:
         workers = Workers(world_size, timeout_s=options.timeout_s, decodes=options.decoder_executor is not None)
         if_loading_fails.callback(workers.end)
         with unchanged(bundle):
             _send_load_commands(workers, bundle, options, num_threads=num_threads, start_s=start_s, own_gpu=own_gpu)
-            if not encoder_on_gpu:
-                text_encoder = open_encoder()  # while the ranks load
+            if options.text_encoder is not None and text_encoder is None:  # while the ranks load
+                text_encoder = open_text_encoder(options.text_encoder, options.text_device, config)
             answers = workers.answers(at_least_s=start_s)
             if workers.decoder is not None:
                 workers.decoder.wait_started(at_least_s=start_s)

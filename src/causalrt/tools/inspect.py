@@ -1,4 +1,4 @@
-"""What is in a bundle: sizes, layout, graphs, engines, bytes a rank; if asked for, what its kernels compile to."""
+"""Describe a bundle: sizes, layout, graphs, engines, memory of a rank, and on request its compiled kernels."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ from causalrt.tools.inspect_kernels import describe_kernels, targets_from_names
 def inspect_bundle(
     path: Path, *, kernels: Sequence[str] | None = None, on_progress: Progress = lambda *_: None
 ) -> dict[str, Any]:
-    """Verify a bundle and describe it, in plain JSON types.
+    """Verify a bundle and describe it in plain JSON types.
 
     Args:
         path: folder of the bundle.
-        kernels: targets such as `sm80` to compile the fused kernels for, none of them for all; None leaves kernels out.
+        kernels: targets such as `sm80` to compile the fused kernels for; an empty sequence is all, and None leaves kernels out.
         on_progress: called if kernels must be compiled.
 
     Raises:
-        BundleError: it is damaged.
-        ConfigError: a target is not known.
-        KernelError: kernels are asked for, and there is no Triton.
+        BundleError: the bundle is damaged.
+        ConfigError: a target is unknown.
+        KernelError: kernels are requested, and Triton is not installed.
     """
     targets = None if kernels is None else targets_from_names(kernels)
     bundle = open_bundle(path)

@@ -1,4 +1,4 @@
-"""What is in a bundle's TensorRT engines: told from the networks that they were built from, and, on a GPU, by themselves."""
+"""Describe the TensorRT engines of a bundle from the networks that they were built from, and, on a GPU, by the inspector."""
 
 import hashlib
 from collections import Counter
@@ -23,10 +23,10 @@ from causalrt.runtime.memory import predict_memory
 
 
 def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
-    """Every flavour and target of a bundle, in plain JSON types.
+    """Describe the engines of every flavour and target of a bundle in plain JSON types.
 
     Raises:
-        BundleError: the file that says what is in the engines is not one that a build writes.
+        BundleError: the file that describes the engines is not one that a build writes.
     """
     found = []
     for flavour, record in bundle.engines.items():
@@ -56,7 +56,7 @@ def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def describe_step(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> dict[str, Any]:
-    """The engines of one kind of step, taken together."""
+    """Describe the engines of one kind of step together."""
     attentions = [attention for network in networks for attention in network.attentions]
     own = [attention for attention in attentions if not is_prompt_name(attention.key_source)]
     ranks = [collective.ranks for network in networks for collective in network.collectives]
@@ -118,18 +118,18 @@ def check_constants(bundle: Bundle, step: int, networks: list[NetworkRecord]) ->
 
 
 def _builder_memory(networks: Collection[NetworkRecord]) -> dict[str, int] | None:
-    """What TensorRT's builder said of the engines together, or None if it did not: they share activations and scratch."""
-    told = [asdict(network.memory) for network in networks if network.memory is not None]
-    if len(told) < len(networks):
+    """Memory of all engines by TensorRT's builder, which share activations and scratch; None if it did not report any."""
+    reported = [asdict(network.memory) for network in networks if network.memory is not None]
+    if len(reported) < len(networks):
         return None
     shared = ("activation_bytes", "scratch_bytes")
-    return {name: (max if name in shared else sum)(memory[name] for memory in told) for name in told[0]}
+    return {name: (max if name in shared else sum)(memory[name] for memory in reported) for name in reported[0]}
 
 
 def _bytes_per_rank(
     bundle: Bundle, flavour: str, files: TargetEngines, networks: Mapping[str, NetworkRecord]
 ) -> dict[str, int]:
-    """Bytes of one rank with one session; the activations are an estimate where the builder did not say what they take."""
+    """Bytes of one rank with one session; the activations are an estimate if the builder did not report them."""
     # Step 0 is bound to as much of the slots as any other step, or to more.
     sessions = [networks[name] for name in (files.prompt, files.time, *files.steps[0])]
     inputs = {entry.name: entry for network in sessions for entry in network.inputs}
@@ -154,7 +154,7 @@ def _bytes_per_rank(
 
 
 def inspect_on_gpu(bundle: Bundle, flavour: str, target: str, files: TargetEngines) -> dict[str, Any]:
-    """The engine inspector's view of each engine, or why it cannot be had here."""
+    """What TensorRT's inspector reports about each engine, or why it is unavailable on this machine."""
     if not torch.cuda.is_available():
         return {"unavailable": "an engine can be opened only on a GPU, and torch sees none here"}
     device = torch.device("cuda", 0)

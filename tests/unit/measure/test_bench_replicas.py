@@ -69,16 +69,16 @@ def test_onnxruntime_wants_float32_on_a_cpu() -> None:
 
 
 def test_plugins_on_and_off_where_that_is_open() -> None:
-    wishes = BenchRequest(executors=("eager", "onnxruntime"), plugins="both", device="cpu", threads=4)
-    sides, _ = choose_replicas(sources(1, plugins="both"), wishes, machine())
-    assert [(side.executor, side.plugins) for side in sides] == [
+    wishes = BenchRequest(executors=("eager", "onnxruntime"), fused_ops="both", device="cpu", threads=4)
+    sides, _ = choose_replicas(sources(1, fused_ops="both"), wishes, machine())
+    assert [(side.executor, side.fused_ops) for side in sides] == [
         ("eager", False),
         ("eager", True),
         ("onnxruntime", False),
     ]
     relative = sources(1, changes={"video.time_index": "relative"})
-    sides, _ = choose_replicas(relative, BenchRequest(executors=("eager",), plugins="both", device="cpu"), machine())
-    assert [side.plugins for side in sides] == [True]
+    sides, _ = choose_replicas(relative, BenchRequest(executors=("eager",), fused_ops="both", device="cpu"), machine())
+    assert [side.fused_ops for side in sides] == [True]
 
 
 # ---- bundles

@@ -53,7 +53,7 @@ def side(world_size: int = 1, name: str = "eager", executor: str = "eager") -> R
         name=name,
         executor=executor,
         config=config(world_size),
-        plugins=False,
+        fused_ops=False,
         cuda_graphs=False,
         threads=1,
         device="cpu",

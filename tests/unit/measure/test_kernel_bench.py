@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from causalrt.config import override
-from causalrt.measure.kernel_bench import operands, qk_norm_rope, rope_attention
+from causalrt.measure.kernel_bench import cases, qk_norm_rope, rope_attention
 from causalrt.measure.kernel_bench.sections import Bench
 from causalrt.measure.kernel_bench.timing import Captured, Facts, Spread, Timer, Work, judge, judge_all, ratio
 from causalrt.recipes import recipe
@@ -144,7 +144,7 @@ def test_wrong_kernel_ends_the_run_and_leaves_the_report(monkeypatch, tmp_path, 
 
     monkeypatch.setattr(where, name, wrong)
     lengths = ["--kv-rows", "36"]  # with history
-    with pytest.raises(operands.WrongResultError):
+    with pytest.raises(cases.WrongResultError):
         run(monkeypatch, *TINY, *lengths, "--sections", section, "--out", tmp_path / "report")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["claims"] == []

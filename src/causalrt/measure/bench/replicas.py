@@ -30,7 +30,7 @@ class Source:
 
     path: Path
     config: Config
-    plugins: bool
+    fused_ops: bool
     bundle: Bundle | None
 
 
@@ -41,7 +41,7 @@ class Replica:
     name: str
     executor: str
     config: Config
-    plugins: bool
+    fused_ops: bool
     cuda_graphs: bool
     threads: int
     device: str
@@ -91,7 +91,7 @@ def bundles_of(request: BenchRequest) -> list[Source]:
                 f"`--world-size {ranks}`, or leave it out of --world-sizes"
             )
     return [
-        Source(path=bundle.path, config=bundle.config, plugins=bundle.fused_ops, bundle=bundle)
+        Source(path=bundle.path, config=bundle.config, fused_ops=bundle.fused_ops, bundle=bundle)
         for bundle in opened
         if request.world_sizes is None or bundle.config.build.world_size in request.world_sizes
     ]
@@ -115,13 +115,13 @@ def sources_of(config: Config, request: BenchRequest, folder: Path) -> list[Sour
         usual = sorted({1, max(1, torch.cuda.device_count())})
     else:
         usual = [1, 2] if _threads(request) > 1 else [1]
-    mode: FusedOpsMode = "on" if request.plugins == "on" else "auto"
+    mode: FusedOpsMode = "on" if request.fused_ops == "on" else "auto"
     fused = fused_ops_wanted(mode, config, (), "onnx")
     return [
         Source(
             path=folder / f"ranks{ranks}",
             config=override(config, {"build.world_size": str(ranks)}),
-            plugins=fused,
+            fused_ops=fused,
             bundle=None,
         )
         for ranks in dict.fromkeys(request.world_sizes or usual)
@@ -142,7 +142,7 @@ def build_random(
                 checkpoint=checkpoint,
                 out=source.path,
                 executors=[name for name in dict.fromkeys(names) if executor_kind(name).compiled] or ["eager"],
-                fused_ops="on" if source.plugins else "auto",
+                fused_ops="on" if source.fused_ops else "auto",
                 on_progress=on_progress,
             )
     checkpoint.unlink()
@@ -209,18 +209,18 @@ def _replicas_of(executor: str, source: Source, request: BenchRequest) -> list[R
     threads = max(1, _threads(request) // ranks)
     where = f"{ranks}x{threads}" if device == "cpu" else f"P={ranks}"
     relative = source.config.video.time_index == "relative"
-    if executor_kind(executor).compiled or request.plugins is None or relative:
-        modes = [source.plugins]
+    if executor_kind(executor).compiled or request.fused_ops is None or relative:
+        modes = [source.fused_ops]
     else:
-        modes = MODES[request.plugins]
+        modes = MODES[request.fused_ops]
     captures = executor_kind(executor).warms_up and device == "cuda"
     graphs = MODES[request.cuda_graphs] if captures else [False]
     return [
         Replica(
-            name=f"{executor}{'+plugins' if fused else ''}{'-graphs' if captures and not graph else ''} {where}",
+            name=f"{executor}{'+fused' if fused else ''}{'-graphs' if captures and not graph else ''} {where}",
             executor=executor,
             config=source.config,
-            plugins=fused,
+            fused_ops=fused,
             cuda_graphs=graph,
             threads=threads,
             device=device,

@@ -162,7 +162,7 @@ class Row:
     executor: str
     world_size: int
     threads_per_rank: int
-    plugins: bool
+    fused_ops: bool
     cuda_graphs: bool
     device: str
     bundle: str

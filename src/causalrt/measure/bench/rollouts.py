@@ -207,7 +207,7 @@ class Rollouts:
                 executor=replica.executor,
                 world_size=replica.world_size,
                 device=replica.device,
-                fused_ops=replica.plugins,
+                fused_ops=replica.fused_ops,
                 cuda_graphs=replica.cuda_graphs,
                 vae=None if self._vae else False,
                 num_threads=replica.threads,

@@ -64,7 +64,7 @@ def row(replica: Replica, found: Measured, ceilings: Ceilings | None) -> Row:
         executor=replica.executor,
         world_size=replica.world_size,
         threads_per_rank=replica.threads,
-        plugins=replica.plugins,
+        fused_ops=replica.fused_ops,
         cuda_graphs=replica.cuda_graphs,
         device=replica.device,
         bundle=replica.bundle.name,

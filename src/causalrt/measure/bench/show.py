@@ -88,7 +88,7 @@ def sentences(report: Report) -> list[str]:
 
 def _differences(report: Report) -> list[str]:
     """Latencies against the first row, and against rows of the same executor and options."""
-    kinds = {row.name: (row.executor, row.plugins, row.cuda_graphs) for row in report.rows}
+    kinds = {row.name: (row.executor, row.fused_ops, row.cuda_graphs) for row in report.rows}
     first = next(iter(kinds), None)
     lines = [
         each.says

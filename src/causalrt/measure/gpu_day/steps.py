@@ -34,15 +34,15 @@ MOST_ERROR = 0.05
 """Most difference of a flow from that of eager in the same precision, relative; rounding in bfloat16 causes about 0.01."""
 
 
-def eager(*, plugins: bool = False) -> MakeExecutor:
+def eager(*, fused_ops: bool = False) -> MakeExecutor:
     """Makes eager executors, with or without the fused ops."""
-    return lambda bundle, device: EagerExecutor(bundle, LocalCollectives(), device=device, fused_ops=plugins)
+    return lambda bundle, device: EagerExecutor(bundle, LocalCollectives(), device=device, fused_ops=fused_ops)
 
 
-def inductor(*, plugins: bool = False, cuda_graphs: bool = True) -> MakeExecutor:
+def inductor(*, fused_ops: bool = False, cuda_graphs: bool = True) -> MakeExecutor:
     """Makes inductor executors, with or without the fused ops and CUDA graphs."""
     return lambda bundle, device: InductorExecutor(
-        bundle, LocalCollectives(), device=device, fused_ops=plugins, cuda_graphs=cuda_graphs
+        bundle, LocalCollectives(), device=device, fused_ops=fused_ops, cuda_graphs=cuda_graphs
     )
 
 

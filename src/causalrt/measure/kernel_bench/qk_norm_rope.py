@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import Layout, layout_from_config
-from causalrt.measure.kernel_bench.operands import OTHERS, Random, element_bytes, interpreted, require
+from causalrt.measure.kernel_bench.cases import OTHERS, Random, element_bytes, interpreted, require
 from causalrt.measure.kernel_bench.timing import Call, Captured, Output, Work
 from causalrt.plugins.qk_norm_rope import qk_norm_rope, write_rows
 from causalrt.plugins.rotate import rotate_pairs, rotate_pairs_real

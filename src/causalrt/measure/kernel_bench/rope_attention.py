@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import Layout, layout_from_config
-from causalrt.measure.kernel_bench.operands import OTHERS, Random, WrongResultError, element_bytes, interpreted, require
+from causalrt.measure.kernel_bench.cases import OTHERS, Random, WrongResultError, element_bytes, interpreted, require
 from causalrt.measure.kernel_bench.timing import Call, Captured, Facts, Output, Work
 from causalrt.plugins.rope_attention import query_tokens, rope_attention_in_place, run_kernel, shard_parts
 from causalrt.plugins.rope_attention_launch import RopeAttentionPlan, Tiles, plan, tiles_for

@@ -3,9 +3,9 @@
 case -> operands in several sets -> sides -> captured -> checked against float64 -> measured together -> report, claims
 """
 
-import argparse
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from causalrt.config import Config, override
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.errors import KernelError
-from causalrt.measure.kernel_bench.operands import Random
+from causalrt.measure.kernel_bench.cases import KernelBenchOptions, Random
 from causalrt.measure.kernel_bench.qk_norm_rope import QkNormRope
 from causalrt.measure.kernel_bench.rope_attention import BACKENDS, RopeAttention, Slots
 from causalrt.measure.kernel_bench.timing import (
@@ -71,33 +71,23 @@ def fastest(samples: Mapping[str, Samples], names: Iterable[str]) -> str | None:
     return min(there, key=lambda name: Spread.of(samples[name]).median) if there else None
 
 
-def kv_lengths(args: argparse.Namespace, config: Config) -> list[int]:
-    """Numbers of filled rows: those of the arguments, or every whole number of chunks."""
-    rows, slots = config.tokens_per_chunk, config.slot_rows
-    lengths = list(args.kv_rows or range(rows, slots + 1, rows))
-    for length in lengths:
-        if not rows <= length <= slots:
-            raise SystemExit(f"--kv-rows: {length} is not between a chunk ({rows} rows) and the slots ({slots})")
-    return lengths
-
-
 class Bench:
     """One run, with a method for each section."""
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        options: KernelBenchOptions,
         config: Config,
         device: torch.device,
         *,
         keep: Callable[[Mapping[str, Any]], None] = lambda report: None,
     ) -> None:
-        """Prepare a run with the options of `benchmarks/gpu_kernels.py`; `keep` is called with the report after each case."""
-        self.args, self.base, self.device, self._keep = args, config, device, keep
-        self.timer = Timer(device, repeats=args.repeats)
+        """Prepare a run for these options; `keep` is called with the report after each case."""
+        self.options, self.base, self.device, self._keep = options, config, device, keep
+        self.timer = Timer(device, repeats=options.repeats)
         self.report: dict[str, Any] = {
             "machine": machine(device),
-            "options": {name: value for name, value in vars(args).items() if name != "out"},
+            "options": asdict(options),
             "clocks": self.timer.clocks,
             "claims": [],
         }
@@ -107,7 +97,7 @@ class Bench:
     def qk_norm_rope(self) -> None:
         """Measure the fused op, the unfused ops, and copies."""
         self.report["qk_norm_rope"] = entries = []
-        for world_size in self.args.world_sizes:
+        for world_size in self.options.world_sizes:
             entries.append(self._rows_of_a_rank(world_size))
             self._keep(self.report)
 
@@ -123,7 +113,7 @@ class Bench:
             self._poison_and_replay(captured)
             return case.check(name, captured, reference)
 
-        sides: Sides = case.sides(sets, compiled=self.args.compile)
+        sides: Sides = case.sides(sets, compiled=self.options.compile)
         checks: Checks = dict.fromkeys(sides, check)
         sides = {name: self._repeated(calls, work) for name, calls in sides.items()}
         large = min(LARGE_COPY_BYTES, torch.cuda.mem_get_info()[0] // 2) if self.on_gpu else SMALL_COPY_BYTES
@@ -148,9 +138,9 @@ class Bench:
     def rope_attention(self) -> None:
         """Measure the fused op in every form, and SDPA."""
         self.report["rope_attention"] = entries = []
-        for world_size in self.args.world_sizes:
+        for world_size in self.options.world_sizes:
             by_form: dict[str, dict[int, Spread]] = {}
-            for kv_rows in kv_lengths(self.args, self.base):
+            for kv_rows in self.options.kv_lengths(self.base):
                 entry, ratios = self._attention_of_a_rank(RopeAttention(self._config(world_size), kv_rows))
                 entries.append(entry)
                 self._keep(self.report)
@@ -167,7 +157,7 @@ class Bench:
 
     def _attention_of_a_rank(self, case: RopeAttention) -> tuple[dict[str, Any], dict[str, Spread]]:
         progress(f"rope_attention, P = {case.world_size}, {case.kv_rows} keys: {case.work.flops / 1e9:.1f} GFLOP")
-        forms = self.args.forms
+        forms = self.options.forms
         sides, checks = self._attention_sides(case, forms)
         ready, known = self._settle(sides, checks, own=forms)
         for form in forms:
@@ -184,7 +174,7 @@ class Bench:
 
     def plans(self) -> None:
         """Measure all head plans at the most ranks and keys, by our kernel and by SDPA."""
-        world_size, kv_rows = max(self.args.world_sizes), self.base.slot_rows
+        world_size, kv_rows = max(self.options.world_sizes), self.base.slot_rows
         if world_size == 1:
             progress("plans: needs more than one rank; name them with --world-sizes")
             return
@@ -226,10 +216,10 @@ class Bench:
     def tune(self) -> None:
         """Measure the tiles of a short list that fit the device."""
         self.report["tune"] = entries = []
-        for world_size in self.args.world_sizes:
-            for form in self.args.tune or ["whole"]:
+        for world_size in self.options.world_sizes:
+            for form in self.options.tune or ["whole"]:
                 fitting = self._fitting_tiles(RopeAttention(self._config(world_size), self.base.slot_rows), form)
-                for kv_rows in kv_lengths(self.args, self.base):
+                for kv_rows in self.options.kv_lengths(self.base):
                     case = RopeAttention(self._config(world_size), kv_rows)
                     plans = {named(tiles): case.plan(form, self.timer.facts, tiles=tiles) for tiles in fitting}
                     entries.append(self._sweep("tune", case, form, plans))
@@ -237,9 +227,9 @@ class Bench:
     def kv_splits(self) -> None:
         """Measure numbers of ranges of keys."""
         self.report["kv_splits"] = entries = []
-        facts, numbers = self.timer.facts, self.args.kv_splits or range(1, MAX_KV_SPLITS + 1)
-        for world_size in self.args.world_sizes:
-            for kv_rows in kv_lengths(self.args, self.base):
+        facts, numbers = self.timer.facts, self.options.kv_splits or range(1, MAX_KV_SPLITS + 1)
+        for world_size in self.options.world_sizes:
+            for kv_rows in self.options.kv_lengths(self.base):
                 case = RopeAttention(self._config(world_size), kv_rows)
                 plans = {str(number): case.plan("whole", facts, kv_splits=number) for number in numbers}
                 chosen = case.plan("whole", facts).kv_splits
@@ -313,7 +303,7 @@ class Bench:
         self, case: RopeAttention, given: Slots, reference: Sequence[torch.Tensor]
     ) -> Callable[[str, Captured], float]:
         """A check of outputs, of staging, and of memory that must not be written."""
-        before = given.clone() if self.args.check else given
+        before = given.clone() if self.options.check else given
 
         def check(name: str, captured: Captured) -> float:
             case.poison(given)
@@ -365,7 +355,7 @@ class Bench:
         for name, calls in sides.items():
             try:
                 captured = self.timer.capture(calls)
-                if self.args.check and name in checks:
+                if self.options.check and name in checks:
                     known[name]["error"] = float(f"{checks[name](name, captured):.3g}")
                 ready[name] = captured
             except Exception as error:

@@ -14,7 +14,7 @@ from causalrt.progress import Progress
 from causalrt.terminal import PrintableConsole
 from causalrt.tools.files import check_writable
 from causalrt.tools.ops.micro_ops import OpExecutor
-from causalrt.tools.ops.work import LAYOUTS, LayoutName
+from causalrt.tools.ops.work import LAYOUTS
 from causalrt.tools.plan.arguments import WORLD_SIZES, PlanRequest
 from causalrt.tools.plan.calibration import (
     CalibratedMachine,
@@ -117,10 +117,10 @@ def run(request: PlanRequest, config: Config, *, write: Callable[[str], None], o
 
 def plan(request: PlanRequest, config: Config, *, on_progress: Progress = lambda *_: None) -> list[Forecast]:
     """Make all forecasts that a request asks for."""
-    layouts = LAYOUTS if request.head_plan == "all" else (cast("LayoutName", request.head_plan),)
+    layouts = LAYOUTS if request.head_plan == "all" else (request.head_plan,)
     if request.gpu:
         gpu, lowering = gpu_by_name(request.gpu), cast("Lowering", request.collectives)
-        machine = GpuMachine(gpu=gpu, lowering=lowering, fused_ops=request.plugins == "on")
+        machine = GpuMachine(gpu=gpu, lowering=lowering, fused_ops=request.fused_ops == "on")
         machines: dict[int, Machine] = dict.fromkeys(
             (request.world_size,) if request.world_size else WORLD_SIZES, machine
         )
@@ -146,7 +146,7 @@ def _measured(request: PlanRequest, config: Config, on_progress: Progress) -> di
         assert request.calibration is not None
         found = read_calibration(request.calibration)
     _check_precision(config, found.precision)
-    executor = cast("OpExecutor", request.executor)
+    executor = request.executor
     known = sorted(entry.ranks for entry in found.entries if entry.executor == executor)
     return {
         ranks: CalibratedMachine(machine=found.machine, entry=found.entry(executor, ranks))

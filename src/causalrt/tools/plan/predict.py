@@ -17,7 +17,7 @@ from causalrt.model.codecs.vae_checkpoint import VaeConfig
 from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
 from causalrt.runtime.memory import DecoderMemory, predict_decoder_memory, predict_memory
 from causalrt.tools.ops.work import LayoutName, StepWork, head_layout, step_work
-from causalrt.tools.plan.assumptions import SPLIT_DECODE_SPEEDUP, Bound, Estimate, over_bounds
+from causalrt.tools.plan.assumptions import BOUNDS, SPLIT_DECODE_SPEEDUP, Bound, Estimate, over_bounds
 from causalrt.tools.plan.decode_work import decode_weights
 from causalrt.tools.plan.hardware import VaePlace
 from causalrt.tools.plan.roofline import GpuMachine, StepTime
@@ -134,36 +134,9 @@ def forecast(
         vae: where the VAE decodes; its times are known for GPUs of the table only.
     """
     config = override(config, {"build.world_size": str(world_size)})
-    video, slots = config.video, slots_from_config(config)
     gpu = machine if isinstance(machine, GpuMachine) else None
-    fused = gpu is not None and gpu.fused_ops
-    chunks = []
-    for index in range(video.horizon_chunks):
-        first = video.first_frame_of(index)
-        kind, frames = video.step_at(first), video.frames_at(first)
-        layout = head_layout(config, layout_name, step=kind)
-        kv_frames = slots.valid_frames(first, step=kind)
-        work = step_work(config, layout, kv_rows=kv_frames * config.tokens_per_frame, fused_ops=fused)
-        times = {
-            bound: machine.step_time(work, bound, slot_rows=config.slot_rows) for bound in ("best", "nominal", "worst")
-        }
-        step = over_bounds(lambda bound: times[bound].total_s)  # noqa: B023
-        decode = Estimate(best=0.0, nominal=0.0, worst=0.0)
-        if gpu is not None and vae != "none":
-            decode = _decode(
-                config, gpu, frames=frames, first_chunk=index == 0, split=world_size if vae == "split" else 1
-            )
-        chunks.append(
-            ChunkForecast(
-                index=index,
-                kv_frames=kv_frames,
-                frames=TEMPORAL_SCALE * frames - (TEMPORAL_SCALE - 1) * (index == 0),
-                parts=times["nominal"],
-                step_s=step,
-                denoise_s=step.scaled(len(config.sampler.steps)),
-                decode_s=decode,
-            )
-        )
+    forecasts = [_chunk(config, machine, layout_name, index, vae) for index in range(config.video.horizon_chunks)]
+    chunks, work = [chunk for chunk, _ in forecasts], forecasts[-1][1]
     forwards = len(config.sampler.steps) + 1
     last = chunks[-1]
     vae_config = gpu.vae if gpu is not None else VaeConfig()
@@ -173,7 +146,7 @@ def forecast(
         layout=layout_name,
         vae=vae,
         counts=_counts(config, work, forwards),
-        memory_bytes=_memory(config, layout_name, layout.kv_heads, executor),
+        memory_bytes=_memory(config, layout_name, work.layout.kv_heads, executor),
         decoder_bytes={} if vae == "none" else asdict(_decoder_memory(config, vae_config)),
         chunks=tuple(chunks),
         first_frame_s=over_bounds(lambda bound: chunks[0].latency_s(vae, bound)),
@@ -184,6 +157,38 @@ def forecast(
         steady_frames_per_second=over_bounds(lambda bound: last.frames / last.period_s(vae, bound)),
         bound_frames_per_second=None if gpu is None else last.frames / (forwards * gpu.bound_seconds(work)),
     )
+
+
+def _chunk(
+    config: Config, machine: Machine, layout_name: LayoutName, index: int, vae: VaePlace
+) -> tuple[ChunkForecast, StepWork]:
+    video, slots = config.video, slots_from_config(config)
+    gpu = machine if isinstance(machine, GpuMachine) else None
+    first = video.first_frame_of(index)
+    kind, frames = video.step_at(first), video.frames_at(first)
+    kv_frames = slots.valid_frames(first, step=kind)
+    work = step_work(
+        config,
+        head_layout(config, layout_name, step=kind),
+        kv_rows=kv_frames * config.tokens_per_frame,
+        fused_ops=gpu is not None and gpu.fused_ops,
+    )
+    times = {bound: machine.step_time(work, bound, slot_rows=config.slot_rows) for bound in BOUNDS}
+    step = over_bounds(lambda bound: times[bound].total_s)
+    decode = Estimate(best=0.0, nominal=0.0, worst=0.0)
+    if gpu is not None and vae != "none":
+        split = config.build.world_size if vae == "split" else 1
+        decode = _decode(config, gpu, frames=frames, first_chunk=index == 0, split=split)
+    chunk = ChunkForecast(
+        index=index,
+        kv_frames=kv_frames,
+        frames=TEMPORAL_SCALE * frames - (TEMPORAL_SCALE - 1) * (index == 0),
+        parts=times["nominal"],
+        step_s=step,
+        denoise_s=step.scaled(len(config.sampler.steps)),
+        decode_s=decode,
+    )
+    return chunk, work
 
 
 def _video_seconds(chunks: list[ChunkForecast], vae: VaePlace, bound: Bound) -> float:

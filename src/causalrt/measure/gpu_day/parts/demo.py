@@ -7,9 +7,9 @@ from causalrt.demo_model import demo_files
 from causalrt.export.build import build
 from causalrt.measure.gpu_day.recorder import Recorder
 from causalrt.recipes import recipe
+from causalrt.tools.arguments import DemoRequest
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet
 from causalrt.tools.demo import Made, compared, make_video
-from causalrt.tools.demo_request import DemoRequest
 
 TABLE = "videos of the demo model"
 SHEET = "demo.png"
@@ -32,41 +32,41 @@ def run(recorder: Recorder) -> None:
         executors=["eager"],
     )
 
-    def made_by(executor: str, device: str, *, plugins: bool) -> Made:
+    def made_by(executor: str, device: str, *, fused_ops: bool) -> Made:
         return make_video(
-            request, {}, bundle, executor, device=device, plugins=plugins, on_progress=lambda *_: None, stage=""
+            request, {}, bundle, executor, device=device, fused_ops=fused_ops, on_progress=lambda *_: None, stage=""
         )
 
-    wanted = made_by("eager", "cpu", plugins=False)
+    wanted = made_by("eager", "cpu", fused_ops=False)
     sheet = [SheetRow(name="eager\nCPU", frames=wanted.frames, verdict="reference", agrees=None)]
     variants = VARIANTS[1:2] if recorder.dry_run else VARIANTS
     if recorder.dry_run:
         recorder.note("On a CPU the demo runs only with the references of the fused ops, and is two chunks long.")
     worst = 0
-    for executor, plugins in variants:
-        name = f"{executor}, fused ops" if plugins else executor
+    for executor, fused_ops in variants:
+        name = f"{executor}, fused ops" if fused_ops else executor
         with recorder.attempt(name):
-            made = made_by(executor, device, plugins=plugins)
+            made = made_by(executor, device, fused_ops=fused_ops)
             found = compared((executor, 1), made, wanted)
-            levels = found["grey_levels"]
+            levels = found.grey_levels
             recorder.row(
                 TABLE,
                 variant=name,
                 device=device,
                 **{
                     "largest difference, of 255": levels,
-                    "mean difference, of 255": found["mean_grey_levels"],
-                    "latents": found["latent_error"],
-                    "start s": found["load_s"],
-                    "first frames ms": found["first_frame_ms"],
-                    "chunk ms": found["median_chunk_ms"],
+                    "mean difference, of 255": found.mean_grey_levels,
+                    "latents": found.latent_error,
+                    "start s": found.load_s,
+                    "first frames ms": found.first_frame_ms,
+                    "chunk ms": found.median_chunk_ms,
                 },
             )
             where = "GPU" if device == "cuda" else "CPU"
             verdict = f"largest difference:\n{levels} of 255 grey levels"
             sheet.append(
                 SheetRow(
-                    name=f"{executor}{' fused' if plugins else ''}\n{where}",
+                    name=f"{executor}{' fused' if fused_ops else ''}\n{where}",
                     frames=made.frames,
                     verdict=verdict,
                     agrees=levels <= SAME_LEVELS,

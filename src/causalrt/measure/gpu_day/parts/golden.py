@@ -24,15 +24,15 @@ class StepVariant:
 
     name: str
     compiled: bool = False
-    plugins: bool = False
+    fused_ops: bool = False
     captured: bool = False
 
     def executor(self, model: RecordedModel, device: torch.device) -> Executor:
         """Make the executor; the class that captures compiled steps captures eager ones too (see `stance`)."""
         if not (self.compiled or self.captured):
-            return EagerExecutor(model.bundle, LocalCollectives(), device=device, fused_ops=self.plugins)
+            return EagerExecutor(model.bundle, LocalCollectives(), device=device, fused_ops=self.fused_ops)
         return InductorExecutor(
-            model.bundle, LocalCollectives(), device=device, fused_ops=self.plugins, cuda_graphs=self.captured
+            model.bundle, LocalCollectives(), device=device, fused_ops=self.fused_ops, cuda_graphs=self.captured
         )
 
     def stance(self) -> AbstractContextManager[object]:
@@ -45,13 +45,13 @@ class StepVariant:
 
 VARIANTS = (
     StepVariant("eager"),
-    StepVariant("eager, fused ops", plugins=True),
+    StepVariant("eager, fused ops", fused_ops=True),
     StepVariant("inductor", compiled=True),
-    StepVariant("inductor, fused ops", compiled=True, plugins=True),
+    StepVariant("inductor, fused ops", compiled=True, fused_ops=True),
     StepVariant("inductor, captured", compiled=True, captured=True),
-    StepVariant("inductor, fused ops, captured", compiled=True, plugins=True, captured=True),
+    StepVariant("inductor, fused ops, captured", compiled=True, fused_ops=True, captured=True),
     StepVariant("eager, captured", captured=True),
-    StepVariant("eager, fused ops, captured", plugins=True, captured=True),
+    StepVariant("eager, fused ops, captured", fused_ops=True, captured=True),
 )
 """Captured variants come last, since a capture that fails may leave the process unusable."""
 

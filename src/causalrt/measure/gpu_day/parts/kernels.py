@@ -1,6 +1,5 @@
-"""The fused kernels at the 1.3B model's sizes: right against float64 first, then timed beside SDPA and copies."""
+"""The fused kernels at the sizes of the 1.3B model: compared with float64 first, then timed beside SDPA and copies."""
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ ROWS, ATTENTION = SECTIONS
 
 
 def run(recorder: Recorder) -> None:
-    """Measure section by section and number of ranks by number of ranks; a kernel that is wrong ends its own section only.
+    """Measure each section on each number of ranks; a wrong kernel ends only its own section.
 
     Raises:
         SkippedError: Triton is missing.
@@ -27,7 +26,7 @@ def run(recorder: Recorder) -> None:
         require_triton()
     except KernelError as error:
         raise SkippedError(str(error)) from error
-    from causalrt.measure.kernel_bench.operands import interpreted  # these import Triton
+    from causalrt.measure.kernel_bench.cases import KernelBenchOptions, interpreted  # these import Triton
     from causalrt.measure.kernel_bench.sections import Bench
 
     subject = "The fused kernels"
@@ -50,7 +49,10 @@ def run(recorder: Recorder) -> None:
                     _write(recorder, merged, config, planner, subject)
 
                 with recorder.attempt(f"{section}, {world_size} rank(s)"):
-                    bench = Bench(_options(recorder, config, section, world_size), config, recorder.device, keep=keep)
+                    options = KernelBenchOptions(
+                        **_options(recorder, config), world_sizes=[world_size], sections=[section]
+                    )
+                    bench = Bench(options, config, recorder.device, keep=keep)
                     getattr(bench, section)()
                     merged["claims"] += bench.report["claims"]
                     _write(recorder, merged, config, planner, subject)
@@ -60,26 +62,20 @@ def _config(recorder: Recorder) -> Config:
     return recipe("tiny") if recorder.dry_run else override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
 
 
-def _options(recorder: Recorder, config: Config, section: str, world_size: int) -> argparse.Namespace:
-    """Those of `benchmarks/gpu_kernels.py`."""
-    chunk, slots = config.tokens_per_chunk, config.slot_rows
-    return argparse.Namespace(
-        recipe="tiny" if recorder.dry_run else "wan_1_3b_480p",
-        dtype="fp32" if recorder.dry_run else "bf16",
-        world_sizes=[world_size],
-        sections=[section],
-        forms=["whole", "prefix"],
-        kv_rows=[2 * chunk] if recorder.dry_run else [chunk, 4 * chunk, slots],
-        repeats=2 if recorder.dry_run else 20,
-        check=True,
-        compile=not recorder.dry_run,
-        tune=None,
-        kv_splits=None,
-    )
+def _options(recorder: Recorder, config: Config) -> dict[str, Any]:
+    chunk, dry_run = config.tokens_per_chunk, recorder.dry_run
+    return {
+        "recipe": "tiny" if dry_run else "wan_1_3b_480p",
+        "dtype": "fp32" if dry_run else "bf16",
+        "forms": ["whole", "prefix"],
+        "kv_rows": [2 * chunk] if dry_run else [chunk, 4 * chunk, config.slot_rows],
+        "repeats": 2 if dry_run else 20,
+        "compile": not dry_run,
+    }
 
 
 def _write(recorder: Recorder, merged: Mapping[str, Any], config: Config, planner: Planner, subject: str) -> None:
-    """All tables anew, and what the picture is drawn from."""
+    """Record all tables again, and the data of the picture."""
     rows = [
         {
             "ranks": entry["P"],
@@ -104,7 +100,7 @@ def _write(recorder: Recorder, merged: Mapping[str, Any], config: Config, planne
         for entry in merged[ATTENTION]
         for name, side in entry["sides"].items()
     ]
-    claims = [] if recorder.dry_run else merged["claims"]  # those of an interpreter's times mean nothing
+    claims = [] if recorder.dry_run else merged["claims"]  # times of an interpreter mean nothing
     tables = {ROWS: rows, ATTENTION: attention, "claims": claims}
     recorder.record.tables = {title: found for title, found in tables.items() if found}
     for name, value in merged.items():

@@ -28,9 +28,9 @@ def run(recorder: Recorder) -> None:
             except SkippedError as reason:
                 recorder.note(str(reason))
                 continue
-            for plugins in (False, True):
-                with recorder.attempt(f"{name} on {world_size} ranks, {'fused ops' if plugins else 'eager'}"):
-                    worst, count = max(worst, _replay(recorder, name, model, plugins=plugins)), count + 1
+            for fused_ops in (False, True):
+                with recorder.attempt(f"{name} on {world_size} ranks, {'fused ops' if fused_ops else 'eager'}"):
+                    worst, count = max(worst, _replay(recorder, name, model, fused_ops=fused_ops)), count + 1
                     recorder.headline(
                         "ranks",
                         f"On {', '.join(map(str, WORLD_SIZES))} ranks as threads of one process: {count} replays, "
@@ -40,7 +40,7 @@ def run(recorder: Recorder) -> None:
         raise SkippedError(recorder.record.notes[-1])
 
 
-def _replay(recorder: Recorder, name: str, model: RecordedModel, *, plugins: bool) -> float:
+def _replay(recorder: Recorder, name: str, model: RecordedModel, *, fused_ops: bool) -> float:
     config, layout, device = model.bundle.config, model.bundle.layout, recorder.device
     meeting, collectives = meet(layout.world_size, ThreadCollectives)
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -52,7 +52,7 @@ def _replay(recorder: Recorder, name: str, model: RecordedModel, *, plugins: boo
         mine = collectives[rank]
         dtype = TORCH_DTYPES[config.build.precision]
         checks = check_exchanges(mine, config, dtype=dtype, device=device)
-        executor = EagerExecutor(model.bundle, mine, device=device, fused_ops=plugins)
+        executor = EagerExecutor(model.bundle, mine, device=device, fused_ops=fused_ops)
         player = Player(executor=executor, config=config, layout=layout, collectives=mine)
         return replay_here(model.recording, player), checks
 
@@ -69,7 +69,7 @@ def _replay(recorder: Recorder, name: str, model: RecordedModel, *, plugins: boo
         TABLE,
         recording=name,
         ranks=layout.world_size,
-        variant="fused ops" if plugins else "eager",
+        variant="fused ops" if fused_ops else "eager",
         **{kind: error.largest for kind, error in errors.items()},
         exchange="ok" if not faults else faults[0],
         ok=largest <= TOLERANCE and not faults,

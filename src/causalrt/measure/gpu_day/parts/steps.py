@@ -26,9 +26,9 @@ REPEATS = 5
 
 SIDES: dict[str, tuple[MakeExecutor, Lowering | None, bool]] = {
     "eager": (eager(), "eager", False),
-    "eager, fused ops": (eager(plugins=True), "eager", True),
+    "eager, fused ops": (eager(fused_ops=True), "eager", True),
     "inductor, captured": (inductor(), "engine", False),
-    "inductor, fused ops, captured": (inductor(plugins=True), "engine", True),
+    "inductor, fused ops, captured": (inductor(fused_ops=True), "engine", True),
     "inductor": (inductor(cuda_graphs=False), None, False),
 }
 """By name: the function that makes the executor; the lowering that the planner predicts for it, if any; whether it uses the

@@ -1,12 +1,49 @@
-"""Random operands of the cases, and the check of results that comes before any time is taken."""
+"""What all cases share: options, random operands, and the check of results that comes before any time is taken."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from causalrt.config import Config
+from causalrt.errors import ConfigError
 from causalrt.plugins.kernel_launch import is_interpreted
 from causalrt.plugins.triton_rope_attention import rope_attention_kernel
 
 OTHERS = 4.0
 """Factor by which errors of the other sides may be larger, since they round between their ops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelBenchOptions:
+    """What a run measures; the help of `benchmarks/gpu_kernels.py` explains every field."""
+
+    recipe: str
+    dtype: str
+    world_sizes: Sequence[int]
+    sections: Sequence[str]
+    forms: Sequence[str]
+    repeats: int
+    kv_rows: Sequence[int] | None = None
+    tune: Sequence[str] | None = None
+    kv_splits: Sequence[int] | None = None
+    check: bool = True
+    compile: bool = True
+
+    def kv_lengths(self, config: Config) -> list[int]:
+        """Numbers of filled rows: those of the options, or every whole number of chunks.
+
+        Raises:
+            ConfigError: a number is smaller than a chunk or larger than the slots.
+        """
+        rows, slots = config.tokens_per_chunk, config.slot_rows
+        lengths = list(self.kv_rows or range(rows, slots + 1, rows))
+        for length in lengths:
+            if not rows <= length <= slots:
+                raise ConfigError(
+                    f"--kv-rows: {length} is not between a chunk ({rows} rows) and the slots ({slots}); choose another"
+                )
+        return lengths
 
 
 class WrongResultError(RuntimeError):
