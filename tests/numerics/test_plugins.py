@@ -137,9 +137,9 @@ def test_the_manifest_says_what_was_built(bundles):
 
 
 def test_an_executor_runs_what_was_built(bundles):
-    with pytest.raises(ExecutorError, match="fused ops off; build it with `--plugins on`"):
+    with pytest.raises(ExecutorError, match="fused ops off; build it with `--fused-ops on`"):
         load(bundles["auto"], fused_ops=True)
-    with pytest.raises(ExecutorError, match="fused ops on; build it with `--plugins off`"):
+    with pytest.raises(ExecutorError, match="fused ops on; build it with `--fused-ops off`"):
         load(bundles["on"], fused_ops=False)
 
 

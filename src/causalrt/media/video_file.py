@@ -151,18 +151,18 @@ class Mp4Writer:
 
 
 class FragmentWriter:
-    """Fragmented MP4 as bytes, in order: `header`, then what `write` returns, then what `close` returns.
+    """Fragmented MP4 as bytes, in order: `header`, then the fragments of each `write`, then those of `close`.
 
-    A fragment is a frame, and none is held back. Any beginning that ends with a whole fragment is a video.
+    Each fragment holds one frame, and none is held back. A header followed by any number of fragments is a playable video.
 
     Attributes:
         header: the initialisation segment (ftyp and moov).
-        codec: as RFC 6381 writes it, `avc1.PPCCLL`, read from the stream's own configuration.
-        mime: what a browser's `MediaSource` wants to hear.
+        codec: codec string of RFC 6381, `avc1.PPCCLL`, read from the stream's own configuration.
+        mime: MIME type that a browser's `MediaSource` expects.
     """
 
     def __init__(self, *, height: int, width: int, fps: int | Fraction) -> None:
-        """Begin; `header` is there at once.
+        """Open the encoder and make `header`.
 
         Raises:
             RequestError: odd or impossible sizes or rate.
@@ -192,8 +192,8 @@ class FragmentWriter:
         self.codec = codec_from_header(self.header)
         self.mime = f'video/mp4; codecs="{self.codec}"'
 
-    def write(self, frames: Frames) -> bytes:
-        """Encode frames, uint8 `[T, height, width, 3]`; their fragments.
+    def write(self, frames: Frames) -> list[bytes]:
+        """Encode frames, uint8 `[T, height, width, 3]`, and return one fragment per frame.
 
         Raises:
             RequestError: wrong shape or type, or the writer was closed.
@@ -205,17 +205,17 @@ class FragmentWriter:
         with _typed("encoding"):
             return self._fragments(self._muxer.packets(checked))
 
-    def close(self) -> bytes:
-        """What the encoder still holds: nothing, as it is set. Nothing when called again."""
+    def close(self) -> list[bytes]:
+        """Return the fragments of frames that the encoder still holds; none with its current settings, or on a second call."""
         if not self._open:
-            return b""
+            return []
         self._open = False
         with _typed("encoding"):
             last = self._fragments(self._muxer.last_packets())
         self._muxer.abandon()
         return last
 
-    def _fragments(self, packets: Iterator[Any]) -> bytes:
+    def _fragments(self, packets: Iterator[Any]) -> list[bytes]:
         parts = []
         for packet in packets:
             time, self._sent = self._sent * self._duration, self._sent + 1
@@ -223,7 +223,7 @@ class FragmentWriter:
             parts.append(
                 fragment(sample, number=self._sent, time=time, duration=self._duration, is_key=packet.is_keyframe)
             )
-        return b"".join(parts)
+        return parts
 
 
 def write_video(path: str | Path, frames: Frames, *, fps: int | Fraction = FRAMES_PER_SECOND) -> None:

@@ -8,7 +8,7 @@
     jobs.py        jobs and their order                  job_store.py    their files
     videos.py      /v1/videos                            realtime.py   /v1/realtime, with realtime_messages.py
     run.py         listening, and an end that loses nothing
-    hosts.py       hosts and origins, compared           floods.py     limits on tiny frames and chunks
+    hosts.py       hosts and origins, compared           uvicorn_quirks.py  overrides of uvicorn's internals
     connections.py how many connections there may be, and how long one may be idle
     log_limit.py   how often the same message is logged
 

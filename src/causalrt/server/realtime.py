@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 UNAUTHORIZED, BUSY, TOO_SLOW, GOING_AWAY, INTERNAL, POLICY = 4401, 4429, 4408, 1001, 1011, 1008
 END = "causalrt.end"
-"""Name of the ASGI extension that closes a connection without waiting for its reader (`run.py`)."""
+"""Name of the ASGI extension that closes a connection without waiting for its reader (`uvicorn_quirks.py`)."""
 MOST_REPLIES = 256
 
 
@@ -309,7 +309,9 @@ class Connection:
         sent = True
         while sent:
             item, generation = await self._queue.get()
-            if isinstance(item, list):
+            if isinstance(item, bytes):
+                sent = await self._send(item)
+            elif isinstance(item, list):
                 sent = await self._send_fragments(item, generation)
             elif item["type"] == "chunk" and generation is not None:
                 sent = await self._send_chunk(item, generation)
@@ -317,11 +319,11 @@ class Connection:
                 sent = await self._send(json.dumps(item))
             self._queue.task_done()
 
-    async def _send_fragments(self, parts: list[bytes], generation: _Generation | None) -> bool:
-        for part in parts:
-            if not await self._send(part):
+    async def _send_fragments(self, fragments: list[bytes], generation: _Generation | None) -> bool:
+        for fragment in fragments:
+            if not await self._send(fragment):
                 return False
-            if generation is not None and generation.asked is not None and part[4:8] == b"moof":
+            if generation is not None and generation.asked is not None:
                 seconds = time.perf_counter() - generation.asked
                 generation.asked, generation.first_frame_ms = None, round(1e3 * seconds, 3)
                 cold_s = self._services.metrics.first_frame_after("realtime", seconds)

@@ -7,14 +7,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from causalrt.media.mp4_boxes import boxes
 from causalrt.media.video_file import FragmentWriter
 from causalrt.server.api_errors import ApiError, bad_request
 from causalrt.server.generation import GenerationRequest, Switch
 from causalrt.server.model_limits import MAX_SEED, ModelLimits, prompt_warnings
 
-Outgoing = dict[str, Any] | list[bytes]
-"""A message as JSON, or fragments, each of them a message."""
+Outgoing = dict[str, Any] | bytes | list[bytes]
+"""A JSON message, the initialisation segment, or the fragments of frames, each sent as a message of its own."""
 
 
 class _Message(BaseModel):
@@ -108,13 +107,13 @@ class RealtimeOutput:
                 "warnings": prompt_warnings(self._wish.prompt_cut_to),
             }
         )
-        self._post([self._writer.header])
+        self._post(self._writer.header)
 
     def write(self, frames: torch.Tensor) -> float:
         """Encode frames `[T, h, w, 3]` and send their fragments; milliseconds of encoding."""
         assert self._writer is not None
         begun = time.perf_counter()
-        fragments = _split(self._writer.write(frames))
+        fragments = self._writer.write(frames)
         encode_ms = 1e3 * (time.perf_counter() - begun)
         self._post(fragments)
         return encode_ms
@@ -156,22 +155,10 @@ class RealtimeOutput:
         """Send the last fragment. Who watches is told how it was ended, if it was, even in its last chunk."""
         assert self._writer is not None
         if last := self._writer.close():
-            self._post(_split(last))
+            self._post(last)
         return False
 
     def discard(self) -> None:
         """Send nothing more."""
         if self._writer is not None:
             self._writer.close()
-
-
-def _split(data: bytes) -> list[bytes]:
-    """Fragments (moof and mdat, and what ends the file) as messages of their own."""
-    parts: list[bytes] = []
-    for name, payload in boxes(data):
-        box = (len(payload) + 8).to_bytes(4, "big") + name.encode("latin-1") + payload
-        if name == "mdat" and parts:
-            parts[-1] += box
-        else:
-            parts.append(box)
-    return parts

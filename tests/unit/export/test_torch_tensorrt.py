@@ -251,7 +251,7 @@ def test_build(torch_tensorrt, checkpoint, tmp_path, world_size):
         bundle.config.model.num_layers
     )
     assert networks[files.time]["inputs"] == [{"name": "sinusoid", "shape": [32], "dtype": "BF16"}]
-    assert json.dumps(inspect_bundle(bundle.path))
+    assert json.dumps(inspect_bundle(bundle.path).as_dict())
 
 
 def _inputs(files, engine):

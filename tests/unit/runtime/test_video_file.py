@@ -121,7 +121,7 @@ def test_a_video_lasts_as_long_as_its_frames(kind, count, tmp_path):
         write_video(path, moving_pictures(count))
     else:
         writer = FragmentWriter(height=HEIGHT, width=WIDTH, fps=FPS)
-        path.write_bytes(writer.header + writer.write(moving_pictures(count)) + writer.close())
+        path.write_bytes(b"".join([writer.header, *writer.write(moving_pictures(count)), *writer.close()]))
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
         durations = [packet.duration * packet.time_base for packet in packets]
@@ -182,18 +182,19 @@ def test_fragments_come_without_lag(frames):
     assert [name for name, _ in boxes(writer.header)] == ["ftyp", "moov"]
     given = come = 0
     for chunk in chunked(frames):
-        names = [name for name, _ in boxes(writer.write(chunk))]
+        names = [name for fragment in writer.write(chunk) for name, _ in boxes(fragment)]
         assert names == ["moof", "mdat"] * (len(names) // 2)
         given += len(chunk)
         come += len(names) // 2
         assert come == given
-    assert writer.close() == b""
+    assert writer.close() == []
 
 
 def test_fragments_hold_the_frames_at_their_times(frames, tmp_path):
     writer = FragmentWriter(height=HEIGHT, width=WIDTH, fps=FPS)
     path = tmp_path / "video.mp4"
-    path.write_bytes(writer.header + b"".join(map(writer.write, chunked(frames))) + writer.close())
+    fragments = [fragment for chunk in chunked(frames) for fragment in writer.write(chunk)]
+    path.write_bytes(b"".join([writer.header, *fragments, *writer.close()]))
     found, times = decoded(str(path))
     assert times == [Fraction(number, FPS) for number in range(len(frames))]
     assert psnr(found, frames) > 28
@@ -201,7 +202,7 @@ def test_fragments_hold_the_frames_at_their_times(frames, tmp_path):
 
 def test_a_stream_that_breaks_off_is_a_video_so_far(frames, tmp_path):
     writer = FragmentWriter(height=HEIGHT, width=WIDTH, fps=FPS)
-    first, second, _ = map(writer.write, chunked(frames))
+    first, second, _ = (b"".join(writer.write(chunk)) for chunk in chunked(frames))
     path = tmp_path / "video.mp4"
     path.write_bytes(writer.header + first + second[: len(second) // 2])
     found, _ = decoded(str(path), broken_off=True)
@@ -214,7 +215,8 @@ def test_a_stream_that_breaks_off_is_a_video_so_far(frames, tmp_path):
 def test_ffprobe_finds_nothing_wrong_with_fragments(frames, fps, tmp_path):
     writer = FragmentWriter(height=HEIGHT, width=WIDTH, fps=fps)
     path = tmp_path / "video.mp4"
-    path.write_bytes(writer.header + b"".join(map(writer.write, chunked(frames))) + writer.close())
+    fragments = [fragment for chunk in chunked(frames) for fragment in writer.write(chunk)]
+    path.write_bytes(b"".join([writer.header, *fragments, *writer.close()]))
     flags = ["-v", "warning", "-count_frames", "-show_streams", "-show_packets", "-of", "json"]
     probed = subprocess.run(["ffprobe", *flags, path], capture_output=True, text=True, check=True)
     assert probed.stderr == ""
@@ -234,7 +236,7 @@ def test_the_codec_string_is_the_decoders(height, width, level, tmp_path):
     assert re.fullmatch("avc1[.][0-9a-f]{6}", writer.codec)
     assert writer.mime == f'video/mp4; codecs="{writer.codec}"'
     path = tmp_path / "video.mp4"
-    path.write_bytes(writer.header + writer.write(moving_pictures(3, height, width)) + writer.close())
+    path.write_bytes(b"".join([writer.header, *writer.write(moving_pictures(3, height, width)), *writer.close()]))
     with av.open(str(path)) as container:
         (stream,) = container.streams.video
         assert stream.codec_context.profile == "High"
