@@ -132,7 +132,7 @@ def replaced_while_hashed(bundles, served, monkeypatch):
     return prepare
 
 
-@pytest.mark.parametrize("replace", [exchange, copy_over])
+@pytest.mark.parametrize("replace", [exchange, pytest.param(copy_over, marks=pytest.mark.slow)])
 def test_a_whole_bundle_that_comes_while_the_caller_hashes_is_loaded(bundles, served, replaced_while_hashed, replace):
     replaced_while_hashed(replace)
     assert torch.equal(video(served), bundles.videos[bundles.new])
