@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
+from causalrt.codec_geometry import CodecGeometry
 from causalrt.config import Config
 from causalrt.errors import PromptError, RequestError
 from causalrt.media.video_file import FragmentWriter
-from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
 from causalrt.model.text.umt5 import PromptTokens, clean_prompt
 from causalrt.server.api_errors import bad_request
 from causalrt.server.settings import ServerSettings
@@ -26,7 +26,7 @@ class ModelLimits:
         model_name: what jobs call the model.
         height: pixels.
         width: pixels.
-        fps: frames a second.
+        codec: scales and frame rate of the codec.
         chunk_frames: latent frames of a chunk.
         first_frames: latent frames of a video's first chunk.
         mime: of the fragments, for a browser.
@@ -41,7 +41,7 @@ class ModelLimits:
     model_name: str
     height: int
     width: int
-    fps: int
+    codec: CodecGeometry
     chunk_frames: int
     first_frames: int
     mime: str
@@ -69,7 +69,7 @@ class ModelLimits:
             model_name=settings.model_name,
             height=height,
             width=width,
-            fps=fps,
+            codec=video.codec,
             chunk_frames=video.chunk_frames,
             first_frames=video.frames_at(0),
             mime=FragmentWriter(height=height, width=width, fps=fps).mime,
@@ -86,6 +86,11 @@ class ModelLimits:
         return replace(offer, max_seconds=min(whole, offer.max_seconds))
 
     @property
+    def fps(self) -> int:
+        """Frames a second."""
+        return self.codec.fps
+
+    @property
     def size(self) -> str:
         """As OpenAI writes it: width x height."""
         return f"{self.width}x{self.height}"
@@ -96,13 +101,13 @@ class ModelLimits:
         return f"{min(DEFAULT_SECONDS, self.max_seconds):g}"
 
     def num_frames(self, chunks: int) -> int:
-        """Frames of so many chunks: the first latent frame is one, each later one is four."""
-        return TEMPORAL_SCALE * (self.first_frames + (chunks - 1) * self.chunk_frames - 1) + 1
+        """Frames of the first `chunks` chunks of a video."""
+        return self.codec.frames_of(self.first_frames + (chunks - 1) * self.chunk_frames)
 
     def frames_and_chunks(self, seconds: float) -> tuple[int, int]:
         """Frames of a video of this length, at least one, and the chunks that hold them."""
         frames = max(1, round(seconds * self.fps))
-        latents = 1 + math.ceil((frames - 1) / TEMPORAL_SCALE)
+        latents = self.codec.latents_of(frames)
         return frames, 1 + max(0, math.ceil((latents - self.first_frames) / self.chunk_frames))
 
     def check_prompt(self, prompt: str) -> int | None:
