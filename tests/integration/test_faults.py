@@ -222,7 +222,7 @@ def test_a_silent_rank_on_a_gpu_fails_sooner(
     """Nothing but this time ends a collective inside an engine; what is slow on GPUs is over once they are loaded."""
     limits: list[float] = []
     monkeypatch.setattr(load_module, "choose_device", lambda *arguments, **options: device)
-    monkeypatch.setattr(load_module, "Engine", lambda *arguments, timeout_s, **options: limits.append(timeout_s))
+    monkeypatch.setattr(load_module, "start_engine", lambda bundle, options: limits.append(options.timeout_s))
     load(bundles(1))
     load(bundles(1), timeout_s=7.0)
     assert limits == [seconds, 7.0]

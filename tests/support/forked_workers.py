@@ -29,7 +29,7 @@ MAX_DESCRIPTORS = 64
 HIGH = 500
 """Received descriptors are moved up here first: the numbers that are wanted are lower."""
 OF_EACH_PROCESS = ("PYTHONPATH", "PYTEST_CURRENT_TEST", *ENVIRONMENT["decoder"])
-"""Variables that may differ from the template's. Any other difference, or a `sitecustomize` of a test, wants a new interpreter."""
+"""Variables that may differ from the template's. Other differences, or a `sitecustomize` of a test, want a new interpreter."""
 
 
 class ForkedWorkers:

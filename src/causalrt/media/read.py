@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor
 
-from causalrt.config import FRAMES_PER_SECOND
+from causalrt.codec_geometry import WAN21
 from causalrt.errors import RequestError
 from causalrt.media.clips import clip_pictures
 from causalrt.media.colour import Pixels
@@ -39,7 +39,7 @@ def read_frames(
     height: int,
     width: int,
     max_frames: int,
-    fps: int | Fraction = FRAMES_PER_SECOND,
+    fps: int | Fraction = WAN21.fps,
     background: str = BACKGROUND,
     part: Part = "first",
 ) -> torch.Tensor:

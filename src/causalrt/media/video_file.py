@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from causalrt.atomic_files import atomic_file
-from causalrt.config import FRAMES_PER_SECOND
+from causalrt.codec_geometry import WAN21
 from causalrt.errors import RequestError, VideoError
 from causalrt.media.mp4_boxes import codec_from_header, fragment, sample_from_byte_stream
 from causalrt.media.pyav import pyav
@@ -225,7 +225,7 @@ class FragmentWriter:
         return parts
 
 
-def write_video(path: str | Path, frames: Frames, *, fps: int | Fraction = FRAMES_PER_SECOND) -> None:
+def write_video(path: str | Path, frames: Frames, *, fps: int | Fraction = WAN21.fps) -> None:
     """Write frames, uint8 `[T, height, width, 3]` in sRGB, as an MP4 file (H.264), atomically.
 
     Raises:

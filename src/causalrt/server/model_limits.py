@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
+from causalrt.codec_geometry import CodecGeometry
 from causalrt.config import Config
 from causalrt.errors import PromptError, RequestError
 from causalrt.media.video_file import FragmentWriter
-from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
 from causalrt.model.text.umt5 import PromptTokens, clean_prompt
 from causalrt.server.api_errors import bad_request
 from causalrt.server.settings import ServerSettings
@@ -26,7 +26,7 @@ class ModelLimits:
         model_name: name of the model in jobs.
         height: height of a frame in pixels.
         width: width of a frame in pixels.
-        fps: frames per second.
+        codec: scales and frame rate of the codec.
         chunk_frames: latent frames per chunk.
         first_frames: latent frames of the first chunk of a video.
         mime: MIME type of the fragments, for a browser.
@@ -41,7 +41,7 @@ class ModelLimits:
     model_name: str
     height: int
     width: int
-    fps: int
+    codec: CodecGeometry
     chunk_frames: int
     first_frames: int
     mime: str
@@ -69,7 +69,7 @@ class ModelLimits:
             model_name=settings.model_name,
             height=height,
             width=width,
-            fps=fps,
+            codec=video.codec,
             chunk_frames=video.chunk_frames,
             first_frames=video.frames_at(0),
             mime=FragmentWriter(height=height, width=width, fps=fps).mime,
@@ -86,6 +86,11 @@ class ModelLimits:
         return replace(limits, max_seconds=min(whole, limits.max_seconds))
 
     @property
+    def fps(self) -> int:
+        """Frames a second."""
+        return self.codec.fps
+
+    @property
     def size(self) -> str:
         """Picture size in OpenAI's notation, WIDTHxHEIGHT."""
         return f"{self.width}x{self.height}"
@@ -96,13 +101,13 @@ class ModelLimits:
         return f"{min(DEFAULT_SECONDS, self.max_seconds):g}"
 
     def num_frames(self, chunks: int) -> int:
-        """Return the frames of a number of chunks: the first latent frame decodes to one, each later one to four."""
-        return TEMPORAL_SCALE * (self.first_frames + (chunks - 1) * self.chunk_frames - 1) + 1
+        """Return the frames of the first `chunks` chunks of a video."""
+        return self.codec.frames_of(self.first_frames + (chunks - 1) * self.chunk_frames)
 
     def frames_and_chunks(self, seconds: float) -> tuple[int, int]:
         """Return the frames of a video of this length, at least one, and the chunks that it takes to make them."""
         frames = max(1, round(seconds * self.fps))
-        latents = 1 + math.ceil((frames - 1) / TEMPORAL_SCALE)
+        latents = self.codec.latents_of(frames)
         return frames, 1 + max(0, math.ceil((latents - self.first_frames) / self.chunk_frames))
 
     def check_prompt(self, prompt: str) -> int | None:

@@ -252,7 +252,7 @@ def test_a_run_that_is_taken_up_goes_on_as_if_it_had_not_stopped(tmp_path):
         small_trainer(Settings(steps=5, own_from=2, batch=2, firsts=3)).resume(tmp_path / "state.pt")
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rounds", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_own_history_is_sampled_as_a_session_samples(rounds):
     trainer = small_trainer(Settings(batch=6))
     trainer.step = rounds - 1

@@ -116,7 +116,7 @@ def builds(tmp_path_factory):
 
 
 def _marked(key):
-    slow = key[0] in (2, 3) or key[:2] == (1, "runtime")
+    slow = key not in (BUILDS[0], BUILDS[-1])
     return pytest.param(key, id="-".join(map(str, key)), marks=[pytest.mark.slow] if slow else [])
 
 
@@ -133,7 +133,8 @@ def small(builds):
 # Fused ops without plugins
 
 
-@pytest.mark.parametrize("collectives", ["engine", pytest.param("runtime", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("collectives", ["engine", "runtime"])
 def test_fused_ops_are_built_as_what_their_functions_say(tmp_path, collectives):
     """Keys that are rotated when they are read: attention is fused, and has its length, all the same."""
     config = tiny(2, **{"video.time_index": "relative"})
@@ -158,6 +159,7 @@ def test_fused_ops_are_built_as_what_their_functions_say(tmp_path, collectives):
     assert {"temporal_cos", "scatter_destinations"} <= set(step["constants"])
 
 
+@pytest.mark.slow
 def test_tables_of_a_window_of_one_chunk_are_found(tmp_path):
     """Nothing depends on time: the tables of the slots are constants themselves."""
     window = {"video.window_frames": "3", "video.sink_frames": "0", "video.time_index": "relative"}
