@@ -14,6 +14,7 @@ LINKS = ("export", "plugins", "engines", "runtime", "tools")
 
 FLOORS = (
     (
+        "codec_geometry",
         "config",
         "layout",
         "errors",

@@ -1,4 +1,4 @@
-"""Listening, and an end that loses nothing: SIGTERM drains, a second one does not wait."""
+"""Runs the server: it listens, drains on SIGTERM or SIGINT, and ends at once on a second signal."""
 
 import asyncio
 import functools
@@ -13,10 +13,10 @@ import uvicorn
 
 from causalrt.errors import RequestError
 from causalrt.model.text.umt5 import PromptTokens
+from causalrt.runtime.engine import Engine
 from causalrt.server.app import make_app
 from causalrt.server.auth import Tokens
 from causalrt.server.connections import Acceptor, connection_limit
-from causalrt.server.engine_host import EngineLike
 from causalrt.server.log_limit import limited_logs
 from causalrt.server.services import FAREWELL_S, Services, make_services
 from causalrt.server.settings import ServerSettings
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn that limits its connections, drains before it ends, and ends with exit code 0."""
+    """A uvicorn server that limits its connections, drains before it ends, and ends with exit code 0."""
 
     _drain: asyncio.Task[None] | None = None
     _accepting: asyncio.Task[None] | None = None
@@ -37,7 +37,7 @@ class Server(uvicorn.Server):
         self._max_connections = max_connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, and accept connections ourselves where uvicorn would have asyncio do it."""
+        """Start the application, and accept connections with `Acceptor` instead of asyncio's server."""
         assert sockets is not None
         (listening,) = sockets
         await super().startup([])
@@ -50,17 +50,17 @@ class Server(uvicorn.Server):
         self._accepting = asyncio.create_task(acceptor.run())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more connections, and end as uvicorn does."""
+        """Stop accepting connections, and shut down as uvicorn does."""
         if self._accepting is not None:
             self._accepting.cancel()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, a further one ends at once."""
+        """Drain on the first signal, end at once on a further one."""
         asyncio.get_running_loop().call_soon_threadsafe(self.end, sig)
 
     def end(self, sig: int = signal.SIGTERM) -> None:
-        """On the loop: what a signal does."""
+        """Handle a signal on the event loop."""
         if self._drain is not None:
             self.should_exit = True
             if sig == signal.SIGINT:
@@ -76,10 +76,10 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int, *, send_buffer_bytes: int) -> socket.socket:
-    """A listening socket; the connections that it accepts have its send buffer.
+    """Open a listening socket; accepted connections inherit the size of its send buffer.
 
     Raises:
-        RequestError: the address is taken, or is not ours.
+        RequestError: the address is in use or not an address of this machine.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
@@ -91,14 +91,14 @@ def listen(host: str, port: int, *, send_buffer_bytes: int) -> socket.socket:
 
 
 def address(listening: socket.socket) -> str:
-    """The URL of a listening socket."""
+    """Return the URL of a listening socket."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def serve(
-    engine: EngineLike,
-    load: Callable[[], EngineLike],
+    engine: Engine,
+    load: Callable[[], Engine],
     encode: Callable[[str], torch.Tensor],
     settings: ServerSettings,
     *,
@@ -108,21 +108,21 @@ async def serve(
     version: str,
     on_start: Callable[[Server], None] = lambda server: None,
 ) -> None:
-    """Serve until a signal; returns when everything has ended and the engine is closed.
+    """Serve until a signal arrives; return once everything has ended and the engine is closed.
 
     Args:
-        engine: loaded; the server closes it.
-        load: makes another one, if its ranks die.
-        encode: prompt -> embeddings `[rows, text_dim]`.
-        settings: limits and places.
-        tokenize: prompt -> what `encode` reads of it; refuses, quickly, what `encode` would refuse.
-        tokens: who may use it.
-        listening: from `listen`.
-        version: of the OpenAPI document.
-        on_start: told the server before it starts.
+        engine: a loaded engine, which the server closes.
+        load: loads another engine if its ranks die.
+        encode: maps a prompt to embeddings `[rows, text_dim]`.
+        settings: limits, paths and times.
+        tokenize: maps a prompt to the tokens that `encode` reads; it quickly refuses what `encode` would refuse.
+        tokens: the tokens that give access.
+        listening: socket returned by `listen`.
+        version: version of the OpenAPI document.
+        on_start: called with the server before it starts.
 
     Raises:
-        RequestError: the engine makes no frames, or the spool cannot be used.
+        RequestError: the engine has no VAE, or the spool cannot be used.
         ConfigError: the process may not open enough files and sockets.
     """
     services = make_services(engine, load, encode, settings, tokens, tokenize=tokenize)
@@ -146,4 +146,4 @@ async def serve(
         with limited_logs("uvicorn.error", Acceptor.__module__):
             await server.serve(sockets=[listening])
     finally:
-        await services.close()  # a second SIGINT leaves the lifespan, which closes them, out
+        await services.close()  # a second SIGINT skips the lifespan, which normally closes them
