@@ -10,6 +10,8 @@ import pytest
 from support import SUPPORT
 from support.small_bundles import bundle_factory
 
+STARTS_PROCESSES = True
+
 RECORDER = SUPPORT / "dns_recorder.py"
 COLLECTOR = "mobile.events.data.microsoft.com"
 LONG_ENOUGH_S = 12
@@ -25,7 +27,6 @@ import sys, time
 from causalrt import load
 import torch
 
-STARTS_PROCESSES = True
 with load(sys.argv[1], executor="onnxruntime") as engine:
     with engine.session(torch.zeros(8, 24), num_chunks=1) as session:
         next(iter(session))

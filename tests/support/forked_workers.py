@@ -39,6 +39,7 @@ class ForkedWorkers:
         self._lock = threading.Lock()
         self._environment = _compared(os.environ)
         self._path = list(sys.path)
+        self._owner = os.getpid()
         self._channel: socket.socket | None = None
         workers = self
 
@@ -55,7 +56,7 @@ class ForkedWorkers:
 
     def _would_be_the_same(self, environment: dict[str, str], path: list[str]) -> bool:
         customizes = any(Path(entry, "sitecustomize.py").exists() for entry in path if entry not in self._path)
-        return _compared(environment) == self._environment and not customizes
+        return os.getpid() == self._owner and _compared(environment) == self._environment and not customizes
 
     def fork(self, args: list[str], descriptors: dict[int, int | None], env: dict[str, str]) -> int:
         """Fork the template; `descriptors` has for each number in the new process the one here, where that is another."""
