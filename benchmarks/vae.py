@@ -21,8 +21,9 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.export.engine_worker import build_engine
 from causalrt.export.random_encoders import random_vae
 from causalrt.export.vae import vae_engine_requests, write_vae
+from causalrt.model.codecs.registry import cache_bytes
 from causalrt.model.codecs.vae_checkpoint import VaeConfig
-from causalrt.model.codecs.wan_vae import StreamingDecoder, cache_bytes
+from causalrt.model.codecs.wan_vae import StreamingDecoder
 
 
 def status_bytes(field: str) -> int:

@@ -11,8 +11,7 @@ from causalrt.cli import main
 from causalrt.engines.bundle import VAE_WEIGHTS, open_bundle
 from causalrt.errors import ConfigError, PromptError, RequestError
 from causalrt.model.codecs.block_dct import BlockDctConfig, BlockDecoder, write_block_dct
-from causalrt.model.codecs.vae_checkpoint import load_vae
-from causalrt.model.codecs.wan_vae import encode
+from causalrt.model.codecs.registry import encode, load_vae
 from causalrt.model.text.words import WordEncoder
 from causalrt.runtime.memory import decoder_memory, device_sessions, predict_memory
 

@@ -17,7 +17,7 @@ from causalrt.demo_model import demo_files
 from causalrt.engines.bundle import file_digest
 from causalrt.errors import CheckpointError, PromptError, RequestError
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint
-from causalrt.model.codecs.vae_checkpoint import load_vae
+from causalrt.model.codecs.registry import load_vae
 from causalrt.model.text.words import WordEncoder
 from causalrt.recipes import recipe
 from causalrt.tools import demo

@@ -25,8 +25,7 @@ from causalrt.errors import (
     RequestError,
 )
 from causalrt.model.codecs.decode_state import pixels_from_signal
-from causalrt.model.codecs.vae_checkpoint import load_vae
-from causalrt.model.codecs.wan_vae import encode
+from causalrt.model.codecs.registry import encode, load_vae
 
 pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 PARTS = ("eager", "onnxruntime")

@@ -34,7 +34,8 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
 from causalrt.layout import Layout, layout_from_config
-from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
+from causalrt.model.codecs.protocol import CodecConfig
+from causalrt.model.codecs.registry import vae_config_from_mapping
 from causalrt.plain import from_plain
 from causalrt.regular_files import regular_file
 
@@ -72,7 +73,7 @@ class Bundle:
     config: Config
     layout: Layout
     fused_ops: bool
-    vae: AnyVaeConfig | None
+    vae: CodecConfig | None
     executors: tuple[str, ...]
     steps: tuple[StepGraphs, ...]
     engines: Mapping[str, FlavourEngines]
@@ -235,7 +236,7 @@ def write_manifest(
     executors: tuple[str, ...],
     steps: Sequence[StepGraphs],
     engines: Mapping[str, Any],
-    vae: AnyVaeConfig | None = None,
+    vae: CodecConfig | None = None,
     toolchain: Mapping[str, str] | None = None,
 ) -> None:
     """Hash every file in `folder` and write the manifest, as the last step of a build.

@@ -17,7 +17,7 @@ from causalrt.errors import ConfigError, Faults
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
 from causalrt.export.finish import Prepared, build_flavour, check_timing_cache, warn_of_unlisted
 from causalrt.export.options import CollectivesMode, FrontEnd, FusedOpsMode
-from causalrt.model.codecs.vae_checkpoint import load_vae, vae_config_from_mapping
+from causalrt.model.codecs.registry import load_vae, vae_config_from_mapping
 from causalrt.plugins.plugin_specs import MAX_HEAD_DIM
 from causalrt.progress import Progress
 

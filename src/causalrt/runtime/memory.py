@@ -16,8 +16,8 @@ from causalrt.engines.kinds import executor_kind
 from causalrt.engines.network_record import read_networks, working_bytes
 from causalrt.errors import BundleError, OutOfMemoryError
 from causalrt.layout import layout_from_config
-from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig
-from causalrt.model.codecs.wan_vae import cache_bytes
+from causalrt.model.codecs.protocol import CodecConfig
+from causalrt.model.codecs.registry import cache_bytes
 from causalrt.model.wan.transformer import num_parameters
 
 UNLIMITED = sys.maxsize
@@ -92,7 +92,7 @@ def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
     return predict_decoder_memory(bundle.vae, bundle.config, executor, weights_bytes=weights)
 
 
-def predict_decoder_memory(vae: AnyVaeConfig, config: Config, executor: str, *, weights_bytes: int) -> DecoderMemory:
+def predict_decoder_memory(vae: CodecConfig, config: Config, executor: str, *, weights_bytes: int) -> DecoderMemory:
     """Bytes that a decoder will hold, with one session open; graphs keep a second set of caches."""
     video, dtype, kind = config.video, TORCH_DTYPES[config.build.precision], executor_kind(executor)
     caches = cache_bytes(vae, latent_height=video.latent_height, latent_width=video.latent_width, dtype=dtype)

@@ -107,7 +107,7 @@ class VaeDecoder:
         return Decoded(frames=frames.frames, decode_ms=frames.decode_ms, queue_ms=1e3 * (started - asked))
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        """Latents `[1 + k, 16, H, W]` of 1 + 4k frames (`causalrt.model.codecs.wan_vae.encode`).
+        """Latents `[1 + k, 16, H, W]` of 1 + 4k frames (`causalrt.model.codecs.registry.encode`).
 
         Raises:
             RequestError: wrong shape, type, number of frames, or values.

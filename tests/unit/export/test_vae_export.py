@@ -16,7 +16,8 @@ from causalrt.errors import BuildError, BundleError, ExecutorError, RequestError
 from causalrt.export.engine_worker import build_engine
 from causalrt.export.vae import vae_engine_requests, write_vae, write_vae_weights
 from causalrt.model.codecs.decode_state import cache_name
-from causalrt.model.codecs.vae_checkpoint import VaeConfig, load_vae
+from causalrt.model.codecs.registry import load_vae
+from causalrt.model.codecs.vae_checkpoint import VaeConfig
 from causalrt.model.codecs.wan_vae import StreamingDecoder, cache_slots
 
 diffusers = pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")

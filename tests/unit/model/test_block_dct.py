@@ -16,9 +16,9 @@ from causalrt.engines.vae_onnx import OnnxVae
 from causalrt.errors import CheckpointError, RequestError
 from causalrt.export.engine_worker import build_engine
 from causalrt.export.vae import vae_engine_requests, write_vae
-from causalrt.model.codecs.block_dct import CHANNELS, CONFIG_KEY, BlockDecoder, block_basis, cosines, write_block_dct
-from causalrt.model.codecs.vae_checkpoint import load_vae
-from causalrt.model.codecs.wan_vae import encode
+from causalrt.model.codecs.block_dct import CHANNELS, BlockDecoder, block_basis, cosines, write_block_dct
+from causalrt.model.codecs.decode_state import CONFIG_KEY
+from causalrt.model.codecs.registry import encode, load_vae
 
 HEIGHT, WIDTH = 3, 5
 MEAN = [0.1 * channel - 0.5 for channel in range(16)]
@@ -149,8 +149,8 @@ def test_it_computes_in_the_type_that_is_asked_for(file):
 
 def test_diffusers_is_not_needed(file):
     code = (
-        "import sys, pathlib, torch; from causalrt.model.codecs.vae_checkpoint import load_vae;"
-        "from causalrt.model.codecs.wan_vae import encode;"
+        "import sys, pathlib, torch; from causalrt.model.codecs.registry import load_vae;"
+        "from causalrt.model.codecs.registry import encode;"
         f"vae = load_vae(pathlib.Path({str(file)!r})); encode(vae, torch.zeros(1, 3, 8, 8));"
         "sys.exit(any(name in sys.modules for name in ('diffusers', 'transformers')))"
     )

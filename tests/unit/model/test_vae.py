@@ -15,17 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from causalrt.errors import CheckpointError, ExecutorError, RequestError
 from causalrt.install_hint import install_extra
 from causalrt.model.codecs import vae_checkpoint
-from causalrt.model.codecs.decode_state import cache_name, pixels_from_signal
-from causalrt.model.codecs.vae_checkpoint import CONFIG_KEY, DIFFUSERS_FILE, WAN_FILE, VaeConfig, empty_vae, load_vae
-from causalrt.model.codecs.wan_vae import (
-    CACHED_FRAMES,
-    FirstFrame,
-    NextFrame,
-    StreamingDecoder,
-    cache_bytes,
-    cache_slots,
-    encode,
-)
+from causalrt.model.codecs.decode_state import CONFIG_KEY, cache_name, pixels_from_signal
+from causalrt.model.codecs.registry import cache_bytes, encode, load_vae
+from causalrt.model.codecs.vae_checkpoint import DIFFUSERS_FILE, WAN_FILE, VaeConfig, empty_vae
+from causalrt.model.codecs.wan_vae import CACHED_FRAMES, FirstFrame, NextFrame, StreamingDecoder, cache_slots
 
 diffusers = pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 

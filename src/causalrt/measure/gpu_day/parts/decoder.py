@@ -7,15 +7,14 @@ import torch
 
 from causalrt.config import Config
 from causalrt.demo_model import demo_files
-from causalrt.engines.vae import Vae
 from causalrt.errors import ExecutorError
 from causalrt.export.random_encoders import SMALL_VAE, random_vae
 from causalrt.measure.gpu_day.predictions import columns, planner_for
 from causalrt.measure.gpu_day.recorder import Recorder
-from causalrt.model.codecs.block_dct import BlockDct, BlockDecoder
 from causalrt.model.codecs.decode_state import DecodeState
-from causalrt.model.codecs.vae_checkpoint import VaeConfig, load_vae
-from causalrt.model.codecs.wan_vae import StreamingDecoder
+from causalrt.model.codecs.protocol import Decoder
+from causalrt.model.codecs.registry import eager_decoder, load_vae
+from causalrt.model.codecs.vae_checkpoint import VaeConfig
 from causalrt.recipes import recipe
 from causalrt.tools.ops.timing import seconds_of
 
@@ -28,8 +27,7 @@ def run(recorder: Recorder) -> None:
     config = recipe("tiny" if recorder.dry_run else "wan_1_3b_480p")
     with recorder.attempt("small decoder"):
         small = load_vae(demo_files().codec, dtype=torch.float32, device=recorder.device)
-        assert isinstance(small, BlockDct)
-        _decode(recorder, "cosine transform of the demo", BlockDecoder(small), config, torch.float32)
+        _decode(recorder, "cosine transform of the demo", eager_decoder(small), config, torch.float32)
     name = "Wan's VAE with few channels" if recorder.dry_run else "Wan's VAE, random weights, bfloat16"
     dtype = torch.float32 if recorder.dry_run else torch.bfloat16
     try:
@@ -38,7 +36,7 @@ def run(recorder: Recorder) -> None:
         recorder.note(f"{name}: skipped, {error}")
         return
     with recorder.attempt(name):
-        later_ms = _decode(recorder, name, StreamingDecoder(vae), config, dtype)
+        later_ms = _decode(recorder, name, eager_decoder(vae), config, dtype)
         recorder.headline("decoder", f"A chunk through {name}: {later_ms:.4g} ms.")
         if planner is not None:
             for row, first in zip(recorder.record.tables[TABLE][-2:], (True, False), strict=True):
@@ -46,7 +44,7 @@ def run(recorder: Recorder) -> None:
             recorder.save()
 
 
-def _decode(recorder: Recorder, name: str, vae: Vae, config: Config, dtype: torch.dtype) -> float:
+def _decode(recorder: Recorder, name: str, vae: Decoder, config: Config, dtype: torch.dtype) -> float:
     """Milliseconds of a later chunk; on a GPU the first video warms up, and the second one is timed."""
     video, device = config.video, recorder.device
     generator = torch.Generator().manual_seed(0)
