@@ -18,7 +18,7 @@ from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_
 from causalrt.export.finish import Prepared, build_flavour, check_timing_cache, warn_of_unlisted
 from causalrt.export.options import CollectivesMode, FrontEnd, FusedOpsMode
 from causalrt.model.codecs.vae_checkpoint import load_vae, vae_config_from_mapping
-from causalrt.plugins.plugin_specs import MAX_HEAD_DIM
+from causalrt.plugins.shard_blocks import MAX_HEAD_DIM
 from causalrt.progress import Progress
 
 logger = logging.getLogger(__name__)
