@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from causalrt.codec_geometry import WAN21, CodecGeometry
 from causalrt.errors import ConfigError, Faults
 from causalrt.plain import from_plain, type_name
 
@@ -19,10 +20,8 @@ TimeIndex = Literal["global", "relative"]
 
 MAX_LATENT_FRAMES = 1024
 """Positions that the rotary table of the reference has (model_spec section 4)."""
-PIXELS_PER_LATENT = 8
 LARGEST_LATENTS = {"latent_height": 270, "latent_width": 480}
 """The size of a 4K picture in latents; larger values are most likely pixels."""
-FRAMES_PER_SECOND = 16
 
 
 def _require(condition: bool, message: str) -> None:
@@ -170,19 +169,24 @@ class VideoConfig:
         return [self.frames_at(self.first_frame_of(first_chunk + index)) for index in range(num_chunks)]
 
     @property
+    def codec(self) -> CodecGeometry:
+        """Scales and frame rate of the codec whose latents the video consists of."""
+        return WAN21
+
+    @property
     def pixel_height(self) -> int:
         """Rows of a decoded frame."""
-        return PIXELS_PER_LATENT * self.latent_height
+        return self.codec.pixels_per_latent * self.latent_height
 
     @property
     def pixel_width(self) -> int:
         """Columns of a decoded frame."""
-        return PIXELS_PER_LATENT * self.latent_width
+        return self.codec.pixels_per_latent * self.latent_width
 
     @property
     def fps(self) -> int:
         """Decoded frames a second at which the model's videos play."""
-        return FRAMES_PER_SECOND
+        return self.codec.fps
 
     @property
     def capacity_frames(self) -> int:
@@ -332,9 +336,9 @@ def override(config: Config, changes: Mapping[str, str]) -> Config:
             sections.setdefault(section, {})[key] = value = _parse(name, hints[name], text)
             if key in LARGEST_LATENTS and value > LARGEST_LATENTS[key]:
                 raise ConfigError(
-                    f"{name} counts latents of {PIXELS_PER_LATENT} pixels, so {value} of them are "
-                    f"{PIXELS_PER_LATENT * value} pixels, which is beyond 4K; for {value} pixels give "
-                    f"`--set {name}={round(value / PIXELS_PER_LATENT)}`"
+                    f"{name} counts latents of {WAN21.pixels_per_latent} pixels, so {value} of them are "
+                    f"{WAN21.pixels_per_latent * value} pixels, which is beyond 4K; for {value} pixels give "
+                    f"`--set {name}={round(value / WAN21.pixels_per_latent)}`"
                 )
     replaced = {}
     for section, values in sections.items():

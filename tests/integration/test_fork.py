@@ -302,6 +302,8 @@ import gc, os, sys
 import causalrt
 from support.small_bundles import prompt
 
+STARTS_PROCESSES = True
+
 engine = causalrt.load(sys.argv[1], device="cpu")
 session = engine.session(prompt(), seed=2)
 next(session)

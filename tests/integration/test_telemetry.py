@@ -24,6 +24,8 @@ GENERATE = """
 import sys, time
 from causalrt import load
 import torch
+
+STARTS_PROCESSES = True
 with load(sys.argv[1], executor="onnxruntime") as engine:
     with engine.session(torch.zeros(8, 24), num_chunks=1) as session:
         next(iter(session))

@@ -252,6 +252,7 @@ def _build_target(
 
     config, folder = prepared.config, prepared.folder
     cache = Path(timing_cache) if timing_cache is not None else default_timing_cache(flavour, target)
+    built: dict[str, Any]
     if frontend == "torch-tensorrt":
         built = torch_tensorrt_frontend().build_with_torch_tensorrt(
             config, folder, progress, flavour=flavour, target=target, timing_cache=cache

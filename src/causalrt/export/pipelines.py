@@ -6,7 +6,7 @@
 | `ONNXRUNTIME_FLOAT32` | a step for ONNX Runtime in float32, before it is cut | | `fuse_attention_pass` |
 | `STANDARD_OPS` | a step with fused ops that are not plugins | `expand_functions_pass` | |
 | `TENSORRT_SEGMENTS` | a step for TensorRT, before it is cut | `split_single_heads_pass` | `scale_queries_pass` |
-| `TENSORRT_ENGINE` | a step that is one engine | `split_single_heads_pass`, `lower_exchanges_pass` | `scale_queries_pass` |
+| `TENSORRT_ENGINE` | a step in one engine | `split_single_heads_pass`, `lower_exchanges_pass` | `scale_queries_pass` |
 | `TENSORRT_PLUGINS` | a saved part of a step with fused ops, on the GPU that it is built for | | `use_plugins_pass` |
 
 Every pass has the signature `(graph, PassContext) -> hits`, changes the graph in place and returns the number of places that

@@ -168,9 +168,10 @@ class Engine:
                 "frames are encoded by the VAE, and the engine has none; build the bundle with `--vae FILE`"
             )
         video = self.config.video
-        size, most = (video.pixel_height, video.pixel_width, 3), 4 * video.horizon_frames - 3
+        size, most = (video.pixel_height, video.pixel_width, 3), video.codec.frames_of(video.horizon_frames)
         shape = tuple(getattr(frames, "shape", ()))
-        if shape[1:] != size or getattr(frames, "dtype", None) != torch.uint8 or shape[0] > most or shape[0] % 4 != 1:
+        fits = shape[1:] == size and shape[0] <= most and video.codec.fills_latents(shape[0])
+        if not fits or getattr(frames, "dtype", None) != torch.uint8:
             raise RequestError(
                 f"frames to encode must be uint8 [T, {', '.join(map(str, size))}] with T = 1, 5, 9 ... at most {most}, got "
                 f"{getattr(frames, 'dtype', type(frames).__name__)} {list(shape)}; scale or cut them"

@@ -17,7 +17,7 @@ from causalrt.engines.network_record import read_networks, working_bytes
 from causalrt.errors import BundleError, OutOfMemoryError
 from causalrt.layout import layout_from_config
 from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig
-from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE, cache_bytes
+from causalrt.model.codecs.wan_vae import cache_bytes
 from causalrt.model.wan.transformer import num_parameters
 
 UNLIMITED = sys.maxsize
@@ -96,7 +96,7 @@ def predict_decoder_memory(vae: AnyVaeConfig, config: Config, executor: str, *, 
     """Bytes that a decoder will hold, with one session open; graphs keep a second set of caches."""
     video, dtype, kind = config.video, TORCH_DTYPES[config.build.precision], executor_kind(executor)
     caches = cache_bytes(vae, latent_height=video.latent_height, latent_width=video.latent_width, dtype=dtype)
-    widest = vae.decoder_dim * TEMPORAL_SCALE * video.pixel_height * video.pixel_width
+    widest = vae.decoder_dim * video.codec.frames_per_latent * video.pixel_height * video.pixel_width
     return DecoderMemory(
         weights_bytes=weights_bytes,
         cache_bytes=(2 if kind.compiled else 1) * caches,

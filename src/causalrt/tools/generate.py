@@ -288,7 +288,7 @@ def check_switches(switches: Iterable[int], num_chunks: int) -> None:
         )
 
 
-def _prompts(request: GenerateRequest) -> tuple[Prompt, Mapping[int, Prompt]]:
+def _prompts(request: GenerateRequest) -> tuple[Prompt, dict[int, Prompt]]:
     """The first prompt and the later ones by chunk, as texts or as embeddings read from files."""
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise RequestError("give the prompt as text with --prompt, or as a file with --prompt-embeds; one of the two")
@@ -303,7 +303,7 @@ def _prompts(request: GenerateRequest) -> tuple[Prompt, Mapping[int, Prompt]]:
         raise RequestError(
             "--prompt needs --text-encoder FOLDER: Wan's released folder, or one in the diffusers layout"
         )
-    return request.prompt, later
+    return request.prompt, dict(later)
 
 
 def _read_given(request: GenerateRequest, config: Config) -> tuple[torch.Tensor | None, int]:
@@ -329,7 +329,7 @@ def _read_clip(request: GenerateRequest, path: Path, config: Config) -> torch.Te
         path,
         height=video.pixel_height,
         width=video.pixel_width,
-        max_frames=4 * room - 3,
+        max_frames=video.codec.frames_of(room),
         fps=video.fps,
         background=request.background,
         part=part,
@@ -338,9 +338,9 @@ def _read_clip(request: GenerateRequest, path: Path, config: Config) -> torch.Te
     if latents == 0:
         raise RequestError(
             f"{path} has {len(frames)} frame(s), and the bundle's chunks have {video.chunk_frames} latents, "
-            f"{4 * video.chunk_frames - 3} frames for the first; give a longer clip"
+            f"{video.codec.frames_of(video.chunk_frames)} frames for the first; give a longer clip"
         )
-    count = 4 * latents - 3
+    count = video.codec.frames_of(latents)
     if latents == video.horizon_frames and has_end:
         raise RequestError(
             f"{path} is a clip that fills the bundle's horizon of {count} frames, {count / video.fps:.2f} s, so that nothing "
@@ -355,7 +355,7 @@ def _read_clip(request: GenerateRequest, path: Path, config: Config) -> torch.Te
 def _whole_latents(frames: torch.Tensor, config: Config) -> int:
     """How many latents the whole chunks at the beginning of a clip have."""
     video = config.video
-    return video.first_frame_of(video.chunks_in(1 + (len(frames) - 1) // 4))
+    return video.first_frame_of(video.chunks_in(video.codec.whole_latents(len(frames))))
 
 
 @contextlib.contextmanager

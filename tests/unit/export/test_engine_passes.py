@@ -8,6 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, numpy_helper
+from support.tolerances import ROUNDED
 
 from causalrt.export.dist_collective import OP, lower_exchanges_pass
 from causalrt.export.passes import PassContext
@@ -117,7 +118,7 @@ def test_the_scale_goes_to_the_queries(text):
     assert "Cast" not in ops(model)
     (attention,) = (node for node in model.graph.node if node.op_type == "Attention")
     assert {attribute.name: attribute.f for attribute in attention.attribute}["scale"] == 1.0
-    np.testing.assert_allclose(run(model, feeds)["y"], before, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(model, feeds)["y"], before, rtol=0, atol=ROUNDED)
 
 
 def test_queries_of_a_low_precision_are_scaled_in_float32():
@@ -141,7 +142,7 @@ def test_two_attentions_of_one_query_are_scaled_once_each():
     assert scale_queries_pass(model, PassContext(head_dim=4)) == 2
     after = run(model, FEEDS[FLAT])
     for name in ("y", "z"):
-        np.testing.assert_allclose(after[name], before[name], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(after[name], before[name], rtol=0, atol=ROUNDED)
 
 
 def test_an_attention_elsewhere_is_not_scaled():
@@ -185,7 +186,7 @@ def test_a_single_head_is_split_by_its_rows(make, rows, groups):
     (queries,) = (value for value in model.graph.value_info if value.name == attention.input[0])
     assert [size.dim_value for size in queries.type.tensor_type.shape.dim] == [1, groups, rows // groups, 4]
     assert list(model.graph.node[-1].output) == ["y"]
-    np.testing.assert_allclose(run(model, feeds)["y"], before, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(model, feeds)["y"], before, rtol=0, atol=ROUNDED)
 
 
 def test_a_split_head_is_scaled_like_any_other():
@@ -193,7 +194,7 @@ def test_a_split_head_is_scaled_like_any_other():
     before = run(model, feeds)["y"]
     split_single_heads_pass(model, PassContext())
     assert scale_queries_pass(model, PassContext(head_dim=4)) == 1
-    np.testing.assert_allclose(run(model, feeds)["y"], before, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(model, feeds)["y"], before, rtol=0, atol=ROUNDED)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import helper
+from support.tolerances import ROUNDED
 
 from causalrt.config import override
 from causalrt.export.fuse_attention import RUNTIME_DOMAIN, RUNTIME_OP, fuse_attention_pass
@@ -39,7 +40,7 @@ def test_the_runtimes_own_attention_gives_the_same(rows):
     before = run(model, rows)
     assert fuse_attention_pass(model, PassContext()) == 1
     assert kinds(model.graph) == [(RUNTIME_DOMAIN, RUNTIME_OP)]
-    np.testing.assert_allclose(run(model, rows), before, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(model, rows), before, rtol=0, atol=ROUNDED)
 
 
 def test_what_is_imported_already_is_not_imported_again():
@@ -58,7 +59,7 @@ def test_attentions_in_functions_are_replaced():
     before = run(model)
     assert fuse_attention_pass(model, PassContext()) == 1
     assert kinds(model.functions[0]) == [(RUNTIME_DOMAIN, RUNTIME_OP)]
-    np.testing.assert_allclose(run(model), before, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(model), before, rtol=0, atol=ROUNDED)
 
 
 @pytest.mark.parametrize(

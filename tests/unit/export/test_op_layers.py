@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.network_from_program import add_input, kinds_of, layers_of, make_network, network_from_program
+from support.tolerances import MODULE
 from torch import nn
 
 from causalrt.export.dist_collective import lower_exchanges_pass
@@ -123,7 +124,7 @@ def test_layers_compute_what_the_op_does(op, eager, heads, rows):
     wanted = eager(*tensors, heads)
     found = run(network_of(op, tensors, heads), tensors)
     for value, reference in zip(found, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
-        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(value, reference, rtol=MODULE, atol=MODULE)
 
 
 def test_rotation_and_scale_are_float32_in_a_bfloat16_network():

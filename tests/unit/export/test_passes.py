@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.tolerances import ONE_OP
 from torch import nn
 
 from causalrt.config import override
@@ -111,8 +112,8 @@ def test_cut_gives_the_same_numbers():
     x, m = (generator.standard_normal(SHAPE).astype(np.float32) for _ in range(2))
     values = run_segments(cut_at_exchanges(layered_model()), {"x": x, "m": m})
     y, kept = whole_in_numpy(x, m)
-    np.testing.assert_allclose(values["y"], y, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(values["kept"], kept, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(values["y"], y, rtol=0, atol=ONE_OP)
+    np.testing.assert_allclose(values["kept"], kept, rtol=0, atol=ONE_OP)
 
 
 def test_cut_names_what_is_exchanged_and_keeps_every_node_once():
@@ -265,7 +266,7 @@ def test_shared_weights_give_the_same_numbers_from_a_small_file(tmp_path):
 
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
     (got,) = session_of(path).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), module(x), rtol=0, atol=2e-6)
+    torch.testing.assert_close(torch.from_numpy(got), module(x), rtol=0, atol=ONE_OP)
 
 
 def test_shared_weights_are_read_from_the_file(tmp_path):
@@ -280,7 +281,7 @@ def test_shared_weights_are_read_from_the_file(tmp_path):
     save_weights(module, tmp_path)
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
     (got,) = session_of(path).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), module(x), rtol=0, atol=2e-6)
+    torch.testing.assert_close(torch.from_numpy(got), module(x), rtol=0, atol=ONE_OP)
 
 
 def test_sharing_is_an_error_where_nothing_hits(tmp_path):

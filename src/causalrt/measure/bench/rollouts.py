@@ -260,7 +260,10 @@ class Rollouts:
         found, first = self.measured[name], turns[0].chunk
         if repeat < 0:
             found.first_session_ms.append(first.latency_ms)
-            found.frames = tuple(4 * len(turn.chunk.latents) - 3 * (turn.chunk.index == 0) for turn in turns)
+            codec = self._engines[name].config.video.codec
+            found.frames = tuple(
+                codec.frames_of(len(turn.chunk.latents), first=turn.chunk.index == 0) for turn in turns
+            )
             return
         stages = {"open": opened_ms, **_stages_of(first, self._engines[name].config.build.world_size)}
         found.warm.append(FirstSample(total_ms=opened_ms + first.latency_ms, stages_ms=stages))

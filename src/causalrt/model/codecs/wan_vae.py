@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from causalrt.codec_geometry import WAN21
 from causalrt.errors import RequestError
 from causalrt.model.codecs.block_dct import BlockDct, encode_blocks
 from causalrt.model.codecs.decode_state import DecodeState
 from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig, VaeConfig, vae_config_from_mapping
 
-SPATIAL_SCALE, TEMPORAL_SCALE = 8, 4
 CACHED_FRAMES = 2
 
 
@@ -244,8 +244,8 @@ def _posterior_mode(vae: Any, signal_T3HW: torch.Tensor) -> torch.Tensor:
     """What Wan's encoder makes of checked frames, `[1 + k, C, height / 8, width / 8]`."""
     signal = signal_T3HW.transpose(0, 1).unsqueeze(0)
     cache: list[Any] = [None] * sum(isinstance(module, nn.Conv3d) for module in vae.encoder.modules())
-    starts = [0, *range(1, signal.shape[2], TEMPORAL_SCALE)]
-    steps = [signal[:, :, start : start + (TEMPORAL_SCALE if start else 1)] for start in starts]
+    starts = [0, *range(1, signal.shape[2], WAN21.frames_per_latent)]
+    steps = [signal[:, :, start : start + (WAN21.frames_per_latent if start else 1)] for start in starts]
     with exact_convolutions():
         hidden = torch.cat([vae.encoder(step, feat_cache=cache, feat_idx=[0]) for step in steps], dim=2)
         mode: torch.Tensor = vae.quant_conv(hidden)[0, : vae.config["z_dim"]]
@@ -263,11 +263,11 @@ def _signal_from_frames(frames: torch.Tensor) -> torch.Tensor:
         )
     signal = frames.float().permute(0, 3, 1, 2) / 127.5 - 1.0 if pixels else frames
     num_frames, _, height, width = signal.shape
-    if num_frames % TEMPORAL_SCALE != 1:
+    if not WAN21.fills_latents(num_frames):
         raise RequestError(f"a clip to encode must have 1 + 4k frames (1, 5, 9, ...), got {num_frames}; leave some out")
-    if not height or not width or height % SPATIAL_SCALE or width % SPATIAL_SCALE:
+    if not height or not width or height % WAN21.pixels_per_latent or width % WAN21.pixels_per_latent:
         raise RequestError(
-            f"frames to encode must have multiples of {SPATIAL_SCALE} pixels, got {height}x{width}; resize them"
+            f"frames to encode must have multiples of {WAN21.pixels_per_latent} pixels, got {height}x{width}; resize them"
         )
     if not pixels and not ((signal >= -1.0) & (signal <= 1.0)).all():
         raise RequestError(

@@ -14,7 +14,6 @@ from causalrt.config import Config, override
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import slots_from_config
 from causalrt.model.codecs.vae_checkpoint import VaeConfig
-from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
 from causalrt.runtime.memory import DecoderMemory, predict_decoder_memory, predict_memory
 from causalrt.tools.ops.work import LayoutName, StepWork, head_layout, step_work
 from causalrt.tools.plan.assumptions import BOUNDS, SPLIT_DECODE_SPEEDUP, Bound, Estimate, over_bounds
@@ -182,7 +181,7 @@ def _chunk(
     chunk = ChunkForecast(
         index=index,
         kv_frames=kv_frames,
-        frames=TEMPORAL_SCALE * frames - (TEMPORAL_SCALE - 1) * (index == 0),
+        frames=config.video.codec.frames_of(frames, first=index == 0),
         parts=times["nominal"],
         step_s=step,
         denoise_s=step.scaled(len(config.sampler.steps)),

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from causalrt.codec_geometry import WAN21
 from causalrt.errors import ConfigError, ExecutorError
 from causalrt.install_hint import install_package
-from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
 from causalrt.tools.plan.predict import ChunkForecast, Forecast
 
 COLOURS = {"step": "tab:blue", "context pass": "tab:cyan", "decode": "tab:orange"}
@@ -153,8 +153,8 @@ class _Run:
             self.decode_one()
 
     def _jobs_of(self, chunk: int) -> int:
-        """Decoder jobs of a chunk; the first latent of a video makes one frame, every other one `TEMPORAL_SCALE`."""
-        return 1 if self.forecast.vae == "split" else math.ceil(self.chunk(chunk).frames / TEMPORAL_SCALE)
+        """Decoder jobs of a chunk; the first latent of a video makes one frame, every other one `frames_per_latent`."""
+        return 1 if self.forecast.vae == "split" else math.ceil(self.chunk(chunk).frames / WAN21.frames_per_latent)
 
     def _rank_job(self, what: str, chunk: int) -> None:
         parts = self.chunk(chunk).parts
