@@ -15,10 +15,16 @@ from causalrt.engines.step_record import FlavourEngines, StepGraphs, StepPart
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError, Faults
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
-from causalrt.export.finish import Prepared, build_flavour, check_timing_cache, warn_of_unlisted
+from causalrt.export.finish import (
+    Prepared,
+    build_flavour,
+    check_timing_cache,
+    torch_tensorrt_frontend,
+    warn_of_unlisted,
+)
 from causalrt.export.options import CollectivesMode, FrontEnd, FusedOpsMode
 from causalrt.model.codecs.registry import load_vae, vae_config_from_mapping
-from causalrt.plugins.plugin_specs import MAX_HEAD_DIM
+from causalrt.plugins.shard_blocks import MAX_HEAD_DIM
 from causalrt.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -130,7 +136,15 @@ def build(
         )
         steps = [StepGraphs() for _ in config.video.step_frames]
         if any(executor_kind(name).compiled for name in chosen):
-            steps = _write_graphs(config, folder, chosen, bool(plans), collectives, frontend, progress, fused)
+            steps = _write_graphs(
+                config,
+                folder,
+                progress,
+                chosen=chosen,
+                tensorrt=bool(plans) and frontend == "onnx",
+                collectives=collectives,
+                fused=fused,
+            )
         if decoder is not None:
             from causalrt.export.vae import write_vae
 
@@ -237,10 +251,8 @@ def check_options(
                 "build with `--dtype bf16` or `--dtype fp16`"
             )
     if frontend == "torch-tensorrt":
-        from causalrt.export.torch_tensorrt import check_torch_tensorrt
-
         with faults:
-            check_torch_tensorrt(here, collectives)
+            torch_tensorrt_frontend().check_torch_tensorrt(here, collectives)
     named = list(dict.fromkeys(target.lower() for target in targets))
     checked: dict[str, list[str]] = {name: [] for name in flavours}
     for name, flavour in flavours.items():
@@ -302,11 +314,11 @@ def fused_ops_wanted(mode: str, config: Config, flavours: Sequence[str], fronten
 def _write_graphs(
     config: Config,
     folder: Path,
+    progress: Progress,
+    *,
     chosen: Sequence[str],
     tensorrt: bool,
     collectives: CollectivesMode,
-    frontend: FrontEnd,
-    progress: Progress,
     fused: bool,
 ) -> list[StepGraphs]:
     """Write the ONNX files of every executor that needs some; the traced model is freed when this returns."""
@@ -325,7 +337,7 @@ def _write_graphs(
             segmented = step_graph(wan, config, folder, progress, whole_slots=False, fused=fused, step=step)
             name = f"{step_prefix(config, step)}step"
             segments = write_segments(runtime_graph(segmented, config), folder, name, progress, at_cache_writes=False)
-        if tensorrt and frontend == "onnx":
+        if tensorrt:
             engine_parts = write_engine_graphs(
                 wan, config, folder, progress, collectives=collectives, segmented=segmented, fused=fused, step=step
             )

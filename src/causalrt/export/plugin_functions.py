@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 from causalrt.export.passes import PassContext
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
 from causalrt.plugins.onnx_rope_attention import onnx_rope_attention
-from causalrt.plugins.plugin_specs import MAX_SHARDS, QK_NORM_ROPE, rope_attention_spec
+from causalrt.plugins.plugin_specs import QK_NORM_ROPE, rope_attention_spec
 from causalrt.plugins.qk_norm_rope import onnx_qk_norm_rope
-from causalrt.plugins.shard_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import MAX_SHARDS, blocks_from_shares
 
 ROTATION = ("rank", "cos", "sin")
 ROTATED = "_rotated"

@@ -18,7 +18,8 @@ from causalrt.errors import BuildError
 from causalrt.export.passes import PassContext, replace_nodes
 from causalrt.export.plugin_functions import NODE_FORMS
 from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP
-from causalrt.plugins.plugin_specs import COMBINE_SPLITS, DTYPE_FROM_ONNX, SPECS, PluginSpec, rope_attention_spec
+from causalrt.plugins.plugin_spec import PluginSpec
+from causalrt.plugins.plugin_specs import COMBINE_SPLITS, DTYPE_FROM_ONNX, SPECS, rope_attention_spec
 from causalrt.plugins.shard_blocks import blocks_from_shares
 
 SPEC_BY_NAME = {spec.name: spec for spec in SPECS}

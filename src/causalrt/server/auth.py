@@ -50,7 +50,9 @@ class Tokens:
             if not text or text.startswith("#"):
                 continue
             name, colon, token = text.rpartition(":")
-            name = name if colon else f"token-{_digest(token).hex()[:16]}"  # a digest, because names may be logged
+            name = (
+                name if colon else f"token-{_digest(token).hex()[:16]}"
+            )  # not the line number, which another token could get
             if not NAME.fullmatch(name) or not TOKEN.fullmatch(token) or len(token) < LEAST_CHARS:
                 raise ConfigError(
                     f"line {number} of {path} must be NAME:TOKEN or TOKEN, the token at least {LEAST_CHARS} printable "

@@ -15,10 +15,10 @@ from torch import nn
 from causalrt.export.dist_collective import lower_exchanges_pass
 from causalrt.export.engine_network import attentions, describe_network, finish_attentions
 from causalrt.export.engine_worker import parse
-from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
 from causalrt.export.passes import PassContext
 from causalrt.export.scale_queries import scale_queries_pass
 from causalrt.export.split_single_heads import split_single_heads_pass
+from causalrt.export.torch_tensorrt.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
 from causalrt.export.translate import onnx_from_program
 from causalrt.plugins.all_to_all import all_to_all
 from causalrt.plugins.attention import attention, kv_attention_whole

@@ -7,7 +7,8 @@ from support.interpreter import run_in_interpreter, run_tests
 
 from causalrt.errors import ExecutorError, KernelError
 from causalrt.plugins import plugin_specs
-from causalrt.plugins.plugin_specs import QK_NORM_ROPE, OutputSpec, PluginSpec
+from causalrt.plugins.plugin_spec import OutputSpec, PluginSpec
+from causalrt.plugins.plugin_specs import QK_NORM_ROPE
 from causalrt.plugins.tensorrt_plugin import register_plugins
 
 TARGET = 80

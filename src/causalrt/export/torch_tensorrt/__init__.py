@@ -27,7 +27,7 @@ from causalrt.engines.tensorrt_flavour import Flavour, device_target
 from causalrt.errors import BuildError, ConfigError, ExecutorError
 from causalrt.export.engine_network import check_network, describe_network
 from causalrt.export.onnx import step_names, step_prefix
-from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
+from causalrt.export.torch_tensorrt.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
 from causalrt.export.trace import trace_prompt, trace_step, trace_time, wan_from_file
 from causalrt.install_hint import install_extra
 from causalrt.model.wan.conditioning import TIME_NAMES, prompt_names
