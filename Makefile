@@ -40,7 +40,7 @@ lowest:
 
 bench:  # engines of full size: see benchmarks/engine_build.py
 	causalrt bench --executors eager,onnxruntime
-	python benchmarks/precision.py
+	PYTHONPATH=tests python benchmarks/precision.py
 
 constraints:  # what CI installs; the libraries of CUDA are left to torch, of which CI takes the CPU build
 	uv pip compile $(COMPILE) --python-version 3.11 --python-platform linux --extra dev pyproject.toml > .ci/constraints.txt

@@ -1,6 +1,6 @@
 """Errors of low precisions: eager and the graph that TensorRT parses, each against an independent float64 replay.
 
-    python benchmarks/precision.py                      # writes docs/precision.png, prints one JSON line
+    PYTHONPATH=tests python benchmarks/precision.py     # writes docs/precision.png, prints one JSON line
 
 A rollout of random weights through a rolling window is recorded in float64 (tests/support/float64_replay.py). It is then
 replayed in each precision by eager torch, and by the whole-step graph of the TensorRT build under ONNX Runtime, with every
@@ -11,7 +11,6 @@ value rounded as a strongly typed engine rounds it (causalrt/proof/emulated_grap
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from support import float64_replay
 
 from causalrt.config import Config, Precision
 from causalrt.engines.base import Executor, SessionView
@@ -87,11 +87,6 @@ class Forced:
 
 def record(path: Path, num_chunks: int) -> Recording:
     """Record a rollout of these sizes in float64."""
-    spec = importlib.util.spec_from_file_location("float64_replay", ROOT / "tests" / "support" / "float64_replay.py")
-    assert spec is not None
-    assert spec.loader is not None
-    float64_replay = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(float64_replay)
     float64_replay.record(SIZES | {"num_chunks": num_chunks}, path)
     return open_recording(path, world_size=1)
 

@@ -50,7 +50,7 @@ def _default(value: Any) -> str | None:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _app() -> App:
+def _app(argv: Sequence[str]) -> App:
     app = App(
         name="causalrt",
         help="Causal video diffusion, compiled ahead of time and served in real time.",
@@ -63,7 +63,8 @@ def _app() -> App:
         print_error=False,
         exit_on_error=False,
     )
-    for order, name in enumerate(COMMANDS):
+    chosen = argv[:1] if argv and argv[0] in COMMANDS else COMMANDS  # help and mistakes need all of them
+    for order, name in enumerate(chosen):
         module = importlib.import_module(f"causalrt.commands.{name.replace('-', '_')}")
         app.command(
             getattr(module, name.replace("-", "_")),
@@ -91,7 +92,7 @@ def parse(argv: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArgumen
         CycloptsError: the command line is not understood.
         ConfigError: a file of options cannot be read.
     """
-    function, arguments, _ = _app().parse_args(argv, console=PrintableConsole())
+    function, arguments, _ = _app(argv).parse_args(argv, console=PrintableConsole())
     return function, arguments
 
 

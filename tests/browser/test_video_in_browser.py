@@ -21,7 +21,7 @@ def write_files(folder: Path) -> None:
     with Mp4Writer(folder / "whole.mp4", height=240, width=416, fps=FPS) as whole:
         whole.write(frames)
     fragments = FragmentWriter(height=240, width=416, fps=FPS)
-    (folder / "fragments.mp4").write_bytes(fragments.header + fragments.write(frames) + fragments.close())
+    (folder / "fragments.mp4").write_bytes(b"".join([fragments.header, *fragments.write(frames), *fragments.close()]))
 
 
 @pytest.mark.slow

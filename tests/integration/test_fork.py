@@ -20,6 +20,8 @@ from support.small_bundles import bundle_factory, num_steps, prompt
 import causalrt
 from causalrt.errors import CausalRTError, ForkError, RankError
 
+STARTS_PROCESSES = True
+
 CHILD_S = 30.0
 """How long a child may take before it counts as hung."""
 

@@ -18,6 +18,8 @@ import causalrt
 from causalrt.errors import RankError
 from causalrt.model.codecs.block_dct import write_block_dct
 
+STARTS_PROCESSES = True
+
 ODD_NAMES = ["job#12", "run?id=3", "a%41b", "with space", "a:b", "ünïcode-日本", "x" * 200]
 STARTER = "the process that started the ranks"
 

@@ -10,6 +10,8 @@ import pytest
 from support import SUPPORT
 from support.small_bundles import bundle_factory
 
+STARTS_PROCESSES = True
+
 RECORDER = SUPPORT / "dns_recorder.py"
 COLLECTOR = "mobile.events.data.microsoft.com"
 LONG_ENOUGH_S = 12
@@ -24,6 +26,7 @@ GENERATE = """
 import sys, time
 from causalrt import load
 import torch
+
 with load(sys.argv[1], executor="onnxruntime") as engine:
     with engine.session(torch.zeros(8, 24), num_chunks=1) as session:
         next(iter(session))

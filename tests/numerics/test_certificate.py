@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.damage import change_constant, change_weight, copy_of, hash_again, hold_weight
 from support.small_bundles import bundle_factory, tiny_config, write_checkpoint
+from support.tolerances import MODULE
 
 from causalrt.cli import main
 from causalrt.engines.base import SessionView
@@ -462,7 +463,7 @@ def test_a_refresh_without_the_prompt(bundles, monkeypatch):
 
     def wrong(self: OnnxRuntimeExecutor, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         view = bound[id(self)]
-        if torch.allclose(time["e"], self.embed_time(0.0)["e"], atol=1e-5):
+        if torch.allclose(time["e"], self.embed_time(0.0)["e"], atol=MODULE):
             bind(self, dataclasses.replace(view, prompt={name: 0 * tensor for name, tensor in view.prompt.items()}))
         try:
             return step(self, x, time, first_frame)

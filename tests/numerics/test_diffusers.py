@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tolerances import MODULE, RECORDED
 
 from causalrt import Config, build, override, recipe
 from causalrt.engines.bundle import Bundle, open_bundle
@@ -23,10 +24,6 @@ from causalrt.runtime.session_buffers import SessionBuffers
 diffusers = pytest.importorskip("diffusers")
 
 TIMESTEPS = (1000.0, 937.5, 833.33331298828125, 625.0, 0.0)
-OWN_SINUSOID_TOLERANCE = 1e-5
-"""Both in float32, both with a float64 sinusoid; the specification's replay is within 2.2e-6."""
-AS_SHIPPED_TOLERANCE = 5e-5
-"""diffusers computes t * frequency in float32, which alone costs up to 2.4e-5."""
 
 
 class Float64Sinusoid(torch.nn.Module):
@@ -110,12 +107,14 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def tolerance(request: pytest.FixtureRequest, pair: Pair) -> Iterator[float]:
     """The tolerance that goes with the sinusoid which diffusers' model has during the test."""
     if request.param == "as shipped":
-        yield AS_SHIPPED_TOLERANCE
+        # diffusers computes t * frequency in float32, which alone costs up to 2.4e-5.
+        yield RECORDED
         return
     embedder = pair.theirs.condition_embedder
     shipped = embedder.timesteps_proj
     embedder.timesteps_proj = Float64Sinusoid(pair.config.model.freq_dim)
-    yield OWN_SINUSOID_TOLERANCE
+    # Both in float32 with a float64 sinusoid; the specification's replay is within 2.2e-6.
+    yield MODULE
     embedder.timesteps_proj = shipped
 
 

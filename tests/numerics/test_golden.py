@@ -7,6 +7,7 @@ of one frame, generated and given: chunks of 10 and 30, of 9 and 27 tokens.
 
 import pytest
 from support import GOLDEN
+from support.tolerances import WHOLE_MODEL
 
 from causalrt.export.build import build
 from causalrt.proof.compare import TOLERANCE, Outputs, largest_errors, recorded_outputs, replay
@@ -16,7 +17,6 @@ from causalrt.runtime.load import load
 CASES = ("A", "B", "C", "D", "I", "J", "J2", "K", "L", "N1", "N2", "R")
 EXECUTORS = ("eager", "onnxruntime")
 """Those that run on any machine and start at once; inductor, TensorRT and GPUs have tests of their own."""
-RANK_TOLERANCE = 2e-5
 
 
 ONE_RANK = [(case, 1) for case in CASES]
@@ -66,4 +66,4 @@ def test_ranks_agree_with_one_rank(rollouts, executor, case, world_size):
     alone, _ = rollouts(case, 1)
     errors = largest_errors(outputs[executor], alone[executor])
     for name, error in errors.items():
-        assert error.largest <= RANK_TOLERANCE, f"{name}: {error.largest:.2e} at {error.at}"
+        assert error.largest <= WHOLE_MODEL, f"{name}: {error.largest:.2e} at {error.at}"

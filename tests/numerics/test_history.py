@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.tolerances import CHANGED, REPLAYED
 
 from causalrt import build, load, override, recipe
 from causalrt.cli import main
@@ -16,8 +17,6 @@ from causalrt.errors import EngineClosedError, PromptError, RequestError
 from causalrt.export.random_weights import random_weights
 from causalrt.runtime.requests import checked_chunks
 
-SAME = 5e-6
-OTHER = 1e-3
 FULL = {"window_frames": "none", "sink_frames": "0"}
 ROLLING = {"window_frames": "7", "sink_frames": "0"}
 SINK = {"window_frames": "9", "sink_frames": "3"}
@@ -96,7 +95,9 @@ def test_a_video_goes_on_where_it_was_left(engines, world_size, executor, video)
     engine = engines(world_size, executor, **video)
     whole = rollout(engine, range(6))
     for taken in (1, 4):
-        assert apart(rollout(engine, range(taken, 6), initial_latents=torch.cat(whole[:taken])), whole[taken:]) < SAME
+        assert (
+            apart(rollout(engine, range(taken, 6), initial_latents=torch.cat(whole[:taken])), whole[taken:]) < REPLAYED
+        )
 
 
 def test_given_frames_count_towards_the_horizon(engines):
@@ -138,7 +139,7 @@ def test_recached_history_is_what_the_new_prompt_makes_of_the_same_frames(engine
     kept = before if video is FULL else before[-2:]  # a window of 7 holds 4 frames of history: parts of 2 chunks
     expected = rollout(engine, range(4, 6), first=SECOND, initial_latents=torch.cat(kept))
     assert apart(got[:4], before) == 0
-    assert apart(got[4:], expected) < SAME
+    assert apart(got[4:], expected) < REPLAYED
 
 
 def test_recached_history_has_its_sink(engines):
@@ -147,17 +148,17 @@ def test_recached_history_has_its_sink(engines):
     before = rollout(engine, range(5))
     got = rollout(engine, range(7), switch=5, policy="recache")
     expected = rollout(engine, range(5, 7), first=SECOND, initial_latents=torch.cat([before[0], before[-1]]))
-    assert apart(got[5:], expected) < SAME
+    assert apart(got[5:], expected) < REPLAYED
     without = rollout(engine, range(5, 7), first=SECOND, initial_latents=before[-1])
-    assert apart(got[5:], without) > OTHER
+    assert apart(got[5:], without) > CHANGED
 
 
 def test_recached_sink_stays_at_its_place_in_time(engines):
     # By the global index the sink is as far away as it was: nearer, it would be what the test above has.
     engine, near = engines(**SINK), engines(time_index="relative", **SINK)
     got = rollout(engine, range(7), switch=5, policy="recache")
-    assert apart(got[:5], rollout(near, range(5))) < SAME
-    assert apart(got[5:6], rollout(near, range(7), switch=5, policy="recache")[5:6]) > 10 * SAME
+    assert apart(got[:5], rollout(near, range(5))) < REPLAYED
+    assert apart(got[5:6], rollout(near, range(7), switch=5, policy="recache")[5:6]) > 10 * REPLAYED
 
 
 @pytest.mark.parametrize("video", [FULL, SINK], ids=["full", "sink"])
@@ -165,7 +166,7 @@ def test_recached_sink_stays_at_its_place_in_time(engines):
 def test_flushed_history_is_none(engines, world_size, executor, video):
     engine = engines(world_size, executor, **video)
     got = rollout(engine, range(7), switch=3, policy="flush")
-    assert apart(got[3:], rollout(engine, range(3, 7), first=SECOND)) < SAME
+    assert apart(got[3:], rollout(engine, range(3, 7), first=SECOND)) < REPLAYED
 
 
 def test_policies_differ(engines):
@@ -175,7 +176,7 @@ def test_policies_differ(engines):
     for number, one in enumerate(made):
         assert apart(one[:2], made[0][:2]) == 0
         for other in made[number + 1 :]:
-            assert apart(one[2:3], other[2:3]) > OTHER
+            assert apart(one[2:3], other[2:3]) > CHANGED
 
 
 @pytest.mark.parametrize("policy", ["keep", "recache", "flush"])
@@ -231,7 +232,9 @@ def test_a_video_with_an_independent_first_frame_goes_on_where_it_was_left(engin
     whole = rollout(engine, range(6))
     assert [len(latents) for latents in whole] == [1, 3, 3, 3, 3, 3]
     for taken in (1, 4):
-        assert apart(rollout(engine, range(taken, 6), initial_latents=torch.cat(whole[:taken])), whole[taken:]) < SAME
+        assert (
+            apart(rollout(engine, range(taken, 6), initial_latents=torch.cat(whole[:taken])), whole[taken:]) < REPLAYED
+        )
 
 
 def test_an_independent_first_frame_is_of_the_same_noise_on_all_ranks(engines):
@@ -242,7 +245,7 @@ def test_an_independent_first_frame_is_of_the_same_noise_on_all_ranks(engines):
             assert session.num_chunks == 7, "as many as the horizon of 1 + 6 x 3 frames holds"
             videos.append([chunk.latents for chunk in session])
             assert [times[0].kv_frames for times in session.times.values()] == [1, 4, 7, 9, 9, 9, 9]
-    assert apart(*videos) < SAME
+    assert apart(*videos) < REPLAYED
 
 
 @pytest.mark.parametrize(
@@ -254,7 +257,7 @@ def test_recached_history_begins_with_the_first_frame(engines, world_size, execu
     got = rollout(engine, range(6), switch=4, policy="recache")
     expected = rollout(engine, range(4, 6), first=SECOND, initial_latents=torch.cat(before))
     assert apart(got[:4], before) == 0
-    assert apart(got[4:], expected) < SAME
+    assert apart(got[4:], expected) < REPLAYED
 
 
 def test_recached_history_whose_first_frame_has_left_the_window(engines):
@@ -262,7 +265,7 @@ def test_recached_history_whose_first_frame_has_left_the_window(engines):
     before = rollout(engine, range(4))
     got = rollout(engine, range(6), switch=4, policy="recache")
     expected = rollout(plain, range(4, 6), first=SECOND, initial_latents=torch.cat(before[-2:]))
-    assert apart(got[4:], expected) < SAME
+    assert apart(got[4:], expected) < REPLAYED
 
 
 @pytest.mark.parametrize("video", [FULL, SINK], ids=["full", "sink"])
@@ -270,7 +273,7 @@ def test_recached_history_whose_first_frame_has_left_the_window(engines):
 def test_after_a_flush_all_chunks_are_whole(engines, world_size, executor, video):
     engine = engines(world_size, executor, **video, **FIRST_FRAME)
     got = rollout(engine, range(6), switch=3, policy="flush")
-    assert apart(got[3:], rollout(engines(**video), range(3, 6), first=SECOND)) < SAME
+    assert apart(got[3:], rollout(engines(**video), range(3, 6), first=SECOND)) < REPLAYED
 
 
 @pytest.mark.parametrize("policy", ["recache", "flush"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import GOLDEN
+from support.tolerances import DETECTED, RECORDED
 
 from causalrt.config import SamplerConfig
 from causalrt.engines import eager
@@ -30,11 +31,6 @@ from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_buffers import SessionBufferPool
-
-TOLERANCE = 5e-5
-"""Of the golden replay (proof/compare.py); an unmutated replay stays below it."""
-DETECTED = 2e-4
-"""What a mistake must move the latents by: four times the tolerance. The smallest, exact GELU, moves them by 4e-4."""
 
 
 @functools.cache
@@ -273,7 +269,7 @@ def _(patch: pytest.MonkeyPatch, recorded: Recording) -> None:
 
 @pytest.mark.parametrize("case", sorted({case for cases, _ in MUTATIONS.values() for case in cases}))
 def test_without_a_mistake(case: str, tmp_path: Path) -> None:
-    assert replay_error(case, tmp_path) < TOLERANCE
+    assert replay_error(case, tmp_path) < RECORDED
 
 
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, (cases, _) in MUTATIONS.items() for case in cases])

@@ -137,9 +137,9 @@ def test_the_manifest_says_what_was_built(bundles):
 
 
 def test_an_executor_runs_what_was_built(bundles):
-    with pytest.raises(ExecutorError, match="fused ops off; build it with `--plugins on`"):
+    with pytest.raises(ExecutorError, match="fused ops off; build it with `--fused-ops on`"):
         load(bundles["auto"], fused_ops=True)
-    with pytest.raises(ExecutorError, match="fused ops on; build it with `--plugins off`"):
+    with pytest.raises(ExecutorError, match="fused ops on; build it with `--fused-ops off`"):
         load(bundles["on"], fused_ops=False)
 
 
@@ -173,7 +173,7 @@ def test_nothing_is_vouched_for_that_cannot_be_built(options, message):
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_eager_runs_either_and_by_default_what_was_built(bundles, asked, monkeypatch):
     loaded = []
-    monkeypatch.setattr("causalrt.runtime.load.Engine", lambda *args, fused_ops, **rest: loaded.append(fused_ops))
+    monkeypatch.setattr("causalrt.runtime.load.start_engine", lambda bundle, options: loaded.append(options.fused_ops))
     for path in bundles.values():
         load(path, executor="eager", device="cpu", fused_ops=asked)
     assert loaded == ([False, True] if asked is None else [asked, asked])

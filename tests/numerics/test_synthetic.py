@@ -5,6 +5,7 @@ import json
 import pytest
 from safetensors import safe_open
 from support import GOLDEN, float64_replay
+from support.tolerances import REPLAYED
 
 from causalrt.proof.compare import TOLERANCE, compare_recorded, largest_errors
 from causalrt.proof.recording import open_recording
@@ -134,7 +135,7 @@ def test_the_replay_is_the_reference(case):
     outputs["out.latents"] = outputs["out.latents"].float()  # given frames are copied as they are
     assert {name for name in tensors if name.endswith((".flow", ".x0"))} < set(outputs)
     for name, output in outputs.items():
-        assert (output - tensors[name][0]).abs().max() < 5e-6, name
+        assert (output - tensors[name][0]).abs().max() < REPLAYED, name
 
 
 QUICK = ("independent first frame, one token a frame", "sink and window that no chunk divides")

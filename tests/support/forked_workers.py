@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 from causalrt.child_python import python_command, python_environment
@@ -28,7 +29,7 @@ MAX_DESCRIPTORS = 64
 HIGH = 500
 """Received descriptors are moved up here first: the numbers that are wanted are lower."""
 OF_EACH_PROCESS = ("PYTHONPATH", "PYTEST_CURRENT_TEST", *ENVIRONMENT["decoder"])
-"""Variables that may differ from the template's; with any other difference a process is started anew."""
+"""Variables that may differ from the template's. Other differences, or a `sitecustomize` of a test, want a new interpreter."""
 
 
 class ForkedWorkers:
@@ -37,26 +38,25 @@ class ForkedWorkers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._environment = _compared(os.environ)
-        self._channel, theirs = socket.socketpair()
-        with theirs:
-            self._template = subprocess.Popen(
-                [*python_command("support.forked_workers"), str(theirs.fileno())],
-                env=python_environment(**ENVIRONMENT["rank"]),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
+        self._path = list(sys.path)
+        self._owner = os.getpid()
+        self._channel: socket.socket | None = None
         workers = self
 
         class Popen(subprocess.Popen[Any]):
             def _execute_child(self, args: list[str], *rest: Any) -> None:
                 _, _, _, pass_fds, _, env, *_, errwrite, _, _, _, _, _, start_new_session, _ = rest
-                if not start_new_session or _compared(env) != workers._environment:
+                if not workers._would_be_the_same(env, json.loads(args[4])) or not start_new_session:
                     super()._execute_child(args, *rest)  # type: ignore[misc]
                     return
                 self.pid = workers.fork(args, dict.fromkeys(pass_fds) | {2: errwrite}, env)
                 self._child_created = True
 
         self.popen = Popen
+
+    def _would_be_the_same(self, environment: dict[str, str], path: list[str]) -> bool:
+        customizes = any(Path(entry, "sitecustomize.py").exists() for entry in path if entry not in self._path)
+        return os.getpid() == self._owner and _compared(environment) == self._environment and not customizes
 
     def fork(self, args: list[str], descriptors: dict[int, int | None], env: dict[str, str]) -> int:
         """Fork the template; `descriptors` has for each number in the new process the one here, where that is another."""
@@ -71,17 +71,30 @@ class ForkedWorkers:
             prctl(PR_SET_CHILD_SUBREAPER, 1)
             try:
                 payload = request.encode()
-                self._channel.sendmsg(
+                channel = self._channel = self._channel or self._start()
+                channel.sendmsg(
                     [len(payload).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", ours))]
                 )
-                self._channel.sendall(payload)
-                return int.from_bytes(_exactly(self._channel, 8), "big")
+                channel.sendall(payload)
+                return int.from_bytes(_exactly(channel, 8), "big")
             finally:
                 prctl(PR_SET_CHILD_SUBREAPER, 0)
 
+    def _start(self) -> socket.socket:
+        channel, theirs = socket.socketpair()
+        with theirs:
+            self._template = subprocess.Popen(
+                [*python_command("support.forked_workers"), str(theirs.fileno())],
+                env=python_environment(**ENVIRONMENT["rank"]),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        return channel
+
     def close(self) -> None:
-        self._channel.close()
-        self._template.wait()
+        if self._channel is not None:
+            self._channel.close()
+            self._template.wait()
 
 
 def _compared(environment: Any) -> dict[str, str]:

@@ -8,7 +8,9 @@ import torch
 
 from causalrt.config import override
 from causalrt.export.onnx import step_names
-from causalrt.export.plugin_nodes import use_plugins_pass
+from causalrt.export.passes import PassContext
+from causalrt.export.pipelines import STANDARD_OPS, TENSORRT_PLUGINS, apply
+from causalrt.export.plugin_nodes import count_plugins
 from causalrt.export.trace import trace_step
 from causalrt.export.translate import onnx_from_program
 from causalrt.model.wan.transformer import Wan
@@ -40,5 +42,14 @@ def _fused_step(world_size, whole_slots, precision, frames):
 def with_plugins(world_size, *, num_multiprocessors=1, frames=None):
     config, model = fused_step(world_size, precision="bfloat16", frames=frames)
     before = {name for node in model.graph.node for name in node.output}
-    counts = use_plugins_pass(model, capability=80, num_multiprocessors=num_multiprocessors)
-    return config, model, before, counts
+    apply_plugins(model, num_multiprocessors=num_multiprocessors)
+    return config, model, before, count_plugins(model)
+
+
+def apply_plugins(model, *, num_multiprocessors=1):
+    apply(TENSORRT_PLUGINS, model, PassContext(capability=80, num_multiprocessors=num_multiprocessors))
+
+
+def expanded(model):
+    apply(STANDARD_OPS, model, PassContext())
+    return model

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from causalrt.plugins.kernel_launch import is_interpreted
 from causalrt.plugins.qk_norm_rope import qk_norm_rope, write_rows
 from causalrt.plugins.triton_qk_norm_rope import qk_norm_rope_kernel
-from support.qk_norm_rope_cases import CASES, INTERPRETED, TOLERANCE, Case, check, operands
+from support.qk_norm_rope_cases import CASES, Case, check, operands
+from support.tolerances import QK_NORM_ROPE, QK_NORM_ROPE_INTERPRETED
 
-DTYPES = list(TOLERANCE)
+DTYPES = list(QK_NORM_ROPE)
 GUARD_ROWS = 2
 
 
@@ -49,7 +50,7 @@ def test_this_process_interprets():
 )
 def test_kernel_against_float64(dtype, case, seed):
     operands, out = run_kernel(case, dtype, dtype, seed)
-    check(out, operands, INTERPRETED[dtype])
+    check(out, operands, QK_NORM_ROPE_INTERPRETED[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -57,10 +58,10 @@ def test_kernel_against_float64(dtype, case, seed):
 def test_only_the_last_rounding_is_low(case, dtype):
     # Low rows in, float32 out: all but the rounding of the output.
     operands, out = run_kernel(case, dtype, torch.float32)
-    check(out, operands, TOLERANCE[torch.float32])
+    check(out, operands, QK_NORM_ROPE[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_op_on_a_cpu_is_the_reference_even_here(dtype):
     given = operands(CASES[0], dtype)
-    check(qk_norm_rope(*given.arguments), given, TOLERANCE[dtype])
+    check(qk_norm_rope(*given.arguments), given, QK_NORM_ROPE[dtype])

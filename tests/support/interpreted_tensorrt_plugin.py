@@ -13,7 +13,8 @@ from causalrt.plugins.rope_attention import rope_attention_rows
 from causalrt.plugins.shard_blocks import blocks_from_shares
 from causalrt.plugins.tensorrt_plugin import TYPES, register_plugins
 from support import tensorrt_double as double
-from support.qk_norm_rope_cases import CASES, TOLERANCE, check, operands
+from support.qk_norm_rope_cases import CASES, check, operands
+from support.tolerances import MODULE, QK_NORM_ROPE
 
 TARGET = 80
 
@@ -55,7 +56,7 @@ def test_qk_norm_rope(run, case):
     tensors = {name: getattr(given, name).contiguous() for name in names}
     attributes = {"num_heads": given.num_heads, "eps": given.eps, "out_rows": given.out_rows}
     (out,) = run("qk_norm_rope", tensors, attributes)
-    check(out, given, TOLERANCE[torch.float32])
+    check(out, given, QK_NORM_ROPE[torch.float32])
 
 
 @pytest.mark.parametrize("kv_splits", [None, 3])
@@ -86,7 +87,7 @@ def test_rope_attention(run, num_heads, world_size, num_tokens, kv_splits):
         several = attributes | {"kv_splits": kv_splits}
         parts, log_sums, *after = run(f"rope_attention_split_{len(heads)}", tensors, several)
         (out,) = run("combine_splits", {"log_sums": log_sums, "parts": parts}, {"dtype": 1})
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, wanted, rtol=MODULE, atol=MODULE)
     for got, of, expected in zip(after, slots, written, strict=True):
         assert got is of
         assert torch.equal(got, expected)

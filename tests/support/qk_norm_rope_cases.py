@@ -9,9 +9,6 @@ from causalrt.layout import Layout, plan_head_shards
 
 # Worst error of a value, relative to the length of its channel pair (rotation keeps it, single channels may cancel):
 # half a step of the type, and what float32 adds to it before the one rounding.
-TOLERANCE = {torch.float32: 8e-7, torch.float16: 2**-11 + 1e-6, torch.bfloat16: 2**-8 + 1e-6}
-# Triton 3.7's interpreter drops the low bits where a GPU rounds to nearest: a whole step of bfloat16.
-INTERPRETED = TOLERANCE | {torch.bfloat16: 2**-7 + 1e-6}
 # Below the smallest normal float16, steps do not shrink any more.
 SMALLEST_LENGTH = 2**-14
 

@@ -16,7 +16,6 @@ from causalrt.plugins.shard_blocks import blocks_from_shares
 NAN = float("nan")
 
 # Worst error beside float64, relative to the largest value of the output.
-KERNEL_ERRORS = {"float32": 6e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
 CUT_HEADS = {"plan": "balanced", "heads": 12, "ranks": 8, "tokens": 37, "history": 75, "spare": 3, "dim": 128}
 CUT_HEADS |= {"whole": True, "rotate": True, "rank": 5, "kv_splits": 2, "block_m": 32, "block_n": 32}

@@ -233,7 +233,7 @@ class _Connection:
             )
             drawn = time.perf_counter()
             for at in range(0, count, 3):
-                await self.socket.send_bytes(writer.write(images[at : at + 3]))
+                await self.socket.send_bytes(b"".join(writer.write(images[at : at + 3])))
                 if not done and not at:
                     first = {"first_frame_ms": 1e3 * (time.perf_counter() - received)}
             sent = time.perf_counter()
@@ -247,5 +247,5 @@ class _Connection:
             await self.say("chunk", index=done, frames=count, latency_ms=latency, stages=stages, **first)
             first = {}
             frames, done = frames + count, done + 1
-        await self.socket.send_bytes(writer.close())
+        await self.socket.send_bytes(b"".join(writer.close()))
         await self.say("ended", reason="stopped" if self.stopped else "done", chunks=done)

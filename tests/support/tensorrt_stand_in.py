@@ -29,8 +29,9 @@ import torch
 from onnx import TensorProto, helper
 
 from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
-from causalrt.export.plugin_functions import expand_functions
-from causalrt.export.segment import cut_exchanges_pass
+from causalrt.export.passes import PassContext
+from causalrt.export.pipelines import STANDARD_OPS, apply
+from causalrt.export.segment import cut_at_exchanges
 from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP
 
 __version__ = "0.0.0"
@@ -141,7 +142,8 @@ def write_engine(graph: Path, out: Path, *, profiles: tuple[int, ...], target: s
     """
     parsed = onnx.load(graph)
     plugins = bool(parsed.functions)
-    model = expand_functions(parsed).SerializeToString()
+    apply(STANDARD_OPS, parsed, PassContext())
+    model = parsed.SerializeToString()
     header = {"version": version, "target": target, "profiles": list(profiles), "bytes": len(model), "plugins": plugins}
     out.write_bytes(MAGIC + json.dumps(header).encode() + b"\n" + model)
 
@@ -248,7 +250,7 @@ class ICudaEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        cut = cut_exchanges_pass(model)
+        cut = cut_at_exchanges(model)
         self._pieces = [
             (ort.InferenceSession(piece.model.SerializeToString(), options, ["CPUExecutionProvider"]), piece)
             for piece in cut

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 
 from causalrt.commands.output import say
+from causalrt.config import Config
 from causalrt.errors import ConfigError, Faults
 from causalrt.options import (
     FUSED_OPS,
@@ -111,36 +112,11 @@ def _compile(request: BuildRequest) -> Path:
         raise ConfigError(
             f"build needs {flags(missing)}; or give --finish BUNDLE alone, to build the engines that a bundle lacks"
         )
-    from causalrt.export.build import build, check_options
-    from causalrt.export.checkpoint import open_checkpoint
+    from causalrt.export.build import build
 
-    assert request.recipe is not None
     assert request.checkpoint is not None
     assert request.out is not None
-    config, faults = None, Faults()
-    dtype = request.dtype or default_dtype(request.overrides, request.executor)
-    with faults:
-        config = configured(
-            request.recipe,
-            request.overrides,
-            world_size=request.world_size,
-            head_plan=request.head_plan,
-            precision=dtype,
-        )
-    with faults:
-        check_options(
-            dtype if config is None else config.build.precision,
-            executors=request.executor,
-            targets=request.target,
-            collectives=request.collectives,
-            frontend=request.frontend,
-            timing_cache=request.timing_cache,
-            prepare=request.prepare,
-        )
-    with faults:
-        open_checkpoint(request.checkpoint)
-    faults.report()
-    assert config is not None
+    config = _checked_config(request, request.checkpoint)
     default = ("onnxruntime",) if config.build.precision == "float32" else ("eager",)
     with shown_progress() as progress:
         return build(
@@ -158,6 +134,34 @@ def _compile(request: BuildRequest) -> Path:
             overwrite=request.overwrite,
             on_progress=progress,
         )
+
+
+def _checked_config(request: BuildRequest, checkpoint: Path) -> Config:
+    """The config of a request, after everything that can be checked before the build."""
+    from causalrt.export.build import check_options
+    from causalrt.export.checkpoint import open_checkpoint
+
+    assert request.recipe is not None
+    config, faults = None, Faults()
+    dtype = request.dtype or default_dtype(request.overrides, request.executor)
+    build = {"world_size": request.world_size, "head_plan": request.head_plan, "precision": dtype}
+    with faults:
+        config = configured(request.recipe, request.overrides, **build)
+    with faults:
+        check_options(
+            dtype if config is None else config.build.precision,
+            executors=request.executor,
+            targets=request.target,
+            collectives=request.collectives,
+            frontend=request.frontend,
+            timing_cache=request.timing_cache,
+            prepare=request.prepare,
+        )
+    with faults:
+        open_checkpoint(checkpoint)
+    faults.report()
+    assert config is not None
+    return config
 
 
 def _finish(request: BuildRequest, bundle: Path) -> Path:

@@ -15,4 +15,4 @@ def say(text: str, *, file: TextIO | None = None, flush: bool = False) -> None:
 
 def mebibytes(parts: Mapping[str, int]) -> str:
     """Sizes in MiB by name, for example `weights 4.0, kv 1.5`."""
-    return ", ".join(f"{name.removesuffix('_bytes')} {size / 2**20:,.1f}" for name, size in parts.items())
+    return ", ".join(f"{name.replace('_bytes', '')} {size / 2**20:,.1f}" for name, size in parts.items())

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import tomllib
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +34,9 @@ def read_options(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     tokens = arguments["--config"].tokens
     if not tokens:
         return
-    path = tokens[0].value
+    import tomllib
+
+    path = tokens[-1].value
     try:
         with open(path, "rb") as file:
             options: dict[str, Any] = tomllib.load(file)
@@ -46,9 +47,8 @@ def read_options(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     Dict(options, source=path, use_commands_as_keys=False)(app, commands, arguments)
 
 
-def serve(request: ServeRequest = ServeRequest()) -> int:
-    """Serve a bundle: video jobs, real-time sessions, and a page to try them."""
-    from causalrt.server.command import checked, run
+def _check(request: ServeRequest) -> None:
+    from causalrt.server.command import checked
 
     faults = Faults()
     with faults:
@@ -70,8 +70,15 @@ def serve(request: ServeRequest = ServeRequest()) -> int:
         checked(request)
     faults.report()
 
+
+def serve(request: ServeRequest = ServeRequest()) -> int:
+    """Serve a bundle: video jobs, real-time sessions, and a page to try them."""
+    _check(request)
+
     def started(url: str) -> None:
         say(json.dumps({"url": url}) if request.json else f"serving at {url}", flush=True)
+
+    from causalrt.server.command import run
 
     if request.bundle is not None:
         run(request, version=__version__, on_start=started)

@@ -22,7 +22,9 @@ from causalrt.engines.network_record import MEMORY_LINES
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 from causalrt.errors import BuildError, CausalRTError
 from causalrt.export.engine_network import check_network, describe_network, finish_attentions
-from causalrt.export.plugin_nodes import use_plugins_pass
+from causalrt.export.passes import PassContext
+from causalrt.export.pipelines import TENSORRT_PLUGINS, apply
+from causalrt.export.plugin_nodes import count_plugins
 from causalrt.plugins.ptx import default_cache
 from causalrt.plugins.tensorrt_plugin import enable_in_place, register_plugins
 from causalrt.user_cache import keep_in_cache, read_cache
@@ -171,8 +173,9 @@ def graph_with_plugins(trt: Any, file: Path, device: PluginDevice) -> tuple[byte
     if not model.functions:
         return None, {}
     register_plugins(trt, target=device.capability, cache=default_cache())
-    counts = use_plugins_pass(model, capability=device.capability, num_multiprocessors=device.num_multiprocessors)
-    return model.SerializeToString(), counts
+    context = PassContext(capability=device.capability, num_multiprocessors=device.num_multiprocessors)
+    apply(TENSORRT_PLUGINS, model, context)
+    return model.SerializeToString(), count_plugins(model)
 
 
 def build_engine(

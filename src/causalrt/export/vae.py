@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -30,7 +29,7 @@ from causalrt.engines.vae import FRAMES, LATENT, MADE
 from causalrt.errors import BuildError, ConfigError
 from causalrt.export.engine_files import run_child
 from causalrt.export.engine_worker import EngineRequest, request_json
-from causalrt.export.share_weights import share_weights_pass
+from causalrt.export.onnx import with_shared_weights
 from causalrt.export.translate import onnx_from_program
 from causalrt.model.codecs.decode_state import CONFIG_KEY, cache_name
 from causalrt.model.codecs.registry import codec_of, vae_config_from_mapping
@@ -119,7 +118,7 @@ def _write_graph(program: ExportedProgram, folder: Path, name: str, *, inputs: l
         plain = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: _attention})
     outputs = [FRAMES, *(cache + MADE for cache in written)]
     translated = onnx_from_program(plain, input_names=inputs, output_names=outputs)
-    onnx.save(ir.to_proto(share_weights_pass(translated, folder / VAE_WEIGHTS)), folder / name)
+    onnx.save(with_shared_weights(translated, folder / VAE_WEIGHTS), folder / name)
 
 
 def build_vae_engines(

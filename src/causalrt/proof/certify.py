@@ -193,11 +193,11 @@ def _check_engine_tables(certificate: Certificate, bundle: Bundle) -> None:
         except BundleError as error:
             return 0, [str(error)]
         for engine in engines:
-            for step in engine["steps"]:
-                for name, table in step["constants"].items():
+            for step in engine.steps:
+                for name, table in step.constants.items():
                     count += table["equal_constants"]
                     if not table["equal_constants"]:
-                        at = f"{engine['flavour']} {engine['target']} {step['frames']}-frame step"
+                        at = f"{engine.flavour} {engine.target} {step.frames}-frame step"
                         faults.append(f"{at}: no constant of the network equals the table {name}")
         return count, faults
 

@@ -28,7 +28,8 @@ from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_
 from causalrt.export.engine_files import write_engine_graphs
 from causalrt.export.onnx import write_small_graphs
 from causalrt.export.options import CollectivesMode
-from causalrt.export.plugin_functions import expand_functions
+from causalrt.export.passes import PassContext
+from causalrt.export.pipelines import STANDARD_OPS, apply
 from causalrt.export.trace import wan_from_file
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
 from causalrt.model.wan.conditioning import Conditioning
@@ -93,7 +94,8 @@ class _Graph:
     """One graph of the folder, in one session."""
 
     def __init__(self, folder: Path, file: str, *, num_threads: int, world_size: int | None = None) -> None:
-        model = expand_functions(onnx.load(folder / file, load_external_data=False))
+        model = onnx.load(folder / file, load_external_data=False)
+        apply(STANDARD_OPS, model, PassContext())
         if world_size is not None:
             model = emulate_ranks(model, world_size)
         options = ort.SessionOptions()

@@ -75,20 +75,7 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoRow:
-    """The video of one executor on one number of ranks, compared with that of the first row.
-
-    Attributes:
-        executor: name of the executor.
-        world_size: number of ranks.
-        load_s: seconds until the ranks were ready.
-        first_frame_ms: milliseconds from the prompt to the first frames.
-        chunk_ms: latency of each chunk.
-        median_chunk_ms: their median.
-        frames_per_s: frames a second from the prompt to the last frame.
-        latent_error: largest difference of the latents.
-        grey_levels: largest difference of the frames, of 255.
-        mean_grey_levels: mean difference of the frames.
-    """
+    """The video of an executor on a number of ranks, and its largest and mean difference from that of the first row."""
 
     executor: str
     world_size: int
@@ -109,16 +96,7 @@ class DemoRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoResult:
-    """What the demo made.
-
-    Attributes:
-        prompt: the first prompt.
-        rows: the rows, as requested.
-        most_grey_levels: the largest difference that a row may have.
-        build_s: seconds that building the bundles took.
-        total_s: seconds that the demo took.
-        files: the files that were written.
-    """
+    """The rows of the demo, and the files that it wrote; rows agree up to `most_grey_levels` of 255."""
 
     prompt: str
     rows: Sequence[DemoRow]

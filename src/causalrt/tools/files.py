@@ -111,7 +111,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
-    """Write latents `[frames, 16, H, W]` as safetensors, whole or not at all; equal latents give equal bytes."""
+    """Write latents `[frames, 16, H, W]` as safetensors, atomically; equal latents give equal bytes."""
     data = save({"latents": latents.contiguous()}, metadata)
     write_whole(path, _with_sorted_header(data))
 

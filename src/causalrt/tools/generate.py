@@ -288,7 +288,7 @@ def check_switches(switches: Iterable[int], num_chunks: int) -> None:
         )
 
 
-def _prompts(request: GenerateRequest) -> tuple[Prompt, Mapping[int, Prompt]]:
+def _prompts(request: GenerateRequest) -> tuple[Prompt, dict[int, Prompt]]:
     """The first prompt and the later ones by chunk, as texts or as embeddings read from files."""
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise RequestError("give the prompt as text with --prompt, or as a file with --prompt-embeds; one of the two")
@@ -303,7 +303,7 @@ def _prompts(request: GenerateRequest) -> tuple[Prompt, Mapping[int, Prompt]]:
         raise RequestError(
             "--prompt needs --text-encoder FOLDER: Wan's released folder, or one in the diffusers layout"
         )
-    return request.prompt, later
+    return request.prompt, dict(later)
 
 
 def _read_given(request: GenerateRequest, config: Config) -> tuple[torch.Tensor | None, int]:

@@ -2,8 +2,8 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,64 +22,111 @@ from causalrt.model.wan.rope import rope_tables
 from causalrt.runtime.memory import predict_memory
 
 
-def describe_engines(bundle: Bundle) -> list[dict[str, Any]]:
-    """Describe the engines of every flavour and target of a bundle in plain JSON types.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """The engines of one kind of step together: counts of layers, attentions and exchanges, and `check_constants`."""
+
+    frames: int
+    engines: int
+    layers: Mapping[str, int]
+    self_attentions: int
+    cross_attentions: int
+    decomposable_attentions: int
+    self_attentions_with_lengths: int
+    cache_updates: int
+    plugins: Mapping[str, int]
+    collectives_in_engine: int
+    collectives_at_runtime: int
+    ranks_of_collectives: Sequence[int]
+    constants: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFile:
+    """Size and digest of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineReport:
+    """The engines of a bundle for one flavour of TensorRT and one target; `inspector` may be `unavailable` with a reason."""
+
+    flavour: str
+    target: str
+    collectives: str
+    frontend: str
+    version: str
+    files: Mapping[str, EngineFile]
+    steps: Sequence[StepReport]
+    bytes_per_rank: Mapping[str, int]
+    builder_memory: Mapping[str, int] | None
+    inspector: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+def describe_engines(bundle: Bundle) -> list[EngineReport]:
+    """Describe the engines of every flavour and target of a bundle.
 
     Raises:
         BundleError: the file that describes the engines is not one that a build writes.
     """
-    found = []
-    for flavour, record in bundle.engines.items():
-        for target, files in record.targets.items():
-            networks = read_networks(bundle, files)
-            found.append(
-                {
-                    "flavour": flavour,
-                    "target": target,
-                    "collectives": record.collectives,
-                    "frontend": record.frontend,
-                    "version": files.version,
-                    "files": {
-                        name: {"bytes": (bundle.path / name).stat().st_size, "sha256": bundle.hashes[name]}
-                        for name in files.engine_files
-                    },
-                    "steps": [
-                        describe_step(bundle, step, [networks[name] for name in names])
-                        for step, names in enumerate(files.steps)
-                    ],
-                    "bytes_per_rank": _bytes_per_rank(bundle, flavour, files, networks),
-                    "builder_memory": _builder_memory(networks.values()),
-                    "inspector": inspect_on_gpu(bundle, flavour, target, files),
-                }
-            )
-    return found
+    return [
+        _describe(bundle, flavour, target, files)
+        for flavour, record in bundle.engines.items()
+        for target, files in record.targets.items()
+    ]
 
 
-def describe_step(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> dict[str, Any]:
+def _describe(bundle: Bundle, flavour: str, target: str, files: TargetEngines) -> EngineReport:
+    networks, record = read_networks(bundle, files), bundle.engines[flavour]
+    return EngineReport(
+        flavour=flavour,
+        target=target,
+        collectives=record.collectives,
+        frontend=record.frontend,
+        version=files.version,
+        files={
+            name: EngineFile(bytes=(bundle.path / name).stat().st_size, sha256=bundle.hashes[name])
+            for name in files.engine_files
+        },
+        steps=[
+            describe_step(bundle, step, [networks[name] for name in names]) for step, names in enumerate(files.steps)
+        ],
+        bytes_per_rank=_bytes_per_rank(bundle, flavour, files, networks),
+        builder_memory=_builder_memory(networks.values()),
+        inspector=inspect_on_gpu(bundle, flavour, target, files),
+    )
+
+
+def describe_step(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> StepReport:
     """Describe the engines of one kind of step together."""
     attentions = [attention for network in networks for attention in network.attentions]
     own = [attention for attention in attentions if not is_prompt_name(attention.key_source)]
     ranks = [collective.ranks for network in networks for collective in network.collectives]
-    parts = bundle.steps[step].tensorrt
     layers, plugins = Counter[str](), Counter[str]()
     for network in networks:
         layers.update(network.layers)
         plugins.update(network.plugins)
-    return {
-        "frames": bundle.config.video.step_frames[step],
-        "engines": len(networks),
-        "layers": dict(sorted(layers.items())),
-        "self_attentions": len(own),
-        "cross_attentions": len(attentions) - len(own),
-        "decomposable_attentions": sum(attention.decomposable for attention in attentions),
-        "self_attentions_with_lengths": sum(attention.has_lengths for attention in own),
-        "cache_updates": sum(network.cache_updates for network in networks),
-        "plugins": dict(sorted(plugins.items())),
-        "collectives_in_engine": len(ranks),
-        "collectives_at_runtime": sum(part.sent is not None for part in parts),
-        "ranks_of_collectives": sorted(set(ranks)),
-        "constants": check_constants(bundle, step, networks),
-    }
+    return StepReport(
+        frames=bundle.config.video.step_frames[step],
+        engines=len(networks),
+        layers=dict(sorted(layers.items())),
+        self_attentions=len(own),
+        cross_attentions=len(attentions) - len(own),
+        decomposable_attentions=sum(attention.decomposable for attention in attentions),
+        self_attentions_with_lengths=sum(attention.has_lengths for attention in own),
+        cache_updates=sum(network.cache_updates for network in networks),
+        plugins=dict(sorted(plugins.items())),
+        collectives_in_engine=len(ranks),
+        collectives_at_runtime=sum(part.sent is not None for part in bundle.steps[step].tensorrt),
+        ranks_of_collectives=sorted(set(ranks)),
+        constants=check_constants(bundle, step, networks),
+    )
 
 
 def expected_constants(bundle: Bundle, step: int = 0) -> dict[str, np.ndarray[Any, Any]]:

@@ -20,7 +20,7 @@ for each target; if this machine has a GPU of that target, its number is used.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,42 @@ class PlannedKernel:
     small_tiles: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompiledFacts:
+    """What a kernel compiled to: a launch, the resources of a thread and of a block, and the PTX."""
+
+    grid: Sequence[int]
+    warps: int
+    threads: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    blocks_per_multiprocessor: int
+    ptx_version: str
+    ptx_bytes: int
+    cached: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelReport:
+    """A kernel of a layer on one target; `compiled` is a message if it cannot be compiled."""
+
+    kernel: str
+    target: str
+    gpu: str
+    multiprocessors: int
+    kv_splits: int
+    rotate: bool
+    small_tiles: bool
+    compiled: CompiledFacts | str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types in one level; `unavailable` is the message of a kernel that cannot be compiled."""
+        found = asdict(self)
+        compiled = found.pop("compiled")
+        return found | ({"unavailable": compiled} if isinstance(compiled, str) else compiled)
+
+
 def targets_from_names(names: Sequence[str]) -> tuple[int, ...]:
     """Parse targets such as `sm80`; without any, all known targets.
 
@@ -114,8 +150,8 @@ def targets_from_names(names: Sequence[str]) -> tuple[int, ...]:
 
 def describe_kernels(
     config: Config, *, targets: Sequence[int], cache: Path, on_progress: Progress = lambda *_: None
-) -> list[dict[str, Any]]:
-    """Describe every kernel of a layer for every target in plain JSON types.
+) -> list[KernelReport]:
+    """Describe every kernel of a layer for every target.
 
     Args:
         config: config whose layout, head size, precision and slot rows determine the kernels.
@@ -124,8 +160,8 @@ def describe_kernels(
         on_progress: called if kernels must be compiled.
 
     Raises:
-        KernelError: Triton is not installed, or the cache cannot be read or written. For a kernel that cannot be compiled,
-            the entry `unavailable` gives the reason instead.
+        KernelError: Triton is not installed, or the cache cannot be read or written. The report of a kernel that cannot be
+            compiled has the message instead.
     """
     require_triton()
     planned = [kernel for target in targets for kernel in plan_kernels(config, gpu_from_target(target))]
@@ -255,34 +291,35 @@ def _compile(kernel: PlannedKernel, cache: Path) -> CompiledKernel | KernelError
         return error
 
 
-def _entry(kernel: PlannedKernel, compiled: CompiledKernel | KernelError, *, cached: bool) -> dict[str, Any]:
-    gpu = kernel.gpu
-    entry: dict[str, Any] = {
-        "kernel": kernel.name,
-        "target": f"sm{gpu.target}",
-        "gpu": gpu.name,
-        "multiprocessors": gpu.num_multiprocessors,
-        "kv_splits": kernel.kv_splits,
-        "rotate": kernel.rotate,
-        "small_tiles": kernel.small_tiles,
-    }
-    if isinstance(compiled, KernelError):
-        return entry | {"unavailable": str(compiled)}
+def _entry(kernel: PlannedKernel, compiled: CompiledKernel | KernelError, *, cached: bool) -> KernelReport:
+    return KernelReport(
+        kernel=kernel.name,
+        target=f"sm{kernel.gpu.target}",
+        gpu=kernel.gpu.name,
+        multiprocessors=kernel.gpu.num_multiprocessors,
+        kv_splits=kernel.kv_splits,
+        rotate=kernel.rotate,
+        small_tiles=kernel.small_tiles,
+        compiled=str(compiled) if isinstance(compiled, KernelError) else _facts(kernel, compiled, cached=cached),
+    )
+
+
+def _facts(kernel: PlannedKernel, compiled: CompiledKernel, *, cached: bool) -> CompiledFacts:
     assert isinstance(kernel.launch, KernelLaunch)
     version = re.search(r"^\.version (\S+)", compiled.ptx, re.MULTILINE)
     assert version is not None
-    return entry | {
-        "grid": list(kernel.launch.grid),
-        "warps": compiled.num_warps,
-        "threads": THREADS_PER_WARP * compiled.num_warps,
-        "registers": compiled.registers,
-        "shared_bytes": compiled.shared_bytes,
-        "spill_bytes": compiled.spill_bytes,
-        "blocks_per_multiprocessor": blocks_per_multiprocessor(compiled, gpu),
-        "ptx_version": version[1],
-        "ptx_bytes": len(compiled.ptx),
-        "cached": cached,
-    }
+    return CompiledFacts(
+        grid=list(kernel.launch.grid),
+        warps=compiled.num_warps,
+        threads=THREADS_PER_WARP * compiled.num_warps,
+        registers=compiled.registers,
+        shared_bytes=compiled.shared_bytes,
+        spill_bytes=compiled.spill_bytes,
+        blocks_per_multiprocessor=blocks_per_multiprocessor(compiled, kernel.gpu),
+        ptx_version=version[1],
+        ptx_bytes=len(compiled.ptx),
+        cached=cached,
+    )
 
 
 def blocks_per_multiprocessor(compiled: CompiledKernel, gpu: Gpu) -> int:

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from causalrt.progress import Progress as OnProgress
 from causalrt.terminal import PrintableConsole, printable
 
@@ -21,6 +19,8 @@ def shown_progress() -> Iterator[OnProgress]:
     if not console.is_terminal:
         yield _lines(console)
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("{task.description:<22}", markup=False),
         BarColumn(),

@@ -329,4 +329,4 @@ def test_a_second_signal_does_not_wait_for_a_chunk_that_hangs(again):
         assert engine.closed
         assert not engine.open_sessions
         assert server.services.jobs.get(job, "anonymous").error_code == "server_shutdown"
-        assert not server.services.spool.folder.exists()
+        assert not server.services.store.folder.exists()

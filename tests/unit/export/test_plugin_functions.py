@@ -6,11 +6,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from support.fused_step import fused_step
+from support.fused_step import expanded, fused_step
+from support.tolerances import FUSED_OP
 from torch import nn
 
-from causalrt.export.plugin_functions import NODE_FORMS, check_fused_nodes, expand_functions
-from causalrt.export.segment import cut_exchanges_pass
+from causalrt.export.passes import PassContext
+from causalrt.export.plugin_functions import NODE_FORMS, check_fused_nodes, expand_functions_pass
+from causalrt.export.segment import cut_at_exchanges
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
@@ -63,17 +65,17 @@ def test_a_layer_without_fused_ops_is_an_error():
 
 def test_expanded_graph_has_standard_ops_and_types():
     _, model = fused_step(2, precision="bfloat16")
-    expanded = expand_functions(model)
-    assert not expanded.functions
-    assert {node.op_type for node in expanded.graph.node if node.domain} == {"AllToAll"}
-    known = {value.name for value in (*expanded.graph.value_info, *expanded.graph.output)}
-    assert {name for node in expanded.graph.node for name in node.output if name} <= known
-    assert expand_functions(expanded) is expanded
+    graph = expanded(model)
+    assert not graph.functions
+    assert {node.op_type for node in graph.graph.node if node.domain} == {"AllToAll"}
+    known = {value.name for value in (*graph.graph.value_info, *graph.graph.output)}
+    assert {name for node in graph.graph.node for name in node.output if name} <= known
+    assert expand_functions_pass(graph, PassContext()) == 0
 
 
 def test_segments_keep_the_functions_that_they_call():
     config, model = fused_step(2, whole_slots=False)
-    segments = cut_exchanges_pass(model)
+    segments = cut_at_exchanges(model)
     assert len(segments) == 2 * config.model.num_layers + 1
     for segment in segments:
         called = {node.op_type for node in segment.model.graph.node if node.domain == ONNX_DOMAIN}
@@ -103,4 +105,4 @@ def test_one_function_serves_slots_of_every_length(tmp_path):
     tensors = [received, *short, *long, arguments[3], arguments[4]]
     feeds = {name: tensor.numpy() for name, tensor in zip(inputs, tensors, strict=True)}
     for got, wanted in zip(session.run(None, feeds), Twice()(*arguments), strict=True):
-        np.testing.assert_allclose(got, wanted.numpy(), atol=3e-6)
+        np.testing.assert_allclose(got, wanted.numpy(), atol=FUSED_OP)

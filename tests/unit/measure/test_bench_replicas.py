@@ -27,9 +27,9 @@ def machine(*missing: str) -> dict[str, Any]:
     return {name: {"ok": name not in missing, "detail": f"no {name} here"} for name in examine()["can"]}
 
 
-def sources(*world_sizes: int, changes: dict[str, str] | None = None, **wishes: Any) -> list[Source]:
+def sources(*world_sizes: int, changes: dict[str, str] | None = None, **request: Any) -> list[Source]:
     config = override(recipe("tiny"), changes or {})
-    return sources_of(config, BenchRequest(device="cpu", threads=4, world_sizes=world_sizes, **wishes), Path("folder"))
+    return sources_of(config, BenchRequest(device="cpu", threads=4, world_sizes=world_sizes, **request), Path("folder"))
 
 
 def test_cores_are_divided_among_ranks() -> None:
@@ -50,9 +50,9 @@ def test_everything_is_tried_and_what_cannot_run_says_why() -> None:
 
 
 def test_what_is_asked_for_and_cannot_run_is_an_error() -> None:
-    wishes = BenchRequest(executors=("eager", "inductor"), world_sizes=(1,), device="cpu")
+    request = BenchRequest(executors=("eager", "inductor"), world_sizes=(1,), device="cpu")
     with pytest.raises(ExecutorError, match="no run inductor here"):
-        choose_replicas(sources(1), wishes, machine("run inductor"))
+        choose_replicas(sources(1), request, machine("run inductor"))
     with pytest.raises(ExecutorError, match="this version has"):
         choose_replicas(sources(1), BenchRequest(executors=("eagr",)), machine())
 
@@ -69,8 +69,8 @@ def test_onnxruntime_wants_float32_on_a_cpu() -> None:
 
 
 def test_plugins_on_and_off_where_that_is_open() -> None:
-    wishes = BenchRequest(executors=("eager", "onnxruntime"), fused_ops="both", device="cpu", threads=4)
-    sides, _ = choose_replicas(sources(1, fused_ops="both"), wishes, machine())
+    request = BenchRequest(executors=("eager", "onnxruntime"), fused_ops="both", device="cpu", threads=4)
+    sides, _ = choose_replicas(sources(1, fused_ops="both"), request, machine())
     assert [(side.executor, side.fused_ops) for side in sides] == [
         ("eager", False),
         ("eager", True),
@@ -153,10 +153,10 @@ def test_all_sides_must_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_are_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     can = machine()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    wishes = BenchRequest(executors=("eager", "tensorrt"), device="cuda")
+    request = BenchRequest(executors=("eager", "tensorrt"), device="cuda")
     config = override(recipe("tiny"), {"build.precision": "bfloat16"})
-    found = sources_of(config, wishes, Path("folder"))
-    sides, _ = choose_replicas(found, wishes, can)
+    found = sources_of(config, request, Path("folder"))
+    sides, _ = choose_replicas(found, request, can)
     assert all(side.cuda_graphs == (side.executor == "tensorrt") for side in sides)
     both = BenchRequest(executors=("eager", "inductor"), world_sizes=(1,), device="cuda", cuda_graphs="both")
     inductor, _ = choose_replicas(found[:1], both, can)

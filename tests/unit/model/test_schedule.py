@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from support.tolerances import ROUNDED
 
 from causalrt.config import SamplerConfig
 from causalrt.model.schedule import schedule_from_config, scheduler_tables
@@ -126,4 +127,4 @@ def test_the_algebra_of_the_sampler() -> None:
         x = schedule.add_noise(step, x0, noise)
         clean = schedule.clean(step, x, noise - x0)
         assert clean.dtype == torch.float32
-        torch.testing.assert_close(clean, x0, rtol=0, atol=1e-6)
+        torch.testing.assert_close(clean, x0, rtol=0, atol=ROUNDED)

@@ -37,6 +37,7 @@ from causalrt.tools.doctor import examine
 from causalrt.tools.files import check_writable_in, make_folder, write_whole
 
 SCHEMA = 2
+CONTEXT_PASS = "after the latency of its chunk, within frames a second"
 JSON_FILE, PICTURE_FILE = "bench.json", "bench.png"
 
 
@@ -114,43 +115,31 @@ def measure(
     on_progress: Progress,
 ) -> Report:
     """Measure replicas whose bundles are built; engines and processes have ended when this returns or raises."""
-    device, repeats = replicas[0].device, request.repeats
+    device = replicas[0].device
     before = describe_moment(device)
-    bundles = {replica.bundle: replica.world_size for replica in replicas}
-    digests = {path: file_digest(path / MANIFEST) for path in bundles}
+    digests = {replica.bundle: file_digest(replica.bundle / MANIFEST) for replica in replicas}
     with contextlib.ExitStack() as stack:
         rollouts = stack.enter_context(Rollouts(replicas, seed=request.seed, num_chunks=request.chunks, vae=vae))
         rollouts.load(on_progress)
         ceilings = stack.enter_context(Ceilings(replicas)) if request.ceilings else None
-        on_progress("rollouts", 0, repeats + 1)
-        for done in range(repeats + 1):
-            rollouts.repeat(done - 1)
-            if ceilings is not None:
-                if done == 0:
-                    ceilings.measure(counts=False)
-                ceilings.measure()
-            on_progress("rollouts", done + 1, repeats + 1)
+        _repeat(rollouts, ceilings, request.repeats, on_progress)
         rollouts.read_memory()
         decodes = rollouts.decodes
+    ranks = {replica.bundle: replica.world_size for replica in replicas}
     manifest = Manifest(
-        what=request.recipe or ", ".join(path.name for path in bundles),
+        what=request.recipe or ", ".join(path.name for path in digests),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=sys.argv,
         machine=describe_machine(device),
         before=before,
         after=describe_moment(device),
-        bundles=[{"name": path.name, "world_size": ranks, "sha256": digests[path]} for path, ranks in bundles.items()],
+        bundles=[{"name": path.name, "world_size": ranks[path], "sha256": sha} for path, sha in digests.items()],
         random_weights=not request.bundles,
         seed=request.seed,
-        repeats=repeats,
+        repeats=request.repeats,
         chunks=rollouts.num_chunks,
         config=replicas[0].config.as_dict(),
-        includes={
-            "text": False,
-            "vae": decodes,
-            "context pass": "after the latency of its chunk, within frames a second",
-            "build": False,
-        },
+        includes={"text": False, "vae": decodes, "context pass": CONTEXT_PASS, "build": False},
     )
     return Report(
         schema=SCHEMA,
@@ -160,3 +149,15 @@ def measure(
         ceilings=[] if ceilings is None else ceilings.summary(),
         left_out=left_out,
     )
+
+
+def _repeat(rollouts: Rollouts, ceilings: Ceilings | None, repeats: int, on_progress: Progress) -> None:
+    """Run the warm-up and all repeats, each between two rounds of the ceilings."""
+    on_progress("rollouts", 0, repeats + 1)
+    for done in range(repeats + 1):
+        rollouts.repeat(done - 1)
+        if ceilings is not None:
+            if done == 0:
+                ceilings.measure(counts=False)
+            ceilings.measure()
+        on_progress("rollouts", done + 1, repeats + 1)

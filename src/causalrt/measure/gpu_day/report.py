@@ -81,10 +81,10 @@ class Report:
         }
 
     def write(self) -> None:
-        """Write both files, each in one step."""
+        """Write both files, each in one step; the text is never behind the JSON."""
         found = self.as_dict()
-        write_whole(self._out / JSON_FILE, json.dumps(found, indent=1).encode())
         write_whole(self._out / TEXT_FILE, as_markdown(found).encode())
+        write_whole(self._out / JSON_FILE, json.dumps(found, indent=1).encode())
 
     def draw(self, outcome: Outcome) -> None:
         """Draw the picture of a part that has one and has recorded data; a failure is noted in its record."""

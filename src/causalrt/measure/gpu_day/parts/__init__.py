@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +18,8 @@ class Part:
 
 def interpreting() -> Mapping[str, str]:
     """The environment in which Triton interprets kernels; empty where its interpreter does not work with this numpy."""
+    from importlib import metadata  # slow to import, and every command line imports this module
+
     try:
         triton, numpy = (tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
     except metadata.PackageNotFoundError:

@@ -9,7 +9,7 @@ from causalrt.measure.gpu_day.recorder import Recorder
 from causalrt.recipes import recipe
 from causalrt.tools.arguments import DemoRequest
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet
-from causalrt.tools.demo import Made, compared, make_video
+from causalrt.tools.demo import DemoRow, Made, compared, make_video
 
 TABLE = "videos of the demo model"
 SHEET = "demo.png"
@@ -43,37 +43,36 @@ def run(recorder: Recorder) -> None:
     if recorder.dry_run:
         recorder.note("On a CPU the demo runs only with the references of the fused ops, and is two chunks long.")
     worst = 0
+    where = "GPU" if device == "cuda" else "CPU"
     for executor, fused_ops in variants:
         name = f"{executor}, fused ops" if fused_ops else executor
         with recorder.attempt(name):
             made = made_by(executor, device, fused_ops=fused_ops)
-            found = compared((executor, 1), made, wanted)
-            levels = found.grey_levels
-            recorder.row(
-                TABLE,
-                variant=name,
-                device=device,
-                **{
-                    "largest difference, of 255": levels,
-                    "mean difference, of 255": found.mean_grey_levels,
-                    "latents": found.latent_error,
-                    "start s": found.load_s,
-                    "first frames ms": found.first_frame_ms,
-                    "chunk ms": found.median_chunk_ms,
-                },
-            )
-            where = "GPU" if device == "cuda" else "CPU"
+            levels = _record(recorder, name, compared((executor, 1), made, wanted))
+            row = f"{executor}{' fused' if fused_ops else ''}\n{where}"
             verdict = f"largest difference:\n{levels} of 255 grey levels"
-            sheet.append(
-                SheetRow(
-                    name=f"{executor}{' fused' if fused_ops else ''}\n{where}",
-                    frames=made.frames,
-                    verdict=verdict,
-                    agrees=levels <= SAME_LEVELS,
-                )
-            )
+            sheet.append(SheetRow(name=row, frames=made.frames, verdict=verdict, agrees=levels <= SAME_LEVELS))
             recorder.file(SHEET, contact_sheet(f"{request.prompt} ({where} against CPU)", sheet))
             worst = max(worst, levels)
-            if levels > SAME_LEVELS:
-                recorder.wrong(f"{name}: frames differ by up to {levels} of 255, allowed {SAME_LEVELS}")
             recorder.headline("demo", f"The demo's frames differ from the CPU's by at most {worst} of 255.")
+
+
+def _record(recorder: Recorder, name: str, found: DemoRow) -> int:
+    """Record the comparison of one variant, and return its largest difference in grey levels."""
+    levels = found.grey_levels
+    recorder.row(
+        TABLE,
+        variant=name,
+        device=recorder.device.type,
+        **{
+            "largest difference, of 255": levels,
+            "mean difference, of 255": found.mean_grey_levels,
+            "latents": found.latent_error,
+            "start s": found.load_s,
+            "first frames ms": found.first_frame_ms,
+            "chunk ms": found.median_chunk_ms,
+        },
+    )
+    if levels > SAME_LEVELS:
+        recorder.wrong(f"{name}: frames differ by up to {levels} of 255, allowed {SAME_LEVELS}")
+    return levels
