@@ -17,13 +17,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
 from causalrt.errors import PromptError, RequestError
-from causalrt.model.text.words import WordEncoder
+from causalrt.model.text.protocol import PromptEncoder
 from causalrt.runtime.canary import ExchangeCheck
 from causalrt.runtime.memory import DecoderMemory, MemoryEstimate
 from causalrt.runtime.messages import (
@@ -39,9 +39,6 @@ from causalrt.runtime.snapshot import read_session
 from causalrt.runtime.usage import Usage
 from causalrt.runtime.vae_decoder import VaeDecoder
 from causalrt.runtime.workers import Workers
-
-if TYPE_CHECKING:
-    from causalrt.model.text.umt5 import TextEncoder
 
 
 class Engine:
@@ -75,7 +72,7 @@ class Engine:
         max_sessions: int,
         makes_ahead: bool,
         workers: Workers,
-        text_encoder: "TextEncoder | WordEncoder | None",
+        text_encoder: PromptEncoder | None,
     ) -> None:
         self.bundle = bundle
         self.config = bundle.config

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +12,7 @@ from causalrt.config import Config
 from causalrt.control_groups import available_cpus
 from causalrt.engines.bundle import Bundle, unchanged
 from causalrt.engines.kinds import executor_kind, warms_up
+from causalrt.model.text.protocol import PromptEncoder
 from causalrt.model.text.words import WORDS_FILE, WordEncoder
 from causalrt.runtime.engine import Engine
 from causalrt.runtime.memory import (
@@ -27,9 +27,6 @@ from causalrt.runtime.memory import (
 from causalrt.runtime.messages import Done, LoadCommand, LoadVaeCommand
 from causalrt.runtime.ranks import START_S, WARM_START_S
 from causalrt.runtime.workers import Workers
-
-if TYPE_CHECKING:
-    from causalrt.model.text.umt5 import TextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +51,7 @@ class EngineOptions:
     timeout_s: float
 
 
-def open_text_encoder(folder: Path, device: str, config: Config) -> "TextEncoder | WordEncoder":
+def open_text_encoder(folder: Path, device: str, config: Config) -> PromptEncoder:
     """The text encoder in a folder, for the prompts of a model: a table of words if the folder has one, otherwise umT5.
 
     Raises:
