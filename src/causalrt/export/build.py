@@ -69,20 +69,20 @@ def build(
     Args:
         config: a recipe's config, overrides applied.
         checkpoint: Self-Forcing `.pt`, the bare Wan layout, or the diffusers layout (file or folder).
-        out: the bundle's folder; appears whole or not at all.
+        out: the bundle's folder; it appears only once it is complete.
         executors: what the bundle shall run on, among `EXECUTORS`; eager and inductor are always possible.
         targets: GPU architectures (`sm80`) to build TensorRT engines for; none is the GPU at hand.
         collectives: in TensorRT engines, whether the engine or the runtime exchanges between ranks.
         frontend: what makes TensorRT's network of the traced step.
         timing_cache: file with TensorRT's measured kernel times, read and written; by default one in the user's cache.
         fused_ops: whether self-attention is made of the fused ops: plugins for TensorRT, functions of standard ops for
-            onnxruntime, and what eager and inductor run unless `load` is told otherwise. `auto` is off, for no GPU has measured
-            them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
+            onnxruntime, and what eager and inductor run unless `load` is given another choice. `auto` is off, for no GPU has
+            measured them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
         vae: Wan2.1's VAE, in its own layout or diffusers' (file or folder), or the file of a cosine transform
             (`model/codecs/block_dct.py`), so that the bundle makes pixels; None for latents.
         prepare: leave all TensorRT engines to `finish_build`, although there is a GPU here: of another kind, say.
         overwrite: replace a bundle that is there already.
-        on_progress: told of each stage.
+        on_progress: called at the start and the end of each stage.
 
     Returns:
         The bundle's folder.

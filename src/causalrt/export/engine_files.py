@@ -67,7 +67,7 @@ def write_engine_graphs(
         wan: the model over the bundle's weights.
         config: of the bundle.
         folder: of the bundle.
-        on_progress: told of each stage.
+        on_progress: called at the start and the end of each stage.
         collectives: who exchanges.
         segmented: the step graph over the filled prefix, if it is at hand.
         fused: self-attention is made of the fused ops.

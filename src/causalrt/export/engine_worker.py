@@ -107,7 +107,7 @@ def _make_log(trt: Any) -> BuildLog:
 
 
 def _make_monitor(trt: Any) -> Any:
-    """TensorRT's progress monitor; nested phases are told by their outermost one. A parent that has gone cancels the build."""
+    """TensorRT's progress monitor, which reports outermost phases only. The build is cancelled when the parent has ended."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -195,8 +195,8 @@ def build_engine(
     builder, network, parser = parse(trt, log.logger, folder / request.onnx, graph)
     finish_attentions(trt, network)
     description = describe_network(trt, network)
-    told = request.expected | ({"plugins": sum(counts.values())} if counts else {})
-    check_network(description, expected=told, onnx_file=request.onnx)
+    expected = request.expected | ({"plugins": sum(counts.values())} if counts else {})
+    check_network(description, expected=expected, onnx_file=request.onnx)
     description["plugins"] = counts
     config = builder.create_builder_config()
     flavour.configure_build(trt, config, target)

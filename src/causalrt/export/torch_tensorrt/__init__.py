@@ -95,7 +95,7 @@ def build_with_torch_tensorrt(
     Args:
         config: of the bundle.
         folder: of the bundle, with the weights in it.
-        on_progress: told of each engine.
+        on_progress: called at the start and the end of each engine.
         flavour: the TensorRT that torch_tensorrt drives here.
         target: the architecture of the GPU at hand.
         timing_cache: measured kernel times, read and written; unread by a flavour that measures nothing.
@@ -289,5 +289,5 @@ def rename_tensors(network: dict[str, Any], names: Mapping[str, str]) -> dict[st
     def renamed(entry: Mapping[str, Any]) -> dict[str, Any]:
         return {key: names.get(value, value) if isinstance(value, str) else value for key, value in entry.items()}
 
-    told = ("attentions", "inputs", "outputs")
-    return {**network, **{kind: [renamed(entry) for entry in network[kind]] for kind in told}}
+    kinds = ("attentions", "inputs", "outputs")
+    return {**network, **{kind: [renamed(entry) for entry in network[kind]] for kind in kinds}}
