@@ -17,14 +17,16 @@ test:
 	pytest
 	pytest -m slow
 
-# The README's two commands in a fresh virtual environment, with the CPU build of torch where one is at hand.
+# Lint and types, which fail soonest; then the README's two commands, and its command for the tests, in a fresh virtual
+# environment, with the CPU build of torch where that is at hand.
 fresh:
+	python3 -m venv --clear .venv
+	. .venv/bin/activate && pip install -q 'torch>=2.13,<2.14' && pip install -q '.[dev]' && $(MAKE) lint types
 	python3 -m venv --clear .venv
 	. .venv/bin/activate && pip install -q 'torch>=2.13,<2.14'
 	. .venv/bin/activate && pip install . && causalrt demo
 	. .venv/bin/activate && pip install '.[test]' && pytest
 	. .venv/bin/activate && pytest -m slow
-	. .venv/bin/activate && pip install -q '.[dev]' && $(MAKE) lint types
 
 # The lowest versions of what pyproject.toml names, in an environment of their own. `fresh` comes first: it brings uv.
 lowest:
@@ -38,7 +40,7 @@ lowest:
 
 bench:  # engines of full size: see benchmarks/engine_build.py
 	causalrt bench --executors eager,onnxruntime
-	python benchmarks/precision.py
+	PYTHONPATH=tests python benchmarks/precision.py
 
 constraints:  # what CI installs; the libraries of CUDA are left to torch, of which CI takes the CPU build
 	uv pip compile $(COMPILE) --python-version 3.11 --python-platform linux --extra dev pyproject.toml > .ci/constraints.txt

@@ -29,7 +29,7 @@ def status_bytes(field: str) -> int:
 
 def measure(path: Path, model: ModelConfig, dtype: torch.dtype, out: Path) -> tuple[float, int, int]:
     """Seconds, peak bytes and baseline bytes of one conversion."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the resident memory
     baseline_bytes = status_bytes("VmRSS")
     start_s = time.perf_counter()
     write_weights(open_checkpoint(path), model, dtype=dtype, out=out)
@@ -37,7 +37,7 @@ def measure(path: Path, model: ModelConfig, dtype: torch.dtype, out: Path) -> tu
 
 
 def main() -> None:
-    """Command line."""
+    """Convert once for each target type, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--recipe", default="wan_1_3b_480p", choices=list(RECIPES))

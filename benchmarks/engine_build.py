@@ -42,7 +42,7 @@ def tree_bytes(root: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run a build, watch its memory, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--recipe", default="wan_1_3b_480p")
@@ -72,7 +72,7 @@ def main() -> None:
             time.sleep(0.1)
         if build.returncode:
             raise SystemExit(build.returncode)
-        ended = os.times()  # processor time does not depend on what else the machine does
+        ended = os.times()  # processor time does not depend on other load
         found = {
             "seconds": round(time.perf_counter() - start, 1),
             "cpu_seconds": round(ended.children_user + ended.children_system, 1),

@@ -7,8 +7,8 @@
 
 One rank's work at the recipe's sizes, for each number of ranks. Every result is compared with float64 before its time is taken,
 and a kernel that is wrong ends the run. All sides of a case take turns, round by round (`measure/kernel_bench/timing.py`).
-A verdict goes by the ratio of two sides in the same round; a difference from the limit that is smaller than the spread
-(p90 - p10) is none.
+A verdict depends on the ratio of two sides in the same round; it is `none` if the distance from the limit is smaller than the
+spread from p10 to p90.
 
 | section          | claim                                                                                                   |
 |------------------|---------------------------------------------------------------------------------------------------------|
@@ -27,12 +27,13 @@ import torch
 
 from causalrt.config import override
 from causalrt.engines.streams import own_stream
+from causalrt.errors import ConfigError
+from causalrt.measure.kernel_bench.cases import KernelBenchOptions, interpreted
 from causalrt.measure.kernel_bench.dry_run import planned_lines
-from causalrt.measure.kernel_bench.operands import interpreted
 from causalrt.measure.kernel_bench.picture import plot
 from causalrt.measure.kernel_bench.rope_attention import FORMS
 from causalrt.measure.kernel_bench.sections import Bench
-from causalrt.measure.kernel_bench.verdicts import progress
+from causalrt.measure.kernel_bench.timing import progress
 from causalrt.recipes import recipe
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -41,7 +42,7 @@ UNASKED = ("qk_norm_rope", "rope_attention", "plans")
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="wan_1_3b_480p")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
@@ -70,26 +71,35 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line; a fault of its arguments is one line."""
     args = parse()
+    try:
+        run(args)
+    except ConfigError as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the sections, write the report and its picture, and print the verdicts."""
     changes = {"build.precision": DTYPES[args.dtype], **dict(change.split("=", 1) for change in args.set)}
     config = override(recipe(args.recipe), changes)
-    if args.dry_run:
-        for line in planned_lines(args, config):
-            print(line)
-        return
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device: add --dry-run, or `--device cpu` to try it out")
-    if args.device == "cpu" and not interpreted():
+    if args.device == "cpu" and not args.dry_run and not interpreted():
         args.sections = [name for name in args.sections if name in UNASKED]
         progress(
             "on a CPU without TRITON_INTERPRET=1 the references stand in for the kernels; no tiles, no ranges of keys"
         )
+    options = KernelBenchOptions(**{name: getattr(args, name) for name in KernelBenchOptions.__dataclass_fields__})
+    if args.dry_run:
+        for line in planned_lines(options, config):
+            print(line)
+        return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device: add --dry-run, or `--device cpu` to try it out")
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     with own_stream(device), torch.no_grad():
-        bench = Bench(args, config, device)
+        bench = Bench(options, config, device)
         try:
-            for section in args.sections:
+            for section in options.sections:
                 getattr(bench, section)()
         finally:
             args.out.with_suffix(".json").write_text(json.dumps(bench.report, indent=1))

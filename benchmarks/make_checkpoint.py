@@ -26,7 +26,7 @@ from causalrt.recipes import RECIPES, recipe
 
 
 def make_checkpoint(model: ModelConfig, *, seed: int, out: Path) -> None:
-    """Write the file; on a failure nothing is left at `out`."""
+    """Write the file; after a failure there is no file at `out`."""
     shapes = model_shapes(model)
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -47,7 +47,7 @@ def make_checkpoint(model: ModelConfig, *, seed: int, out: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Write the checkpoint that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="wan_1_3b_480p", choices=list(RECIPES))
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as model.num_layers=2")

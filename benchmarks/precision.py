@@ -1,8 +1,8 @@
-"""What a low precision costs: eager and the graph that TensorRT parses, each against an independent float64 replay.
+"""Errors of low precisions: eager and the graph that TensorRT parses, each against an independent float64 replay.
 
-    python benchmarks/precision.py                      # writes docs/precision.png, prints one JSON line
+    PYTHONPATH=tests python benchmarks/precision.py     # writes docs/precision.png, prints one JSON line
 
-A rollout of random weights through a rolling window is recorded in float64 (tests/numerics/float64_replay.py). It is then
+A rollout of random weights through a rolling window is recorded in float64 (tests/support/float64_replay.py). It is then
 replayed in each precision by eager torch, and by the whole-step graph of the TensorRT build under ONNX Runtime, with every
 value rounded as a strongly typed engine rounds it (causalrt/proof/emulated_graph.py). Twice:
 
@@ -11,7 +11,6 @@ value rounded as a strongly typed engine rounds it (causalrt/proof/emulated_grap
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -21,11 +20,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from support import float64_replay
 
 from causalrt.config import Config, Precision
-from causalrt.engines.base import Executor
+from causalrt.engines.base import Executor, SessionView
 from causalrt.model.schedule import schedule_from_config
-from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.model.wan.conditioning import Conditioning
 from causalrt.proof.compare import replay_here
 from causalrt.proof.emulate import write_graphs
 from causalrt.proof.recording import Recording, open_recording
@@ -34,8 +34,8 @@ from causalrt.proof.rollouts import Outputs
 
 ROOT = Path(__file__).parents[1]
 WORLD_SIZES = (1, 8)
-# On 8 ranks each takes a quarter of the query rows of 3 of the 6 heads, and 23 of 180 tokens, 4 of the 184 being padding. A
-# window of 12 latent frames, 3 of them pinned: full from chunk 3 on, rolling from chunk 4 on.
+# On 8 ranks, each rank attends for a quarter of the query rows of 3 of the 6 heads, and holds 23 of 180 tokens (184 with
+# padding). The window of 12 latent frames, 3 of them pinned, is full from chunk 3 on and rolls from chunk 4 on.
 SIZES: dict[str, Any] = {
     "dim": 192,
     "num_heads": 6,
@@ -63,7 +63,7 @@ SIZES: dict[str, Any] = {
 
 
 class Forced:
-    """An executor whose every step is given the next recorded input in the place of its own."""
+    """An executor whose every step takes the next recorded input in place of its own."""
 
     def __init__(self, executor: Executor, inputs: Sequence[torch.Tensor]) -> None:
         self.device, self.whole_slots = executor.device, executor.whole_slots
@@ -78,28 +78,23 @@ class Forced:
         """See `Executor.graph_bytes`."""
         return self._executor.graph_bytes()
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
+    def bind(self, view: SessionView) -> None:
         """See `Executor.bind`."""
-        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, step=step)
+        self._executor.bind(view)
 
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
-        return self._executor.step(next(self._inputs), e, e0, first_frame)
+        return self._executor.step(next(self._inputs), time, first_frame)
 
 
 def record(path: Path, num_chunks: int) -> Recording:
-    """A float64 rollout of these sizes."""
-    spec = importlib.util.spec_from_file_location("float64_replay", ROOT / "tests" / "numerics" / "float64_replay.py")
-    assert spec is not None
-    assert spec.loader is not None
-    float64_replay = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(float64_replay)
+    """Record a rollout of these sizes in float64."""
     float64_replay.record(SIZES | {"num_chunks": num_chunks}, path)
     return open_recording(path, world_size=1)
 
 
 def recorded_inputs(recording: Recording, expected: Outputs) -> list[torch.Tensor]:
-    """What each forward was given, in order: the denoising steps of a chunk, then its refresh."""
+    """The input of each forward, in order: the denoising steps of a chunk, then its context pass."""
     noise, sigmas = recording.noise(0), schedule_from_config(recording.config.sampler).sigmas
     inputs = []
     for chunk in range(recording.num_chunks):
@@ -113,7 +108,7 @@ def recorded_inputs(recording: Recording, expected: Outputs) -> list[torch.Tenso
 
 
 def errors_by_chunk(got: Outputs, expected: Outputs, num_chunks: int, ending: str) -> list[float]:
-    """Root mean square of the difference over that of the expected values, of each chunk."""
+    """For each chunk, the root mean square of the difference over that of the expected values."""
     errors = []
     for chunk in range(num_chunks):
         names = [key for key in expected if key.split(".")[1] == f"c{chunk}" and key.endswith(ending or f"c{chunk}")]
@@ -123,7 +118,7 @@ def errors_by_chunk(got: Outputs, expected: Outputs, num_chunks: int, ending: st
 
 
 def replicas(config: Config, checkpoint: Path, folder: Path) -> dict[str, Replica]:
-    """Eager, and the emulated engine graph on each number of ranks."""
+    """Make replicas of eager, and of the emulated engine graph on each number of ranks."""
     folder.mkdir()
     made = {"eager": eager_replica(config, checkpoint=checkpoint, folder=folder / "eager")}
     for world_size in WORLD_SIZES:
@@ -137,11 +132,11 @@ def replicas(config: Config, checkpoint: Path, folder: Path) -> dict[str, Replic
 
 
 Curves = dict[str, dict[str, dict[str, list[float]]]]
-"""By kind of replay, precision, and what runs it: an error a chunk."""
+"""By kind of replay, precision and player, the error of each chunk."""
 
 
 def measure(num_chunks: int) -> Curves:
-    """All replays of one recording."""
+    """Replay one recording with every player in every precision, and return the errors."""
     curves: Curves = {"free-running": {}, "teacher-forced": {}}
     with tempfile.TemporaryDirectory(prefix="causalrt-precision-") as name:
         folder = Path(name)
@@ -163,7 +158,7 @@ def measure(num_chunks: int) -> Curves:
 
 
 def plot(curves: Curves, path: Path) -> None:
-    """Both kinds side by side; a colour a precision, a line style for what runs it."""
+    """Draw both kinds of replay side by side, with a colour for each precision and a line style for each player."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -190,7 +185,7 @@ def plot(curves: Curves, path: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure, draw the picture, and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=14)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "precision.png")

@@ -1,4 +1,4 @@
-"""Load and abuse of a server, with figures: many at once, a reader that stalls, a client that vanishes in mid-chunk.
+"""Load and abuse of a server, with figures: many clients at once, a reader that stalls, a client that vanishes in mid-chunk.
 
     python benchmarks/serve_load.py --url http://127.0.0.1:8000 --clients 50
     python benchmarks/serve_load.py --bundle bundle --text-encoder Wan2.1-T2V-1.3B --clients 50 --json
@@ -39,13 +39,13 @@ class Target:
         self.url = url
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
         limits = httpx.Limits(max_connections=200)
-        # Proxies of the environment are not asked: what is measured is the server.
+        # Proxies of the environment are ignored, since the server is measured.
         self.http = httpx.AsyncClient(
             base_url=url, headers=self.headers, timeout=WAIT_S, limits=limits, trust_env=False
         )
 
     def realtime(self, **how: Any) -> connect:
-        """A WebSocket to it."""
+        """Open a WebSocket to the server."""
         url = self.url.replace("http", "ws", 1) + "/v1/realtime"
         return connect(url, compression=None, proxy=None, additional_headers=self.headers, max_size=2**26, **how)
 
@@ -178,7 +178,7 @@ async def measure(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
     target = Target(url, arguments.token)
     async with target.http:
         (await target.http.get("/readyz")).raise_for_status()
-        await one_stream(target, 0, 1)  # what is done once, is done
+        await one_stream(target, 0, 1)  # work that is done once is not measured
         found = {
             "many_at_once": await many_at_once(target, arguments.clients, arguments.chunks, arguments.seconds),
             "vanishing_client": await vanishing_client(target),
@@ -190,7 +190,7 @@ async def measure(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def own_server(arguments: argparse.Namespace) -> Iterator[str]:
-    """A server on a free port, ended by SIGTERM; one that does not end with code 0 is an error."""
+    """Run a server on a free port until SIGTERM; it is an error if it does not end with code 0."""
     command = [sys.executable, "-m", "causalrt.cli", "serve", str(arguments.bundle), "--json", "--port", "0"]
     flags = ["--text-encoder", str(arguments.text_encoder), "--rate", "100000", *arguments.serve]
     with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) as process:
@@ -205,7 +205,7 @@ def own_server(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the cases; 0 if nobody was lost, and a stalled reader was seen."""
+    """Run the cases; the exit code is 0 if no client was lost and the stalled reader was detected."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="a server that runs")

@@ -1,4 +1,4 @@
-"""Where the time of a chunk step goes in ONNX Runtime: its own profiler, by kind of op and by number of filled KV rows.
+"""The time of a chunk step in ONNX Runtime by kind of op and by number of filled KV rows, from its own profiler.
 
     python benchmarks/step_profile.py BUNDLE [--threads 2] [--steps 8]
 
@@ -29,7 +29,7 @@ SHOWN = 0.002
 
 
 def profile(bundle: Bundle, filled_rows: int, *, steps: int, folder: Path) -> dict[str, float]:
-    """Median milliseconds of a step by kind of op; `step` is the whole of it, the runtime's own time between ops included."""
+    """Median milliseconds of a step by kind of op; `step` is all of it, with the time between ops."""
     import onnxruntime as ort  # after causalrt, which turns its telemetry off
 
     options = ort.SessionOptions()

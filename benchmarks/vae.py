@@ -21,8 +21,9 @@ from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.export.engine_worker import build_engine
 from causalrt.export.random_encoders import random_vae
 from causalrt.export.vae import vae_engine_requests, write_vae
+from causalrt.model.codecs.registry import cache_bytes
 from causalrt.model.codecs.vae_checkpoint import VaeConfig
-from causalrt.model.codecs.wan_vae import StreamingDecoder, cache_bytes
+from causalrt.model.codecs.wan_vae import StreamingDecoder
 
 
 def status_bytes(field: str) -> int:
@@ -32,13 +33,13 @@ def status_bytes(field: str) -> int:
 
 
 def measured_decode(vae: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Decode some chunks; the first has fewer frames."""
+    """Time and measure the decoding of some chunks; the first has fewer frames."""
     sizes = {"latent_height": args.latent_height, "latent_width": args.latent_width}
     chunks = torch.randn(args.chunks, 3, 16, args.latent_height, args.latent_width)
     decoder = StreamingDecoder(vae)
     state = decoder.open()
     baseline_bytes = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the resident memory
     seconds, cpu_seconds, frames = [], [], []
     for latents in chunks:
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
@@ -56,7 +57,7 @@ def measured_decode(vae: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured_build(vae: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Write the graphs, and build engines of them."""
+    """Time writing the graphs and building their engines."""
     seconds: dict[str, float] = {}
     sizes: dict[str, int] = {}
     Path("/proc/self/clear_refs").write_text("5")
@@ -75,7 +76,7 @@ def measured_build(vae: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure what the command line asks for, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["decode", "build"])
     parser.add_argument("--base-dim", type=int, default=96, help="channels at full resolution; Wan2.1 has 96")

@@ -1,4 +1,8 @@
-"""CausalRT: causal video diffusion transformers, compiled ahead of time and run in real time on 1 to N ranks."""
+"""CausalRT: causal video diffusion transformers, compiled ahead of time and run in real time on 1 to N ranks.
+
+Everything is imported when it is first used, so that `import causalrt` costs nothing, and a production host needs neither the
+exporter nor a video library.
+"""
 
 import importlib
 import logging
@@ -15,17 +19,16 @@ if "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from causalrt.config import Config, override
-from causalrt.recipes import RECIPES, recipe
-from causalrt.runtime.engine import Engine
-from causalrt.runtime.load import load
-from causalrt.runtime.session import Chunk, Session
-
 if TYPE_CHECKING:
+    from causalrt.config import Config, override
     from causalrt.export.build import build
     from causalrt.export.finish import finish_build
     from causalrt.media.read import read_frames
     from causalrt.media.video_file import write_video
+    from causalrt.recipes import RECIPES, recipe
+    from causalrt.runtime.engine import Engine
+    from causalrt.runtime.load import load
+    from causalrt.runtime.session import Chunk, Session
 
 __all__ = [
     "RECIPES",
@@ -41,16 +44,30 @@ __all__ = [
     "recipe",
     "write_video",
 ]
-_LAZY = {  # imported on first use: a production host needs no exporter, and may need no video library
-    "build": "causalrt.export.build",
-    "finish_build": "causalrt.export.finish",
-    "read_frames": "causalrt.media.read",
-    "write_video": "causalrt.media.video_file",
+_MODULES = {
+    "RECIPES": "recipes",
+    "Chunk": "runtime.session",
+    "Config": "config",
+    "Engine": "runtime.engine",
+    "Session": "runtime.session",
+    "build": "export.build",
+    "finish_build": "export.finish",
+    "load": "runtime.load",
+    "override": "config",
+    "read_frames": "media.read",
+    "recipe": "recipes",
+    "write_video": "media.video_file",
 }
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,12 +6,13 @@ overridden by its dotted name (`override(config, {"model.num_layers": "2"})`), w
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from causalrt.codec_geometry import WAN21, CodecGeometry
 from causalrt.errors import ConfigError, Faults
+from causalrt.plain import from_plain, type_name
 
 Precision = Literal["float32", "bfloat16", "float16"]
 HeadPlanName = Literal["balanced", "padded", "grouped"]
@@ -19,10 +20,8 @@ TimeIndex = Literal["global", "relative"]
 
 MAX_LATENT_FRAMES = 1024
 """Positions that the rotary table of the reference has (model_spec section 4)."""
-PIXELS_PER_LATENT = 8
 LARGEST_LATENTS = {"latent_height": 270, "latent_width": 480}
-"""The size of a 4K picture in latents; larger numbers were most likely meant as pixels."""
-FRAMES_PER_SECOND = 16
+"""The size of a 4K picture in latents; larger values are most likely pixels."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -138,7 +137,7 @@ class VideoConfig:
     def step_frames(self) -> tuple[int, ...]:
         """Latent frames of each kind of step, which has graphs of its own: `(3,)`, or `(3, 1)` with a first chunk of one frame.
 
-        Wherever a step's number is wanted, it is an index into this tuple. Step 0 makes all chunks but possibly the first.
+        A step's number is an index into this tuple. Step 0 makes all chunks except, possibly, the first.
         """
         shorter_first = self.independent_first_frame and self.chunk_frames > 1
         return (self.chunk_frames, 1) if shorter_first else (self.chunk_frames,)
@@ -170,19 +169,24 @@ class VideoConfig:
         return [self.frames_at(self.first_frame_of(first_chunk + index)) for index in range(num_chunks)]
 
     @property
+    def codec(self) -> CodecGeometry:
+        """Scales and frame rate of the codec whose latents the video consists of."""
+        return WAN21
+
+    @property
     def pixel_height(self) -> int:
         """Rows of a decoded frame."""
-        return PIXELS_PER_LATENT * self.latent_height
+        return self.codec.pixels_per_latent * self.latent_height
 
     @property
     def pixel_width(self) -> int:
         """Columns of a decoded frame."""
-        return PIXELS_PER_LATENT * self.latent_width
+        return self.codec.pixels_per_latent * self.latent_width
 
     @property
     def fps(self) -> int:
         """Decoded frames a second at which the model's videos play."""
-        return FRAMES_PER_SECOND
+        return self.codec.fps
 
     @property
     def capacity_frames(self) -> int:
@@ -275,7 +279,7 @@ class Config:
         return self.video.capacity_frames * self.tokens_per_frame
 
     def as_dict(self) -> dict[str, Any]:
-        """The config as plain JSON types; `config_from_dict` is the way back."""
+        """The config as plain JSON types, from which `config_from_dict` rebuilds it."""
         plain = dataclasses.asdict(self)
         plain["sampler"]["steps"] = list(self.sampler.steps)
         return plain
@@ -293,56 +297,33 @@ def config_from_dict(plain: Mapping[str, Any]) -> Config:
         raise ConfigError(f"a config has the sections {sorted(sections)}, got {got}")
     built = {}
     for name, cls in sections.items():
-        if not isinstance(plain[name], Mapping):
-            raise ConfigError(f"config section {name} must map fields to values, got {plain[name]!r}")
-        values = dict(plain[name])
-        hints = get_type_hints(cls)
-        unknown, missing = set(values) - set(hints), set(hints) - set(values)
+        values = plain[name]
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"config section {name} must map fields to values, got {values!r}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        unknown, missing = set(values) - fields, fields - set(values)
         if unknown or missing:
             raise ConfigError(
                 f"config section {name}: unknown fields {sorted(map(str, unknown))}, missing {sorted(missing)}"
             )
-        for key, value in values.items():
-            values[key] = _checked(f"{name}.{key}", hints[key], value)
-        built[name] = cls(**values)
+        try:
+            built[name] = from_plain(cls, dict(values), name)
+        except TypeError as error:
+            raise ConfigError(str(error)) from None
     return Config(**built)
 
 
-def _checked(name: str, hint: Any, value: Any) -> Any:
-    """A JSON value as the type that the field declares, or a ConfigError."""
-    if hint is float:
-        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
-            return float(value)
-    elif get_origin(hint) is tuple:
-        if isinstance(value, list | tuple) and all(type(v) is int for v in value):
-            return tuple(value)
-    elif get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
-    elif type(value) in (get_args(hint) or (hint,)):
-        return value
-    raise ConfigError(f"{name} must be {_type_name(hint)}, got {value!r}")
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is tuple:
-        return "a list of integers"
-    return " or ".join("none" if t is type(None) else t.__name__ for t in get_args(hint) or (hint,))
-
-
 def override(config: Config, changes: Mapping[str, str]) -> Config:
-    """A copy of `config` with fields replaced, given as text by dotted name, all of them at once.
+    """Copy a config with fields replaced by dotted name; all changes take effect together.
 
     Args:
-        config: where to start.
-        changes: for example `{"video.window_frames": "9", "sampler.steps": "1000,500", "build.precision": "bfloat16"}`;
-            `none` stands for None.
+        config: the config to copy.
+        changes: text by dotted name, for example `{"video.window_frames": "9", "sampler.steps": "1000,500"}`; `none` stands
+            for None.
 
     Raises:
         ConfigError: unknown name (the known ones are listed), text that is not of the field's type, a size in latents that was
-            most likely meant in pixels, or a bad combination. One message names everything that is wrong.
+            most likely meant in pixels, or a bad combination. One error lists all faults.
     """
     sections: dict[str, dict[str, Any]] = {}
     faults = Faults()
@@ -355,9 +336,9 @@ def override(config: Config, changes: Mapping[str, str]) -> Config:
             sections.setdefault(section, {})[key] = value = _parse(name, hints[name], text)
             if key in LARGEST_LATENTS and value > LARGEST_LATENTS[key]:
                 raise ConfigError(
-                    f"{name} counts latents of {PIXELS_PER_LATENT} pixels, so {value} of them are "
-                    f"{PIXELS_PER_LATENT * value} pixels, which is beyond 4K; for {value} pixels give "
-                    f"`--set {name}={round(value / PIXELS_PER_LATENT)}`"
+                    f"{name} counts latents of {WAN21.pixels_per_latent} pixels, so {value} of them are "
+                    f"{WAN21.pixels_per_latent * value} pixels, which is beyond 4K; for {value} pixels give "
+                    f"`--set {name}={round(value / WAN21.pixels_per_latent)}`"
                 )
     replaced = {}
     for section, values in sections.items():
@@ -380,5 +361,5 @@ def _parse(name: str, hint: Any, text: str) -> Any:
         if hint in (int, float):
             return hint(text)
     except (ValueError, KeyError):
-        raise ConfigError(f"{name} must be {_type_name(hint)}, got {text!r}") from None
+        raise ConfigError(f"{name} must be {type_name(hint)}, got {text!r}") from None
     return text

@@ -1,7 +1,7 @@
-"""What to type to install a library that is missing here.
+"""Commands that install missing libraries.
 
-CausalRT is on no package index, so `pip install 'causalrt[video]'` fails for everybody, and the checkout that it was installed
-from may be gone. The requirements themselves can always be installed; the installed metadata names them.
+CausalRT is on no package index, so `pip install 'causalrt[video]'` fails, and the checkout that it was installed from may be
+gone. The requirements themselves can always be installed; the installed metadata names them.
 """
 
 from importlib import metadata
@@ -12,9 +12,9 @@ from packaging.utils import canonicalize_name
 
 
 def install_extra(extra: str) -> str:
-    """The `pip install` command that brings everything that `extra` adds on this machine.
+    """The `pip install` command for everything that `extra` adds on this machine.
 
-    Where the package is not installed, as with `PYTHONPATH=src`, the command names the source tree.
+    If the package is not installed, as with `PYTHONPATH=src`, the command names the source tree.
     """
     required = _of_extra(extra, _requirements())
     if not required:
@@ -23,7 +23,7 @@ def install_extra(extra: str) -> str:
 
 
 def install_package(name: str) -> str:
-    """The `pip install` command for one library, in the versions that CausalRT or an extra of it asks for."""
+    """The `pip install` command for one library, in the versions that CausalRT or one of its extras requires."""
     wanted = (found for found in _requirements() if canonicalize_name(found.name) == canonicalize_name(name))
     return f"pip install {_quoted(next(wanted, Requirement(name)))}"
 

@@ -60,9 +60,9 @@ def plan_head_shards(
         name: `balanced` gives floor(H/P) whole heads to each rank and divides the rest by query rows; `padded` rounds the
             number of heads up to a multiple of P; `grouped` makes gcd(H, P) groups of heads and divides the query rows of each
             group among P/gcd ranks.
-        num_heads: H.
-        world_size: P.
-        local_tokens: S.
+        num_heads: H, heads of the model.
+        world_size: P, number of ranks.
+        local_tokens: S, tokens of a rank.
     """
 
     def shard(heads: int, first_head: int, split: int) -> HeadShard:
@@ -88,10 +88,10 @@ class Layout:
     """Tokens, heads and exchange blocks of one chunk on `world_size` ranks.
 
     Attributes:
-        world_size: P.
+        world_size: P, number of ranks.
         num_tokens: N, tokens of a chunk.
-        num_heads: H.
-        shards: what every rank attends for.
+        num_heads: H, heads of the model.
+        shards: the head shards of every rank.
     """
 
     world_size: int
@@ -120,7 +120,7 @@ class Layout:
         return sum(s.num_heads for s in self.shards)
 
     def with_tokens(self, num_tokens: int) -> "Layout":
-        """The layout of a chunk of another length: every rank holds keys and values of the same heads, in the same shards."""
+        """The layout of a chunk of another length; every rank holds keys and values of the same heads, in the same shards."""
         rows = math.ceil(num_tokens / self.world_size)
         shards = tuple(replace(shard, query_rows=math.ceil(rows / shard.split)) for shard in self.shards)
         return replace(self, num_tokens=num_tokens, shards=shards)
@@ -131,10 +131,10 @@ class Layout:
         return range(start, min(start + self.local_tokens, self.num_tokens))
 
     def scatter_index(self) -> Index:
-        """`[P, scatter_rows]`: for each row of each block, its place in the sender's q, k, v stacked as `[3 * S * H]`.
+        """`[P, scatter_rows]`: for each row of each block, its index in the sender's q, k, v stacked as `[3 * S * H]`.
 
-        Within a shard: q rows, then all k rows, then all v rows; row slow, head fast. A padded row repeats the last one, a
-        padded head the last head: they are computed and never read back.
+        A shard has its q rows first, then all k rows, then all v rows, with the head as the fast axis. Padding repeats the last
+        row and the last head; what is computed for it is never read.
         """
         rows, heads = self.local_tokens, self.num_heads
         blocks = []
@@ -151,11 +151,11 @@ class Layout:
         return np.stack(blocks).astype(np.int64)
 
     def scatter_destinations(self) -> npt.NDArray[np.int32]:
-        """`[3, S, H, M]`: `scatter_index` seen from the source: where each row and head of q, k, v goes.
+        """`[3, S, H, M]`: the inverse of `scatter_index`, which says where each row and head of q, k, v goes.
 
-        Places are rows of the blocks stacked as `[P * scatter_rows]`, ascending, each of them named once over the whole
-        table; M is the most that one row and head has, and -1 fills the rest. Keys and values of a cut head go to each rank
-        that shares it, and padding repeats what it is padded with.
+        Destinations are rows of the blocks stacked as `[P * scatter_rows]`, in ascending order; each occurs once in the whole
+        table. M is the largest number of destinations of one row and head, and -1 fills the rest. Keys and values of a head
+        that is split go to every rank that has a part of it, and padding repeats its source.
         """
         source = self.scatter_index().ravel()
         counts = np.bincount(source, minlength=3 * self.local_tokens * self.num_heads)
@@ -166,7 +166,7 @@ class Layout:
         return table.reshape(3, self.local_tokens, self.num_heads, -1)
 
     def gather_index(self) -> Index:
-        """`[S * H]`: for each local row and head, its place in the received blocks stacked as `[P * gather_rows]`."""
+        """`[S * H]`: for each local row and head, its index in the received blocks stacked as `[P * gather_rows]`."""
         index = np.full((self.local_tokens, self.num_heads), -1, dtype=np.int64)
         for rank in range(self.world_size):
             place = rank * self.gather_rows
@@ -249,7 +249,7 @@ class SlotPlan:
 
 
 def slots_from_config(config: Config) -> SlotPlan:
-    """The slot plan of `config`; a sink that a short horizon cannot fill is as long as the history."""
+    """The slot plan of `config`. A sink that a short horizon cannot fill is cut to the length of the history."""
     video = config.video
     return SlotPlan(
         capacity_frames=video.capacity_frames,

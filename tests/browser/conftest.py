@@ -2,16 +2,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from page_steps import PATIENCE_MS
-
-# Its small bundles and encoders, and its server with an engine that stands in.
-sys.path += [str(Path(__file__).parents[1] / "integration"), str(Path(__file__).parents[1] / "integration" / "server")]
+from support.page_steps import PATIENCE_MS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # A page that was closed, or asked for, while its server was away or refused it: Chromium logs that whatever the page does.
@@ -116,7 +112,7 @@ def expect():
 def server():
     pytest.importorskip("fastapi")
     pytest.importorskip("av")
-    from stand_in_server import StandInServer
+    from support.stand_in_server import StandInServer
 
     with StandInServer().running() as server:
         yield server

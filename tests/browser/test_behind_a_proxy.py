@@ -3,8 +3,8 @@
 from urllib.parse import urlsplit
 
 import pytest
-from page_steps import PLAYED, wait_for
-from proxy import running_proxy
+from support.page_steps import PLAYED, wait_for
+from support.proxy import running_proxy
 
 for library in ("fastapi", "av", "prometheus_client"):
     pytest.importorskip(library, reason="needs the server: pip install '.[test]'")
@@ -20,7 +20,7 @@ def proxy():
 
 def behind(proxy, **settings):
     """The server, which the proxy passes requests on to."""
-    from running import Running
+    from support.running import Running
 
     server = Running(**settings)
     address = urlsplit(server.url)

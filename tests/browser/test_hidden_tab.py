@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("av")
-from page_steps import PLAYED, start, wait_for
+from support.page_steps import PLAYED, start, wait_for
 
 pytestmark = pytest.mark.browser
 HOLD_S = 6

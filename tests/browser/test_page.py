@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("av")
-from page_steps import PLAYED, wait_for
+from support.page_steps import PLAYED, wait_for
 
 pytestmark = pytest.mark.browser
 

@@ -1,7 +1,7 @@
 """The page and the real server, with an engine that stands in and makes a chunk when the test says so."""
 
 import pytest
-from page_steps import accessibility_violations, start
+from support.page_steps import accessibility_violations, start
 
 for library in ("fastapi", "av", "prometheus_client"):
     pytest.importorskip(library, reason="needs the server: pip install '.[test]'")
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 @pytest.fixture
 def engine():
-    from fake_engine import FakeEngine
+    from support.fake_engine import FakeEngine
 
     engine = FakeEngine(max_sessions=1)
     engine.hold()
@@ -20,7 +20,7 @@ def engine():
 
 @pytest.mark.parametrize("changes_mind", [False, True])
 def test_a_start_right_behind_a_stop_is_not_lost(new_page, expect, screenshots, engine, changes_mind):
-    from running import Running, until
+    from support.running import Running, until
 
     with Running(engine) as server:
         page = new_page()
@@ -47,7 +47,7 @@ def test_a_start_right_behind_a_stop_is_not_lost(new_page, expect, screenshots, 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_prompt_that_was_cut_is_shown_beside_it(new_page, expect, screenshots, engine, scheme):
-    from running import Running
+    from support.running import Running
 
     with Running(engine) as server:
         page = new_page(color_scheme=scheme)
@@ -71,7 +71,7 @@ def test_a_prompt_that_was_cut_is_shown_beside_it(new_page, expect, screenshots,
 
 
 def test_a_page_that_waits_for_its_token_is_told_that_the_server_ends(new_page, expect, screenshots, tmp_path, engine):
-    from running import Running
+    from support.running import Running
 
     from causalrt.server.auth import Tokens
 

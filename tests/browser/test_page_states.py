@@ -5,7 +5,7 @@ import re
 from fractions import Fraction
 
 import pytest
-from page_steps import PLAYED, accessibility_violations, overflow, start, wait_for
+from support.page_steps import PLAYED, accessibility_violations, overflow, start, wait_for
 
 from causalrt.media.mp4_boxes import boxes
 
@@ -50,7 +50,7 @@ def test_busy_server_says_when_to_come_back(new_page, server, expect, screenshot
 
 
 def test_lost_connection_comes_back(new_page, expect, screenshots):
-    from stand_in_server import StandInServer
+    from support.stand_in_server import StandInServer
 
     page = new_page(connection_may_fail=True)
     first = StandInServer()

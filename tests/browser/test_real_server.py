@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from page_steps import PLAYED, wait_for
-from small_bundles import bundle_factory
-from small_encoders import write_text_encoder, write_vae
+from support.page_steps import PLAYED, wait_for
+from support.small_bundles import bundle_factory
+from support.small_encoders import write_text_encoder, write_vae
 
 for library in ("diffusers", "transformers", "fastapi", "av", "prometheus_client"):
     pytest.importorskip(library, reason="needs the server and the VAE: pip install '.[test]'")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from page_steps import PLAYED, wait_for
+from support.page_steps import PLAYED, wait_for
 
 pytestmark = pytest.mark.browser
 fastapi = pytest.importorskip("fastapi")
@@ -13,7 +13,7 @@ NUM_FRAMES, FPS = 45, 16
 
 
 def write_files(folder: Path) -> None:
-    from stand_in_server import pictures
+    from support.stand_in_server import pictures
 
     from causalrt.media.video_file import FragmentWriter, Mp4Writer
 
@@ -21,13 +21,13 @@ def write_files(folder: Path) -> None:
     with Mp4Writer(folder / "whole.mp4", height=240, width=416, fps=FPS) as whole:
         whole.write(frames)
     fragments = FragmentWriter(height=240, width=416, fps=FPS)
-    (folder / "fragments.mp4").write_bytes(fragments.header + fragments.write(frames) + fragments.close())
+    (folder / "fragments.mp4").write_bytes(b"".join([fragments.header, *fragments.write(frames), *fragments.close()]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["whole.mp4", "fragments.mp4"])
 def test_file_plays(new_page, tmp_path, name):
-    from stand_in_server import served
+    from support.stand_in_server import served
 
     write_files(tmp_path)
     app = fastapi.FastAPI()

@@ -1,16 +1,11 @@
 """Frames on a GPU: the decoder's process beside a rank, snapshots, and the text encoder."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from support.small_bundles import prompt, tiny_config, write_checkpoint
+from support.small_encoders import write_text_encoder, write_vae
 
 import causalrt
-
-sys.path.append(str(Path(__file__).parents[1] / "integration"))
-from small_bundles import prompt, tiny_config, write_checkpoint
-from small_encoders import write_text_encoder, write_vae
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,19 +9,16 @@ kernels down some hundred times; what it must not find is anything.
 """
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from driver_launch import Kernel
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "plugins"))
-import tensorrt_double as double
-from qk_norm_rope_cases import CASES as QK_CASES
-from qk_norm_rope_cases import TOLERANCE as QK_ERRORS
-from qk_norm_rope_cases import check as check_qk
-from qk_norm_rope_cases import operands
-from rope_attention_cases import CUT_CASES, KERNEL_ERRORS, LAYOUTS, make_arguments, make_layout, run
+from support import tensorrt_double as double
+from support.driver_launch import Kernel
+from support.qk_norm_rope_cases import CASES as QK_CASES
+from support.qk_norm_rope_cases import check as check_qk
+from support.qk_norm_rope_cases import operands
+from support.rope_attention_cases import CUT_CASES, LAYOUTS, make_arguments, make_layout, run
+from support.tolerances import QK_NORM_ROPE, ROPE_ATTENTION
 
 from causalrt.plugins.plugin_specs import DTYPE_FROM_ONNX, LARGE_TILES, SMALL_TILES, SPECS
 from causalrt.plugins.qk_norm_rope import qk_norm_rope, write_rows
@@ -68,20 +65,20 @@ def assert_same_bits(got, wanted):
 # ---- (a) against float64
 
 
-@pytest.mark.parametrize("dtype", QK_ERRORS, ids=str)
+@pytest.mark.parametrize("dtype", QK_NORM_ROPE, ids=str)
 @pytest.mark.parametrize("case", QK_CASES, ids=str)
 def test_qk_norm_rope_against_float64(case, dtype):
     given = operands(case, dtype)
     arguments = on_device(given.arguments)
     out = torch.full((given.out_rows, case.head_dim), NAN, dtype=dtype, device=DEVICE)
     write_rows(out, *arguments[:8], given.eps)
-    check_qk(out.cpu(), given, QK_ERRORS[dtype])
+    check_qk(out.cpu(), given, QK_NORM_ROPE[dtype])
     assert_same_bits(qk_norm_rope(*arguments), out)
 
 
 def rope_cases():
     """Every layout in every form; types and ranges of keys take turns, with the op's own tiles."""
-    kinds = [(dtype, splits) for splits in (1, 3) for dtype in KERNEL_ERRORS]
+    kinds = [(dtype, splits) for splits in (1, 3) for dtype in ROPE_ATTENTION]
     for number, (plan, heads, ranks, tokens, history) in enumerate(GPU_LAYOUTS):
         for form, (whole, rotate) in enumerate(FORMS):
             dtype, kv_splits = kinds[(number + form) % len(kinds)]
@@ -107,7 +104,7 @@ def rope_cases():
 def test_rope_attention_against_float64(case):
     got = run(case, DEVICE)
     assert got["problems"] == []
-    assert got["error"] <= KERNEL_ERRORS[case["dtype"]], got["worst"]
+    assert got["error"] <= ROPE_ATTENTION[case["dtype"]], got["worst"]
 
 
 @pytest.mark.parametrize(("whole", "rotate"), FORMS)
@@ -129,7 +126,7 @@ def test_kernels_run_where_their_tensors_are():
     assert torch.cuda.current_device() == 0
     given = operands(QK_CASES[0], torch.float32)
     arguments = [x.to(other) if isinstance(x, torch.Tensor) else x for x in given.arguments]
-    check_qk(qk_norm_rope(*arguments).cpu(), given, QK_ERRORS[torch.float32])
+    check_qk(qk_norm_rope(*arguments).cpu(), given, QK_NORM_ROPE[torch.float32])
     assert run(CUT_CASES[0], other)["problems"] == []
     assert torch.cuda.current_device() == 0
 
@@ -246,7 +243,7 @@ def test_rope_attention_of_an_engine(plugin, name, kv_splits, tactic):
         assert got is of
         assert_same_bits(got, expected)
     op = rope_attention_in_place(received, written, kv_rows, [], heads, splits, num_tokens)
-    limit = KERNEL_ERRORS[str(dtype).removeprefix("torch.")] * float(wanted.abs().max())
+    limit = ROPE_ATTENTION[str(dtype).removeprefix("torch.")] * float(wanted.abs().max())
     assert float((op.double() - wanted.double()).abs().max()) <= 2 * limit, "the op, with its own ranges of keys"
 
 

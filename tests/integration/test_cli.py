@@ -1,6 +1,5 @@
 """The commands as a user runs them, in one process; exit codes, JSON, messages, files."""
 
-import contextlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import GOLDEN
 
 import causalrt
 from causalrt import control_groups
@@ -27,8 +27,6 @@ from causalrt.cli import main
 from causalrt.errors import ConfigError
 from causalrt.export.random_weights import random_weights
 from causalrt.recipes import recipe
-
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +193,7 @@ STEERING = "\x1b]0;owned\x07\u202e"
     ids=["value", "checkpoint", "bundle", "flag"],
 )
 def test_messages_do_not_steer_the_terminal(capsys, command):
-    with contextlib.suppress(SystemExit):
-        assert main(command) == 2
+    assert main(command) == 2
     said = capsys.readouterr().err
     assert "owned" in said
     assert not set("\x1b\x07\u202e") & set(said)
@@ -392,9 +389,9 @@ def test_doctor_outlives_a_driver_that_is_too_old_for_torch(tmp_path):
 
 
 def test_doctor_says_what_its_exit_code_means(capsys):
-    with pytest.raises(SystemExit):
-        main(["doctor", "--help"])
-    assert "exit code: 0, or 1 if this machine has NVIDIA GPUs and CUDA does not work on all" in capsys.readouterr().out
+    assert main(["doctor", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "exit code: 0, or 1 if this machine has NVIDIA GPUs and CUDA does not work on all of them" in shown
 
 
 @pytest.fixture

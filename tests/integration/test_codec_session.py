@@ -4,15 +4,14 @@ import json
 
 import pytest
 import torch
-from small_bundles import bundle_factory, prompt, tiny_config
+from support.small_bundles import bundle_factory, prompt, tiny_config
 
 import causalrt
 from causalrt.cli import main
 from causalrt.engines.bundle import VAE_WEIGHTS, open_bundle
 from causalrt.errors import ConfigError, PromptError, RequestError
 from causalrt.model.codecs.block_dct import BlockDctConfig, BlockDecoder, write_block_dct
-from causalrt.model.codecs.vae_checkpoint import load_vae
-from causalrt.model.codecs.wan_vae import encode
+from causalrt.model.codecs.registry import encode, load_vae
 from causalrt.model.text.words import WordEncoder
 from causalrt.runtime.memory import decoder_memory, device_sessions, predict_memory
 
@@ -69,8 +68,8 @@ def test_a_clip_becomes_latents_that_a_video_begins_with(engine, bundle):
     clip = torch.randint(0, 256, (9, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     latents = engine.encode_frames(clip)
     assert torch.equal(latents, encode(load_vae(bundle / VAE_WEIGHTS), clip))
-    with engine.session(prompt(), given=latents) as session:
-        assert session.given_frames.shape == clip.shape
+    with engine.session(prompt(), initial_latents=latents) as session:
+        assert session.initial_frames.shape == clip.shape
         assert len(next(session).frames) == 12
     with pytest.raises(RequestError, match="T = 1, 5, 9"):
         engine.encode_frames(clip[:8])

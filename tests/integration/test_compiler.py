@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from small_bundles import bundle_factory
+from support.small_bundles import bundle_factory
 
 from causalrt import load
 from causalrt.cli import main
@@ -103,7 +103,7 @@ def test_gpu_without_a_c_compiler(bundle, no_ranks, tmp_path, monkeypatch, execu
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(ExecutorError, match="Triton needs a C compiler to launch kernels on a GPU"):
-        load(bundle, executor=executor, plugins=plugins, device="cuda", vae=False)
+        load(bundle, executor=executor, fused_ops=plugins, device="cuda", vae=False)
 
 
 def test_compiler_that_is_no_program_of_this_machine(bundle, no_ranks, tmp_path, monkeypatch, capsys):
@@ -150,7 +150,7 @@ def test_compiler_that_hangs_later_ends_with_the_ranks(bundle, tmp_path, monkeyp
 echo $$ >> {shlex.quote(str(pids))}; exec sleep 600"""
     monkeypatch.setenv("CXX", script(tmp_path, body))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("causalrt.runtime.engine.WARM_START_S", 20.0)
+    monkeypatch.setattr("causalrt.runtime.start.WARM_START_S", 20.0)
     with pytest.raises(RankError, match="gave no answer"):
         load(bundle, executor="inductor", device="cpu", timeout_s=20.0)
     started = list(map(int, pids.read_text().split()))

@@ -3,7 +3,7 @@
 import gc
 
 import pytest
-from small_bundles import bundle_factory, num_steps, prompt
+from support.small_bundles import bundle_factory, num_steps, prompt
 
 import causalrt
 from causalrt.runtime import session as session_module

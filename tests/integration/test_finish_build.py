@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-import tensorrt_stand_in
 import torch
-from small_bundles import prompt, tiny_config, write_checkpoint
-from small_encoders import write_text_encoder
-from stand_in_bundles import stand_in_builder
+from support import tensorrt_stand_in
+from support.small_bundles import prompt, tiny_config, write_checkpoint
+from support.small_encoders import write_text_encoder
+from support.stand_in_bundles import stand_in_builder
 
 import causalrt
 from causalrt import build, finish_build, override
@@ -56,7 +56,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(inputs, tmp_path_factory):
     """With plugins and a VAE; not to be changed."""
-    return inputs.build(tmp_path_factory.mktemp("prepared") / "bundle", plugins="on", prepare=True)
+    return inputs.build(tmp_path_factory.mktemp("prepared") / "bundle", fused_ops="on", prepare=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +100,14 @@ def edit_manifest(folder, change):
 
 
 def test_finished_without_the_checkpoint_it_is_what_one_command_makes(inputs, bundle, server, tmp_path):
-    at_once = inputs.build(tmp_path / "at-once", plugins="on")
+    at_once = inputs.build(tmp_path / "at-once", fused_ops="on")
     assert finish_build(bundle) == bundle
     assert contents(bundle) == contents(at_once)
     opened = open_bundle(bundle)
     assert (opened.executors, opened.unfinished) == (("eager", "tensorrt"), ())
     engines = opened.engines["tensorrt"].targets["sm80"]
     assert len(engines.vae) == 2
-    assert opened.plugins
+    assert opened.fused_ops
     assert all(
         (bundle / file).read_bytes().startswith(b"stand-in engine") for file in (*engines.steps[0], *engines.vae)
     )
@@ -131,7 +131,7 @@ def test_real_engines_hold_the_same(for_rtx, tmp_path):
     later = shutil.copytree(prepared, tmp_path / "later")
     assert not list(later.glob("*.engine"))
     finish_build(later)
-    found = [inspect_bundle(path) for path in (at_once, later)]
+    found = [inspect_bundle(path).as_dict() for path in (at_once, later)]
     assert len(found[0]["engines"]) == 1
     for one in found:
         one.pop("path")
@@ -209,7 +209,7 @@ def test_commands_say_what_is_missing(inputs, bundle, tmp_path, capsys, monkeypa
 
 
 def test_other_executors_run_it(prepared):
-    with causalrt.load(prepared, device="cpu", plugins=True) as engine, engine.session(prompt()) as session:
+    with causalrt.load(prepared, device="cpu", fused_ops=True) as engine, engine.session(prompt()) as session:
         assert engine.executor == "eager"
         assert next(session).frames.shape == (9, 32, 48, 3)
 
@@ -286,7 +286,7 @@ def test_machine_that_cannot_build(bundle, monkeypatch, capsys):
     ("flags", "said"),
     [
         (["--recipe", "tiny"], "--finish builds what the bundle was prepared for; leave --recipe out"),
-        (["--world-size", "2", "--plugins", "on", "--set", "a=b"], "leave --world-size, --set, --plugins out"),
+        (["--world-size", "2", "--plugins", "on", "--set", "a=b"], "leave --world-size, --set, --fused-ops out"),
     ],
 )
 def test_options_that_the_bundle_has_already(bundle, capsys, flags, said):

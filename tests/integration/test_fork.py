@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_bundles import bundle_factory, num_steps, prompt
+from support.small_bundles import bundle_factory, num_steps, prompt
 
 import causalrt
 from causalrt.errors import CausalRTError, ForkError, RankError
+
+STARTS_PROCESSES = True
 
 CHILD_S = 30.0
 """How long a child may take before it counts as hung."""
@@ -69,7 +71,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder, vae = tmp_path_factory.mktemp("fork"), None
     if request.param == "frames":
         pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
-        from small_encoders import write_vae
+        from support.small_encoders import write_vae
 
         vae = write_vae(folder / "vae")
     with causalrt.load(bundle_factory(folder, vae=vae)(2, num_steps(50)), device="cpu") as engine:
@@ -300,7 +302,7 @@ def test_a_rank_that_dies_is_noticed_beside_children_forked_while_loading(
 SCRIPT = """
 import gc, os, sys
 import causalrt
-from small_bundles import prompt
+from support.small_bundles import prompt
 
 engine = causalrt.load(sys.argv[1], device="cpu")
 session = engine.session(prompt(), seed=2)
@@ -322,7 +324,6 @@ print(len(list(session)))
 def test_the_end_of_a_child_ends_nothing(engine: causalrt.Engine) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SCRIPT, str(engine.bundle.path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])},
         capture_output=True,
         text=True,
         timeout=120,

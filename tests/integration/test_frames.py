@@ -8,9 +8,10 @@ import time
 
 import pytest
 import torch
-from memory_faults import run_out_of_memory
-from small_bundles import bundle_factory, prompt, tiny_config
-from small_encoders import write_text_encoder, write_vae
+from support.memory_faults import run_out_of_memory
+from support.small_bundles import bundle_factory, prompt, tiny_config
+from support.small_encoders import write_text_encoder, write_vae
+from support.tolerances import MODULE
 
 import causalrt
 from causalrt.engines.bundle import VAE_WEIGHTS
@@ -24,8 +25,7 @@ from causalrt.errors import (
     RequestError,
 )
 from causalrt.model.codecs.decode_state import pixels_from_signal
-from causalrt.model.codecs.vae_checkpoint import load_vae
-from causalrt.model.codecs.wan_vae import encode
+from causalrt.model.codecs.registry import encode, load_vae
 
 pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
 PARTS = ("eager", "onnxruntime")
@@ -124,8 +124,8 @@ def test_chunks_made_ahead_are_the_same(engine):
 
 def test_given_latents_are_the_video_s_past(engine, bundles):
     first = next(iter(engine.session(prompt(), seed=3)))
-    session = engine.session(prompt(), seed=3, given=first.latents)
-    assert torch.equal(session.given_frames, first.frames)
+    session = engine.session(prompt(), seed=3, initial_latents=first.latents)
+    assert torch.equal(session.initial_frames, first.frames)
     chunk = next(session)
     assert len(chunk.frames) == 12
     whole = decoded_whole(bundles(), torch.cat([first.latents, chunk.latents]))
@@ -136,8 +136,8 @@ def test_given_latents_are_the_video_s_past(engine, bundles):
 def test_a_clip_becomes_latents(engine, bundles):
     clip = torch.randint(0, 256, (9, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     latents = engine.encode_frames(clip)
-    torch.testing.assert_close(latents, encode(load_vae(bundles() / VAE_WEIGHTS), clip), rtol=0, atol=1e-5)
-    with engine.session(prompt(), given=latents) as session:
+    torch.testing.assert_close(latents, encode(load_vae(bundles() / VAE_WEIGHTS), clip), rtol=0, atol=MODULE)
+    with engine.session(prompt(), initial_latents=latents) as session:
         assert len(next(session).frames) == 12
     for wrong in (clip[:3], clip[:, :16], clip.float(), torch.cat([clip] * 5 + [clip[:4]]), clip[:0], None):
         with pytest.raises(RequestError, match=r"must be uint8 \[T, 32, 48, 3\] with T = 1, 5, 9 ... at most 45"):
@@ -255,7 +255,7 @@ def test_a_decoder_without_memory_for_a_session_refuses_it(bundles, engine, monk
         with pytest.raises(EngineClosedError):
             next(refused)
         with pytest.raises(CapacityError):
-            engine.session(prompt(), given=given)
+            engine.session(prompt(), initial_latents=given)
         full.unlink()
         assert all(map(torch.equal, frames(engine.session(prompt(), seed=2)), wanted[2]))
         assert all(map(torch.equal, [*made, *frames(open_one)], wanted[1]))

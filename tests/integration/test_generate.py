@@ -6,8 +6,8 @@ import av
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_bundles import bundle_factory, tiny_config
-from small_encoders import write_text_encoder, write_vae
+from support.small_bundles import bundle_factory, tiny_config
+from support.small_encoders import write_text_encoder, write_vae
 
 from causalrt import write_video
 from causalrt.cli import main
@@ -132,7 +132,7 @@ def test_an_image_is_a_first_chunk(tmp_path, capsys):
     assert "--switch 4=...: chunks are 0 to 3" in run(
         capsys, *flags, "--switch", f"4={tmp_path / 'prompt.pt'}", "--out", out
     )
-    assert "5 chunks of 3 latent frames asked for after 1 given ones" in run(
+    assert "5 chunks of 3 latent frames asked for after 1 of initial latents" in run(
         capsys, *flags, "--chunks", 5, "--out", out
     )
     report = run(capsys, *flags, "--out", out)

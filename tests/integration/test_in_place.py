@@ -21,19 +21,21 @@ SCRIPT = """
     from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
     from causalrt.runtime.collectives import LocalCollectives
     from causalrt.runtime.kv_slots import KVSlots
+    from causalrt.runtime.session_buffers import SessionBuffers
 
     bundle = open_bundle(sys.argv[1])
     config, model = bundle.config, bundle.config.model
     executor = OnnxRuntimeExecutor(bundle, LocalCollectives(), num_threads=1, device=torch.device("cpu"))
-    slots = KVSlots(config, bundle.layout, torch.float32)
-    e, e0 = executor.embed_time(1000.0)
+    buffers = SessionBuffers(0, KVSlots(config, bundle.layout, torch.float32))
+    buffers.begin(executor.encode_prompt(torch.zeros(model.text_len, model.text_dim)))
+    time = executor.embed_time(1000.0)
     kept = []  # bindings hold addresses only
-    cross = executor.encode_prompt(torch.zeros(model.text_len, model.text_dim))
     for first_frame in map(config.video.first_frame_of, range(3)):
         step = config.video.step_at(first_frame)
-        kv = slots.filled(first_frame, step=step)
-        before = kv[0][0][0].clone()
-        executor.bind(kv, cross, kv_rows=slots.filled_rows(first_frame, step=step), memory=0, step=step)
+        view = buffers.view(first_frame, step=step)
+        keys = view.slots()["k.0.0"]
+        before = keys.clone()
+        executor.bind(view)
         if sys.argv[2] == "elsewhere":
             for segment in executor._segments:
                 for name in segment.outputs:
@@ -41,8 +43,8 @@ SCRIPT = """
                         kept.append(torch.empty_like(before))
                         segment.bind(name, kept[-1], output=True)
         rows = config.tokens_per_frame * config.video.step_frames[step]
-        executor.step(torch.randn(rows, 64), e, e0, first_frame)
-        assert sys.argv[2] == "elsewhere" or not torch.equal(kv[0][0][0][:, :rows], before[:, :rows])
+        executor.step(torch.randn(rows, 64), time, first_frame)
+        assert sys.argv[2] == "elsewhere" or not torch.equal(keys[:, :rows], before[:, :rows])
 """
 TWO_KINDS = {"video.independent_first_frame": "true", "video.horizon_frames": "13"}
 ANONYMOUS = """
@@ -68,7 +70,13 @@ ANONYMOUS = """
 
 @pytest.fixture(
     scope="module",
-    params=[({}, "off"), ({}, "on"), ({"video.time_index": "relative"}, "auto"), (TWO_KINDS, "off"), (TWO_KINDS, "on")],
+    params=[
+        ({}, "off"),
+        pytest.param(({}, "on"), marks=pytest.mark.slow),
+        pytest.param(({"video.time_index": "relative"}, "auto"), marks=pytest.mark.slow),
+        pytest.param((TWO_KINDS, "off"), marks=pytest.mark.slow),
+        (TWO_KINDS, "on"),
+    ],
     ids=str,
 )
 def bundle(request, tmp_path_factory):
@@ -77,7 +85,7 @@ def bundle(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("in-place")
     checkpoint = folder / "checkpoint.safetensors"
     save_file(dict(random_weights(config.model, seed=0)), checkpoint)
-    return build(config, checkpoint=checkpoint, out=folder / "bundle", plugins=plugins)
+    return build(config, checkpoint=checkpoint, out=folder / "bundle", fused_ops=plugins)
 
 
 @pytest.mark.parametrize(("where", "copies"), [("in place", False), ("elsewhere", True)])

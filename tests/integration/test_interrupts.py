@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_bundles import bundle_factory, num_steps, prompt
+from support.small_bundles import bundle_factory, num_steps, prompt
 
 import causalrt
 from causalrt.errors import EngineClosedError
@@ -70,7 +70,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder, vae = tmp_path_factory.mktemp("interrupts"), None
     if request.param == "frames":
         pytest.importorskip("diffusers", reason="the VAE is diffusers': pip install '.[video]'")
-        from small_encoders import write_vae
+        from support.small_encoders import write_vae
 
         vae = write_vae(folder / "vae")
     bundle = bundle_factory(folder, vae=vae)(2, num_steps(8))

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_bundles import bundle_factory
-from small_encoders import write_text_encoder
+from support.small_bundles import bundle_factory
+from support.small_encoders import write_text_encoder
 
 from causalrt.cli import main
 from causalrt.model.text.umt5 import TextEncoder

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_bundles import bundle_factory, prompt
+from support.small_bundles import bundle_factory, prompt
 
 import causalrt
 from causalrt.errors import RankError
 from causalrt.model.codecs.block_dct import write_block_dct
+
+STARTS_PROCESSES = True
 
 ODD_NAMES = ["job#12", "run?id=3", "a%41b", "with space", "a:b", "ünïcode-日本", "x" * 200]
 STARTER = "the process that started the ranks"

@@ -1,5 +1,6 @@
 """What the README says works, word by word."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from causalrt.cli import _parser
+from causalrt.cli import parse
 from causalrt.config import override
 from causalrt.export.build import build
 from causalrt.export.random_encoders import SMALL_VAE, random_vae, write_text_encoder
@@ -27,7 +28,9 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_parses(command):
-    assert callable(_parser().parse_args(shlex.split(command)).function)
+    function, arguments = parse(shlex.split(command))
+    assert function.__module__.startswith("causalrt.commands.")
+    assert all(map(dataclasses.is_dataclass, arguments.arguments.values()))
 
 
 def test_every_linked_file_exists():

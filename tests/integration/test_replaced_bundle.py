@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_bundles import prompt, tiny_config, write_checkpoint
+from support.small_bundles import prompt, tiny_config, write_checkpoint
 
 import causalrt
 from causalrt.engines import bundle as bundle_module
@@ -132,7 +132,7 @@ def replaced_while_hashed(bundles, served, monkeypatch):
     return prepare
 
 
-@pytest.mark.parametrize("replace", [exchange, copy_over])
+@pytest.mark.parametrize("replace", [exchange, pytest.param(copy_over, marks=pytest.mark.slow)])
 def test_a_whole_bundle_that_comes_while_the_caller_hashes_is_loaded(bundles, served, replaced_while_hashed, replace):
     replaced_while_hashed(replace)
     assert torch.equal(video(served), bundles.videos[bundles.new])
@@ -150,13 +150,13 @@ def test_half_a_bundle_that_comes_while_the_caller_hashes_is_refused(served, rep
 
 @pytest.mark.parametrize("replace", [copy_over, rewrite_the_weights])
 def test_between_the_hashes_and_the_start_of_the_ranks(bundles, served, monkeypatch, replace):
-    engine_of = load_module.Engine
+    engine_of = load_module.start_engine
 
     def replacing(*args, **kwargs):
         replace(served, bundles.new)
         return engine_of(*args, **kwargs)
 
-    monkeypatch.setattr(load_module, "Engine", replacing)
+    monkeypatch.setattr(load_module, "start_engine", replacing)
     refused(served)
 
 
@@ -243,13 +243,13 @@ def test_while_a_process_opens_it(served, inject, module, function, when, replac
 
 def test_the_next_load_takes_the_new_one(bundles, served, monkeypatch):
     with monkeypatch.context() as patch:
-        engine_of = load_module.Engine
+        engine_of = load_module.start_engine
 
         def replacing(*args, **kwargs):
             exchange(served, bundles.new)
             return engine_of(*args, **kwargs)
 
-        patch.setattr(load_module, "Engine", replacing)
+        patch.setattr(load_module, "start_engine", replacing)
         refused(served)
     assert torch.equal(video(served), bundles.videos[bundles.new])
 

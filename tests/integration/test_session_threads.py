@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from small_bundles import bundle_factory, num_steps, prompt
+from support.small_bundles import bundle_factory, num_steps, prompt
 
 import causalrt
 from causalrt.errors import EngineClosedError

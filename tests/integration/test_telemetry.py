@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_bundles import bundle_factory
+from support import SUPPORT
+from support.small_bundles import bundle_factory
 
-RECORDER = Path(__file__).with_name("dns_recorder.py")
+STARTS_PROCESSES = True
+
+RECORDER = SUPPORT / "dns_recorder.py"
 COLLECTOR = "mobile.events.data.microsoft.com"
 LONG_ENOUGH_S = 12
 """ONNX Runtime's first look-up came five seconds after its import."""
@@ -23,6 +26,7 @@ GENERATE = """
 import sys, time
 from causalrt import load
 import torch
+
 with load(sys.argv[1], executor="onnxruntime") as engine:
     with engine.session(torch.zeros(8, 24), num_chunks=1) as session:
         next(iter(session))

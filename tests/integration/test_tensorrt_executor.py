@@ -19,16 +19,17 @@ from typing import Any
 import onnx
 import onnx.compose
 import pytest
-import tensorrt_stand_in
 import torch
-from rank_threads import ThreadCollectives, run_ranks
-from stand_in_bundles import CAPABILITY, STAND_INS, TARGET, build_stand_in
+from support import GOLDEN, tensorrt_stand_in
+from support.rank_threads import ThreadCollectives, run_ranks
+from support.stand_in_bundles import CAPABILITY, STAND_INS, TARGET, build_stand_in
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from causalrt.engines import tensorrt, tensorrt_flavour
-from causalrt.engines.base import make_executor
+from causalrt.engines.base import SessionView
 from causalrt.engines.bundle import Bundle, open_bundle
+from causalrt.engines.make import make_executor
 from causalrt.engines.tensorrt import TensorRTExecutor
 from causalrt.engines.tensorrt_engine import EngineLoader, LoadedEngine
 from causalrt.errors import ExecutorError
@@ -39,12 +40,11 @@ from causalrt.proof.rollouts import Outputs
 from causalrt.runtime.collectives import CAPSULE_NAME, LocalCollectives, capsule
 from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise, SeededNoise
-from causalrt.runtime.requests import checked_given
+from causalrt.runtime.requests import checked_initial_latents
 from causalrt.runtime.rollout import Rollout
-from causalrt.runtime.session_buffers import SessionBufferPool
+from causalrt.runtime.session_buffers import SessionBufferPool, SessionBuffers
 from causalrt.runtime.warm_up import warm_up
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 FLAVOUR_OF_CASE = {"B": "tensorrt_rtx", "D": "tensorrt", "J": "tensorrt_rtx", "J2": "tensorrt", "R": "tensorrt_rtx"}
 CPU = torch.device("cpu")
 LOWERINGS = ("engine", "runtime")
@@ -97,7 +97,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "causalrt" / "kernels"
 
 
-MEMORIES: weakref.WeakKeyDictionary[TensorRTExecutor, SessionBufferPool] = weakref.WeakKeyDictionary()
+POOLS: weakref.WeakKeyDictionary[TensorRTExecutor, SessionBufferPool] = weakref.WeakKeyDictionary()
 """Of each executor, as a rank keeps them."""
 
 
@@ -107,15 +107,14 @@ def open_session(
     model = bundle.config.model
     padded = torch.zeros(model.text_len, model.text_dim)
     padded[: len(text)] = text
-    memories = MEMORIES.setdefault(executor, SessionBufferPool(executor, bundle.config, bundle.layout))
-    memory = memories.take()
-    return Rollout(executor, collectives, bundle.config, bundle.layout, text=padded, noise=noise, memory=memory)
+    buffers = POOLS.setdefault(executor, SessionBufferPool(executor, bundle.config, bundle.layout)).take()
+    return Rollout(executor, collectives, bundle.config, bundle.layout, text=padded, noise=noise, buffers=buffers)
 
 
 def play(session: Rollout, index: int) -> dict[str, torch.Tensor]:
     """Generate a chunk; on rank 0, what each forward computed, under a recording's names."""
     latents: list[torch.Tensor] = []
-    _, records = session.chunk(index, refresh=True, record=True, deliver=lambda rows, times: latents.append(rows))
+    _, records = session.chunk(index, context_pass=True, record=True, deliver=lambda rows, times: latents.append(rows))
     outputs = {f"out.c{index}": rows for rows in latents}
     for k, record in enumerate(records):
         name = f"out.c{index}.ctx" if record.x0 is None else f"out.c{index}.s{k}"
@@ -128,21 +127,30 @@ def play(session: Rollout, index: int) -> dict[str, torch.Tensor]:
 # Numbers
 
 
-@pytest.mark.parametrize("collectives", LOWERINGS)
 @pytest.mark.parametrize(
-    ("case", "world_size", "fused"),
+    ("case", "world_size", "fused", "collectives"),
     [
+        ("B", 8, False, "engine"),
+        ("B", 8, False, "runtime"),
+        ("D", 8, False, "runtime"),
+        ("J", 1, False, "engine"),
+        ("J", 2, True, "engine"),
+        ("J2", 8, False, "runtime"),
+        ("R", 1, False, "runtime"),
+        ("R", 2, True, "engine"),
         *(
-            (case, ranks, False)
-            for case, ranks in (("B", 1), ("B", 2), ("B", 8), ("D", 8), ("R", 1), ("R", 2), ("R", 8))
+            pytest.param(*rollout, marks=pytest.mark.slow)
+            for rollout in (
+                ("B", 1, True, "runtime"),
+                ("B", 2, False, "engine"),
+                ("B", 8, True, "runtime"),
+                ("D", 8, True, "engine"),
+                ("J", 8, False, "engine"),
+                ("J2", 8, False, "engine"),
+                ("R", 2, True, "runtime"),
+                ("R", 8, False, "engine"),
+            )
         ),
-        *(("J", ranks, False) for ranks in (1, 2, 8)),
-        ("J2", 8, False),
-        ("J", 2, True),
-        ("B", 8, True),
-        ("R", 2, True),
-        pytest.param("B", 1, True, marks=pytest.mark.slow),
-        pytest.param("D", 8, True, marks=pytest.mark.slow),
     ],
 )
 def test_rollout_is_the_recorded_one(
@@ -162,13 +170,15 @@ def test_rollout_is_the_recorded_one(
         for element in range(recording.batch_size):
             text, noise = recording.prompt(element), RecordedNoise(recording.noise(element))
             session = open_session(executor, ranks, bundle, text=text, noise=noise)
-            for index, rows in enumerate(checked_given(bundle.config, recording.given(element))):
-                for record in session.take_given(rows, record=True):
+            for index, rows in enumerate(checked_initial_latents(bundle.config, recording.given(element))):
+                for record in session.take_initial(rows, record=True):
                     outputs[f"element {element} out.g{index}.ctx.flow"] = record.flow
                 ranks.take_traffic()
             for index in range(recording.num_chunks):
                 outputs |= {f"element {element} {name}": tensor for name, tensor in play(session, index).items()}
-                if collectives == "runtime":  # what the refresh added; the denoising steps' was taken by the rollout
+                if (
+                    collectives == "runtime"
+                ):  # what the context pass added; the denoising steps' was taken by the rollout
                     assert ranks.take_traffic().all_to_all_calls == exchanges
         forwards = recording.batch_size * (recording.num_given + recording.num_chunks * (steps + 1))
         engines = len(bundle.steps)
@@ -253,16 +263,15 @@ def test_a_step_allocates_nothing_and_writes_staging_alone(replays: Replays, col
         )
         for index in range(2):
             play(session, index)
-        slots, cross_kv = session.slots, session.memory.cross_kv
-        executor.bind(slots.filled(first_frame), cross_kv, kv_rows=slots.filled_rows(first_frame), memory=0)
+        slots, prompt = session.slots, session.buffers.prompt
+        executor.bind(session.buffers.view(first_frame))
         bound, before = addresses(executor), [tensor.clone() for tensor in all_slots(slots)]
-        cross = [tensor.clone() for pair in cross_kv for tensor in pair]
+        before_prompt = {name: tensor.clone() for name, tensor in prompt.items()}
         x = torch.randn(bundle.layout.local_tokens, config.model.patch_features)
         flows, written = [], []
         for k in (0, 1):
-            e, e0 = session._times[k]
             with Allocations() as allocations:
-                flow = executor.step(x, e, e0, first_frame)
+                flow = executor.step(x, session._times[k], first_frame)
             assert allocations.found == []
             assert addresses(executor) == bound
             flows.append((flow.data_ptr(), flow.clone()))
@@ -275,7 +284,7 @@ def test_a_step_allocates_nothing_and_writes_staging_alone(replays: Replays, col
             rows = [tensor[..., :staged, :] for tensor in (old, once, twice)]
             assert not torch.equal(rows[0], rows[1])
             assert not torch.equal(rows[1], rows[2])
-        assert all(torch.equal(a, b) for a, b in zip(cross, (t for p in cross_kv for t in p), strict=True))
+        assert all(torch.equal(before_prompt[name], tensor) for name, tensor in prompt.items())
         ours = {tensor.data_ptr() for tensor in all_slots(slots)}
         for engine, at in zip(executor._set.engines, bound, strict=True):
             for name in engine.names:
@@ -299,6 +308,14 @@ def test_unfilled_rows_are_not_attended_to(replays: Replays) -> None:
     assert all(torch.equal(flows[0][name], flows[1][name]) for name in flows[0])
 
 
+def session_view(bundle: Bundle, executor: TensorRTExecutor, *, history_frames: int = 0) -> SessionView:
+    """Buffers with an empty prompt."""
+    slots = KVSlots(bundle.config, bundle.layout, torch.float32, whole_slots=executor.whole_slots)
+    buffers = SessionBuffers(0, slots)
+    buffers.begin(executor.encode_prompt(torch.zeros(bundle.config.model.text_len, bundle.config.model.text_dim)))
+    return buffers.view(history_frames)
+
+
 @pytest.mark.parametrize("collectives", LOWERINGS)
 def test_what_is_bound_lives_as_long_as_it_is_bound(replays: Replays, collectives: str) -> None:
     """Engines hold addresses, and so do CUDA graphs; the caller may drop its tensors."""
@@ -306,12 +323,9 @@ def test_what_is_bound_lives_as_long_as_it_is_bound(replays: Replays, collective
     executor = make(bundle, LocalCollectives())
 
     def bind() -> list[weakref.ref[torch.Tensor]]:
-        slots = KVSlots(bundle.config, bundle.layout, torch.float32, whole_slots=executor.whole_slots)
-        cross = executor.encode_prompt(torch.zeros(bundle.config.model.text_len, bundle.config.model.text_dim))
-        kv = slots.filled(0)
-        executor.bind(kv, cross, kv_rows=slots.filled_rows(0), memory=0)
-        tensors = [tensor for pair in (*cross, *(pair for layer in kv for pair in layer)) for tensor in pair]
-        return [weakref.ref(tensor) for tensor in tensors]
+        view = session_view(bundle, executor)
+        executor.bind(view)
+        return [weakref.ref(tensor) for tensor in view.tensors().values()]
 
     first = bind()
     gc.collect()
@@ -346,8 +360,8 @@ class KeptKeys:
         self.keys: list[tuple[int, ...]] = []
         self.addresses: dict[int, set[tuple[int, ...]]] = {}
 
-    def bind(self, memory: int, addresses: tuple[int, ...]) -> None:
-        self.addresses.setdefault(memory, set()).add(addresses)
+    def bind(self, buffers_id: int, addresses: tuple[int, ...]) -> None:
+        self.addresses.setdefault(buffers_id, set()).add(addresses)
 
     def run(self, key: tuple[int, ...], work: Callable[[], None]) -> None:
         self.keys.append(key)
@@ -510,7 +524,7 @@ def test_a_flush_after_a_first_chunk_of_one_frame(replays: Replays, collectives:
                 session.switch_prompt(text, "flush")
             latents: list[torch.Tensor] = []
             keep = functools.partial(lambda kept, rows, times: kept.append(rows), latents)
-            times, _ = session.chunk(index, refresh=True, record=False, deliver=keep)
+            times, _ = session.chunk(index, context_pass=True, record=False, deliver=keep)
             attended.append(times.kv_frames)
             assert bool(torch.isfinite(latents[0]).all())
         assert attended == frames
@@ -535,24 +549,19 @@ class Bound:
     """An executor, and what it takes to step."""
 
     executor: TensorRTExecutor
-    slots: KVSlots
-    cross: Any
+    view: SessionView
 
-    def bind(self) -> None:
-        self.executor.bind(self.slots.filled(0), self.cross, kv_rows=self.slots.filled_rows(0), memory=0)
+    def bind(self, **changes: Any) -> None:
+        self.executor.bind(dataclasses.replace(self.view, **changes))
 
     def step(self) -> None:
         layout = self.executor._set.buffers["x"].shape
-        self.executor.step(torch.zeros(layout), *self.executor.embed_time(1000.0), 0)
+        self.executor.step(torch.zeros(layout), self.executor.embed_time(1000.0), 0)
 
 
-def ready(bundle: Bundle) -> Bound:
-    executor, model = make(bundle, LocalCollectives()), bundle.config.model
-    return Bound(
-        executor,
-        KVSlots(bundle.config, bundle.layout, torch.float32, whole_slots=executor.whole_slots),
-        executor.encode_prompt(torch.zeros(model.text_len, model.text_dim)),
-    )
+def ready(bundle: Bundle, *, history_frames: int = 0) -> Bound:
+    executor = make(bundle, LocalCollectives())
+    return Bound(executor, session_view(bundle, executor, history_frames=history_frames))
 
 
 def test_step_before_bind(whole: Bundle, cut: Bundle) -> None:
@@ -566,16 +575,16 @@ def test_step_before_bind(whole: Bundle, cut: Bundle) -> None:
 def test_kv_rows_without_a_profile(cut: Bundle) -> None:
     bound = ready(cut)
     with pytest.raises(ExecutorError, match=r"cut-step-001\.engine has profiles for \[24, 48, 72\] KV rows, not for 7"):
-        bound.executor.bind(bound.slots.filled(0), bound.cross, kv_rows=7, memory=0)
+        bound.bind(kv_rows=7)
 
 
 def test_slots_of_another_length_than_said(cut: Bundle) -> None:
-    bound = ready(cut)
+    bound = ready(cut, history_frames=3)
     with pytest.raises(
         ExecutorError,
         match=r"shape \[1, 48, 96\] of [kv]\.0\.0\.written was refused: .*does not satisfy any optimization profiles.*24",
     ):
-        bound.executor.bind(bound.slots.filled(3), bound.cross, kv_rows=bound.slots.filled_rows(0), memory=0)
+        bound.bind(kv_rows=24)
 
 
 def test_tensors_of_another_size_than_the_engine_reads(whole: Bundle) -> None:
@@ -585,9 +594,9 @@ def test_tensors_of_another_size_than_the_engine_reads(whole: Bundle) -> None:
         ExecutorError, match=rf"prompt\.engine: text is \[{model.text_len}, {model.text_dim}\], got \[5, "
     ):
         bound.executor.encode_prompt(torch.zeros(5, model.text_dim))
-    short = [[(k[:, :, :24].contiguous(), v) for k, v in layer] for layer in bound.slots.filled(0)]
+    short = [[(k[:, :, :24].contiguous(), v) for k, v in layer] for layer in bound.view.kv]
     with pytest.raises(ExecutorError, match=r"k\.0\.0 is \[1, 6, 72, 16\], got \[1, 6, 24, 16\]"):
-        bound.executor.bind(short, bound.cross, kv_rows=24, memory=0)
+        bound.bind(kv=short)
 
 
 def test_scratch_memory_that_is_missing_or_too_small(whole: Bundle) -> None:
@@ -624,11 +633,12 @@ def test_updated_slots_in_memory_of_their_own(whole: Bundle) -> None:
     bound = ready(whole)
     bound.bind()
     (engine,) = bound.executor._set.engines
-    elsewhere = torch.empty_like(bound.slots.filled(0)[0][0][0])
+    slots = bound.view.kv[0][0][0]
+    elsewhere = torch.empty_like(slots)
     with pytest.raises(
         ExecutorError, match=r"k\.0\.0\.written updates k\.0\.0 in place and was given memory of its own"
     ):
-        engine.bind({"k.0.0": bound.slots.filled(0)[0][0][0], "k.0.0.written": elsewhere})
+        engine.bind({"k.0.0": slots, "k.0.0.written": elsewhere})
     engine._context.set_tensor_address("k.0.0.written", elsewhere.data_ptr())
     with pytest.raises(ExecutorError, match=r"failed: .*Output k\.0\.0\.written aliases input k\.0\.0"):
         bound.step()
@@ -646,14 +656,12 @@ def test_address_that_is_no_tensors_start(whole: Bundle) -> None:
 
 def test_memory_that_torch_must_not_hand_over(whole: Bundle) -> None:
     bound = ready(whole)
-    turned = [
-        [(k.transpose(1, 2).contiguous().transpose(1, 2), v) for k, v in layer] for layer in bound.slots.filled(0)
-    ]
+    transposed = [[(k.transpose(1, 2).contiguous().transpose(1, 2), v) for k, v in layer] for layer in bound.view.kv]
     with pytest.raises(AssertionError, match=r"k\.0\.0"):
-        bound.executor.bind(turned, bound.cross, kv_rows=24, memory=0)
-    wide = [(k.double(), v) for k, v in bound.cross]
+        bound.bind(kv=transposed)
+    wide = {**bound.view.prompt, "cross_k.0": bound.view.prompt["cross_k.0"].double()}
     with pytest.raises(AssertionError, match=r"cross_k\.0"):
-        bound.executor.bind(bound.slots.filled(0), wide, kv_rows=24, memory=0)
+        bound.bind(prompt=wide)
 
 
 def test_communicator_missing_or_refused(replays: Replays, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -819,7 +827,7 @@ def test_engines_that_are_suboptimal_here_run_with_a_warning(
 
 def test_made_by_name(whole: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tensorrt_flavour.FLAVOURS, "tensorrt_rtx", STAND_INS["tensorrt_rtx"])  # type: ignore[arg-type]
-    executor = make_executor("tensorrt_rtx", whole, LocalCollectives(), num_threads=1, device=CPU, plugins=False)
+    executor = make_executor("tensorrt_rtx", whole, LocalCollectives(), num_threads=1, device=CPU, fused_ops=False)
     assert isinstance(executor, TensorRTExecutor)
     told = executor._set.engines[0].information()
     assert told["scratch_bytes"] > 0

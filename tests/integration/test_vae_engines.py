@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-import tensorrt_stand_in
 import torch
-from small_encoders import VAE_CONFIG
-from stand_in_bundles import CAPABILITY, STAND_INS, TARGET
+from support import tensorrt_stand_in
+from support.small_encoders import VAE_CONFIG
+from support.stand_in_bundles import CAPABILITY, STAND_INS, TARGET
 
 from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH
 from causalrt.engines.vae_onnx import OnnxVae

@@ -1,6 +1,7 @@
 """The parity certificate: good bundles pass, and each way of damaging one is caught and named."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import shlex
@@ -15,15 +16,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from damage import change_constant, change_weight, copy_of, hash_again, hold_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-sys.path.append(str(Path(__file__).parents[1] / "integration"))
-
-from small_bundles import bundle_factory, tiny_config, write_checkpoint
+from support.damage import change_constant, change_weight, copy_of, hash_again, hold_weight
+from support.small_bundles import bundle_factory, tiny_config, write_checkpoint
+from support.tolerances import MODULE
 
 from causalrt.cli import main
+from causalrt.engines.base import SessionView
 from causalrt.engines.bundle import WEIGHTS, open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
@@ -32,6 +32,7 @@ from causalrt.export.build import build
 from causalrt.export.checkpoint import DIGESTS
 from causalrt.install_hint import install_extra
 from causalrt.layout import layout_from_config
+from causalrt.model.wan.conditioning import Conditioning
 from causalrt.proof import certify as certify_module
 from causalrt.proof import comparisons, replica
 from causalrt.proof.certificate import Certificate
@@ -210,7 +211,7 @@ def test_good_bundles_of_other_kinds_pass(bundles, world_size, changes):
 
 @pytest.mark.slow
 def test_fused_ops_pass(checkpoint, tmp_path):
-    bundle = build(tiny_config(RANKS), checkpoint=checkpoint, out=tmp_path / "bundle", plugins="on")
+    bundle = build(tiny_config(RANKS), checkpoint=checkpoint, out=tmp_path / "bundle", fused_ops="on")
     found = certified(bundle)
     assert found.passed, found.first_wrong
 
@@ -262,7 +263,7 @@ def test_a_lower_precision_that_is_too_far_from_float32_fails(low_bundle, monkey
 
 @pytest.mark.parametrize("collectives", ["engine", pytest.param("runtime", marks=pytest.mark.slow)])
 def test_graphs_of_engines_pass_where_there_is_no_gpu(bundles, checkpoint, tmp_path, collectives):
-    from stand_in_bundles import build_stand_in
+    from support.stand_in_bundles import build_stand_in
 
     bundle = build_stand_in(
         tiny_config(RANKS),
@@ -454,20 +455,20 @@ def test_a_block_that_is_exchanged_with_another(bundles, monkeypatch):
 def test_a_refresh_without_the_prompt(bundles, monkeypatch):
     """The executor's refresh alone: what it is given, at timestep 0, is another prompt's keys and values, namely none."""
     step, bind = OnnxRuntimeExecutor.step, OnnxRuntimeExecutor.bind
-    bound: dict[int, tuple[Any, dict[str, Any]]] = {}
+    bound: dict[int, SessionView] = {}
 
-    def remember(self: OnnxRuntimeExecutor, kv: Any, cross_kv: Any, **rest: Any) -> None:
-        bound[id(self)] = (kv, cross_kv), rest
-        bind(self, kv, cross_kv, **rest)
+    def remember(self: OnnxRuntimeExecutor, view: SessionView) -> None:
+        bound[id(self)] = view
+        bind(self, view)
 
-    def wrong(self: OnnxRuntimeExecutor, x: torch.Tensor, e: torch.Tensor, *rest: Any) -> torch.Tensor:
-        (kv, cross_kv), options = bound[id(self)]
-        if torch.allclose(e, self.embed_time(0.0)[0], atol=1e-5):
-            bind(self, kv, [(k * 0, v * 0) for k, v in cross_kv], **options)
+    def wrong(self: OnnxRuntimeExecutor, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
+        view = bound[id(self)]
+        if torch.allclose(time["e"], self.embed_time(0.0)["e"], atol=MODULE):
+            bind(self, dataclasses.replace(view, prompt={name: 0 * tensor for name, tensor in view.prompt.items()}))
         try:
-            return step(self, x, e, *rest)
+            return step(self, x, time, first_frame)
         finally:
-            bind(self, kv, cross_kv, **options)
+            bind(self, view)
 
     monkeypatch.setattr(OnnxRuntimeExecutor, "bind", remember)
     monkeypatch.setattr(OnnxRuntimeExecutor, "step", wrong)

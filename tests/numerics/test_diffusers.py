@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tolerances import MODULE, RECORDED
 
 from causalrt import Config, build, override, recipe
 from causalrt.engines.bundle import Bundle, open_bundle
@@ -18,14 +19,11 @@ from causalrt.engines.eager import EagerExecutor
 from causalrt.model.tokens import latents_from_tokens, tokens_from_latents
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.session_buffers import SessionBuffers
 
 diffusers = pytest.importorskip("diffusers")
 
 TIMESTEPS = (1000.0, 937.5, 833.33331298828125, 625.0, 0.0)
-OWN_SINUSOID_TOLERANCE = 1e-5
-"""Both in float32, both with a float64 sinusoid; the specification's replay is within 2.2e-6."""
-AS_SHIPPED_TOLERANCE = 5e-5
-"""diffusers computes t * frequency in float32, which alone costs up to 2.4e-5."""
 
 
 class Float64Sinusoid(torch.nn.Module):
@@ -109,12 +107,14 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def tolerance(request: pytest.FixtureRequest, pair: Pair) -> Iterator[float]:
     """The tolerance that goes with the sinusoid which diffusers' model has during the test."""
     if request.param == "as shipped":
-        yield AS_SHIPPED_TOLERANCE
+        # diffusers computes t * frequency in float32, which alone costs up to 2.4e-5.
+        yield RECORDED
         return
     embedder = pair.theirs.condition_embedder
     shipped = embedder.timesteps_proj
     embedder.timesteps_proj = Float64Sinusoid(pair.config.model.freq_dim)
-    yield OWN_SINUSOID_TOLERANCE
+    # Both in float32 with a float64 sinusoid; the specification's replay is within 2.2e-6.
+    yield MODULE
     embedder.timesteps_proj = shipped
 
 
@@ -139,9 +139,10 @@ def test_chunk_0_agrees_with_diffusers(pair: Pair, tolerance: float, timestep: f
     expected = expected[0].transpose(0, 1)
 
     executor = EagerExecutor(pair.bundle, LocalCollectives(), device=torch.device("cpu"))
-    slots = KVSlots(config, pair.bundle.layout, torch.float32)
-    executor.bind(slots.filled(0), executor.encode_prompt(text), kv_rows=slots.filled_rows(0), memory=0)
-    rows = executor.step(tokens_from_latents(latents, config), *executor.embed_time(timestep), first_frame=0)
+    buffers = SessionBuffers(0, KVSlots(config, pair.bundle.layout, torch.float32))
+    buffers.begin(executor.encode_prompt(text))
+    executor.bind(buffers.view(0))
+    rows = executor.step(tokens_from_latents(latents, config), executor.embed_time(timestep), first_frame=0)
     flow = latents_from_tokens(rows, config)
 
     assert expected.std() > 0.3, "a flow this small would hide mistakes"

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.tolerances import CHANGED, REPLAYED
 
 from causalrt import build, load, override, recipe
 from causalrt.cli import main
@@ -16,8 +17,6 @@ from causalrt.errors import EngineClosedError, PromptError, RequestError
 from causalrt.export.random_weights import random_weights
 from causalrt.runtime.requests import checked_chunks
 
-SAME = 5e-6
-OTHER = 1e-3
 FULL = {"window_frames": "none", "sink_frames": "0"}
 ROLLING = {"window_frames": "7", "sink_frames": "0"}
 SINK = {"window_frames": "9", "sink_frames": "3"}
@@ -25,6 +24,14 @@ FIRST_FRAME = {"independent_first_frame": "true", "horizon_frames": "19"}
 """A video's first chunk is one frame; with any of the above."""
 FIRST, SECOND = 0, 1
 """Seeds of two prompts."""
+PLACES = [
+    pytest.param(1, "eager", FULL, id="full-eager"),
+    pytest.param(1, "eager", ROLLING, id="rolling-eager"),
+    pytest.param(1, "eager", SINK, id="sink-eager"),
+    pytest.param(2, "onnxruntime", FULL, id="full-onnxruntime", marks=pytest.mark.slow),
+    pytest.param(2, "onnxruntime", ROLLING, id="rolling-onnxruntime", marks=pytest.mark.slow),
+    pytest.param(2, "onnxruntime", SINK, id="sink-onnxruntime"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +71,11 @@ def noise(config, num_chunks=7):
     return [draw[:, : frames * config.tokens_per_frame] for draw, frames in zip(draws, sizes, strict=True)]
 
 
-def rollout(engine, chunks, *, first=FIRST, given=None, switch=None, policy="keep", second=SECOND):
+def rollout(engine, chunks, *, first=FIRST, initial_latents=None, switch=None, policy="keep", second=SECOND):
     """Latents of `chunks` (a range: which draws of the noise), by chunk; the prompt changes before chunk `switch`."""
     draws = noise(engine.config)[chunks.start : chunks.stop]
     latents = []
-    with engine.session(prompt(first), num_chunks=len(chunks), given=given, noise=draws) as session:
+    with engine.session(prompt(first), num_chunks=len(chunks), initial_latents=initial_latents, noise=draws) as session:
         for chunk in chunks:
             if chunk == switch:
                 assert session.switch_prompt(prompt(second), policy=policy) > 0
@@ -83,29 +90,30 @@ def apart(ones, others):
 # ---- given frames
 
 
-@pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
-@pytest.mark.parametrize("video", [FULL, ROLLING, SINK], ids=["full", "rolling", "sink"])
+@pytest.mark.parametrize(("world_size", "executor", "video"), PLACES)
 def test_a_video_goes_on_where_it_was_left(engines, world_size, executor, video):
     engine = engines(world_size, executor, **video)
     whole = rollout(engine, range(6))
     for taken in (1, 4):
-        assert apart(rollout(engine, range(taken, 6), given=torch.cat(whole[:taken])), whole[taken:]) < SAME
+        assert (
+            apart(rollout(engine, range(taken, 6), initial_latents=torch.cat(whole[:taken])), whole[taken:]) < REPLAYED
+        )
 
 
 def test_given_frames_count_towards_the_horizon(engines):
     engine = engines(**FULL)
     assert checked_chunks(engine.config, None, num_given=2) == 5
-    with pytest.raises(RequestError, match=r"6 chunks .* after 2 given ones, .* \(5 chunks\)"):
+    with pytest.raises(RequestError, match=r"6 chunks .* after 2 of initial latents, .* \(5 chunks\)"):
         checked_chunks(engine.config, 6, num_given=2)
-    with pytest.raises(RequestError, match=r"1 chunks .* after 7 given ones, .* \(0 chunks\)"):
+    with pytest.raises(RequestError, match=r"1 chunks .* after 7 of initial latents, .* \(0 chunks\)"):
         checked_chunks(engine.config, None, num_given=7)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (torch.zeros(4, 16, 4, 6), "4 latent frames given; .* whole chunks of 3"),
-        (torch.zeros(0, 16, 4, 6), "0 latent frames given"),
+        (torch.zeros(4, 16, 4, 6), "4 initial latent frames; .* whole chunks of 3"),
+        (torch.zeros(0, 16, 4, 6), "0 initial latent frames"),
         (torch.zeros(3, 16, 4, 4), r"\[frames, 16, 4, 6\], got \[3, 16, 4, 4\]"),
         (torch.zeros(3, 16, 4, 6, dtype=torch.int64), "floating-point"),
         (torch.full((3, 16, 4, 6), torch.nan), "not finite"),
@@ -115,7 +123,7 @@ def test_given_frames_count_towards_the_horizon(engines):
 def test_given_frames_that_do_not_fit_are_refused(engines, given, message):
     engine = engines(**FULL)
     with pytest.raises(RequestError, match=message):
-        engine.session(prompt(FIRST), given=given)
+        engine.session(prompt(FIRST), initial_latents=given)
     assert len(rollout(engine, range(1))) == 1, "the engine goes on"
 
 
@@ -129,9 +137,9 @@ def test_recached_history_is_what_the_new_prompt_makes_of_the_same_frames(engine
     before = rollout(engine, range(4))
     got = rollout(engine, range(6), switch=4, policy="recache")
     kept = before if video is FULL else before[-2:]  # a window of 7 holds 4 frames of history: parts of 2 chunks
-    expected = rollout(engine, range(4, 6), first=SECOND, given=torch.cat(kept))
+    expected = rollout(engine, range(4, 6), first=SECOND, initial_latents=torch.cat(kept))
     assert apart(got[:4], before) == 0
-    assert apart(got[4:], expected) < SAME
+    assert apart(got[4:], expected) < REPLAYED
 
 
 def test_recached_history_has_its_sink(engines):
@@ -139,18 +147,18 @@ def test_recached_history_has_its_sink(engines):
     engine = engines(time_index="relative", **SINK)
     before = rollout(engine, range(5))
     got = rollout(engine, range(7), switch=5, policy="recache")
-    expected = rollout(engine, range(5, 7), first=SECOND, given=torch.cat([before[0], before[-1]]))
-    assert apart(got[5:], expected) < SAME
-    without = rollout(engine, range(5, 7), first=SECOND, given=before[-1])
-    assert apart(got[5:], without) > OTHER
+    expected = rollout(engine, range(5, 7), first=SECOND, initial_latents=torch.cat([before[0], before[-1]]))
+    assert apart(got[5:], expected) < REPLAYED
+    without = rollout(engine, range(5, 7), first=SECOND, initial_latents=before[-1])
+    assert apart(got[5:], without) > CHANGED
 
 
 def test_recached_sink_stays_at_its_place_in_time(engines):
     # By the global index the sink is as far away as it was: nearer, it would be what the test above has.
     engine, near = engines(**SINK), engines(time_index="relative", **SINK)
     got = rollout(engine, range(7), switch=5, policy="recache")
-    assert apart(got[:5], rollout(near, range(5))) < SAME
-    assert apart(got[5:6], rollout(near, range(7), switch=5, policy="recache")[5:6]) > 10 * SAME
+    assert apart(got[:5], rollout(near, range(5))) < REPLAYED
+    assert apart(got[5:6], rollout(near, range(7), switch=5, policy="recache")[5:6]) > 10 * REPLAYED
 
 
 @pytest.mark.parametrize("video", [FULL, SINK], ids=["full", "sink"])
@@ -158,7 +166,7 @@ def test_recached_sink_stays_at_its_place_in_time(engines):
 def test_flushed_history_is_none(engines, world_size, executor, video):
     engine = engines(world_size, executor, **video)
     got = rollout(engine, range(7), switch=3, policy="flush")
-    assert apart(got[3:], rollout(engine, range(3, 7), first=SECOND)) < SAME
+    assert apart(got[3:], rollout(engine, range(3, 7), first=SECOND)) < REPLAYED
 
 
 def test_policies_differ(engines):
@@ -168,7 +176,7 @@ def test_policies_differ(engines):
     for number, one in enumerate(made):
         assert apart(one[:2], made[0][:2]) == 0
         for other in made[number + 1 :]:
-            assert apart(one[2:3], other[2:3]) > OTHER
+            assert apart(one[2:3], other[2:3]) > CHANGED
 
 
 @pytest.mark.parametrize("policy", ["keep", "recache", "flush"])
@@ -218,14 +226,15 @@ def test_switches_that_cannot_be_are_refused(engines):
 # ---- after a first chunk of one frame
 
 
-@pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
-@pytest.mark.parametrize("video", [FULL, ROLLING, SINK], ids=["full", "rolling", "sink"])
+@pytest.mark.parametrize(("world_size", "executor", "video"), PLACES)
 def test_a_video_with_an_independent_first_frame_goes_on_where_it_was_left(engines, world_size, executor, video):
     engine = engines(world_size, executor, **video, **FIRST_FRAME)
     whole = rollout(engine, range(6))
     assert [len(latents) for latents in whole] == [1, 3, 3, 3, 3, 3]
     for taken in (1, 4):
-        assert apart(rollout(engine, range(taken, 6), given=torch.cat(whole[:taken])), whole[taken:]) < SAME
+        assert (
+            apart(rollout(engine, range(taken, 6), initial_latents=torch.cat(whole[:taken])), whole[taken:]) < REPLAYED
+        )
 
 
 def test_an_independent_first_frame_is_of_the_same_noise_on_all_ranks(engines):
@@ -236,25 +245,27 @@ def test_an_independent_first_frame_is_of_the_same_noise_on_all_ranks(engines):
             assert session.num_chunks == 7, "as many as the horizon of 1 + 6 x 3 frames holds"
             videos.append([chunk.latents for chunk in session])
             assert [times[0].kv_frames for times in session.times.values()] == [1, 4, 7, 9, 9, 9, 9]
-    assert apart(*videos) < SAME
+    assert apart(*videos) < REPLAYED
 
 
-@pytest.mark.parametrize(("world_size", "executor"), [(1, "eager"), (2, "onnxruntime")])
+@pytest.mark.parametrize(
+    ("world_size", "executor"), [(1, "eager"), pytest.param(2, "onnxruntime", marks=pytest.mark.slow)]
+)
 def test_recached_history_begins_with_the_first_frame(engines, world_size, executor):
     engine = engines(world_size, executor, **FULL, **FIRST_FRAME)
     before = rollout(engine, range(4))
     got = rollout(engine, range(6), switch=4, policy="recache")
-    expected = rollout(engine, range(4, 6), first=SECOND, given=torch.cat(before))
+    expected = rollout(engine, range(4, 6), first=SECOND, initial_latents=torch.cat(before))
     assert apart(got[:4], before) == 0
-    assert apart(got[4:], expected) < SAME
+    assert apart(got[4:], expected) < REPLAYED
 
 
 def test_recached_history_whose_first_frame_has_left_the_window(engines):
     engine, plain = engines(**ROLLING, **FIRST_FRAME), engines(**ROLLING)
     before = rollout(engine, range(4))
     got = rollout(engine, range(6), switch=4, policy="recache")
-    expected = rollout(plain, range(4, 6), first=SECOND, given=torch.cat(before[-2:]))
-    assert apart(got[4:], expected) < SAME
+    expected = rollout(plain, range(4, 6), first=SECOND, initial_latents=torch.cat(before[-2:]))
+    assert apart(got[4:], expected) < REPLAYED
 
 
 @pytest.mark.parametrize("video", [FULL, SINK], ids=["full", "sink"])
@@ -262,7 +273,7 @@ def test_recached_history_whose_first_frame_has_left_the_window(engines):
 def test_after_a_flush_all_chunks_are_whole(engines, world_size, executor, video):
     engine = engines(world_size, executor, **video, **FIRST_FRAME)
     got = rollout(engine, range(6), switch=3, policy="flush")
-    assert apart(got[3:], rollout(engines(**video), range(3, 6), first=SECOND)) < SAME
+    assert apart(got[3:], rollout(engines(**video), range(3, 6), first=SECOND)) < REPLAYED
 
 
 @pytest.mark.parametrize("policy", ["recache", "flush"])
@@ -275,9 +286,9 @@ def test_a_switch_before_the_first_frame_leaves_it_alone(engines, policy):
 def test_given_frames_that_do_not_begin_with_a_single_one_are_refused(engines, frames):
     engine = engines(**SINK, **FIRST_FRAME)
     with pytest.raises(
-        RequestError, match=rf"{frames} latent frames given; .* a first chunk of 1 frame\(s\), then whole chunks of 3"
+        RequestError, match=rf"{frames} initial latent frames; .* a first chunk of 1 frame\(s\), then whole chunks of 3"
     ):
-        engine.session(prompt(FIRST), given=torch.zeros(frames, 16, 4, 6))
+        engine.session(prompt(FIRST), initial_latents=torch.zeros(frames, 16, 4, 6))
 
 
 def test_the_first_frame_counts_towards_the_horizon(engines):

@@ -3,17 +3,16 @@
 Only one recording and few ranks, for compiling takes its time; `test_golden.py` has eager, which is what is compiled.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch._inductor.config
+from support import GOLDEN
 from torch._dynamo.utils import counters
 from torch._inductor.async_compile import get_compile_threads
 
-from causalrt.engines.base import make_executor
 from causalrt.engines.bundle import open_bundle
 from causalrt.engines.inductor import InductorExecutor, cpp_compiler
+from causalrt.engines.make import make_executor
 from causalrt.export.build import build
 from causalrt.proof.compare import largest_errors, replay, replay_here
 from causalrt.proof.differences import TOLERANCE
@@ -23,7 +22,6 @@ from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.load import load
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="inductor needs a C++ compiler on a CPU: install g++")
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
 def recording_and_bundle(world_size, folder, case="B"):
@@ -55,11 +53,11 @@ def test_compiled_once_for_all_chunks_and_sessions(tmp_path, compiled_graphs):
     lengths = []
     bind = executor.bind
 
-    def bind_and_tell(kv, cross_kv, **bound):
-        lengths.append(bound["kv_rows"])
-        bind(kv, cross_kv, **bound)
+    def bind_and_note(view):
+        lengths.append(view.kv_rows)
+        bind(view)
 
-    executor.bind = bind_and_tell
+    executor.bind = bind_and_note
     replica = replica_on(executor, bundle.config, bundle.layout)
     for _ in range(2):
         check(replay_here(recording, replica), recording)
@@ -67,6 +65,7 @@ def test_compiled_once_for_all_chunks_and_sessions(tmp_path, compiled_graphs):
     assert lengths == [48, 96, 144] * 2
 
 
+@pytest.mark.slow
 def test_each_kind_of_step_is_compiled_once_too(tmp_path, compiled_graphs):
     """Each of the two steps for its own sizes, with chunks' KV rows symbolic as ever."""
     recording, path = recording_and_bundle(1, tmp_path, "J")
@@ -87,10 +86,11 @@ def test_a_rank_compiles_in_as_many_processes_as_it_has_threads(tmp_path, monkey
         monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", chosen)
     with torch._inductor.config.patch(compile_threads=32):
         cpu = torch.device("cpu")
-        make_executor("inductor", open_bundle(path), LocalCollectives(), num_threads=3, device=cpu, plugins=False)
+        make_executor("inductor", open_bundle(path), LocalCollectives(), num_threads=3, device=cpu, fused_ops=False)
         assert get_compile_threads() == expected
 
 
+@pytest.mark.slow
 def test_exchanges_are_part_of_the_compiled_step(tmp_path):
     recording, path = recording_and_bundle(2, tmp_path)
     with load(path, executor="inductor", device="cpu", timeout_s=300) as engine:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support import GOLDEN
+from support.tolerances import DETECTED, RECORDED
 
 from causalrt.config import SamplerConfig
 from causalrt.engines import eager
@@ -29,12 +31,6 @@ from causalrt.runtime.kv_slots import KVSlots
 from causalrt.runtime.noise import RecordedNoise
 from causalrt.runtime.rollout import Rollout
 from causalrt.runtime.session_buffers import SessionBufferPool
-
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-TOLERANCE = 5e-5
-"""Of the golden replay (proof/compare.py); an unmutated replay stays below it."""
-DETECTED = 2e-4
-"""What a mistake must move the latents by: four times the tolerance. The smallest, exact GELU, moves them by 4e-4."""
 
 
 @functools.cache
@@ -59,12 +55,15 @@ def replay_error(case: str, folder: Path) -> float:
         bundle.layout,
         text=text,
         noise=RecordedNoise(recorded.noise(0)),
-        memory=SessionBufferPool(executor, config, bundle.layout).take(),
+        buffers=SessionBufferPool(executor, config, bundle.layout).take(),
     )
     latents: list[torch.Tensor] = []
     for chunk in range(recorded.num_chunks):
         session.chunk(
-            chunk, refresh=True, record=False, deliver=lambda rows, _: latents.append(latents_from_tokens(rows, config))
+            chunk,
+            context_pass=True,
+            record=False,
+            deliver=lambda rows, _: latents.append(latents_from_tokens(rows, config)),
         )
     return float((torch.cat(latents) - recorded.tensors["out.latents"][0]).abs().max())
 
@@ -209,8 +208,8 @@ def _(patch: pytest.MonkeyPatch, recorded: Recording) -> None:
     right = Rollout.chunk
     frames = recorded.config.video.chunk_frames
 
-    def wrong(self: Rollout, index: int, *, refresh: bool, record: bool, deliver: Callable[..., None]) -> object:
-        result = right(self, index, refresh=False, record=record, deliver=deliver)
+    def wrong(self: Rollout, index: int, *, context_pass: bool, record: bool, deliver: Callable[..., None]) -> object:
+        result = right(self, index, context_pass=False, record=record, deliver=deliver)
         self.slots.commit(index * frames)
         return result
 
@@ -270,7 +269,7 @@ def _(patch: pytest.MonkeyPatch, recorded: Recording) -> None:
 
 @pytest.mark.parametrize("case", sorted({case for cases, _ in MUTATIONS.values() for case in cases}))
 def test_without_a_mistake(case: str, tmp_path: Path) -> None:
-    assert replay_error(case, tmp_path) < TOLERANCE
+    assert replay_error(case, tmp_path) < RECORDED
 
 
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, (cases, _) in MUTATIONS.items() for case in cases])

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import onnx
 import pytest
+from safetensors import safe_open
+from support import GOLDEN, SUPPORT, float64_replay
 
 from causalrt.engines.bundle import open_bundle
 from causalrt.errors import ConfigError, ExecutorError, RequestError
@@ -18,15 +19,13 @@ from causalrt.proof.differences import TOLERANCE
 from causalrt.proof.recording import open_recording
 from causalrt.runtime.load import load
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-
 
 @pytest.mark.parametrize(
     ("case", "world_size"),
     [
-        *(("B", ranks) for ranks in (1, 2, 3, 8)),
-        ("R", 8),
-        *(pytest.param(case, 8, marks=pytest.mark.slow) for case in "ACD"),
+        ("B", 8),
+        ("R", 2),
+        *(pytest.param(*rollout, marks=pytest.mark.slow) for rollout in (("A", 8), ("B", 3), ("C", 8), ("D", 1))),
     ],
 )
 def test_references_in_eager(case, world_size):
@@ -38,7 +37,10 @@ def test_references_in_eager(case, world_size):
 
 @pytest.mark.parametrize(
     ("case", "world_size"),
-    [("B", 1), ("B", 8), ("J", 2), ("R", 2), *(pytest.param(case, 8, marks=pytest.mark.slow) for case in "ACDR")],
+    [
+        ("R", 2),
+        *(pytest.param(*rollout, marks=pytest.mark.slow) for rollout in (("A", 8), ("B", 8), ("D", 1), ("J", 2))),
+    ],
 )
 def test_functions_in_onnxruntime(case, world_size):
     result = compare_recorded(
@@ -50,11 +52,10 @@ def test_functions_in_onnxruntime(case, world_size):
 @pytest.mark.parametrize(
     ("case", "world_size", "collectives"),
     [
-        ("B", 8, "engine"),
         ("R", 2, "runtime"),
+        pytest.param("B", 8, "engine", marks=pytest.mark.slow),
+        pytest.param("C", 8, "engine", marks=pytest.mark.slow),
         pytest.param("J", 2, "engine", marks=pytest.mark.slow),
-        *(pytest.param(case, 8, "engine", marks=pytest.mark.slow) for case in "ACDR"),
-        pytest.param("B", 8, "runtime", marks=pytest.mark.slow),
     ],
 )
 def test_functions_in_the_graphs_of_engines(case, world_size, collectives):
@@ -73,21 +74,40 @@ def test_other_head_plans(head_plan):
     assert result["passed"], result
 
 
+@pytest.mark.slow
 def test_inside_a_compiled_step(tmp_path):
     recording = open_recording(GOLDEN / "R.safetensors", world_size=2)
     checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
     path = build(recording.config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"])
-    with load(path, executor="inductor", device="cpu", plugins=True, timeout_s=300) as engine:
+    with load(path, executor="inductor", device="cpu", fused_ops=True, timeout_s=300) as engine:
         errors = largest_errors(replay(recording, engine), recording.outputs())
     assert max(error.error for error in errors.values()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("time_index", ["global", pytest.param("relative", marks=pytest.mark.slow)])
-def test_kernels_interpreted(time_index, tmp_path):
-    """Golden R (a window that rolls); A to D take up to a minute each, and pass too."""
-    script = Path(__file__).with_name("interpreted_rollouts.py")
+def small_recording(folder):
+    """R with one layer of two heads, two steps, and as many chunks as its window takes to roll twice."""
+    sizes = {"dim": 32, "num_heads": 2, "num_layers": 1, "num_chunks": 5, "denoising_step_list": [1000, 500]}
+    with safe_open(GOLDEN / "R.safetensors", framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+    path = folder / "small.safetensors"
+    float64_replay.record(config | sizes, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "time_index"),
+    [
+        ("small", "global"),
+        pytest.param("small", "relative", marks=pytest.mark.slow),
+        pytest.param("R", "global", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_interpreted(case, time_index, tmp_path):
+    """Golden R has a window that rolls; A to D take up to a minute each, and pass too."""
+    script = SUPPORT / "interpreted_rollouts.py"
+    recording = small_recording(tmp_path) if case == "small" else GOLDEN / f"{case}.safetensors"
     done = subprocess.run(
-        [sys.executable, str(script), str(GOLDEN / "R.safetensors"), str(tmp_path), time_index],
+        [sys.executable, str(script), str(recording), str(tmp_path), time_index],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -104,22 +124,23 @@ def bundles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plugins")
     checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
     return {
-        mode: build(recording.config, checkpoint=checkpoint, out=folder / mode, plugins=mode) for mode in ("auto", "on")
+        mode: build(recording.config, checkpoint=checkpoint, out=folder / mode, fused_ops=mode)
+        for mode in ("auto", "on")
     }
 
 
 def test_the_manifest_says_what_was_built(bundles):
-    assert not open_bundle(bundles["auto"]).plugins
-    assert open_bundle(bundles["on"]).plugins
+    assert not open_bundle(bundles["auto"]).fused_ops
+    assert open_bundle(bundles["on"]).fused_ops
     for mode, functions in (("auto", 0), ("on", 2)):
         assert len(onnx.load(bundles[mode] / "step-000.onnx", load_external_data=False).functions) == functions
 
 
 def test_an_executor_runs_what_was_built(bundles):
-    with pytest.raises(ExecutorError, match="plugins off; build again with `--plugins on`"):
-        load(bundles["auto"], plugins=True)
-    with pytest.raises(ExecutorError, match="plugins on; build again with `--plugins off`"):
-        load(bundles["on"], plugins=False)
+    with pytest.raises(ExecutorError, match="fused ops off; build it with `--fused-ops on`"):
+        load(bundles["auto"], fused_ops=True)
+    with pytest.raises(ExecutorError, match="fused ops on; build it with `--fused-ops off`"):
+        load(bundles["on"], fused_ops=False)
 
 
 def test_relative_time_is_not_run_without_fused_ops(tmp_path):
@@ -127,14 +148,14 @@ def test_relative_time_is_not_run_without_fused_ops(tmp_path):
     config = replace(recording.config, video=replace(recording.config.video, time_index="relative"))
     checkpoint = recording.write_checkpoint(tmp_path / "checkpoint.safetensors")
     path = build(config, checkpoint=checkpoint, out=tmp_path / "bundle", executors=["eager"])
-    assert open_bundle(path).plugins
-    with pytest.raises(ExecutorError, match="load it with plugins on"):
-        load(path, plugins=False)
+    assert open_bundle(path).fused_ops
+    with pytest.raises(ExecutorError, match="load it with fused_ops=True"):
+        load(path, fused_ops=False)
 
 
 def test_plugins_are_asked_for_by_yes_and_no(bundles):
     with pytest.raises(RequestError, match=r"True, False, or None .* got 'off'"):
-        load(bundles["on"], executor="eager", plugins="off")
+        load(bundles["on"], executor="eager", fused_ops="off")
 
 
 @pytest.mark.parametrize(
@@ -152,18 +173,18 @@ def test_nothing_is_vouched_for_that_cannot_be_built(options, message):
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_eager_runs_either_and_by_default_what_was_built(bundles, asked, monkeypatch):
     loaded = []
-    monkeypatch.setattr("causalrt.runtime.load.Engine", lambda *args, plugins, **rest: loaded.append(plugins))
+    monkeypatch.setattr("causalrt.runtime.load.start_engine", lambda bundle, options: loaded.append(options.fused_ops))
     for path in bundles.values():
-        load(path, executor="eager", device="cpu", plugins=asked)
+        load(path, executor="eager", device="cpu", fused_ops=asked)
     assert loaded == ([False, True] if asked is None else [asked, asked])
 
 
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        ({"plugins": "maybe"}, {}, "plugins must be on, off, auto, got 'maybe'"),
-        ({"plugins": "off"}, {"time_index": "relative"}, "what the fused ops do"),
-        ({"executors": ["tensorrt_rtx"], "targets": ["sm80"], "plugins": "on"}, {}, "tensorrt_rtx has no plugins"),
+        ({"fused_ops": "maybe"}, {}, "fused_ops must be on, off, auto, got 'maybe'"),
+        ({"fused_ops": "off"}, {"time_index": "relative"}, "what the fused ops do"),
+        ({"executors": ["tensorrt_rtx"], "targets": ["sm80"], "fused_ops": "on"}, {}, "tensorrt_rtx has no plugins"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, options, changes, message):

@@ -1,18 +1,17 @@
 """Sizes, windows and schedules that no golden case has, against an independent float64 replay."""
 
 import json
-from pathlib import Path
 
-import float64_replay
 import pytest
 from safetensors import safe_open
+from support import GOLDEN, float64_replay
+from support.tolerances import REPLAYED
 
 from causalrt.proof.compare import compare_recorded, largest_errors, replay_here
 from causalrt.proof.differences import TOLERANCE
 from causalrt.proof.recording import open_recording
 from causalrt.proof.replica import eager_replica
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SMALL = {"dim": 60, "num_heads": 6, "num_layers": 1, "ffn_dim": 50, "freq_dim": 20}
 SMALL |= {"text_dim": 7, "text_len": 5, "text_rows": 2}
 CASES = {
@@ -137,13 +136,25 @@ def test_the_replay_is_the_reference(case):
     outputs["out.latents"] = outputs["out.latents"].float()  # given frames are copied as they are
     assert {name for name in tensors if name.endswith((".flow", ".x0"))} < set(outputs)
     for name, output in outputs.items():
-        assert (output - tensors[name][0]).abs().max() < 5e-6, name
+        assert (output - tensors[name][0]).abs().max() < REPLAYED, name
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("independent first frame, one token a frame", "sink and window that no chunk divides")
+"""The cases for which the default run builds graphs."""
+
+
 @pytest.mark.parametrize(
-    ("executor", "world_size"),
-    [("eager", 1), pytest.param("onnxruntime", 5, marks=pytest.mark.slow), ("onnxruntime", 8)],
+    ("case", "executor", "world_size"),
+    [
+        *((case, "eager", 1) for case in CASES),
+        *(
+            pytest.param(
+                case, "onnxruntime", 8, marks=[] if case in QUICK else pytest.mark.slow, id=f"{case}-onnxruntime"
+            )
+            for case in CASES
+        ),
+        *(pytest.param(case, "onnxruntime", 5, marks=pytest.mark.slow) for case in QUICK),
+    ],
 )
 def test_any_sizes(tmp_path, case, executor, world_size):
     path = tmp_path / "recording.safetensors"

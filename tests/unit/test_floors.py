@@ -1,6 +1,9 @@
-"""The floors of the house (docs/architecture.md): imports point down, and nothing imports the links at the root."""
+"""The structure of the package (docs/architecture.md): imports point down and not in circles, and no part grows too large."""
 
 import ast
+from collections import Counter
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ LINKS = ("export", "plugins", "engines", "runtime", "tools")
 
 FLOORS = (
     (
+        "codec_geometry",
         "config",
         "layout",
         "errors",
@@ -24,9 +28,11 @@ FLOORS = (
         "control_groups",
         "install_hint",
         "progress",
+        "plain",
     ),
     ("plugins",),
     ("recipes", "media"),
+    ("options",),
     ("model",),
     ("engines",),
     ("export", "runtime"),  # side by side: neither imports the other
@@ -34,7 +40,7 @@ FLOORS = (
     ("tools",),
     ("proof",),
     ("measure",),
-    ("cli", "__init__", "__main__"),
+    ("commands", "cli", "__init__", "__main__"),
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 SIDE_BY_SIDE = {"export", "runtime"}
@@ -122,6 +128,108 @@ def test_links_point_into_the_package(link):
     assert (ROOT / link).resolve() == PACKAGE / link
 
 
+# ---- circles, sizes, and what the wings take from `runtime`
+
+MODULES = {
+    ".".join(["causalrt", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in files(PACKAGE)
+}
+MAX_LINES = 400
+LONG = {"cli.py"}
+"""Files that are still longer."""
+MAX_SHARE = 0.2
+WINGS = ("server", "tools", "proof", "measure")
+FOR_WINGS = {
+    "canary": {"ExchangeCheck", "check_exchanges"},
+    "collectives": {"CountingCollectives", "LocalCollectives", "TorchCollectives", "Traffic", "join_ranks"},
+    "engine": {"Engine"},
+    "kv_slots": {"KVSlots"},
+    "load": {"check_rank_limits", "load"},
+    "memory": {
+        "DecoderMemory",
+        "MemoryEstimate",
+        "available_bytes",
+        "decoder_memory",
+        "predict_decoder_memory",
+        "predict_memory",
+        "rank_memory",
+    },
+    "noise": {"RecordedNoise", "SeededNoise"},
+    "ranks": {"ENVIRONMENT"},
+    "requests": {"checked_chunks", "checked_initial_latents", "checked_text"},
+    "rollout": {"ChunkTimes", "Rollout", "StepRecord", "SwitchPolicy"},
+    "session": {"Chunk", "Session"},
+    "session_buffers": {"SessionBufferPool", "SessionBuffers"},
+    "start": {"open_text_encoder"},
+    "stopwatch": {"process_age_s"},
+    "usage": {"WaitCounter"},
+}
+"""What the wings may import from `runtime`, by module."""
+
+
+def at_import(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run when a module is imported: none in functions, none for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        ):
+            yield from at_import(node)
+
+
+def needs(source: str) -> set[str]:
+    """Modules of the package that the module with this source imports when it is imported itself."""
+    found = set()
+    for node in at_import(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        else:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name if name in MODULES else name.rpartition(".")[0] for name in found} & MODULES.keys()
+
+
+def circles(needed: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that need each other."""
+    order = TopologicalSorter(needed)
+    try:
+        order.prepare()
+    except CycleError as error:
+        circle = error.args[1]
+        rest = {name: others - {circle[0]} for name, others in needed.items() if name != circle[0]}
+        return [sorted(set(circle)), *circles(rest)]
+    return []
+
+
+def test_modules_do_not_import_each_other_in_circles():
+    assert circles({name: needs(path.read_text()) for name, path in MODULES.items()}) == []
+
+
+def test_files_are_short():
+    sizes = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in files(PACKAGE)}
+    assert {file for file, lines in sizes.items() if lines > MAX_LINES} <= LONG
+
+
+def test_no_part_is_a_fifth_of_the_package():
+    lines = Counter()
+    for path in files(PACKAGE):
+        lines[path.relative_to(PACKAGE).parts[0]] += len(path.read_text().splitlines())
+    assert {part: count for part, count in lines.items() if count > MAX_SHARE * lines.total()} == {}
+
+
+def test_wings_take_from_runtime_what_is_listed():
+    taken = {
+        name
+        for wing in WINGS
+        for path in files(PACKAGE / wing)
+        for _, name in imports(path.read_text())
+        if name.startswith("causalrt.runtime.")
+    }
+    listed = {f"causalrt.runtime.{module}.{name}" for module, names in FOR_WINGS.items() for name in names}
+    assert sorted(taken - listed) == []
+
+
 # ---- the checker itself
 
 
@@ -162,3 +270,14 @@ def test_an_upward_import_is_found(file, source):
 )
 def test_a_downward_import_is_fine(file, source):
     assert upward(source, PACKAGE / file) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"f"}, "f": set()}) == [["a", "b", "c"]]
+
+
+def test_what_runs_later_is_in_no_circle():
+    later = "def f():\n    from causalrt import errors\nif TYPE_CHECKING:\n    import causalrt.layout\n"
+    assert needs(later + "try:\n    from causalrt.config import Config\nexcept ImportError:\n    pass") == {
+        "causalrt.config"
+    }

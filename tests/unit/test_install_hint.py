@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from causalrt import install_hint
 from causalrt.install_hint import install_extra, install_package
 
 ROOT = Path(__file__).parents[2]
@@ -49,8 +50,9 @@ def test_an_extra_is_installed_by_its_requirements(installed, extra, command):
 
 
 @pytest.mark.parametrize("requirements", [None, [], REQUIRES])
-def test_without_metadata_the_source_tree_is_named(installed, requirements):
+def test_without_metadata_the_source_tree_is_named(installed, requirements, monkeypatch):
     """The last case: the metadata of an older version, which had no such extra."""
+    monkeypatch.setattr(install_hint, "__file__", str(ROOT / "src" / "causalrt" / "install_hint.py"))
     installed(requirements)
     assert install_extra("proof") == f"pip install '{ROOT}[proof]'"
 

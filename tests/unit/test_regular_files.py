@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from causalrt.errors import CausalRTError
 from causalrt.export.checkpoint import open_checkpoint
-from causalrt.model.codecs.vae_checkpoint import DIFFUSERS_FILE, WAN_FILE, load_vae
+from causalrt.model.codecs.registry import load_vae
+from causalrt.model.codecs.vae_checkpoint import DIFFUSERS_FILE, WAN_FILE
 from causalrt.model.stored_tensors import map_tensors
 from causalrt.model.text.umt5_files import find_encoder_files, open_weights
 from causalrt.model.text.words import WORDS_FILE, WordEncoder

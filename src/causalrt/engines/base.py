@@ -1,22 +1,22 @@
-"""What an executor is, what it needs from its caller, and how one is made.
+"""What an executor is, and what it is given.
 
 An executor runs the three graphs of one rank (prompt, time, step). It owns no KV memory and knows no session: the caller
-binds the filled prefix of a session's KV slots once a chunk, then steps. Collectives are handed in, so that executors and
-the runtime that drives them stay apart.
+binds a view of a session's buffers once a chunk, then steps. Collectives are handed in, so that executors and the runtime that
+drives them stay apart.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from causalrt.engines.bundle import Bundle
-from causalrt.engines.kinds import executor_kind
-from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.engines.tensor_names import KV_ROWS
+from causalrt.model.wan.conditioning import Conditioning
+from causalrt.model.wan.step import KVTensors
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ONNX_TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
-"""`onnx.TensorProto`'s numbers, which ONNX's file format fixes; to import onnx would take every rank a tenth of a second."""
+"""Numbers of `onnx.TensorProto`, which ONNX's file format fixes; importing onnx would cost every rank a tenth of a second."""
 
 
 class Collectives(Protocol):
@@ -36,79 +36,88 @@ class Collectives(Protocol):
         """Local rows `[S, ...]` of every rank, in rank order `[P * S, ...]`, on rank 0; None elsewhere."""
 
 
-class Executor(Protocol):
-    """Runs the graphs of one rank.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionView:
+    """What one step reads and writes of a session's buffers.
 
     Attributes:
-        device: where the executor computes, and where the tensors it is given live.
+        buffers_id: number of the buffers that all tensors lie in. Equal numbers mean equal addresses on this rank, and all
+            ranks see the same numbers in the same order, so that CUDA graphs can be kept by them.
+        step: number of the kind of step (`video.step_frames`).
+        prompt: what `Executor.encode_prompt` returned, or a copy.
+        kv: the filled prefix of the KV slots, or the slots whole (`Executor.whole_slots`); staging comes first.
+        kv_rows: filled rows, staging included.
+    """
+
+    buffers_id: int
+    step: int
+    prompt: Conditioning
+    kv: KVTensors
+    kv_rows: int
+
+    def slots(self) -> dict[str, torch.Tensor]:
+        """Keys and values by their names in the step graph."""
+        return {
+            f"{kind}.{layer}.{shard}": tensor
+            for layer, shards in enumerate(self.kv)
+            for shard, pair in enumerate(shards)
+            for kind, tensor in zip("kv", pair, strict=True)
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by their names in the step graph."""
+        return {**self.slots(), **self.prompt}
+
+
+class StepBuffers(dict[str, torch.Tensor]):
+    """Tensors that a step reads and writes beside the session's, by name, at addresses that stay."""
+
+    def copy_from(self, x: torch.Tensor, time: Conditioning, *, first_frame: int, kv_rows: int) -> None:
+        """Take over the inputs of the next step; numbers that the step does not read have no tensor."""
+        for name, value in {"x": x, **time}.items():
+            self[name].copy_(value, non_blocking=True)
+        for name, number in (("first_frame", first_frame), (KV_ROWS, kv_rows)):
+            if name in self:
+                self[name].fill_(number)
+
+
+class Executor(Protocol):
+    """Runs the graphs of one rank. Executors derive from it, and so need not say that they keep nothing.
+
+    Attributes:
+        device: where the executor computes, and where the tensors that it is given lie.
         whole_slots: it wants KV slots whole, `[1, heads, W * T, D]`, and not the filled prefix `[1, rows, heads * D]`.
     """
 
     device: torch.device
-    whole_slots: bool
+    whole_slots: bool = False
 
-    def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
-        """`[text_len, text_dim]` -> per layer (k, v), `[1, text_len, C]`; the caller keeps them for the session."""
+    def encode_prompt(self, text: torch.Tensor) -> Conditioning:
+        """Turn text embeddings `[text_len, text_dim]` into what steps take of a prompt; the caller keeps it for the session."""
 
-    def embed_time(self, timestep: float) -> KVPair:
-        """Timestep -> (e `[C]`, e0 `[6, C]`); the caller keeps them."""
+    def embed_time(self, timestep: float) -> Conditioning:
+        """Turn a timestep into what steps take of it; the caller keeps it."""
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
-        """Use these KV slots (views into the session's memory) and this prompt until bound again.
-
-        Args:
-            kv: the filled prefix, or the slots whole (`whole_slots`); staging comes first.
-            cross_kv: what `encode_prompt` returned, or a copy.
-            kv_rows: filled rows, staging included.
-            memory: number of the memory that `kv` and `cross_kv` lie in. Equal numbers mean equal addresses on this rank, and
-                all ranks give the same numbers in the same order: by them CUDA graphs are found again.
-            step: number of the kind of step to run (`video.step_frames`).
-        """
+    def bind(self, view: SessionView) -> None:
+        """Step on this part of a session's buffers until bound again."""
 
     def warmed_up(self) -> None:
-        """Every kind of step has been run once; there is time to keep what that took."""
+        """Learn that every kind of step has been run once, and that there is time to keep what was compiled."""
+        return
 
     def graph_bytes(self) -> int:
-        """Memory of the GPU that the CUDA graphs of all sessions so far take, beside what torch's allocator holds."""
+        """GPU memory that the CUDA graphs of all sessions so far take, beside what torch's allocator holds."""
+        return 0
 
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
-        """Flow `[S, 64]` of the rank's noisy rows `[S, 64]`; valid until the next step. Writes the staging slots."""
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
+        """Predict the flow `[S, 64]` of the rank's noisy rows `[S, 64]`, and write the staging slots.
 
+        Args:
+            x: `[S, 64]`.
+            time: what `embed_time` returned.
+            first_frame: where rotary angles count time from: the chunk's first frame in the video, or, where
+                `video.time_index` is relative, the frames of history.
 
-def make_executor(
-    name: str,
-    bundle: Bundle,
-    collectives: Collectives,
-    *,
-    num_threads: int,
-    device: torch.device,
-    plugins: bool,
-    cuda_graphs: bool = True,
-) -> Executor:
-    """The executor `name` over an opened bundle, with its weights loaded.
-
-    `plugins` has eager and inductor run self-attention by the fused ops of `causalrt.plugins`; the others run what was built.
-    `cuda_graphs` has inductor and TensorRT capture a step on a GPU.
-
-    Raises:
-        ExecutorError: unknown name, or something that it needs is missing here or in the bundle.
-    """
-    executor_kind(name)
-    if name == "eager":
-        from causalrt.engines.eager import EagerExecutor
-
-        return EagerExecutor(bundle, collectives, device=device, plugins=plugins)
-    if name == "inductor":
-        from causalrt.engines.inductor import InductorExecutor
-
-        return InductorExecutor(
-            bundle, collectives, num_threads=num_threads, device=device, plugins=plugins, cuda_graphs=cuda_graphs
-        )
-    if name == "onnxruntime":
-        from causalrt.engines.onnxruntime import OnnxRuntimeExecutor
-
-        return OnnxRuntimeExecutor(bundle, collectives, num_threads=num_threads, device=device)
-    from causalrt.engines.tensorrt import TensorRTExecutor
-    from causalrt.engines.tensorrt_flavour import FLAVOURS
-
-    return TensorRTExecutor(FLAVOURS[name], bundle, collectives, device=device, cuda_graphs=cuda_graphs)
+        Returns:
+            The flow, valid until the next step.
+        """

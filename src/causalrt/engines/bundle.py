@@ -1,16 +1,16 @@
 """The bundle: the folder that a build writes and the runtime loads.
 
-    manifest.json         schema, config, plugins, vae, steps, engines, toolchain, and every other file with bytes and sha256
+    manifest.json         schema, config, fused_ops, vae, steps, engines, toolchain, and every other file with bytes and sha256
     weights.safetensors   all weights, once, in the build's precision
     vae.safetensors       those of the VAE, if the bundle has one
     *.onnx                graphs; their weights are references into weights.safetensors
     *.engine              TensorRT engines by flavour and target, the same for every rank; *-networks.json says what is in them
 
-A bundle may lack engines that only the GPU that runs them can build. It is then unfinished for that executor; others run it.
-No file holds a path, so a bundle may be copied between machines.
+A bundle may lack engines that only the GPU that runs them can build. It is then unfinished for that executor, and other
+executors run it. No file holds a path, so a bundle may be copied between machines.
 
-Written to a temporary folder beside the target and renamed, so that a reader sees a whole bundle or none. Its files may be
-links to regular files anywhere, as in the cache of the Hugging Face hub: what they point to is hashed.
+A bundle is written to a temporary folder beside the target, which is then renamed, so that readers never see an incomplete one.
+Its files may be links to regular files anywhere, as in the cache of the Hugging Face hub; what they point to is hashed.
 """
 
 import contextlib
@@ -20,8 +20,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,44 +29,37 @@ import torch
 from causalrt.atomic_files import atomic_folder
 from causalrt.config import Config, config_from_dict
 from causalrt.engines.kinds import EXECUTORS, executor_kind
-from causalrt.engines.step_record import FlavourEngines, StepGraphs, files_of, parse_engines, parse_steps
+from causalrt.engines.step_record import FlavourEngines, StepGraphs, files_of, parse_engines, parse_steps, step_entries
 from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BuildError, BundleError, CheckpointError, ConfigError
-from causalrt.layout import Layout, layout_from_config, layouts_from_config
-from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig, vae_config_from_mapping
+from causalrt.layout import Layout, layout_from_config
+from causalrt.model.codecs.protocol import CodecConfig
+from causalrt.model.codecs.registry import vae_config_from_mapping
+from causalrt.plain import from_plain
 from causalrt.regular_files import regular_file
 
 SCHEMA = 5
 MAX_NAME = 200
-"""Characters of a file's name in a bundle; no build writes longer ones, and a file system may not take them."""
+"""Most characters of a file name in a bundle; no build writes longer ones, and some file systems refuse them."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 PROMPT_GRAPH, TIME_GRAPH = "prompt.onnx", "time.onnx"
 FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS = "vae-first.onnx", "vae-next.onnx", "vae.safetensors"
-TOOLCHAIN: Mapping[str, tuple[str, ...]] = {
-    "causalrt": ("causalrt",),
-    "torch": ("torch",),
-    "onnx": ("onnx",),
-    "onnxscript": ("onnxscript",),
-    "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
-    "tensorrt-rtx": ("tensorrt-rtx",),
-    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
-}
-"""The distributions that bring each package, the preferred one first."""
 REBUILD = "build the bundle again with `causalrt build`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """An opened bundle, verified.
+    """An opened bundle whose manifest has been checked.
 
     Attributes:
         path: its folder.
         config: what it was built from.
-        layout: who holds what, derived from `config`.
-        plugins: self-attention is made of the fused ops.
+        layout: layout of step 0, derived from `config`.
+        fused_ops: self-attention is made of the fused ops.
         vae: sizes of the VAE (or the constants of a cosine transform), or None if the bundle was built without one.
-        executors: names of the executors that it holds everything for.
+        executors: names of the executors that can run it.
         steps: the graphs of each kind of step, numbered as in `config.video.step_frames`.
         engines: TensorRT's engines by flavour, those that are still to be built among them (`unfinished`).
         digest: sha256 of the manifest, which lists every file with its sha256; bundles with equal digests are the same.
@@ -80,8 +72,8 @@ class Bundle:
     path: Path
     config: Config
     layout: Layout
-    plugins: bool
-    vae: AnyVaeConfig | None
+    fused_ops: bool
+    vae: CodecConfig | None
     executors: tuple[str, ...]
     steps: tuple[StepGraphs, ...]
     engines: Mapping[str, FlavourEngines]
@@ -106,21 +98,8 @@ class Bundle:
 
 
 def how_to_finish(path: Path) -> str:
-    """What to do with a bundle that lacks engines."""
+    """Advice for a bundle that lacks engines."""
     return f"finish the bundle on the GPU that will run it with `causalrt build --finish {shlex.quote(str(path))}`"
-
-
-def toolchain_versions() -> dict[str, str]:
-    """Versions of the packages that a bundle is tied to; a missing one is left out."""
-    found = {}
-    for name, distributions in TOOLCHAIN.items():
-        for distribution in distributions:
-            try:
-                found[name] = metadata.version(distribution)
-            except metadata.PackageNotFoundError:
-                continue
-            break
-    return found
 
 
 def file_digest(path: Path) -> str:
@@ -135,14 +114,14 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """sha256, in hex, of a record as JSON, without its entry `digest`."""
+    """sha256, in hex, of a record as JSON, without its `digest` entry."""
     plain = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
-    """A temporary folder beside `target` to fill; renamed to `target` if the block ends well, removed if not.
+    """Yield a temporary folder to fill; rename it to `target` if the block succeeds, and remove it otherwise.
 
     Raises:
         BuildError: the target exists, the place cannot be written, or the disk is or becomes full.
@@ -168,85 +147,32 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
         ) from error
 
 
-def _step_records(config: Config, steps: Sequence[StepGraphs]) -> list[dict[str, Any]]:
-    sizes = zip(config.video.step_frames, layouts_from_config(config), steps, strict=True)
-    return [{"frames": frames, "layout": _layout_record(layout), **asdict(step)} for frames, layout, step in sizes]
-
-
-def _layout_record(layout: Layout) -> dict[str, Any]:
-    return {
-        "local_tokens": layout.local_tokens,
-        "scatter_rows": layout.scatter_rows,
-        "gather_rows": layout.gather_rows,
-        "balanced": [[s.num_heads, s.first_head, s.split, s.query_rows] for s in layout.shards],
-    }
-
-
 def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
-    """What the digest cannot tell: types, a layout that this version would not plan, files that no hash covers.
+    """Check what the digest cannot tell: types, layouts that this version would not plan, files that no hash covers.
 
     Raises:
         CheckpointError, ConfigError, KeyError, TypeError: the manifest is not one that a build writes.
     """
     config = config_from_dict(manifest["config"])
-    layout = layout_from_config(config)
-    for key, kind in (("files", dict), ("steps", list), ("toolchain", dict), ("executors", list)):
-        if not isinstance(manifest[key], kind):
-            raise TypeError(f"{key} must be a {kind.__name__}, got {manifest[key]!r}")
-    for name, entry in manifest["files"].items():
-        if (
-            not isinstance(entry, dict)
-            or type(entry.get("bytes")) is not int
-            or not isinstance(entry.get("sha256"), str)
-        ):
-            raise TypeError(f"files: {name} has no bytes and sha256")
-    if not all(isinstance(version, str) for version in manifest["toolchain"].values()):
-        raise TypeError(f"toolchain must hold versions, got {manifest['toolchain']!r:.200}")
-    if manifest["plugins"] not in ("on", "off"):
-        raise TypeError(f"plugins must be on or off, got {manifest['plugins']!r}")
-    if manifest["plugins"] == "off" and config.video.time_index == "relative":
-        raise TypeError("plugins are off, and video.time_index=relative is what they do")
-    executors = manifest["executors"]
-    if "eager" not in executors or not all(isinstance(name, str) and name in EXECUTORS for name in executors):
-        raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
-    steps = parse_steps(manifest["steps"], len(config.video.step_frames))
-    for plain, planned in zip(manifest["steps"], _step_records(config, steps), strict=True):
-        for key in ("frames", "layout"):
-            if plain.get(key) != planned[key]:
-                raise TypeError(f"a step has the {key} {plain.get(key)}, and this version plans {planned[key]}")
+    _check_types(manifest)
+    if config.video.time_index == "relative" and not manifest["fused_ops"]:
+        raise TypeError("fused_ops is false, but video.time_index=relative needs the fused ops")
+    steps = parse_steps(manifest["steps"], config)
     vae = None if manifest["vae"] is None else vae_config_from_mapping(manifest["vae"])
     if vae is not None and vae.z_dim != config.model.latent_channels:
         raise TypeError(
             f"the VAE has {vae.z_dim} channels, and model.latent_channels is {config.model.latent_channels}"
         )
     engines = parse_engines(manifest["engines"], steps)
-    if {name for name in executors if name in FLAVOURS} != {
-        name for name, record in engines.items() if record.targets
-    } or any(bool(step.segments) != ("onnxruntime" in executors) for step in steps):
-        raise TypeError(f"executors {executors} do not fit the graphs and engines")
-    segments = [part.file for step in steps for part in step.segments]
-    needed = [WEIGHTS, *segments, *(part.file for step in steps for part in step.tensorrt), *files_of(engines)]
-    if segments or not all(record.targets for record in engines.values()):
-        needed += [PROMPT_GRAPH, TIME_GRAPH]
-    if vae is not None:
-        needed += [VAE_WEIGHTS, *((FIRST_GRAPH, NEXT_GRAPH) if segments or engines else ())]
-    if any(
-        bool(target.vae) != (vae is not None) for flavour in engines.values() for target in flavour.targets.values()
-    ):
-        raise TypeError("a VAE has two engines for each target, and there are none without it")
-    empty = [name for name in files_of(engines) if manifest["files"].get(name, {}).get("bytes") == 0]
-    if empty:
-        raise TypeError(f"engines without a byte: {', '.join(empty)}")
-    unlisted = [name for name in needed if name not in manifest["files"]]
-    if unlisted:
-        raise TypeError(f"it does not list files that its executors need: {', '.join(map(repr, unlisted))}")
+    _check_executors(manifest["executors"], steps, engines)
+    _check_files(manifest["files"], steps, engines, has_vae=vae is not None)
     return Bundle(
         path=path,
         config=config,
-        layout=layout,
-        plugins=manifest["plugins"] == "on",
+        layout=layout_from_config(config),
+        fused_ops=manifest["fused_ops"],
         vae=vae,
-        executors=tuple(executors),
+        executors=tuple(manifest["executors"]),
         steps=steps,
         engines=engines,
         digest=manifest["digest"],
@@ -257,20 +183,65 @@ def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FileEntry:
+    bytes: int
+    sha256: str
+
+
+def _check_types(manifest: Mapping[str, Any]) -> None:
+    from_plain(Mapping[str, _FileEntry], manifest["files"], "files")
+    from_plain(Mapping[str, str], manifest["toolchain"], "toolchain")
+    from_plain(tuple[str, ...], manifest["executors"], "executors")
+    from_plain(bool, manifest["fused_ops"], "fused_ops")
+    executors = manifest["executors"]
+    if "eager" not in executors or not all(name in EXECUTORS for name in executors):
+        raise TypeError(f"executors must be names that this version has, eager among them, got {executors!r}")
+
+
+def _check_executors(
+    executors: Sequence[str], steps: Sequence[StepGraphs], engines: Mapping[str, FlavourEngines]
+) -> None:
+    built = {name for name, record in engines.items() if record.targets}
+    runs_segments = any(EXECUTORS[name].graphs == "segments" for name in executors)
+    if built != FLAVOURS.keys() & set(executors) or any(bool(step.segments) != runs_segments for step in steps):
+        raise TypeError(f"executors {executors} do not fit the graphs and engines")
+
+
+def _check_files(
+    files: Mapping[str, Any], steps: Sequence[StepGraphs], engines: Mapping[str, FlavourEngines], *, has_vae: bool
+) -> None:
+    """Check that all files that the bundle's executors need are listed, and that no engine is empty."""
+    if any(bool(target.vae) != has_vae for record in engines.values() for target in record.targets.values()):
+        raise TypeError("a VAE has two engines for each target, and there are none without it")
+    segments = [part.file for step in steps for part in step.segments]
+    needed = [WEIGHTS, *segments, *(part.file for step in steps for part in step.tensorrt), *files_of(engines)]
+    if segments or not all(record.targets for record in engines.values()):
+        needed += [PROMPT_GRAPH, TIME_GRAPH]
+    if has_vae:
+        needed += [VAE_WEIGHTS, *((FIRST_GRAPH, NEXT_GRAPH) if segments or engines else ())]
+    empty = [name for name in files_of(engines) if files.get(name, {}).get("bytes") == 0]
+    if empty:
+        raise TypeError(f"engines without a byte: {', '.join(empty)}")
+    unlisted = [name for name in needed if name not in files]
+    if unlisted:
+        raise TypeError(f"it does not list files that its executors need: {', '.join(map(repr, unlisted))}")
+
+
 def write_manifest(
     folder: Path,
     *,
     config: Config,
-    plugins: bool,
+    fused_ops: bool,
     executors: tuple[str, ...],
     steps: Sequence[StepGraphs],
     engines: Mapping[str, Any],
-    vae: AnyVaeConfig | None = None,
+    vae: CodecConfig | None = None,
     toolchain: Mapping[str, str] | None = None,
 ) -> None:
-    """Hash every file in `folder` and write the manifest, as the last act of a build.
+    """Hash every file in `folder` and write the manifest, as the last step of a build.
 
-    `toolchain` is by default what is installed.
+    `toolchain` defaults to the installed versions.
     """
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
@@ -280,10 +251,10 @@ def write_manifest(
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "config": config.as_dict(),
-        "plugins": "on" if plugins else "off",
+        "fused_ops": fused_ops,
         "vae": None if vae is None else vae.to_mapping(),
         "executors": list(executors),
-        "steps": _step_records(config, steps),
+        "steps": step_entries(config, steps),
         "engines": dict(engines),
         "toolchain": toolchain_versions() if toolchain is None else dict(toolchain),
         "files": files,
@@ -296,11 +267,11 @@ def write_manifest(
 
 
 def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
-    """Read and check a bundle; one that is replaced meanwhile is read again.
+    """Read and check a bundle; read it again if it is replaced meanwhile.
 
     Args:
         path: the bundle's folder.
-        verify: hash every file; a rank skips this, since its parent has done it.
+        verify: hash every file. Ranks skip this, since their parent has done it.
 
     Raises:
         BundleError: not a bundle, of another schema, incomplete, truncated, or changed since it was built.
@@ -311,7 +282,7 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         problems = _file_problems(bundle, verify=verify)
         now = _read_manifest(path)
         if (now.digest, now.modified_ns) != (bundle.digest, bundle.modified_ns):
-            continue  # a build or a copy has replaced it while it was read: read what is there now
+            continue  # it was replaced while it was read, by a build or a copy
         if problems:
             raise BundleError(f"{path} is damaged; {REBUILD}, or copy it again:\n  " + "\n  ".join(problems))
         return bundle
@@ -321,7 +292,7 @@ def reopen_bundle(path: Path, digest: str) -> Bundle:
     """Open a bundle that another process has verified, and check that its manifest still has this digest.
 
     Raises:
-        BundleError: another bundle is there by now, or none.
+        BundleError: the bundle is gone, or another one is in its place.
     """
     bundle = open_bundle(path, verify=False)
     if bundle.digest != digest:
@@ -366,7 +337,7 @@ def _modified_ns(file: Path) -> int | None:
 
 
 def _read_manifest(path: Path) -> Bundle:
-    """The bundle as its manifest describes it; the other files are not read."""
+    """Read the manifest alone."""
     try:
         text = regular_file(path / MANIFEST).read_bytes()
     except FileNotFoundError:

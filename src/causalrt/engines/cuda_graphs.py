@@ -1,8 +1,8 @@
-"""CUDA graphs of a step: captured once for each memory and number of KV rows, replayed afterwards.
+"""CUDA graphs of a step: captured once for each set of session buffers and number of KV rows, and replayed afterwards.
 
-A graph holds addresses, not tensors, and stays right for as long as the same memory means the same things. It is kept under a
-key that is the same on every rank, and not under its addresses: a capture runs the step's collectives twice and a replay once,
-so ranks that decided differently would wait for each other for ever.
+A graph holds addresses, not tensors, and stays valid while the same tensors lie there. Graphs are kept under keys that are the
+same on every rank, and not under addresses: a capture runs the step's collectives twice and a replay runs them once, so ranks
+that decided differently would wait for each other forever.
 """
 
 import logging
@@ -14,17 +14,17 @@ from causalrt.errors import ExecutorError
 
 logger = logging.getLogger(__name__)
 Key = tuple[int, int, int]
-"""Number of the session's memory, number of the step, and rows of the filled prefix (0 where one graph serves all of them)."""
+"""Number of the session's buffers, number of the step, and rows of the filled prefix (0 where one graph serves all of them)."""
 
 
 class CudaGraphs:
-    """Graphs by key. On a CPU, or when switched off, work is simply run.
+    """Captures work as CUDA graphs and replays it. On a CPU, or when switched off, it runs the work directly.
 
-    Every graph is kept: there are as many as session memories times KV lengths, and the memories are bounded (`max_sessions`).
+    All graphs are kept. Their number is that of session buffers, which `max_sessions` bounds, times that of KV lengths.
 
     Attributes:
-        enabled: work is captured.
-        held_bytes: memory of the GPU that the driver took for the graphs captured so far; the pool is not part of it.
+        enabled: whether work is captured.
+        held_bytes: GPU memory that the driver took for the graphs captured so far, without the pool.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
@@ -33,22 +33,22 @@ class CudaGraphs:
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
         self.held_bytes = 0
         self._addresses: dict[int, tuple[int, ...]] = {}
-        # They run one after another, and can share memory: that of one pool, which torch keeps by the stream it was taken on.
+        # Graphs run one after another and so share the memory of one pool, which torch keeps by the stream it was taken on.
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
         self._side = torch.cuda.Stream(device) if self.enabled else None  # type: ignore[no-untyped-call]
 
-    def bind(self, memory: int, addresses: tuple[int, ...]) -> None:
-        """Say where the memory of this number lies; graphs of another one that had the number are dropped."""
-        if self._addresses.get(memory, addresses) != addresses:
-            for key in [key for key in self._graphs if key[0] == memory]:
+    def bind(self, buffers_id: int, addresses: tuple[int, ...]) -> None:
+        """Record where the buffers of this number lie; drop the graphs of other buffers that had the number."""
+        if self._addresses.get(buffers_id, addresses) != addresses:
+            for key in [key for key in self._graphs if key[0] == buffers_id]:
                 del self._graphs[key]
-        self._addresses[memory] = addresses
+        self._addresses[buffers_id] = addresses
 
     def run(self, key: Key, work: Callable[[], None]) -> None:
-        """Do `work`: on a new key run it, then capture it; on a known one replay.
+        """Do `work`: run and capture it under a new key, replay it under a known one.
 
-        Collective: `work` may hold collectives, for every rank sees the same keys in the same order. It must read and write
-        memory at fixed addresses only, must give the same result when run twice, must leave nothing in memory that it
+        Collective: `work` may contain collectives, since every rank sees the same keys in the same order. It must read and
+        write memory at fixed addresses only, must give the same result when run twice, must leave nothing in memory that it
         allocates (the graphs share it), and must not wait for the device.
         """
         side = self._side
@@ -71,7 +71,7 @@ class CudaGraphs:
         logger.info("captured CUDA graph %d, %.1f MiB in all", len(self._graphs), self.held_bytes / 2**20)
 
     def _driver_bytes(self) -> int:
-        """What is taken of the GPU beside the memory that torch's allocator holds."""
+        """GPU memory in use beside what torch's allocator holds."""
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free - torch.cuda.memory_reserved(self._device)
 

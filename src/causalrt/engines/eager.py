@@ -1,7 +1,7 @@
-"""The eager executor: the meaning of the model, run by torch op by op. Every comparison's left side.
+"""The eager executor: the model's own modules, run by torch op by op. All other executors are compared with it.
 
 It binds prefix views of the KV slots, writes staging in place and keeps the prompt's keys and values, as every executor
-does, so that what it is compared with wins by compilation alone.
+does, so that others can be faster by compilation alone.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file
 
-from causalrt.engines.base import Collectives
+from causalrt.engines.base import Collectives, Executor, SessionView
 from causalrt.engines.bundle import WEIGHTS, Bundle
 from causalrt.layout import layouts_from_config
+from causalrt.model.wan.conditioning import TIME_NAMES, Conditioning, prompt_argument, prompt_names, time_arguments
 from causalrt.model.wan.step import ChunkStep, FusedOps, KVPair, KVTensors, StepOps
 from causalrt.model.wan.transformer import PromptGraph, TimeGraph, sinusoid, wan_from_weights
 from causalrt.plugins.attention import attend, kv_attention_in_place
@@ -23,10 +24,8 @@ from causalrt.plugins.rotate import rotate_pairs
 FUSED_OPS = FusedOps(qk_norm_rope=qk_norm_rope, rope_attention=attend_in_place)
 
 
-class EagerExecutor:
+class EagerExecutor(Executor):
     """Runs the model's own modules."""
-
-    whole_slots = False
 
     def __init__(
         self,
@@ -34,7 +33,7 @@ class EagerExecutor:
         collectives: Collectives,
         *,
         device: torch.device,
-        plugins: bool = False,
+        fused_ops: bool = False,
         ops: StepOps | None = None,
     ) -> None:
         self.device = device
@@ -46,7 +45,7 @@ class EagerExecutor:
         ops = ops or StepOps(
             all_to_all=self._all_to_all, rotate=rotate_pairs, attention=attend, kv_attention=kv_attention_in_place
         )
-        if ops.fused is None and (plugins or bundle.config.video.time_index == "relative"):
+        if ops.fused is None and (fused_ops or bundle.config.video.time_index == "relative"):
             ops = replace(ops, fused=FUSED_OPS)
         self._steps = [
             ChunkStep(self._wan, bundle.config, layout, ops).eval().to(device)
@@ -65,35 +64,31 @@ class EagerExecutor:
         return received
 
     @torch.inference_mode()
-    def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
+    def encode_prompt(self, text: torch.Tensor) -> Conditioning:
         """See `Executor.encode_prompt`."""
-        return [(k, v) for k, v in self._prompt(text.to(self.device, self._dtype))]
+        pairs = self._prompt(text.to(self.device, self._dtype))
+        tensors = [tensor for pair in pairs for tensor in pair]
+        return dict(zip(prompt_names(len(pairs)), tensors, strict=True))
 
     @torch.inference_mode()
-    def embed_time(self, timestep: float) -> KVPair:
+    def embed_time(self, timestep: float) -> Conditioning:
         """See `Executor.embed_time`."""
-        e, e0 = self._time(sinusoid(timestep, self._freq_dim).to(self.device, self._dtype))
-        return e, e0
+        features = sinusoid(timestep, self._freq_dim).to(self.device, self._dtype)
+        return dict(zip(TIME_NAMES, self._time(features), strict=True))
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
+    def bind(self, view: SessionView) -> None:
         """See `Executor.bind`."""
-        self._bound = self._steps[step]
-        self._kv, self._cross_kv = kv, cross_kv
-        self._kv_rows.fill_(kv_rows)
-
-    def warmed_up(self) -> None:
-        """Nothing to keep."""
-
-    def graph_bytes(self) -> int:
-        """See `Executor.graph_bytes`."""
-        return 0
+        self._bound = self._steps[view.step]
+        self._kv, self._cross_kv = view.kv, prompt_argument(view.prompt)
+        self._kv_rows.fill_(view.kv_rows)
 
     @torch.inference_mode()
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         self._first_frame.fill_(first_frame)
+        numbers = self._rank, self._first_frame
         flow: torch.Tensor
         flow, _ = self._bound(
-            x.to(self._dtype), e, e0, self._rank, self._first_frame, self._kv, self._cross_kv, self._kv_rows
+            x.to(self._dtype), *time_arguments(time), *numbers, self._kv, self._cross_kv, self._kv_rows
         )
         return flow

@@ -1,7 +1,7 @@
 """The inductor executor: the eager step through torch.compile, one graph without breaks, exchanges included.
 
-The path without TensorRT, and the baseline that an engine has to beat. All-to-alls are functional collectives, which the
-compiler keeps in order. On a GPU the compiled step is captured in CUDA graphs, one for each number of filled KV rows.
+It needs no TensorRT, and is the baseline that engines have to beat. All-to-alls are functional collectives, which the compiler
+keeps in order. On a GPU the compiled step is captured in CUDA graphs, one for each number of filled KV rows.
 """
 
 import os
@@ -17,12 +17,14 @@ import torch._inductor.config
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 
-from causalrt.engines.base import Collectives
+from causalrt.engines.base import Collectives, SessionView, StepBuffers
 from causalrt.engines.bundle import Bundle
 from causalrt.engines.cuda_graphs import CudaGraphs
 from causalrt.engines.eager import EagerExecutor
+from causalrt.engines.tensor_names import KV_ROWS
 from causalrt.errors import ExecutorError
-from causalrt.model.wan.step import KVPair, KVTensors, StepOps
+from causalrt.model.wan.conditioning import Conditioning, time_arguments
+from causalrt.model.wan.step import StepOps
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.kernel_launch import require_triton_launches
@@ -30,7 +32,7 @@ from causalrt.plugins.rotate import rotate_pairs_real
 
 
 def functional_all_to_all(sent: torch.Tensor) -> torch.Tensor:
-    """Block p of `[P, rows, D]` to rank p of the default process group, as an op that the compiler sees."""
+    """Send block p of `[P, rows, D]` to rank p of the default process group, by an op that the compiler sees."""
     group = dist.group.WORLD
     assert group is not None
     received: torch.Tensor = functional.all_to_all_single(sent.contiguous(), None, None, group)
@@ -38,7 +40,7 @@ def functional_all_to_all(sent: torch.Tensor) -> torch.Tensor:
 
 
 COMPILER_S = 30.0
-"""How long a compiler may take for a library of two lines."""
+"""Time limit of the trial compilation."""
 
 COMPILED_OPS = StepOps(
     all_to_all=functional_all_to_all,
@@ -54,10 +56,10 @@ def cpp_compiler() -> str | None:
 
 
 def require_cpp_compiler() -> str:
-    """The path of the C++ compiler that torch.compile would use on a CPU.
+    """Path of the C++ compiler that torch.compile would use on a CPU.
 
     Raises:
-        ExecutorError: there is none, or CXX names more than a program.
+        ExecutorError: there is none, or CXX holds more than the name of a program.
     """
     named = os.environ.get("CXX") or "g++"
     if len(named.split()) > 1:
@@ -73,7 +75,7 @@ def require_cpp_compiler() -> str:
 
 
 def check_can_compile() -> str:
-    """Find out whether torch.compile will work on a CPU: compile and link a small library, and write to the cache folder.
+    """Check that torch.compile will work on a CPU: compile and link a small library, and write to the cache folder.
 
     Returns:
         The compiler's path.
@@ -91,14 +93,14 @@ def check_can_compile() -> str:
         said = _run_compiler(command)
     if said is not None:
         raise ExecutorError(
-            f"the C++ compiler {compiler} cannot build a library of two lines ({said}); set CXX to one that can, or take "
+            f"the C++ compiler {compiler} cannot build a small library ({said}); set CXX to one that can, or take "
             "executor eager"
         )
     return compiler
 
 
 def _run_compiler(command: Sequence[str]) -> str | None:
-    """What went wrong, in one line; None if nothing did. A compiler that hangs is killed with all that it has started."""
+    """Run a compiler; one line about its failure, or None. A compiler that hangs is killed with its child processes."""
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -145,14 +147,14 @@ class InductorExecutor(EagerExecutor):
         *,
         device: torch.device,
         num_threads: int | None = None,
-        plugins: bool = False,
+        fused_ops: bool = False,
         cuda_graphs: bool = True,
     ) -> None:
         if device.type == "cpu":
             require_cpp_compiler()
         else:
             require_triton_launches()
-        super().__init__(bundle, collectives, device=device, plugins=plugins, ops=COMPILED_OPS)
+        super().__init__(bundle, collectives, device=device, fused_ops=fused_ops, ops=COMPILED_OPS)
         if num_threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             # By default every rank would compile in as many processes as there are cores, whatever its share of them is.
             torch._inductor.config.compile_threads = num_threads
@@ -160,45 +162,42 @@ class InductorExecutor(EagerExecutor):
         dynamic = False if len(self._steps) > 1 else None
         self._compiled = [torch.compile(step, fullgraph=True, dynamic=dynamic) for step in self._steps]
         self._graphs = CudaGraphs(device, enabled=cuda_graphs)
-        model = bundle.config.model
-        self._xs = [
-            torch.zeros(step.layout.local_tokens, model.patch_features, dtype=self._dtype, device=device)
-            for step in self._steps
-        ]
-        self._e = torch.zeros(model.dim, dtype=self._dtype, device=device)
-        self._e0 = torch.zeros(6, model.dim, dtype=self._dtype, device=device)
-        self._flows = [torch.zeros_like(x) for x in self._xs]
+        self._buffers = [self._make_buffers(step.layout.local_tokens) for step in self._steps]
         self._number = 0
         self._rows = range(bundle.config.tokens_per_chunk, bundle.config.slot_rows + 1)
         self._key = (-1, 0, 0)
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
+    def _make_buffers(self, rows: int) -> StepBuffers:
+        features = self._wan.config.patch_features
+        time = {name: torch.zeros_like(tensor) for name, tensor in self.embed_time(0.0).items()}
+        x = torch.zeros(rows, features, dtype=self._dtype, device=self.device)
+        numbers = {"first_frame": self._first_frame, KV_ROWS: self._kv_rows}
+        return StepBuffers(x=x, flow=torch.zeros_like(x), **time, **numbers)
+
+    def bind(self, view: SessionView) -> None:
         """See `Executor.bind`."""
-        super().bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, step=step)
-        self._number = step
-        tensors = [tensor for layer in kv for pair in layer for tensor in pair]
-        if len(self._rows) > 1 and step == 0:  # another step has no history, and always as many rows
-            for tensor in tensors:
+        super().bind(view)
+        self._number = view.step
+        if len(self._rows) > 1 and view.step == 0:  # other steps have no history, and always as many rows
+            for tensor in view.slots().values():
                 torch._dynamo.mark_dynamic(tensor, 1, min=self._rows[0], max=self._rows[-1])
-        crossing = [tensor for pair in cross_kv for tensor in pair]
-        self._graphs.bind(memory, tuple(tensor.data_ptr() for tensor in [*tensors, *crossing]))
-        self._key = (memory, step, kv_rows)
+        self._graphs.bind(view.buffers_id, tuple(tensor.data_ptr() for tensor in view.tensors().values()))
+        self._key = (view.buffers_id, view.step, view.kv_rows)
 
     def graph_bytes(self) -> int:
         """See `Executor.graph_bytes`."""
         return self._graphs.held_bytes
 
     @torch.no_grad()
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
-        self._xs[self._number].copy_(x)
-        self._e.copy_(e)
-        self._e0.copy_(e0)
-        self._first_frame.fill_(first_frame)
+        buffers = self._buffers[self._number]
+        buffers.copy_from(x, time, first_frame=first_frame, kv_rows=self._key[-1])
         self._graphs.run(self._key, self._work)
-        return self._flows[self._number]
+        return buffers["flow"]
 
     def _work(self) -> None:
-        compiled, x = self._compiled[self._number], self._xs[self._number]
-        flow, _ = compiled(x, self._e, self._e0, self._rank, self._first_frame, self._kv, self._cross_kv, self._kv_rows)
-        self._flows[self._number].copy_(flow)
+        compiled, buffers = self._compiled[self._number], self._buffers[self._number]
+        numbers = self._rank, self._first_frame
+        flow, _ = compiled(buffers["x"], *time_arguments(buffers), *numbers, self._kv, self._cross_kv, self._kv_rows)
+        buffers["flow"].copy_(flow)

@@ -1,17 +1,23 @@
-"""The executors that there are, and the device that one of them will run on."""
+"""The executors: what each of them runs on and needs, and the device that one of them will take."""
 
 import importlib.util
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
+from typing import Literal, get_args
 
 import torch
 
+from causalrt.config import Precision
 from causalrt.errors import ExecutorError
 from causalrt.install_hint import install_package
 
 logger = logging.getLogger(__name__)
+
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DTYPE_OPTIONS: Mapping[Precision, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,30 +26,58 @@ class ExecutorKind:
 
     Attributes:
         devices: kinds of device that it runs on, the preferred one first.
-        compiled: it runs what a build has put into the bundle for it; if not, the weights are all it needs.
-        warms_up: it compiles or captures what it first meets, and is made to meet everything before it serves, on a CPU too.
+        graphs: the graphs of each kind of step that it runs, a field of `StepGraphs`; None if it needs the weights alone.
+        precisions: by kind of device, what it computes in, where that is not every precision.
+        copies_weights: kinds of device on which it holds a copy of the weights for each kind of step.
+        attention_scratch: it holds queries, keys and values, or all scores, of an attention beside the other activations.
+        decoder_activations: activations of the VAE's decoder alive at once, in units of its widest one. In eager on a CPU 14 to
+            18 were seen, which others are taken to need, and in ONNX Runtime 41 to 52, since it unfolds each input of a
+            convolution in three dimensions.
+        warms_up: it compiles or captures what it meets first, and so runs every kind of step before it serves, on a CPU too.
     """
 
-    devices: tuple[str, ...]
-    compiled: bool
-    warms_up: bool
+    devices: tuple[str, ...] = ("cuda", "cpu")
+    graphs: Literal["segments", "tensorrt"] | None = None
+    precisions: Mapping[str, tuple[Precision, ...]] = field(default_factory=dict)
+    copies_weights: tuple[str, ...] = ()
+    attention_scratch: bool = False
+    decoder_activations: int = 16
+    warms_up: bool = False
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it runs what a build has put into the bundle for it."""
+        return self.graphs is not None
 
 
+_TENSORRT = ExecutorKind(
+    devices=("cuda",),
+    graphs="tensorrt",
+    precisions=dict.fromkeys(("cuda", "cpu"), ("bfloat16", "float16")),  # in which it has fused attention kernels
+    copies_weights=("cuda", "cpu"),
+    warms_up=True,
+)
 EXECUTORS: Mapping[str, ExecutorKind] = {
-    "eager": ExecutorKind(devices=("cuda", "cpu"), compiled=False, warms_up=False),
-    "inductor": ExecutorKind(devices=("cuda", "cpu"), compiled=False, warms_up=True),
-    "onnxruntime": ExecutorKind(devices=("cuda", "cpu"), compiled=True, warms_up=False),
-    "tensorrt_rtx": ExecutorKind(devices=("cuda",), compiled=True, warms_up=True),
-    "tensorrt": ExecutorKind(devices=("cuda",), compiled=True, warms_up=True),
+    "eager": ExecutorKind(),
+    "inductor": ExecutorKind(warms_up=True),
+    "onnxruntime": ExecutorKind(
+        graphs="segments",
+        precisions={"cpu": ("float32",)},
+        copies_weights=("cuda",),
+        attention_scratch=True,
+        decoder_activations=45,
+    ),
+    "tensorrt_rtx": _TENSORRT,
+    "tensorrt": _TENSORRT,
 }
-"""By name, the one to prefer last."""
+"""Executors by name; the one to prefer comes last."""
 
 
 def executor_kind(name: str) -> ExecutorKind:
-    """The kind of executor `name`.
+    """Look up an executor by name.
 
     Raises:
-        ExecutorError: there is none of that name; the known ones are listed.
+        ExecutorError: the name is unknown; the known ones are listed.
     """
     if name not in EXECUTORS:
         raise ExecutorError(f"no executor {name!r}; this version has: {', '.join(EXECUTORS)}")
@@ -51,15 +85,26 @@ def executor_kind(name: str) -> ExecutorKind:
 
 
 def warms_up(name: str, device: str) -> bool:
-    """Whether executor `name` runs every kind of step before it serves: on a GPU all do, where kernels are loaded lazily."""
+    """Whether an executor runs every kind of step before it serves; on a GPU all do, since kernels are loaded lazily."""
     return device == "cuda" or executor_kind(name).warms_up
 
 
+def precision_fault(name: str, precision: Precision, device: str) -> str | None:
+    """Why an executor does not run a precision on a kind of device, and what to build instead; None if it does."""
+    kind = executor_kind(name)
+    allowed = kind.precisions.get(device, PRECISIONS)
+    if precision in allowed:
+        return None
+    where = "" if len(kind.precisions) > 1 else f" on a {'CPU' if device == 'cpu' else 'GPU'}"
+    options = " or ".join(f"`--dtype {DTYPE_OPTIONS[found]}`" for found in allowed)
+    return f"{name}{where} runs {' and '.join(allowed)} only, and this is {precision}; build it with {options}"
+
+
 def choose_device(name: str, *, asked: str | None, world_size: int) -> str:
-    """`cuda` or `cpu` for the ranks of executor `name`; without a wish, GPUs where there is one for each rank.
+    """Choose `cuda` or `cpu` for the ranks of an executor; by default GPUs, if there is one for each rank.
 
     Raises:
-        ExecutorError: the executor does not run on the device asked for, there are too few GPUs, or ONNX Runtime is missing.
+        ExecutorError: the executor does not run on that device, there are too few GPUs, or ONNX Runtime is missing.
     """
     kind, gpus = executor_kind(name), torch.cuda.device_count()
     if asked not in (None, "cuda", "cpu"):
@@ -90,10 +135,10 @@ def choose_device(name: str, *, asked: str | None, world_size: int) -> str:
 
 
 def onnxruntime_gpu_fault() -> str | None:
-    """Why the ONNX Runtime that is installed here cannot use a GPU, and what to do about it; None if nothing is in the way.
+    """Why the installed ONNX Runtime cannot use a GPU, and what to do about it; None if it can.
 
-    Several distributions bring the module `onnxruntime` and overwrite each other's files. Where that happened and CUDA is
-    still there, a warning is logged.
+    Several distributions contain the module `onnxruntime` and overwrite each other's files. If that has happened and CUDA
+    still works, a warning is logged.
 
     Raises:
         ExecutorError: ONNX Runtime cannot be imported.

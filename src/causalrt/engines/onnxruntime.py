@@ -1,26 +1,26 @@
-"""The ONNX Runtime executor: the step's segments, bound once to memory that this module owns, on a CPU or on a GPU.
+"""The ONNX Runtime executor: a step's segments, on a CPU or on a GPU, bound once to buffers that the executor owns.
 
     segment 0 -> all_to_all -> segment 1 -> all_to_all -> ... -> flow
 
-Every tensor between segments has one buffer for the life of the executor; bindings hold its address. The KV slots are the
-caller's: their filled prefix is bound as input and, under the same address, as output, so that staging is written in place.
-On a CPU all sessions of the process share one pool of threads; on a GPU all share a stream and an arena of memory
+Every tensor between segments has one buffer for the life of the executor, whose address the bindings hold. The KV slots are
+the session's: their filled prefix is bound as input and, at the same address, as output, so that staging is written in place.
+On a CPU all ONNX Runtime sessions of the process share one pool of threads. On a GPU they share a stream and an arena of memory
 (`onnxruntime_cuda.py`), and no run waits for the GPU.
 """
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import onnxruntime as ort
 import torch
 
-from causalrt.engines.base import ONNX_TYPES, TORCH_DTYPES, Collectives
+from causalrt.engines.base import ONNX_TYPES, TORCH_DTYPES, Collectives, Executor, SessionView, StepBuffers
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, Bundle
 from causalrt.engines.onnxruntime_cuda import CPU, check_cuda, cuda_providers
-from causalrt.engines.tensor_names import KV_ROWS, is_callers
+from causalrt.engines.tensor_names import is_callers
 from causalrt.errors import ExecutorError
-from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.model.wan.conditioning import Conditioning
 from causalrt.model.wan.transformer import sinusoid
 
 _TORCH_TYPES = {
@@ -33,17 +33,17 @@ _TORCH_TYPES = {
 
 @functools.cache
 def _start_thread_pool(num_threads: int) -> None:
-    """One pool for the process; its size is that of the first call."""
+    """Start the pool of the process; later calls change nothing."""
     ort.set_global_thread_pool_sizes(num_threads, 1)
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """Major and minor; a text that is no version counts as older than all."""
+    """Major and minor version; text that is no version counts as the oldest."""
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 class _Segment:
-    """A session with its bindings."""
+    """An ONNX Runtime session with its bindings."""
 
     def __init__(
         self,
@@ -62,7 +62,9 @@ class _Segment:
             options.use_per_session_threads = False
         else:
             options.intra_op_num_threads = own_threads
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # of many sessions, one runs
+            options.add_session_config_entry(
+                "session.intra_op.allow_spinning", "0"
+            )  # only one of many sessions runs at a time
         options.log_severity_level = 2
         self._device = device
         providers = cuda_providers(options, device) if device.type == "cuda" else [CPU]
@@ -85,12 +87,12 @@ class _Segment:
         bind(name, kind, index, ONNX_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
 
     def empty(self, name: str) -> torch.Tensor:
-        """Memory for an input or output of static shape."""
+        """Allocate an input or output of static shape."""
         value = self.inputs.get(name) or self.outputs[name]
         return torch.empty(value.shape, dtype=_TORCH_TYPES[value.type], device=self._device)
 
     def run(self) -> None:
-        """Run on what is bound; on a GPU, queue it."""
+        """Run on what is bound; on a GPU, only queue the run."""
         self.session.run_with_iobinding(self.binding, self._options)
 
     def run_alone(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,14 +106,12 @@ class _Segment:
         return outputs
 
 
-class OnnxRuntimeExecutor:
+class OnnxRuntimeExecutor(Executor):
     """Runs the bundle's ONNX graphs.
 
-    With `own_threads` each session has threads of its own: once a process has the shared pool, it can open no other kind of
-    session, which a process that also runs graphs otherwise must be able to.
+    With `own_threads` each ONNX Runtime session has threads of its own, for a process that also opens other sessions: once a
+    process has the shared pool, it can open no session that does not use it.
     """
-
-    whole_slots = False
 
     def __init__(
         self,
@@ -134,8 +134,6 @@ class OnnxRuntimeExecutor:
         segment = functools.partial(_Segment, own_threads=num_threads if own_threads else None)
         self._dtype = TORCH_DTYPES[bundle.config.build.precision]
         self._freq_dim = bundle.config.model.freq_dim
-        self._layers = range(bundle.config.model.num_layers)
-        self._shares = range(len(bundle.layout.shards))
         self._collectives = collectives
         folder = bundle.path
         self._prompt = segment(str(folder / PROMPT_GRAPH), device)
@@ -151,11 +149,12 @@ class OnnxRuntimeExecutor:
             for number, step in enumerate(bundle.steps)
         ]
         self._segments, self._buffers = self._steps[0]
-        self._bound: list[torch.Tensor] = []
+        self._bound: dict[str, torch.Tensor] = {}
+        self._kv_rows = 0
 
-    def _open_step(self, segments: list[_Segment]) -> tuple[list[_Segment], dict[str, torch.Tensor]]:
-        """Allocate what passes between segments, once, and bind it; KV slots and the prompt are bound by `bind`."""
-        buffers: dict[str, torch.Tensor] = {}
+    def _open_step(self, segments: list[_Segment]) -> tuple[list[_Segment], StepBuffers]:
+        """Allocate and bind what passes between segments; KV slots and the prompt are bound by `bind`."""
+        buffers = StepBuffers()
         for segment in segments:
             for output, values in ((False, segment.inputs), (True, segment.outputs)):
                 for name in values:
@@ -170,47 +169,29 @@ class OnnxRuntimeExecutor:
         buffers["rank"].fill_(self._collectives.rank)
         return segments, buffers
 
-    def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
+    def encode_prompt(self, text: torch.Tensor) -> Conditioning:
         """See `Executor.encode_prompt`."""
-        made = self._prompt.run_alone({"text": text.to(self.device, self._dtype)})
-        return [(made[f"cross_k.{layer}"], made[f"cross_v.{layer}"]) for layer in self._layers]
+        return self._prompt.run_alone({"text": text.to(self.device, self._dtype)})
 
-    def embed_time(self, timestep: float) -> KVPair:
+    def embed_time(self, timestep: float) -> Conditioning:
         """See `Executor.embed_time`."""
-        made = self._time.run_alone({"sinusoid": sinusoid(timestep, self._freq_dim).to(self.device, self._dtype)})
-        return made["e"], made["e0"]
+        return self._time.run_alone({"sinusoid": sinusoid(timestep, self._freq_dim).to(self.device, self._dtype)})
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
+    def bind(self, view: SessionView) -> None:
         """See `Executor.bind`."""
-        self._segments, self._buffers = self._steps[step]
-        named: dict[str, torch.Tensor] = {}
-        for layer in self._layers:
-            named[f"cross_k.{layer}"], named[f"cross_v.{layer}"] = cross_kv[layer]
-            for shard in self._shares:
-                named[f"k.{layer}.{shard}"], named[f"v.{layer}.{shard}"] = kv[layer][shard]
+        self._segments, self._buffers = self._steps[view.step]
+        self._bound = view.tensors()  # kept, since the bindings hold addresses only
+        self._kv_rows = view.kv_rows
         for segment in self._segments:
             for name in filter(is_callers, segment.inputs):
-                segment.bind(name, named[name], output=False)
+                segment.bind(name, self._bound[name], output=False)
             for name in filter(is_callers, segment.outputs):
-                segment.bind(name, named[name.removesuffix(".written")], output=True)
-        self._bound = list(named.values())  # the bindings hold addresses only
-        if KV_ROWS in self._buffers:
-            self._buffers[KV_ROWS].fill_(kv_rows)
+                segment.bind(name, self._bound[name.removesuffix(".written")], output=True)
 
-    def warmed_up(self) -> None:
-        """Nothing to keep."""
-
-    def graph_bytes(self) -> int:
-        """See `Executor.graph_bytes`."""
-        return 0
-
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         buffers = self._buffers
-        for name, value in (("x", x), ("e", e), ("e0", e0)):
-            buffers[name].copy_(value)
-        if "first_frame" in buffers:  # nothing reads it where time is relative and no history is kept
-            buffers["first_frame"].fill_(first_frame)
+        buffers.copy_from(x, time, first_frame=first_frame, kv_rows=self._kv_rows)
         for segment in self._segments:
             segment.run()
             if segment.sent is not None and segment.received is not None:

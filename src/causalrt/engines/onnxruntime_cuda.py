@@ -1,4 +1,4 @@
-"""What the sessions of ONNX Runtime share on a GPU: the process's own stream, and one arena of memory."""
+"""The stream and the arena of memory that all ONNX Runtime sessions share on a GPU."""
 
 import functools
 from typing import Any
@@ -14,7 +14,9 @@ _SAME_AS_REQUESTED = 1
 
 
 def cuda_providers(options: ort.SessionOptions, device: torch.device, **settings: str) -> list[Any]:
-    """Execution providers of a session on a GPU, whose `options` are completed; what CUDA has no kernel for runs on the CPU.
+    """Complete the `options` of a session on a GPU and return its execution providers.
+
+    Nodes for which CUDA has no kernel run on the CPU.
 
     Raises:
         ExecutorError: CUDA does not start, or the current stream is the default one.
@@ -35,10 +37,10 @@ def cuda_providers(options: ort.SessionOptions, device: torch.device, **settings
 
 
 def check_cuda(session: ort.InferenceSession) -> None:
-    """Refuse a session that was to run on a GPU and has fallen back to the CPU.
+    """Check that a session runs on the GPU.
 
     Raises:
-        ExecutorError: it has.
+        ExecutorError: it has fallen back to the CPU.
     """
     if CUDA not in session.get_providers():
         raise _cannot_start("it fell back to the CPU")
@@ -46,7 +48,7 @@ def check_cuda(session: ort.InferenceSession) -> None:
 
 @functools.cache
 def _register_arena(provider: str, memory: str, index: int) -> None:
-    """With arenas of their own, sessions that run one after another would each keep as much memory as the hungriest takes."""
+    """Register the shared arena: with arenas of their own, sessions would each keep the most memory that they ever took."""
     where = ort.OrtMemoryInfo(memory, ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, index, ort.OrtMemType.DEFAULT)
     arena = ort.OrtArenaCfg({"arena_extend_strategy": _SAME_AS_REQUESTED})
     ort.create_and_register_allocator_v2(provider, where, {"device_id": str(index)}, arena)

@@ -9,30 +9,36 @@ engines     {flavour: {collectives, frontend, targets: {target: {version, prompt
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal
 
+from causalrt.config import Config
 from causalrt.engines.tensorrt_flavour import FLAVOURS
-
-T = TypeVar("T")
+from causalrt.layout import Layout, layouts_from_config
+from causalrt.plain import from_plain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPart:
-    """A part of the step, and what follows it.
+    """A part of a step, and what follows it.
 
     Attributes:
-        file: its graph.
+        file: file of its graph.
         sent: the output to exchange when it has run, or None if no exchange follows.
         received: the name under which later parts read what the exchange brought.
-        writes: outputs that go to staging, and the name under which later parts read the slots that hold them.
+        writes: outputs that go to staging -> the name under which later parts read the slots that hold them.
     """
 
     file: str
     sent: str | None = None
     received: str | None = None
     writes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.sent is None) != (self.received is None):
+            raise TypeError("sent and received must both be names, or both null")
+        _check_names(self.writes, "writes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +74,13 @@ class TargetEngines:
     steps: tuple[tuple[str, ...], ...]
     vae: tuple[str, ...] = ()
     networks: str
-    names: Mapping[str, Mapping[str, str]]
+    names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.vae) not in (0, 2):
+            raise TypeError(f"vae has {len(self.vae)} engines, wanted 2 or none")
+        for file, names in self.names.items():
+            _check_names(names, f"names of {file}")
 
     @property
     def engine_files(self) -> tuple[str, ...]:
@@ -81,105 +93,89 @@ class FlavourEngines:
     """Engines of one flavour, or what they are to be built for.
 
     Attributes:
-        collectives: who exchanges between ranks, `engine` or `runtime`.
-        frontend: what handed the step to TensorRT, `onnx` or `torch-tensorrt`.
-        targets: engines by architecture, as `sm80`; none if they are not built yet.
-        wanted: the architectures that engines are still to be built for; if none is named, any GPU will do.
+        collectives: who exchanges between ranks.
+        frontend: what handed the step to TensorRT.
+        targets: engines by architecture, as `sm80`; empty until they are built.
+        wanted: architectures that engines are still to be built for; empty means whatever GPU finishes the bundle.
     """
 
-    collectives: str
-    frontend: str
+    collectives: Literal["engine", "runtime"]
+    frontend: Literal["onnx", "torch-tensorrt"]
     targets: Mapping[str, TargetEngines]
     wanted: tuple[str, ...] = ()
 
     def as_record(self) -> dict[str, Any]:
-        """What the manifest says of them."""
+        """The entry of the manifest."""
         targets = {target: asdict(engines) for target, engines in self.targets.items()}
         wanted = {} if targets else {"wanted": list(self.wanted)}
         return {"collectives": self.collectives, "frontend": self.frontend, "targets": targets, **wanted}
 
 
-def parse_steps(plain: Any, count: int) -> tuple[StepGraphs, ...]:
-    """The graphs of each kind of step, of which there must be `count`.
+def step_entries(config: Config, steps: Sequence[StepGraphs]) -> list[dict[str, Any]]:
+    """The manifest's entries of the kinds of step."""
+    sizes = zip(config.video.step_frames, layouts_from_config(config), steps, strict=True)
+    return [{"frames": frames, "layout": _layout_entry(layout), **asdict(step)} for frames, layout, step in sizes]
+
+
+def _layout_entry(layout: Layout) -> dict[str, Any]:
+    return {
+        "local_tokens": layout.local_tokens,
+        "scatter_rows": layout.scatter_rows,
+        "gather_rows": layout.gather_rows,
+        "shards": [[s.num_heads, s.first_head, s.split, s.query_rows] for s in layout.shards],
+    }
+
+
+def parse_steps(plain: Any, config: Config) -> tuple[StepGraphs, ...]:
+    """Read the manifest's entries of the kinds of step.
 
     Raises:
-        TypeError: something is missing or of a wrong type.
+        TypeError: a part is missing or of a wrong type, or this version would plan another layout for the config.
     """
-    steps = expect(list, plain, "steps")
-    if len(steps) != count:
-        raise TypeError(f"steps must have {count} entries, one for each kind of step, got {len(steps)}")
-    return tuple(
-        StepGraphs(
-            segments=_parse_parts(expect(dict, entry, f"steps[{number}]").get("segments"), f"steps[{number}].segments"),
-            tensorrt=_parse_parts(entry.get("tensorrt"), f"steps[{number}].tensorrt"),
-        )
-        for number, entry in enumerate(steps)
-    )
+    steps: tuple[StepGraphs, ...] = from_plain(tuple[StepGraphs, ...], plain, "steps")
+    wanted = len(config.video.step_frames)
+    if len(steps) != wanted:
+        raise TypeError(f"steps must have {wanted} entries, one for each kind of step, got {len(steps)}")
+    for number, (found, planned) in enumerate(zip(plain, step_entries(config, steps), strict=True)):
+        for key in ("frames", "layout"):
+            if found.get(key) != planned[key]:
+                raise TypeError(f"steps[{number}] has {key} {found.get(key)}, this version plans {planned[key]}")
+    return steps
 
 
-def _parse_parts(plain: Any, where: str) -> tuple[StepPart, ...]:
-    parts = []
-    for number, entry in enumerate(expect(list, plain, where)):
-        at = f"{where}[{number}]"
-        expect(dict, entry, at)
-        sent, received = (entry.get(key) for key in ("sent", "received"))
-        if (sent is None) != (received is None) or not all(isinstance(v, str | None) for v in (sent, received)):
-            raise TypeError(f"{at}: sent and received must both be names, or both null")
-        writes = _names(entry.get("writes", {}), f"{at}.writes")
-        parts.append(
-            StepPart(file=expect(str, entry.get("file"), f"{at}.file"), sent=sent, received=received, writes=writes)
-        )
-    return tuple(parts)
-
-
-def parse_engines(plain: Any, steps: tuple[StepGraphs, ...]) -> dict[str, FlavourEngines]:
-    """Engines by flavour; `steps` are the graphs that they were built from.
+def parse_engines(plain: Any, steps: Sequence[StepGraphs]) -> dict[str, FlavourEngines]:
+    """Read the manifest's engines by flavour; `steps` are the graphs that they were built from.
 
     Raises:
-        TypeError: something is missing, of a wrong type, or does not fit the rest.
+        TypeError: a part is missing, of a wrong type, or does not fit the rest.
     """
-    found = {}
-    for flavour, entry in expect(dict, plain, "engines").items():
+    found: dict[str, FlavourEngines] = from_plain(Mapping[str, FlavourEngines], plain, "engines")
+    for flavour, record in found.items():
         at = f"engines.{flavour}"
         if flavour not in FLAVOURS:
             raise TypeError(f"{at}: no such flavour; this version has {', '.join(FLAVOURS)}")
-        collectives, frontend = (expect(dict, entry, at).get(key) for key in ("collectives", "frontend"))
-        if collectives not in ("engine", "runtime") or frontend not in ("onnx", "torch-tensorrt"):
-            raise TypeError(f"{at}: collectives {collectives!r} or frontend {frontend!r} is not known")
-        if collectives == "runtime" and frontend != "onnx":
-            raise TypeError(f"{at}: {frontend} leaves no graphs for collectives at runtime")
-        counts = [len(step.tensorrt) if frontend == "onnx" else 1 for step in steps]
-        targets = {
-            target: _parse_target(files, f"{at}.targets.{target}", counts)
-            for target, files in expect(dict, entry.get("targets"), f"{at}.targets").items()
-        }
-        wanted = _texts(entry.get("wanted", []), f"{at}.wanted")
-        wrong = [target for target in (*targets, *wanted) if not re.fullmatch(r"sm\d{2,3}", target)]
-        if wrong or bool(targets) == ("wanted" in entry):
-            raise TypeError(f"{at}.targets must be architectures as sm80, got {wrong or list(targets) or 'none'}")
-        if not all(counts):
-            raise TypeError(f"{at}: steps have no graphs to build engines of")
-        cut = any(part.sent or part.writes for step in steps for part in step.tensorrt)
-        if collectives == "engine" and (any(count != 1 for count in counts) or cut):
-            raise TypeError(f"{at}: each step is one engine, and its graphs were cut into several parts")
-        found[flavour] = FlavourEngines(collectives=collectives, frontend=frontend, targets=targets, wanted=wanted)
+        if record.collectives == "runtime" and record.frontend != "onnx":
+            raise TypeError(f"{at}: {record.frontend} leaves no graphs for collectives at runtime")
+        wrong = [target for target in (*record.targets, *record.wanted) if not re.fullmatch(r"sm\d{2,3}", target)]
+        if wrong or bool(record.targets) == ("wanted" in plain[flavour]):
+            raise TypeError(
+                f"{at}.targets must be architectures as sm80, got {wrong or list(record.targets) or 'none'}"
+            )
+        _check_parts(record, steps, at)
     return found
 
 
-def _parse_target(plain: Any, at: str, counts: list[int]) -> TargetEngines:
-    expect(dict, plain, at)
-    texts = {key: expect(str, plain.get(key), f"{at}.{key}") for key in ("version", "prompt", "time", "networks")}
-    steps = tuple(_texts(names, f"{at}.steps") for names in expect(list, plain.get("steps"), f"{at}.steps"))
-    if (found := [len(files) for files in steps]) != counts:
-        raise TypeError(f"{at}.steps has {found} engines for {counts} parts of the steps")
-    vae = _texts(plain.get("vae", []), f"{at}.vae")
-    if len(vae) not in (0, 2):
-        raise TypeError(f"{at}.vae has {len(vae)} engines, wanted 2 or none")
-    names = {
-        file: _names(mapping, f"{at}.names.{file}")
-        for file, mapping in expect(dict, plain.get("names", {}), f"{at}.names").items()
-    }
-    return TargetEngines(**texts, steps=steps, vae=vae, names=names)
+def _check_parts(record: FlavourEngines, steps: Sequence[StepGraphs], at: str) -> None:
+    """Check that each step has an engine for each of its parts."""
+    counts = [len(step.tensorrt) if record.frontend == "onnx" else 1 for step in steps]
+    for target, engines in record.targets.items():
+        if (found := [len(files) for files in engines.steps]) != counts:
+            raise TypeError(f"{at}.targets.{target}.steps has {found} engines for {counts} parts of the steps")
+    if not all(counts):
+        raise TypeError(f"{at}: steps have no graphs to build engines of")
+    cut = any(part.sent or part.writes for step in steps for part in step.tensorrt)
+    if record.collectives == "engine" and (any(count != 1 for count in counts) or cut):
+        raise TypeError(f"{at}: each step is one engine, and its graphs were cut into several parts")
 
 
 def files_of(engines: Mapping[str, FlavourEngines]) -> Iterator[str]:
@@ -189,24 +185,6 @@ def files_of(engines: Mapping[str, FlavourEngines]) -> Iterator[str]:
             yield from (*target.engine_files, *target.vae, target.networks)
 
 
-def _texts(plain: Any, at: str) -> tuple[str, ...]:
-    return tuple(expect(str, text, at) for text in expect(list, plain, at))
-
-
-def _names(plain: Any, at: str) -> dict[str, str]:
-    """A mapping between names, no two of which are given the same one."""
-    mapping = {key: expect(str, value, at) for key, value in expect(dict, plain, at).items()}
-    if len(set(mapping.values())) != len(mapping):
-        raise TypeError(f"{at} gives one name to two tensors")
-    return mapping
-
-
-def expect(kind: type[T], value: Any, at: str) -> T:
-    """`value`, if it is of just this type (a truth value is no number).
-
-    Raises:
-        TypeError: it is not; `at` says where.
-    """
-    if type(value) is not kind:
-        raise TypeError(f"{at} must be a {kind.__name__}, got {value!r:.80}")
-    return value
+def _check_names(names: Mapping[str, str], what: str) -> None:
+    if len(set(names.values())) != len(names):
+        raise TypeError(f"{what} gives one name to two tensors")

@@ -26,7 +26,7 @@ def expected_constants(bundle: Bundle, step: int = 0) -> dict[str, np.ndarray[An
     else:
         rotary = dict(rope_tables(config, layout).constants())
     tables = {name: table.numpy() for name, table in rotary.items()}
-    if bundle.plugins:
+    if bundle.fused_ops:
         tables["scatter_destinations"] = layout.scatter_destinations()
     elif layout.world_size > 1:
         tables["scatter_index"] = layout.scatter_index().ravel()
@@ -37,7 +37,7 @@ def expected_constants(bundle: Bundle, step: int = 0) -> dict[str, np.ndarray[An
 
 def check_constants(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> dict[str, dict[str, Any]]:
     """Shape, type and size of each table, and the number of constants of the networks that equal it bit for bit."""
-    digests = Counter(digest for network in networks for digest in network.constant_digests)
+    digests = Counter(constant.sha256 for network in networks for constant in network.constants)
     return {
         name: {
             "shape": list(table.shape),

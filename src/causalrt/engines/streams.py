@@ -1,4 +1,4 @@
-"""The stream of this process on a GPU: all that executors queue goes to it, whichever thread queues it."""
+"""The stream of this process on a GPU, to which executors queue all work from whatever thread."""
 
 import contextlib
 import threading
@@ -10,10 +10,10 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def own_stream(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Have this thread queue its work on the process's own stream of a GPU while the block runs; nothing on a CPU.
+    """Have this thread queue its work on the process's own stream while the block runs; do nothing on a CPU.
 
-    Whoever opens or runs an executor does so in such a block. Every thread of the process gets the same stream, so what one
-    thread has queued is done before what another one queues afterwards. On the default stream TensorRT would wait for the whole
+    Executors are opened and run inside such a block. Every thread of the process gets the same stream, so what one thread has
+    queued is done before what another one queues afterwards. On the default stream TensorRT would wait for the whole
     device in each step, and ONNX Runtime would queue its work on a stream of its own that nothing waits for.
     """
     if device.type != "cuda":

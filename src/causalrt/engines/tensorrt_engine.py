@@ -1,7 +1,7 @@
-"""TensorRT engines in memory: deserialised for one device, with contexts, addresses and one scratch buffer for all of them.
+"""TensorRT engines in memory: deserialised for one device, with execution contexts and one scratch buffer for all of them.
 
 An engine with a dynamic number of KV rows has an execution context for each optimisation profile, so that a CUDA graph that
-was captured with one stays right when another is used. Contexts run one after another, on the current stream.
+was captured with one context stays valid when another is used. Contexts run one after another, on the current stream.
 """
 
 import json
@@ -26,7 +26,7 @@ class EngineLoader:
     """Deserialises engines for one device, and gives all of them one scratch buffer."""
 
     def __init__(self, flavour: Flavour, device: torch.device, *, kernels_of: str = "") -> None:
-        """`kernels_of` names a cache of its own for what is compiled late: a file has one process that writes it."""
+        """`kernels_of` names a separate cache of compiled kernels, since only one process may write a file."""
         self._kernels_of = f"-{kernels_of}" if kernels_of else ""
         self.flavour, self.device = flavour, device
         self.trt = flavour.load()
@@ -41,21 +41,21 @@ class EngineLoader:
         self._suboptimal: set[str] = set()
 
     def _open_kernel_cache(self) -> Path | None:
-        """The file with the kernels that engines are finished with on this kind of GPU; None if they come finished."""
+        """Path of the kernels that were compiled on this model of GPU; None if engines come with their kernels."""
         if not self.flavour.compiles_late:
             return None
         device = device_file_name(self.device)  # kernels of one model of GPU do not serve another
         return cache_file("kernels", f"{self.flavour.name}-{self.trt.__version__}-{device}{self._kernels_of}.cache")
 
     def make_context(self, engine: Any) -> Any:
-        """An execution context; its kernels are compiled now, or when its shapes are first met, or found in the cache."""
+        """Make an execution context; kernels that the cache lacks are compiled now, or when their shapes first occur."""
         config = self.flavour.make_runtime_config(self.trt, engine)
         if self.kernels is not None:
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
                 self._kept = read_cache(self.kernels)
                 if self._kept and not self._cache.deserialize(self._kept):
-                    logger.info("%s is of another environment, and is made anew", self.kernels)
+                    logger.info("%s is of another environment and is replaced", self.kernels)
             config.set_runtime_cache(self._cache)
         context = engine.create_execution_context(config)
         if (
@@ -65,7 +65,7 @@ class EngineLoader:
         return context
 
     def keep_kernels(self) -> None:
-        """Write what was compiled for the next start, if anything was."""
+        """Write newly compiled kernels to the cache, for the next start."""
         found = self._cache.serialize() if self.kernels is not None and self._cache is not None else None
         if self.kernels is not None and found is not None and (data := bytes(memoryview(found))) != self._kept:
             keep_in_cache(self.kernels, data)
@@ -75,11 +75,12 @@ class EngineLoader:
 
         Args:
             path: the engine.
-            names: our name of each of its tensors, if it was not made from ONNX, where they have ours.
-            plugins: plugins write its KV slots.
+            names: our name of each of its tensors; not needed for engines made from ONNX, whose tensors have our names.
+            plugins: whether plugins write its KV slots.
 
         Raises:
-            ExecutorError: made by another version, for another GPU, or damaged; TensorRT's own words are in the message.
+            ExecutorError: the engine was made by another version or for another GPU, or is damaged; TensorRT's own message is
+                included.
         """
         self.messages.clear()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -104,7 +105,7 @@ class EngineLoader:
         return loaded
 
     def share_scratch(self) -> None:
-        """Allocate the scratch that the hungriest engine wants, once all are loaded, and hand it to all of them."""
+        """Allocate one scratch buffer for all engines, once all are loaded."""
         size = max(engine.scratch_bytes for engine in self._loaded)
         self._scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
         for engine in self._loaded:
@@ -119,11 +120,11 @@ class EngineLoader:
 class LoadedEngine:
     """An engine with one execution context for each optimisation profile, and the addresses of its tensors.
 
-    Tensors go by our names; what the engine itself calls them (`_own`) is its own affair.
+    Tensors are addressed by our names, which `_own` maps to the engine's names.
 
     Attributes:
-        names: of all its tensors.
-        inputs: those of them that it reads.
+        names: names of all its tensors.
+        inputs: names of the tensors that it reads.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class LoadedEngine:
         outputs = {name: own for name, own in self._own.items() if name not in self.inputs}
         aliased = {name: engine.get_aliased_input_tensor(own) for name, own in outputs.items()}
         self._aliases = {name: names.get(source, source) for name, source in aliased.items()}
-        if plugins:  # TensorRT tells what its layers write in place, and nothing of plugins
+        if plugins:  # TensorRT reports what its layers write in place, but not what plugins do
             self._aliases |= {name: name.removesuffix(".written") for name in outputs if name.endswith(".written")}
 
     def _make_context(self, profile: int) -> Any:
@@ -176,11 +177,11 @@ class LoadedEngine:
 
     @property
     def scratch_bytes(self) -> int:
-        """Device memory that one inference wants beside its tensors."""
+        """Device memory that one inference needs beside its tensors."""
         return int(self._engine.device_memory_size_v2)
 
     def set_scratch(self, scratch: torch.Tensor) -> None:
-        """Use this memory; the contexts of all engines run one after another."""
+        """Use this memory, which all engines may share, since their contexts run one after another."""
         for context in self._contexts:
             context.set_device_memory(scratch.data_ptr(), scratch.numel())
 
@@ -195,7 +196,7 @@ class LoadedEngine:
         return ((name, self._shapes[name], self._dtypes[name]) for name in self.names)
 
     def empty(self, name: str) -> torch.Tensor:
-        """Memory for a tensor of static shape."""
+        """Allocate a tensor of static shape."""
         shape = self._shapes[name]
         assert -1 not in shape, name
         return torch.empty(shape, dtype=self._dtypes[name], device=self._loader.device)
@@ -209,9 +210,9 @@ class LoadedEngine:
         self._context = self._contexts[self._profiles[kv_rows]]
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set the address of every tensor; an output that aliases an input must be given the input's memory.
+        """Set the address of every tensor; an output that aliases an input must have the input's memory.
 
-        TensorRT is told an address and no size: memory that is smaller than its tensor would be read past its end.
+        TensorRT gets no sizes, so it would read past the end of memory that is smaller than a tensor: sizes are checked here.
         """
         for name, tensor in tensors.items():
             shape = tuple(tensor.shape)
@@ -232,12 +233,12 @@ class LoadedEngine:
                 raise ExecutorError(f"{self._file}: address of {name} was refused: {'; '.join(self._loader.messages)}")
 
     def check_capturable(self) -> None:
-        """Refuse to go on if no CUDA graph can capture this engine with the shapes that are bound.
+        """Check that a CUDA graph can capture this engine with the shapes that are bound.
 
-        Only `tensorrt_rtx` can be asked. Each context is asked once, and so not while a capture runs.
+        Only `tensorrt_rtx` can tell. Each context is asked once, in the run before its first capture.
 
         Raises:
-            ExecutorError: with the way to run without CUDA graphs.
+            ExecutorError: it cannot be captured; the message says how to run without CUDA graphs.
         """
         context = self._context
         if not self._loader.flavour.compiles_late or context in self._capturable:
@@ -269,7 +270,7 @@ class LoadedEngine:
 
 
 def _make_logger(trt: Any, messages: deque[str]) -> Any:
-    """TensorRT's messages: errors are kept for the exception to come, and all go to `logging`."""
+    """A logger that passes TensorRT's messages to `logging`, and keeps errors for the exception that follows."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def log(self, severity: Any, message: str) -> None:

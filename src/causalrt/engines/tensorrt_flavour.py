@@ -1,4 +1,4 @@
-"""What differs between the two TensorRTs, and nothing else knows of it.
+"""The differences between the two TensorRTs, which no other module knows.
 
 | flavour        | builds                                     | runs on                      | timing cache | plugins |
 |----------------|--------------------------------------------|------------------------------|--------------|---------|
@@ -29,14 +29,14 @@ class Flavour:
     """One of the two TensorRTs.
 
     Attributes:
-        name: of the executor.
-        module: what is imported.
-        extra: the extra of this package that brings it.
-        targets: GPU architectures that it builds for without having one; none means that it builds for the GPU at hand.
+        name: name of the executor.
+        module: Python module to import.
+        extra: extra of this package that installs it.
+        targets: GPU architectures that it builds for without a GPU; if empty, it builds for the GPU of this machine.
         listed: GPU architectures that NVIDIA lists as supported.
-        timing_cache: measured kernel times can be kept for the next build.
-        plugins: it has a plugin registry.
-        compiles_late: engines are finished on the GPU that runs them; its runtime has settings for that.
+        timing_cache: whether measured kernel times can be kept for the next build.
+        plugins: whether it has a plugin registry.
+        compiles_late: whether kernels are compiled on the GPU that runs the engine, for which its runtime has settings.
     """
 
     name: str
@@ -56,17 +56,17 @@ class Flavour:
         """
         try:
             return importlib.import_module(self.module)
-        except Exception as error:  # a missing shared library is whatever the loader makes of it
+        except Exception as error:  # the loader raises various errors for a missing shared library
             raise ExecutorError(
                 f"{self.name} needs the Python module {self.module}, which does not import here "
                 f"({type(error).__name__}: {error}); install it with `{install_extra(self.extra)}`"
             ) from error
 
     def check_target(self, target: str | None) -> str:
-        """The architecture to build for, as `sm80`.
+        """Check a GPU architecture, as `sm80`, and return the one to build for.
 
         Raises:
-            ExecutorError: it cannot be built for here.
+            ExecutorError: this machine cannot build for it.
         """
         if self.targets:
             if target not in self.targets:
@@ -84,8 +84,8 @@ class Flavour:
         here = device_target(torch.device("cuda", 0))
         if target not in (None, here):
             raise ExecutorError(
-                f"{self.name} builds for the GPU at hand, which is {here}, not for {target}; leave the engines to a machine "
-                "that has such a GPU with `--prepare`"
+                f"{self.name} builds for the GPU of this machine, which is {here}, not for {target}; leave the engines to a "
+                "machine that has such a GPU with `--prepare`"
             )
         return here
 
@@ -94,10 +94,10 @@ class Flavour:
         return bool(self.targets) or torch.cuda.is_available()
 
     def check_later_target(self, target: str) -> str:
-        """The architecture to build for on another machine.
+        """Check a GPU architecture that another machine is to build for.
 
         Raises:
-            ExecutorError: it cannot be built for there either.
+            ExecutorError: no machine can build for it.
         """
         if self.targets:
             return self.check_target(target)
@@ -106,7 +106,7 @@ class Flavour:
         return target
 
     def unlisted(self, target: str) -> str | None:
-        """What there is to say of an architecture that engines are built for although NVIDIA does not list it."""
+        """A warning about an architecture that NVIDIA does not list; None if it does."""
         if target in self.listed:
             return None
         return (
@@ -115,9 +115,9 @@ class Flavour:
         )
 
     def configure_build(self, trt: Any, config: Any, target: str) -> None:
-        """Set what every engine for `target` needs of a builder config.
+        """Configure a builder for engines that run on `target` and that CUDA graphs can capture.
 
-        TensorRT-RTX may otherwise allocate memory while an engine runs, which a CUDA graph cannot capture.
+        By default TensorRT-RTX may allocate memory while an engine runs, which no CUDA graph can capture.
         """
         if self.targets:
             config.num_compute_capabilities = 1
@@ -126,7 +126,7 @@ class Flavour:
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
     def engine_validity(self, trt: Any, runtime: Any, data: Any) -> tuple[str, str]:
-        """What the runtime says of a serialised engine before it is opened; only `tensorrt_rtx` can be asked.
+        """Ask the runtime about a serialised engine before it is opened, which only `tensorrt_rtx` supports.
 
         Returns:
             The name of the `EngineValidity`, and the names of the diagnostics behind it.
@@ -138,7 +138,7 @@ class Flavour:
         return validity.name, ", ".join(name for name, kind in kinds.items() if found & kind.value) or "no diagnosis"
 
     def make_runtime_config(self, trt: Any, engine: Any) -> Any:
-        """For a context whose scratch memory is the caller's, and whose kernels are compiled before they are wanted again."""
+        """Configure a context for scratch memory of the caller and for CUDA graphs of the caller."""
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self.compiles_late:
@@ -172,10 +172,7 @@ FLAVOURS: Mapping[str, Flavour] = {
 
 
 def recommended_executor(target: str) -> str:
-    """The executor to build for a GPU architecture, as `sm80`.
-
-    It is `inductor`, which needs no build, where NVIDIA lists neither TensorRT.
-    """
+    """The executor to build for a GPU architecture, as `sm80`: `inductor` where NVIDIA lists neither TensorRT."""
     return next((name for name, flavour in FLAVOURS.items() if target in flavour.listed), "inductor")
 
 
@@ -186,6 +183,6 @@ def device_target(device: torch.device) -> str:
 
 
 def device_file_name(device: torch.device) -> str:
-    """The model of a GPU as a part of a file's name, such as `NVIDIA-H200`; `cpu` for the CPU."""
+    """The model of a GPU, such as `NVIDIA-H200`, for use in file names; `cpu` for the CPU."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return re.sub(r"\W+", "-", name)

@@ -1,4 +1,4 @@
-"""The streaming decoder of a bundle, whatever runs it; and its two graphs, bound once to memory that a session owns.
+"""The two exported graphs of a streaming decoder, bound once to memory that a session owns.
 
     first:  latent           -> frames, caches A
     next:   latent, caches A -> frames, caches B
@@ -13,29 +13,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS, Bundle
-from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError
 from causalrt.model.codecs.decode_state import DecodeState, cache_name
 
 LATENT, FRAMES = "latent", "frames"
 MADE = ".made"
 """Ending of the name of a cache that a graph makes."""
-
-
-class Vae(Protocol):
-    """The decoder, for any number of sessions."""
-
-    def open(self) -> DecodeState:
-        """The start of a video."""
-
-    def warmed_up(self) -> None:
-        """Both kinds of step have run once; there is time to keep what that took."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +64,7 @@ class GraphVae(ABC):
         """What runs the first graph (0) or the next one (1) over this memory, inputs and outputs by name."""
 
     def warmed_up(self) -> None:
-        """See `Vae.warmed_up`."""
+        """See `Decoder.warmed_up`."""
         return
 
     def open(self) -> DecodeState:
@@ -138,30 +125,6 @@ class GraphDecodeState(DecodeState):
         for index, cache in enumerate(self._sets[0]):
             if cache_name(index) + MADE not in self._vae.outputs[0]:
                 cache.zero_()
-
-
-def make_vae(bundle: Bundle, executor: str, *, device: torch.device, num_threads: int) -> Vae:
-    """The decoder of a bundle, run as `executor` runs the transformer; eager and inductor take eager torch.
-
-    Raises:
-        BundleError: the bundle was built without a VAE, or its files cannot be read.
-        ExecutorError: what the executor needs is missing here or in the bundle.
-    """
-    check_has_vae(bundle)
-    if executor == "onnxruntime":
-        from causalrt.engines.vae_onnx import OnnxVae
-
-        return OnnxVae(bundle.path, device=device, num_threads=num_threads)
-    if executor in FLAVOURS:
-        from causalrt.engines.vae_tensorrt import TensorRTVae
-
-        return TensorRTVae(FLAVOURS[executor], bundle, device=device)
-    from causalrt.model.codecs.block_dct import BlockDct, BlockDecoder
-    from causalrt.model.codecs.vae_checkpoint import load_vae
-    from causalrt.model.codecs.wan_vae import StreamingDecoder
-
-    vae = load_vae(bundle.path / VAE_WEIGHTS, dtype=TORCH_DTYPES[bundle.config.build.precision], device=device)
-    return BlockDecoder(vae) if isinstance(vae, BlockDct) else StreamingDecoder(vae)
 
 
 def check_has_vae(bundle: Bundle) -> None:

@@ -37,7 +37,7 @@ class TensorRTVae(GraphVae):
         )
 
     def warmed_up(self) -> None:
-        """See `Vae.warmed_up`: kernels that were compiled are kept for the next start."""
+        """See `Decoder.warmed_up`: kernels that were compiled are kept for the next start."""
         self._loader.keep_kernels()
 
     def bind(self, graph: int, memory: Mapping[str, torch.Tensor]) -> Callable[[], None]:

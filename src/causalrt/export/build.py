@@ -15,10 +15,16 @@ from causalrt.engines.step_record import FlavourEngines, StepGraphs, StepPart
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError, Faults
 from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_weights
-from causalrt.export.finish import Prepared, build_flavour, check_timing_cache, warn_of_unlisted
-from causalrt.export.options import CollectivesMode, FrontEnd, PluginsMode
-from causalrt.model.codecs.vae_checkpoint import load_vae, vae_config_from_mapping
-from causalrt.plugins.plugin_specs import MAX_HEAD_DIM
+from causalrt.export.finish import (
+    Prepared,
+    build_flavour,
+    check_timing_cache,
+    torch_tensorrt_frontend,
+    warn_of_unlisted,
+)
+from causalrt.export.options import CollectivesMode, FrontEnd, FusedOpsMode
+from causalrt.model.codecs.registry import load_vae, vae_config_from_mapping
+from causalrt.plugins.shard_blocks import MAX_HEAD_DIM
 from causalrt.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -49,7 +55,7 @@ def build(
     collectives: CollectivesMode = "engine",
     frontend: FrontEnd = "onnx",
     timing_cache: str | Path | None = None,
-    plugins: PluginsMode = "auto",
+    fused_ops: FusedOpsMode = "auto",
     vae: str | Path | None = None,
     prepare: bool = False,
     overwrite: bool = False,
@@ -63,20 +69,20 @@ def build(
     Args:
         config: a recipe's config, overrides applied.
         checkpoint: Self-Forcing `.pt`, the bare Wan layout, or the diffusers layout (file or folder).
-        out: the bundle's folder; appears whole or not at all.
+        out: the bundle's folder; it appears only once it is complete.
         executors: what the bundle shall run on, among `EXECUTORS`; eager and inductor are always possible.
         targets: GPU architectures (`sm80`) to build TensorRT engines for; none is the GPU at hand.
         collectives: in TensorRT engines, whether the engine or the runtime exchanges between ranks.
         frontend: what makes TensorRT's network of the traced step.
         timing_cache: file with TensorRT's measured kernel times, read and written; by default one in the user's cache.
-        plugins: whether self-attention is made of the fused ops: plugins for TensorRT, functions of standard ops for
-            onnxruntime, and what eager and inductor run unless `load` is told otherwise. `auto` is off, for no GPU has measured
-            them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
+        fused_ops: whether self-attention is made of the fused ops: plugins for TensorRT, functions of standard ops for
+            onnxruntime, and what eager and inductor run unless `load` is given another choice. `auto` is off, for no GPU has
+            measured them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
         vae: Wan2.1's VAE, in its own layout or diffusers' (file or folder), or the file of a cosine transform
             (`model/codecs/block_dct.py`), so that the bundle makes pixels; None for latents.
         prepare: leave all TensorRT engines to `finish_build`, although there is a GPU here: of another kind, say.
         overwrite: replace a bundle that is there already.
-        on_progress: told of each stage.
+        on_progress: called at the start and the end of each stage.
 
     Returns:
         The bundle's folder.
@@ -99,7 +105,7 @@ def build(
             prepare=prepare,
         )
     with faults:
-        fused = fused_ops_wanted(plugins, config, [name for name in executors if name in FLAVOURS], frontend)
+        fused = fused_ops_wanted(fused_ops, config, [name for name in executors if name in FLAVOURS], frontend)
     faults.report()
     progress = on_progress or (lambda stage, done, total: None)
     warn_of_unlisted({name: plan.targets for name, plan in plans.items()})
@@ -130,7 +136,15 @@ def build(
         )
         steps = [StepGraphs() for _ in config.video.step_frames]
         if any(executor_kind(name).compiled for name in chosen):
-            steps = _write_graphs(config, folder, chosen, bool(plans), collectives, frontend, progress, fused)
+            steps = _write_graphs(
+                config,
+                folder,
+                progress,
+                chosen=chosen,
+                tensorrt=bool(plans) and frontend == "onnx",
+                collectives=collectives,
+                fused=fused,
+            )
         if decoder is not None:
             from causalrt.export.vae import write_vae
 
@@ -156,7 +170,7 @@ def build(
         write_manifest(
             folder,
             config=config,
-            plugins=fused,
+            fused_ops=fused,
             vae=None if decoder is None else vae_config_from_mapping(decoder.config),
             executors=tuple(name for name in chosen if name not in later),
             steps=steps,
@@ -237,10 +251,8 @@ def check_options(
                 "build with `--dtype bf16` or `--dtype fp16`"
             )
     if frontend == "torch-tensorrt":
-        from causalrt.export.torch_tensorrt import check_torch_tensorrt
-
         with faults:
-            check_torch_tensorrt(here, collectives)
+            torch_tensorrt_frontend().check_torch_tensorrt(here, collectives)
     named = list(dict.fromkeys(target.lower() for target in targets))
     checked: dict[str, list[str]] = {name: [] for name in flavours}
     for name, flavour in flavours.items():
@@ -270,8 +282,8 @@ def fused_ops_wanted(mode: str, config: Config, flavours: Sequence[str], fronten
         ConfigError: the mode is unknown, or something else that was asked for cannot be had with it.
     """
     relative = config.video.time_index == "relative"
-    if mode not in get_args(PluginsMode):
-        raise ConfigError(f"plugins must be {', '.join(get_args(PluginsMode))}, got {mode!r}")
+    if mode not in get_args(FusedOpsMode):
+        raise ConfigError(f"fused_ops must be {', '.join(get_args(FusedOpsMode))}, got {mode!r}")
     if relative and mode == "off":
         raise ConfigError("video.time_index=relative is what the fused ops do; leave `--plugins` out")
     if relative and frontend != "onnx":
@@ -302,11 +314,11 @@ def fused_ops_wanted(mode: str, config: Config, flavours: Sequence[str], fronten
 def _write_graphs(
     config: Config,
     folder: Path,
+    progress: Progress,
+    *,
     chosen: Sequence[str],
     tensorrt: bool,
     collectives: CollectivesMode,
-    frontend: FrontEnd,
-    progress: Progress,
     fused: bool,
 ) -> list[StepGraphs]:
     """Write the ONNX files of every executor that needs some; the traced model is freed when this returns."""
@@ -321,11 +333,11 @@ def _write_graphs(
         segments: tuple[StepPart, ...] = ()
         engine_parts: tuple[StepPart, ...] = ()
         segmented = None
-        if "onnxruntime" in chosen:
+        if any(executor_kind(name).graphs == "segments" for name in chosen):
             segmented = step_graph(wan, config, folder, progress, whole_slots=False, fused=fused, step=step)
             name = f"{step_prefix(config, step)}step"
             segments = write_segments(runtime_graph(segmented, config), folder, name, progress, at_cache_writes=False)
-        if tensorrt and frontend == "onnx":
+        if tensorrt:
             engine_parts = write_engine_graphs(
                 wan, config, folder, progress, collectives=collectives, segmented=segmented, fused=fused, step=step
             )

@@ -200,7 +200,7 @@ def check_checkpoint(checkpoint: Checkpoint, model: ModelConfig) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"{checkpoint.path} holds a model of other sizes (num_heads and text_len cannot be told from weights):\n"
+            f"{checkpoint.path} holds a model of other sizes (num_heads and text_len cannot be derived from weights):\n"
             + "\n".join(differing)
         )
     wanted = model_shapes(model)

@@ -1,18 +1,19 @@
-"""Pass: all-to-alls become TensorRT's own collective, so that one engine holds the whole step."""
+"""This pass turns all-to-alls into TensorRT's own collective, so that one engine holds the whole step."""
 
 import onnx
 from onnx import helper
 
+from causalrt.export.passes import PassContext
 from causalrt.export.segment import is_exchange
 
 OP = "DistCollective"
 
 
-def lower_exchanges_pass(model: onnx.ModelProto, *, world_size: int) -> int:
-    """Replace every AllToAll by a DistCollective over all ranks, in place; equal blocks along the first dimension.
+def lower_exchanges_pass(model: onnx.ModelProto, context: PassContext) -> int:
+    """Replace every AllToAll by a DistCollective over all ranks, which exchanges equal blocks along the first dimension.
 
     Returns:
-        The number of collectives. A lossless pass.
+        The number of collectives.
     """
     hits = 0
     for node in filter(is_exchange, model.graph.node):
@@ -22,7 +23,7 @@ def lower_exchanges_pass(model: onnx.ModelProto, *, world_size: int) -> int:
                 helper.make_attribute("collective_operation", "all_to_all"),
                 helper.make_attribute("reduce_op", "none"),
                 helper.make_attribute("root", -1),
-                helper.make_attribute("nb_rank", world_size),
+                helper.make_attribute("nb_rank", context.world_size),
             ]
         )
         hits += 1

@@ -31,13 +31,11 @@ from causalrt.engines.step_record import StepGraphs, StepPart
 from causalrt.engines.tensorrt_flavour import Flavour, device_file_name
 from causalrt.errors import BuildError
 from causalrt.export.dist_collective import OP as DIST_COLLECTIVE
-from causalrt.export.dist_collective import lower_exchanges_pass
 from causalrt.export.engine_worker import EngineRequest, PluginDevice, request_json
 from causalrt.export.onnx import step_graph, step_prefix, write_segments
 from causalrt.export.options import CollectivesMode
-from causalrt.export.plugin_functions import expand_functions
-from causalrt.export.scale_queries import scale_queries_pass
-from causalrt.export.split_single_heads import split_single_heads_pass
+from causalrt.export.passes import step_context
+from causalrt.export.pipelines import STANDARD_OPS, TENSORRT_ENGINE, TENSORRT_SEGMENTS, apply
 from causalrt.layout import history_lengths, slots_from_config
 from causalrt.model.wan.transformer import Wan
 from causalrt.owned_paths import TemporaryFolder
@@ -69,7 +67,7 @@ def write_engine_graphs(
         wan: the model over the bundle's weights.
         config: of the bundle.
         folder: of the bundle.
-        on_progress: told of each stage.
+        on_progress: called at the start and the end of each stage.
         collectives: who exchanges.
         segmented: the step graph over the filled prefix, if it is at hand.
         fused: self-attention is made of the fused ops.
@@ -81,17 +79,17 @@ def write_engine_graphs(
     prefix = step_prefix(config, step)
     if collectives == "runtime" and not fused:
         graph = segmented or step_graph(wan, config, folder, on_progress, whole_slots=False, step=step)
-        prepare_attentions(graph, config)
+        apply(TENSORRT_SEGMENTS, graph, step_context(config))
         return write_segments(graph, folder, f"{prefix}cut-step", on_progress, at_cache_writes=True)
     plugins = wants_plugins(config, fused=fused)
     graph = step_graph(wan, config, folder, on_progress, whole_slots=True, fused=fused, step=step)
+    context = step_context(config, plugins=plugins)
     if not plugins:
-        graph = expand_functions(graph)
-    prepare_attentions(graph, config, plugins=plugins)
+        apply(STANDARD_OPS, graph, context)
     if collectives == "runtime":
+        apply(TENSORRT_SEGMENTS, graph, context)
         return write_segments(graph, folder, f"{prefix}cut-step", on_progress, at_cache_writes=False)
-    exchanges = lower_exchanges_pass(graph, world_size=config.build.world_size)
-    assert exchanges == (2 * config.model.num_layers if config.build.world_size > 1 else 0)
+    apply(TENSORRT_ENGINE, graph, context)
     onnx.save(graph, folder / f"{prefix}{WHOLE_STEP}")
     return (StepPart(file=f"{prefix}{WHOLE_STEP}"),)
 
@@ -99,13 +97,6 @@ def write_engine_graphs(
 def wants_plugins(config: Config, *, fused: bool) -> bool:
     """Whether the fused ops of a step are plugins to TensorRT."""
     return fused and config.video.time_index == "global"
-
-
-def prepare_attentions(step: onnx.ModelProto, config: Config, *, plugins: bool = False) -> None:
-    """The passes that both lowerings share, in place; what plugins hold is not touched."""
-    split_single_heads_pass(step)
-    scaled = scale_queries_pass(step, head_dim=config.model.head_dim)
-    assert scaled >= config.model.num_layers * (1 if plugins else 2)
 
 
 def kv_lengths(config: Config) -> tuple[int, ...]:

@@ -22,7 +22,9 @@ from causalrt.engines.network_record import MEMORY_LINES
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 from causalrt.errors import BuildError, CausalRTError
 from causalrt.export.engine_network import check_network, describe_network, finish_attentions
-from causalrt.export.plugin_nodes import use_plugins_pass
+from causalrt.export.passes import PassContext
+from causalrt.export.pipelines import TENSORRT_PLUGINS, apply
+from causalrt.export.plugin_nodes import count_plugins
 from causalrt.plugins.ptx import default_cache
 from causalrt.plugins.tensorrt_plugin import enable_in_place, register_plugins
 from causalrt.user_cache import keep_in_cache, read_cache
@@ -105,7 +107,7 @@ def _make_log(trt: Any) -> BuildLog:
 
 
 def _make_monitor(trt: Any) -> Any:
-    """TensorRT's progress monitor; nested phases are told by their outermost one. A parent that has gone cancels the build."""
+    """TensorRT's progress monitor, which reports outermost phases only. The build is cancelled when the parent has ended."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -171,8 +173,9 @@ def graph_with_plugins(trt: Any, file: Path, device: PluginDevice) -> tuple[byte
     if not model.functions:
         return None, {}
     register_plugins(trt, target=device.capability, cache=default_cache())
-    counts = use_plugins_pass(model, capability=device.capability, num_multiprocessors=device.num_multiprocessors)
-    return model.SerializeToString(), counts
+    context = PassContext(capability=device.capability, num_multiprocessors=device.num_multiprocessors)
+    apply(TENSORRT_PLUGINS, model, context)
+    return model.SerializeToString(), count_plugins(model)
 
 
 def build_engine(
@@ -192,8 +195,8 @@ def build_engine(
     builder, network, parser = parse(trt, log.logger, folder / request.onnx, graph)
     finish_attentions(trt, network)
     description = describe_network(trt, network)
-    told = request.expected | ({"plugins": sum(counts.values())} if counts else {})
-    check_network(description, expected=told, onnx_file=request.onnx)
+    expected = request.expected | ({"plugins": sum(counts.values())} if counts else {})
+    check_network(description, expected=expected, onnx_file=request.onnx)
     description["plugins"] = counts
     config = builder.create_builder_config()
     flavour.configure_build(trt, config, target)

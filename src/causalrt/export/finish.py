@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from causalrt.config import Config
@@ -23,13 +24,13 @@ from causalrt.engines.bundle import (
     Bundle,
     new_bundle,
     open_bundle,
-    toolchain_versions,
     unchanged,
     write_manifest,
 )
 from causalrt.engines.kinds import EXECUTORS
 from causalrt.engines.step_record import FlavourEngines, StepGraphs
-from causalrt.engines.tensorrt_flavour import FLAVOURS
+from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BundleError, ConfigError, ExecutorError, Faults
 from causalrt.progress import Progress
 
@@ -105,7 +106,7 @@ def finish_build(
             folder=folder,
             config=source.config,
             steps=source.steps,
-            fused=source.plugins,
+            fused=source.fused_ops,
             has_vae=source.vae is not None,
         )
         engines = {
@@ -117,7 +118,7 @@ def finish_build(
         write_manifest(
             folder,
             config=source.config,
-            plugins=source.plugins,
+            fused_ops=source.fused_ops,
             vae=source.vae,
             executors=tuple(name for name in EXECUTORS if name in source.executors or name in engines),
             steps=source.steps,
@@ -159,9 +160,7 @@ def _targets_of(source: Bundle, name: str) -> tuple[str, ...]:
     flavour, record = FLAVOURS[name], source.engines[name]
     flavour.load()
     if record.frontend == "torch-tensorrt":
-        from causalrt.export.torch_tensorrt import check_torch_tensorrt
-
-        check_torch_tensorrt((name,), record.collectives)
+        torch_tensorrt_frontend().check_torch_tensorrt((name,), record.collectives)
     if flavour.targets:
         return tuple(flavour.check_target(target) for target in record.wanted or (None,))
     here = flavour.check_target(None)
@@ -171,6 +170,13 @@ def _targets_of(source: Bundle, name: str) -> tuple[str, ...]:
             f"or prepare it again with `--target {here}`"
         )
     return (here,)
+
+
+def torch_tensorrt_frontend() -> ModuleType:
+    """The front end `torch-tensorrt`; no other line of the build imports it."""
+    from causalrt.export import torch_tensorrt
+
+    return torch_tensorrt
 
 
 def check_timing_cache(timing_cache: str | Path | None, names: tuple[str, ...]) -> None:
@@ -219,23 +225,38 @@ def build_flavour(
         "collectives": record.collectives,
         "frontend": record.frontend,
         "targets": {
-            target: _build_target(prepared, name, target, record.frontend, timing_cache, progress) for target in targets
+            target: _build_target(
+                prepared,
+                flavour=FLAVOURS[name],
+                target=target,
+                frontend=record.frontend,
+                timing_cache=timing_cache,
+                progress=progress,
+            )
+            for target in targets
         },
     }
 
 
 def _build_target(
-    prepared: Prepared, name: str, target: str, frontend: str, timing_cache: str | Path | None, progress: Progress
+    prepared: Prepared,
+    *,
+    flavour: Flavour,
+    target: str,
+    frontend: str,
+    timing_cache: str | Path | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     from causalrt.export.engine_files import build_engines, default_timing_cache
     from causalrt.export.vae import build_vae_engines
 
-    flavour, config, folder = FLAVOURS[name], prepared.config, prepared.folder
+    config, folder = prepared.config, prepared.folder
     cache = Path(timing_cache) if timing_cache is not None else default_timing_cache(flavour, target)
+    built: dict[str, Any]
     if frontend == "torch-tensorrt":
-        from causalrt.export.torch_tensorrt import build_with_torch_tensorrt
-
-        built = build_with_torch_tensorrt(config, folder, progress, flavour=flavour, target=target, timing_cache=cache)
+        built = torch_tensorrt_frontend().build_with_torch_tensorrt(
+            config, folder, progress, flavour=flavour, target=target, timing_cache=cache
+        )
     else:
         built = build_engines(
             config,

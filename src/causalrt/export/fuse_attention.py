@@ -1,23 +1,25 @@
-"""Pass: ONNX Runtime's own MultiHeadAttention takes the place of the standard Attention, which keeps a matrix of all scores.
+"""This pass replaces the standard Attention, which keeps a matrix of all scores, by ONNX Runtime's own MultiHeadAttention.
 
     Attention (q, k, v) {q_num_heads, kv_num_heads}  ->  com.microsoft.MultiHeadAttention (q, k, v) {num_heads}
 
-Rows token by token, `[1, rows, heads * D]`. On a CPU it goes over the keys in blocks that fit the cache and has float32
-kernels only; a score matrix would be 7.3 GiB at 1.3B on one rank. TensorRT has no such op.
+Tensors are `[1, rows, heads * D]`. On a CPU, MultiHeadAttention goes over the keys in blocks that fit the cache, and it has
+float32 kernels only; a score matrix would be 7.3 GiB for the 1.3B model on one rank. TensorRT has no such op.
 """
 
 import onnx
 from onnx import helper
 
+from causalrt.export.passes import PassContext
+
 RUNTIME_DOMAIN = "com.microsoft"
 RUNTIME_OP = "MultiHeadAttention"
 
 
-def fuse_attention_pass(model: onnx.ModelProto) -> int:
-    """Replace every Attention that is nothing but softmax(q k^T / sqrt(D)) v, in place, in functions too.
+def fuse_attention_pass(model: onnx.ModelProto, context: PassContext) -> int:
+    """Replace every Attention that computes just softmax(q k^T / sqrt(D)) v, in the graph and in its functions.
 
     Returns:
-        The number of attentions that were replaced. Lossy in the last bits: the sums are made in another order.
+        The number of attentions that were replaced. Their last bits change, since sums are made in another order.
     """
     hits = 0
     for body in (model.graph, *model.functions):
@@ -38,9 +40,9 @@ def _import(body: onnx.ModelProto | onnx.FunctionProto) -> None:
 def _replace(node: onnx.NodeProto) -> bool:
     if node.op_type != "Attention" or node.domain or any(node.input[3:]) or any(node.output[1:]):
         return False
-    told = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    heads, kv_heads = (told.pop(f"{kind}_num_heads", 0) for kind in ("q", "kv"))
-    if heads != kv_heads or not heads or any(told.values()):
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    heads, kv_heads = (attributes.pop(f"{kind}_num_heads", 0) for kind in ("q", "kv"))
+    if heads != kv_heads or not heads or any(attributes.values()):
         return False
     node.op_type, node.domain = RUNTIME_OP, RUNTIME_DOMAIN
     del node.attribute[:], node.input[3:], node.output[1:]

@@ -9,41 +9,43 @@ from causalrt.config import Config
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS
 from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
-from causalrt.export.fuse_attention import fuse_attention_pass
+from causalrt.export.passes import PassContext, step_context
+from causalrt.export.pipelines import ONNXRUNTIME_FLOAT32, SHARE_WEIGHTS, apply
 from causalrt.export.plugin_functions import check_fused_nodes
-from causalrt.export.segment import cut_exchanges_pass
-from causalrt.export.share_weights import share_weights_pass
+from causalrt.export.segment import cut_at_exchanges
 from causalrt.export.trace import trace_prompt, trace_step, trace_time
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
+from causalrt.model.wan.conditioning import TIME_NAMES, prompt_names
 from causalrt.model.wan.transformer import Wan
 from causalrt.progress import Progress
-
-
-def cross_kv_names(config: Config) -> list[str]:
-    """Names of the prompt's keys and values: outputs of the prompt graph, inputs of the step graph."""
-    return [f"cross_{kind}.{layer}" for layer in range(config.model.num_layers) for kind in ("k", "v")]
 
 
 def step_names(config: Config, *, whole_slots: bool = False, fused: bool = False) -> tuple[list[str], list[str]]:
     """Names of the step graph's inputs and outputs, in the order of `ChunkStep.forward`."""
     layers, shards = range(config.model.num_layers), range(len(layout_from_config(config).shards))
     slots = [f"{kind}.{layer}.{shard}" for layer in layers for shard in shards for kind in ("k", "v")]
-    inputs = ["x", "e", "e0", "rank", "first_frame", *slots, *cross_kv_names(config)]
+    inputs = ["x", *TIME_NAMES, "rank", "first_frame", *slots, *prompt_names(config.model.num_layers)]
     return [*inputs, *([KV_ROWS] if whole_slots or fused else [])], ["flow", *(f"{name}.written" for name in slots)]
 
 
 def write_small_graphs(wan: Wan, config: Config, folder: Path, on_progress: Progress) -> None:
     """Trace, translate and write the prompt's and the time's graph; `folder` already holds the weights."""
     small = (
-        (PROMPT_GRAPH, trace_prompt, ["text"], cross_kv_names(config)),
-        (TIME_GRAPH, trace_time, ["sinusoid"], ["e", "e0"]),
+        (PROMPT_GRAPH, trace_prompt, ["text"], prompt_names(config.model.num_layers)),
+        (TIME_GRAPH, trace_time, ["sinusoid"], TIME_NAMES),
     )
     for done, (name, trace, inputs, outputs) in enumerate(small):
         on_progress("prompt and time graph", done, len(small))
         translated = onnx_from_program(trace(wan), input_names=inputs, output_names=outputs)
-        onnx.save(ir.to_proto(share_weights_pass(translated, folder / WEIGHTS)), folder / name)
+        onnx.save(with_shared_weights(translated, folder / WEIGHTS), folder / name)
     on_progress("prompt and time graph", len(small), len(small))
+
+
+def with_shared_weights(translated: ir.Model, weights: Path) -> onnx.ModelProto:
+    """The graph as it is saved: it refers to the file `weights`, which lies in the same folder."""
+    apply(SHARE_WEIGHTS, translated, PassContext(weights=weights))
+    return ir.to_proto(translated)
 
 
 def step_prefix(config: Config, step: int) -> str:
@@ -72,7 +74,7 @@ def step_graph(
     on_progress(stage, 1, 2)
     inputs, outputs = step_names(config, whole_slots=whole_slots, fused=fused)
     translated = onnx_from_program(program, input_names=inputs, output_names=outputs)
-    graph = ir.to_proto(share_weights_pass(translated, folder / WEIGHTS))
+    graph = with_shared_weights(translated, folder / WEIGHTS)
     if fused:
         check_fused_nodes(graph, num_layers=config.model.num_layers)
     on_progress(stage, 2, 2)
@@ -80,22 +82,17 @@ def step_graph(
 
 
 def runtime_graph(step: onnx.ModelProto, config: Config) -> onnx.ModelProto:
-    """A step graph over the filled prefix with ONNX Runtime's own attention; the graph given stays as it is.
+    """The graph that ONNX Runtime runs for a step over the filled prefix; `step` itself is not changed.
 
     Raises:
-        RuntimeError: not every layer has its attentions in the form that is looked for.
+        RuntimeError: not every layer has its attentions in the form that `fuse_attention_pass` looks for.
     """
-    if config.build.precision != "float32":  # which alone has kernels on a CPU
+    if config.build.precision != "float32":  # MultiHeadAttention has no other kernels on a CPU
         return step
-    layers, shards = config.model.num_layers, len(layout_from_config(config).shards)
-    wanted = layers + shards * (
-        1 if step.functions else layers
-    )  # a function stands for the self-attentions of all layers
-    tuned = onnx.ModelProto()
-    tuned.CopyFrom(step)
-    if (hits := fuse_attention_pass(tuned)) != wanted:
-        raise RuntimeError(f"{hits} attentions of {wanted} have the form that MultiHeadAttention takes")
-    return tuned
+    fused = onnx.ModelProto()
+    fused.CopyFrom(step)
+    apply(ONNXRUNTIME_FLOAT32, fused, step_context(config))
+    return fused
 
 
 def write_segments(
@@ -103,7 +100,7 @@ def write_segments(
 ) -> tuple[StepPart, ...]:
     """Cut a step graph and write its segments, in order."""
     parts = []
-    cut = cut_exchanges_pass(step, at_cache_writes=at_cache_writes)
+    cut = cut_at_exchanges(step, at_cache_writes=at_cache_writes)
     for index, segment in enumerate(cut):
         file = f"{name}-{index:03d}.onnx"
         onnx.save(segment.model, folder / file)

@@ -8,5 +8,5 @@ CollectivesMode = Literal["engine", "runtime"]
 FrontEnd = Literal["onnx", "torch-tensorrt"]
 """What makes TensorRT's network of the traced step."""
 
-PluginsMode = Literal["on", "off", "auto"]
+FusedOpsMode = Literal["on", "off", "auto"]
 """Whether self-attention is made of the fused ops; `auto` is what has been measured to be faster, and so far nothing has."""

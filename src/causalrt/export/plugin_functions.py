@@ -24,11 +24,12 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
+from causalrt.export.passes import PassContext
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
 from causalrt.plugins.onnx_rope_attention import onnx_rope_attention
-from causalrt.plugins.plugin_specs import MAX_SHARDS, QK_NORM_ROPE, rope_attention_spec
+from causalrt.plugins.plugin_specs import QK_NORM_ROPE, rope_attention_spec
 from causalrt.plugins.qk_norm_rope import onnx_qk_norm_rope
-from causalrt.plugins.shard_blocks import blocks_from_shares
+from causalrt.plugins.shard_blocks import MAX_SHARDS, blocks_from_shares
 
 ROTATION = ("rank", "cos", "sin")
 ROTATED = "_rotated"
@@ -116,7 +117,7 @@ def fused_translations(opset: int, *, as_nodes: bool) -> Translations:
     return {ops.qk_norm_rope.default: qk_norm_rope, ops.rope_attention.default: rope_attention}
 
 
-def add_functions_pass(model: ir.Model, program: ExportedProgram, translate: Translate) -> int:
+def add_functions(model: ir.Model, program: ExportedProgram, translate: Translate) -> int:
     """Give `model` a function for each kind of fused node that it has.
 
     Args:
@@ -149,11 +150,16 @@ def check_fused_nodes(model: onnx.ModelProto, *, num_layers: int) -> None:
         raise RuntimeError(f"each of {num_layers} layers must have qk_norm_rope and rope_attention, found {found}")
 
 
-def expand_functions(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with what its functions say in the place of their calls; values are given the types that follow."""
-    if not model.functions:
-        return model
-    return onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model))
+def expand_functions_pass(model: onnx.ModelProto, context: PassContext) -> int:
+    """Replace calls of the graph's functions by the functions' bodies, and infer the types of the new values.
+
+    Returns:
+        The number of functions, which may be 0.
+    """
+    hits = len(model.functions)
+    if hits:
+        model.CopyFrom(onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model)))
+    return hits
 
 
 def _node_name(node: fx.Node) -> str | None:

@@ -1,12 +1,13 @@
-"""Pass: the fused nodes of a step become TensorRT plugins: their functions go, and keys are split where that fills the GPU.
+"""This pass turns the fused nodes of a step into TensorRT plugins and splits keys into ranges where that fills the GPU better.
 
     rope_attention_2 (received, slots, kv_rows)  ->  rope_attention_split_2 {kv_splits}  ->  parts, log_sums
                                                      combine_splits (parts, log_sums)    ->  the output
 
-A function in the file wins over a plugin of the same name, so it must be gone when TensorRT parses; and what a plugin's node
-lacks, the parser leaves out without a word, so nodes are checked here against what the plugins declare.
+TensorRT's parser prefers a function in the file to a plugin of the same name, so the functions are removed. It also ignores
+missing attributes of a plugin node silently, so nodes are checked here against what the plugins declare.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import onnx
@@ -14,47 +15,46 @@ import torch
 from onnx import helper
 
 from causalrt.errors import BuildError
+from causalrt.export.passes import PassContext, replace_nodes
 from causalrt.export.plugin_functions import NODE_FORMS
-from causalrt.plugins.all_to_all import ONNX_DOMAIN
-from causalrt.plugins.plugin_specs import COMBINE_SPLITS, DTYPE_FROM_ONNX, SPECS, PluginSpec, rope_attention_spec
+from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP
+from causalrt.plugins.plugin_spec import PluginSpec
+from causalrt.plugins.plugin_specs import COMBINE_SPLITS, DTYPE_FROM_ONNX, SPECS, rope_attention_spec
 from causalrt.plugins.shard_blocks import blocks_from_shares
 
 SPEC_BY_NAME = {spec.name: spec for spec in SPECS}
 
 
-def use_plugins_pass(model: onnx.ModelProto, *, capability: int, num_multiprocessors: int) -> dict[str, int]:
-    """Have a TensorRT parser find plugins for the fused nodes, in place.
-
-    Args:
-        model: a step graph with fused nodes; shapes are static and known.
-        capability: compute capability of the GPU, such as 80.
-        num_multiprocessors: of the GPU.
+def use_plugins_pass(model: onnx.ModelProto, context: PassContext) -> int:
+    """Replace the fused nodes of a step graph, whose shapes are all static, by nodes for which TensorRT finds plugins.
 
     Returns:
-        Plugins by name, and how many of each the graph has now.
+        The number of fused nodes.
 
     Raises:
         BuildError: a fused node has no plugin, or not the form that its plugin declares.
-        RuntimeError: there is no fused node.
     """
     types = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.value_info)}
     types |= {tensor.name: _type_of(tensor) for tensor in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
-    counts: dict[str, int] = {}
+    hits = 0
     for node in model.graph.node:
         if node.domain != ONNX_DOMAIN or node.op_type not in NODE_FORMS:
             nodes.append(node)
             continue
         _check(node)
-        for made in _plugins_of(node, types, capability=capability, num_multiprocessors=num_multiprocessors):
-            counts[made.op_type] = counts.get(made.op_type, 0) + 1
-            nodes.append(made)
-    if not counts:
-        raise RuntimeError("use_plugins_pass found no fused op; was the step traced without them?")
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:], model.functions[:]
-    model.graph.node.extend(kept)
-    return counts
+        nodes.extend(_plugins_of(node, types, context))
+        hits += 1
+    replace_nodes(model.graph, nodes)
+    del model.functions[:]
+    return hits
+
+
+def count_plugins(model: onnx.ModelProto) -> dict[str, int]:
+    """Number of plugin nodes in a graph, by the name of the plugin."""
+    return dict(
+        Counter(node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN and node.op_type != ONNX_OP)
+    )
 
 
 def _type_of(tensor: onnx.TensorProto) -> onnx.TypeProto.Tensor:
@@ -80,14 +80,12 @@ def _check(node: onnx.NodeProto) -> None:
 def _plugins_of(
     node: onnx.NodeProto,
     types: Mapping[str, onnx.TypeProto.Tensor],
-    *,
-    capability: int,
-    num_multiprocessors: int,
+    context: PassContext,
 ) -> Iterator[onnx.NodeProto]:
-    """The node itself, or two in its place."""
+    """Yield the node itself, or the two nodes that replace it where keys are split."""
     kv_splits = 1
     if node.op_type.startswith("rope_attention"):
-        kv_splits = _kv_splits(node, types, capability, num_multiprocessors)
+        kv_splits = _kv_splits(node, types, context)
     if kv_splits == 1:
         yield node
         return
@@ -107,9 +105,7 @@ def _split_spec(node: onnx.NodeProto) -> PluginSpec:
     return rope_attention_spec(num_shards=len(SPEC_BY_NAME[node.op_type].in_place) // 2, split=True)
 
 
-def _kv_splits(
-    node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto.Tensor], capability: int, num_multiprocessors: int
-) -> int:
+def _kv_splits(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto.Tensor], context: PassContext) -> int:
     from causalrt.plugins.rope_attention_launch import plan, tiles_for
 
     spec = SPEC_BY_NAME[node.op_type]
@@ -130,6 +126,6 @@ def _kv_splits(
         slot_rows=slots[0][2],
         whole_slots=True,
         rotate=False,
-        tiles=tiles_for(capability, dtype=dtype, head_dim=blocks.head_dim, rotate=False),
-        num_multiprocessors=num_multiprocessors,
+        tiles=tiles_for(context.capability, dtype=dtype, head_dim=blocks.head_dim, rotate=False),
+        num_multiprocessors=context.num_multiprocessors,
     ).kv_splits

@@ -1,7 +1,7 @@
-"""Pass: softmax's 1 / sqrt(D) goes from Attention to its queries.
+"""This pass moves the factor 1 / sqrt(D) from Attention to its queries.
 
-TensorRT's parser multiplies queries and keys by the root of the scale, each: a pass over all cached keys at every step, and
-two roundings. Here the queries alone are multiplied, in float32, and Attention is told that the scale is 1.
+TensorRT's parser multiplies both queries and keys by the square root of the scale, which costs a pass over all cached keys
+at every step, and two roundings. Here only the queries are multiplied, in float32, and the scale of Attention is set to 1.
 """
 
 import math
@@ -10,12 +10,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from causalrt.export.passes import PassContext, replace_nodes
 
-def scale_queries_pass(model: onnx.ModelProto, *, head_dim: int) -> int:
-    """Multiply the queries of every Attention by 1 / sqrt(head_dim), in place.
+
+def scale_queries_pass(model: onnx.ModelProto, context: PassContext) -> int:
+    """Multiply the queries of every Attention by 1 / sqrt(head_dim).
 
     Returns:
-        The number of attentions. Lossy in the last bit of a query.
+        The number of attentions. The last bit of a query may change.
     """
     graph = model.graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
@@ -39,9 +41,9 @@ def scale_queries_pass(model: onnx.ModelProto, *, head_dim: int) -> int:
             node.attribute.append(helper.make_attribute("scale", 1.0))
             hits += 1
         nodes.append(node)
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
+    replace_nodes(graph, nodes)
     if hits:
-        graph.initializer.append(numpy_helper.from_array(np.array(1 / math.sqrt(head_dim), dtype=np.float32), name))
+        graph.initializer.append(
+            numpy_helper.from_array(np.array(1 / math.sqrt(context.head_dim), dtype=np.float32), name)
+        )
     return hits

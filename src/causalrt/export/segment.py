@@ -48,8 +48,8 @@ def is_cache_write(node: onnx.NodeProto) -> bool:
     return node.domain == "" and node.op_type == "TensorScatter"
 
 
-def cut_exchanges_pass(model: onnx.ModelProto, *, at_cache_writes: bool = False) -> list[Segment]:
-    """Segments in the order in which they run; one, the whole graph, if there is nothing to cut at. A lossless pass."""
+def cut_at_exchanges(model: onnx.ModelProto, *, at_cache_writes: bool = False) -> list[Segment]:
+    """Cut a graph into segments, in the order in which they run; a graph without all-to-alls or cache writes is one segment."""
 
     def is_border(node: onnx.NodeProto) -> bool:
         return is_exchange(node) or (at_cache_writes and is_cache_write(node))

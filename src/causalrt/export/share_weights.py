@@ -1,4 +1,4 @@
-"""Pass: initializers that are weights become references into the bundle's weight file, so that weights are stored once."""
+"""This pass turns initializers that are weights into references to the bundle's weight file, which stores them once."""
 
 import json
 import struct
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from causalrt.export.passes import PassContext
+
 PREFIX = "wan."
-"""Where the traced modules keep the model; the rest of an initializer's name is the weight's name in the file."""
+"""Attribute of the traced modules that holds the model; the rest of an initializer's name is the weight's name in the file."""
 
 
 def weight_offsets(weights: Path) -> dict[str, tuple[int, int]]:
@@ -22,12 +24,17 @@ def weight_offsets(weights: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def share_weights_pass(model: ir.Model, weights: Path) -> ir.Model:
-    """Refer to `weights` (a file that will stand beside the graph) instead of holding them; a lossless pass.
+def share_weights_pass(model: ir.Model, context: PassContext) -> int:
+    """Make every initializer that is a weight a reference to `context.weights`, which will lie beside the graph.
+
+    Returns:
+        The number of weights.
 
     Raises:
-        RuntimeError: no initializer was a weight, or one has lost its name to another pass.
+        RuntimeError: an initializer with the model's prefix is not in the file; an earlier pass has renamed it.
     """
+    weights = context.weights
+    assert weights is not None
     offsets = weight_offsets(weights)
     hits = 0
     for name, value in model.graph.initializers.items():
@@ -35,7 +42,7 @@ def share_weights_pass(model: ir.Model, weights: Path) -> ir.Model:
             continue
         tensor = value.const_value
         if tensor is None or name.removeprefix(PREFIX) not in offsets:
-            raise RuntimeError(f"initializer {name} is no tensor of {weights.name}")
+            raise RuntimeError(f"initializer {name} is not a tensor of {weights.name}")
         offset, length = offsets[name.removeprefix(PREFIX)]
         assert tensor.nbytes == length
         value.const_value = ir.ExternalTensor(
@@ -48,6 +55,4 @@ def share_weights_pass(model: ir.Model, weights: Path) -> ir.Model:
             base_dir=weights.parent,
         )
         hits += 1
-    if not hits:
-        raise RuntimeError("share_weights_pass found no weights; are the modules traced under another name?")
-    return model
+    return hits

@@ -1,4 +1,4 @@
-"""Pass: split the query rows of a single-head attention into several heads, which share the one head of keys.
+"""This pass splits the query rows of a single-head attention into several heads, which share the one head of keys.
 
     q [1, 1, R, D], k [1, 1, L, D]  ->  q [1, g, R / g, D], k [1, 1, L, D]          g: smallest divisor of R, 2 as a rule
 
@@ -11,12 +11,14 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from causalrt.export.passes import PassContext, replace_nodes
 
-def split_single_heads_pass(model: onnx.ModelProto) -> int:
-    """Split the query rows of every Attention with one head of queries, in place.
+
+def split_single_heads_pass(model: onnx.ModelProto, context: PassContext) -> int:
+    """Split the query rows of every Attention with one head of queries.
 
     Returns:
-        The number of attentions that were split; there may be none. A lossless pass.
+        The number of attentions that were split, which may be 0.
     """
     graph = model.graph
     types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
@@ -36,7 +38,7 @@ def split_single_heads_pass(model: onnx.ModelProto) -> int:
             nodes.append(node)
             continue
         masks = ("is_causal" in attributes and attributes["is_causal"].i) or any(node.input[3:4])
-        assert not masks, "a mask speaks of query rows by their number"
+        assert not masks, "a mask refers to query rows by their index, which the split changes"
         name = f"single_head.{hits}"
         shape = [1, groups, rows // groups, dim]
         kind = types[node.input[0]].elem_type
@@ -59,9 +61,7 @@ def split_single_heads_pass(model: onnx.ModelProto) -> int:
         nodes.append(attended)
         nodes.append(helper.make_node("Reshape", [f"{name}.out", whole], [output], name=f"{name}.whole"))
         hits += 1
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    replace_nodes(graph, nodes)
     return hits
 
 

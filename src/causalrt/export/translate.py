@@ -12,7 +12,7 @@ import torch
 from onnxscript.values import Opset
 from torch.export import ExportedProgram
 
-from causalrt.export.plugin_functions import add_functions_pass, fused_translations
+from causalrt.export.plugin_functions import add_functions, fused_translations
 from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP, onnx_all_to_all
 from causalrt.plugins.attention import onnx_attention, onnx_kv_attention, onnx_kv_attention_whole
 from causalrt.plugins.rotate import onnx_rotate
@@ -68,7 +68,7 @@ def _translations(*, fused_as_nodes: bool) -> dict[Callable[..., Any], Callable[
 def onnx_from_program(program: ExportedProgram, *, input_names: Sequence[str], output_names: Sequence[str]) -> ir.Model:
     """Translate a traced program; tensors are referred to, not copied. Fused ops are nodes with a function each."""
     model = _translate(program, input_names, output_names, fused_as_nodes=True)
-    add_functions_pass(model, program, functools.partial(_translate, fused_as_nodes=False))
+    add_functions(model, program, functools.partial(_translate, fused_as_nodes=False))
     return model
 
 

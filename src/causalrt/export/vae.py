@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -30,12 +29,10 @@ from causalrt.engines.vae import FRAMES, LATENT, MADE
 from causalrt.errors import BuildError, ConfigError
 from causalrt.export.engine_files import run_child
 from causalrt.export.engine_worker import EngineRequest, request_json
-from causalrt.export.share_weights import share_weights_pass
+from causalrt.export.onnx import with_shared_weights
 from causalrt.export.translate import onnx_from_program
-from causalrt.model.codecs.block_dct import CONFIG_KEY, BlockDct, FirstBlock, NextBlock
-from causalrt.model.codecs.decode_state import cache_name
-from causalrt.model.codecs.vae_checkpoint import vae_config_from_mapping
-from causalrt.model.codecs.wan_vae import FirstFrame, NextFrame, cache_slots
+from causalrt.model.codecs.decode_state import CONFIG_KEY, cache_name
+from causalrt.model.codecs.registry import codec_of, vae_config_from_mapping
 from causalrt.progress import Progress
 
 STAGE = "VAE graphs"
@@ -76,17 +73,19 @@ def write_vae(
     if not graphs:
         return
     on_progress(STAGE, 1, 3)
-    config = vae_config_from_mapping(vae.config)
-    slots = cache_slots(config, latent_height=latent_height, latent_width=latent_width)
+    codec = codec_of(vae)
+    config = codec.config(vae.config)
+    slots = codec.cache_slots(config, latent_height=latent_height, latent_width=latent_width)
     names = [cache_name(index) for index in range(len(slots))]
     filled = [name for name, slot in zip(names, slots, strict=True) if not slot.skips_first]
     latent = torch.empty(1, config.z_dim, latent_height, latent_width)
     caches = [torch.empty(slot.shape, dtype=vae.dtype) for slot in slots]
-    first_step, next_step = (FirstBlock, NextBlock) if isinstance(vae, BlockDct) else (FirstFrame, NextFrame)
-    first = torch.export.export(first_step(vae).eval(), (latent,), strict=False)
+    first = torch.export.export(codec.first_step(vae).eval(), (latent,), strict=False)
     _write_graph(first, folder, FIRST_GRAPH, inputs=[LATENT], written=filled)
     on_progress(STAGE, 2, 3)
-    following = torch.export.export(next_step(vae).eval(), (latent, caches) if caches else (latent,), strict=False)
+    following = torch.export.export(
+        codec.next_step(vae).eval(), (latent, caches) if caches else (latent,), strict=False
+    )
     _write_graph(following, folder, NEXT_GRAPH, inputs=[LATENT, *names], written=names)
     on_progress(STAGE, 3, 3)
 
@@ -119,7 +118,7 @@ def _write_graph(program: ExportedProgram, folder: Path, name: str, *, inputs: l
         plain = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: _attention})
     outputs = [FRAMES, *(cache + MADE for cache in written)]
     translated = onnx_from_program(plain, input_names=inputs, output_names=outputs)
-    onnx.save(ir.to_proto(share_weights_pass(translated, folder / VAE_WEIGHTS)), folder / name)
+    onnx.save(with_shared_weights(translated, folder / VAE_WEIGHTS), folder / name)
 
 
 def build_vae_engines(

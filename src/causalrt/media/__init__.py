@@ -1,1 +1,1 @@
-"""Pictures and clips in: `read` makes frames of a video's size and rate of what `stills` (Pillow) and `clips` (PyAV) decode."""
+"""Media files: `read` turns pictures (`stills`, Pillow) and clips (`clips`, PyAV) into frames; `video_file` writes MP4."""

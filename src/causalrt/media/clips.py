@@ -1,4 +1,4 @@
-"""Clips, decoded by PyAV: the moving stream's pictures, upright, deinterlaced, composited over one colour, in sRGB."""
+"""Decodes clips with PyAV into pictures that are upright, deinterlaced, opaque and in sRGB."""
 
 import contextlib
 import functools
@@ -19,21 +19,26 @@ from causalrt.media.pyav import pyav
 FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,mxf,nut,dv,rm,wtv,h264,hevc,obu,m4v,mjpeg,yuv4mpegpipe"
 )
-"""FFmpeg's names. Playlists and patterns are none of them: their demuxers open other files, and addresses in the network."""
+"""FFmpeg's names of the formats that are read; no playlists or patterns, whose demuxers open other files and URLs."""
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-MAX_LOOKAHEAD = 10_000  # packets, in which a second picture of each video stream is looked for
-TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # degrees counter-clockwise
+MAX_LOOKAHEAD = 10_000  # packets that are searched for a second picture of each video stream
+ROTATIONS = {
+    0: (1, 0, 0, 1),
+    90: (0, -1, 1, 0),
+    180: (-1, 0, 0, -1),
+    270: (0, 1, -1, 0),
+}  # by degrees counter-clockwise
 OBLIQUE = (1, 1, 1, 1)
-TOLERATED_S = Fraction(1, 2)  # between what a file says of its beginning and end and what there is
+TOLERATED_S = Fraction(1, 2)  # between the declared and the actual start and end of a video
 _log = logging.getLogger(__name__)
 
 
 def clip_pictures(file: BinaryIO, background: Colour, *, max_hdr_side: int) -> Iterator[Picture]:
-    """The pictures of a clip, one after the other.
+    """Decode the pictures of a clip in order.
 
     Raises:
-        RequestError: it is no clip, or of a kind that is not read.
-        Damage: the clip is damaged or cut off.
+        RequestError: the file is not a clip, or of an unsupported kind.
+        Damage: the clip is damaged or truncated.
     """
     av = pyav()
     file.seek(0)
@@ -53,7 +58,7 @@ def clip_pictures(file: BinaryIO, background: Colour, *, max_hdr_side: int) -> I
             a, b, c, d = matrix = _orientation(shown)
             if (a or d) and (b or c):
                 raise RequestError(
-                    "it is to be shown turned by an angle that is no quarter turn; turn its pictures upright first"
+                    "its display rotation is not a multiple of 90 degrees; rotate its pictures upright first"
                 )
             image = functools.partial(_image, shown, matrix, reformatter, background, max_hdr_side)
             return Picture(start=start, duration=duration, image=image, pixel_aspect=1 / aspect if b else aspect)
@@ -64,7 +69,7 @@ def clip_pictures(file: BinaryIO, background: Colour, *, max_hdr_side: int) -> I
                 if before is None and stream.start_time is not None:
                     lead = time - stream.start_time * stream.time_base
                     if lead > TOLERATED_S:
-                        _log.warning("the first %.2f s of the clip cannot be decoded and are left out", lead)
+                        _log.warning("the first %.2f s of the clip cannot be decoded and are skipped", lead)
                     declared -= lead
                 if before is not None:
                     gap = time - before
@@ -76,7 +81,7 @@ def clip_pictures(file: BinaryIO, background: Colour, *, max_hdr_side: int) -> I
                 yield picture(_duration(shown, gap, stream))
             raise Damage(getattr(damage, "strerror", None) or str(damage)) from damage
         if shown is None:
-            raise Damage("no picture of it can be decoded")
+            raise Damage("none of its pictures can be decoded")
         last = _duration(shown, gap, stream)
         yield picture(last)
         if declared - (start + last) > max(TOLERATED_S, 3 * last):
@@ -90,7 +95,9 @@ def _image(
     try:
         image = over(background, image_from_frame(frame, reformatter, max_hdr_side=max_hdr_side))
     except pyav().FFmpegError as error:
-        raise RequestError(f"its pixels ({frame.format.name}) are not converted; convert it to 8-bit H.264") from error
+        raise RequestError(
+            f"its pixel format ({frame.format.name}) is not supported; convert it to 8-bit H.264"
+        ) from error
     if b:
         image = image.transpose(Image.Transpose.TRANSPOSE)
     if a < 0 or c < 0:
@@ -101,41 +108,39 @@ def _image(
 
 
 def _orientation(frame: Any) -> tuple[int, int, int, int]:
-    """The display matrix (ISO 14496-12, 8.3.2) without its shift: (x, y) is shown at (a x + c y, b x + d y)."""
+    """Return the display matrix (ISO 14496-12, 8.3.2) without its translation: (x, y) maps to (a x + c y, b x + d y)."""
     try:
         matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
-    except ValueError:  # side data of a type that PyAV does not know: it cannot list any, and tells turns alone
-        return TURNS.get(frame.rotation % 360, OBLIQUE)
+    except ValueError:  # one unknown type of side data keeps PyAV from listing any; `rotation` still works
+        return ROTATIONS.get(frame.rotation % 360, OBLIQUE)
     a, b, _, c, d, *_ = struct.unpack("=9i", matrix) if matrix else (1, 0, 0, 0, 1)
-    return (a, b, c, d) if a or b or c or d else TURNS[0]
+    return (a, b, c, d) if a or b or c or d else ROTATIONS[0]
 
 
 @contextlib.contextmanager
 def _opened(file: BinaryIO) -> Iterator[Any]:
-    """The container, from the bytes of `file` alone."""
+    """Open the container of `file`, so that FFmpeg opens nothing else."""
     av = pyav()
     file.seek(0)
-    # Opened by a descriptor's number, `file` has no name that FFmpeg could take for an address or a pattern.
+    # `file` was opened by a descriptor's number, so it has no name that FFmpeg could take for a URL or a pattern.
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "", "max_pixels": str(MAX_PIXELS)}
     try:
         container = av.open(file, options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
         raise RequestError(
-            "it is none of the pictures and clips that are read (JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, TGA, JPEG 2000; MP4, "
-            f"MOV, MKV, WebM, AVI, MPEG and others, but no playlists), or is damaged: {getattr(error, 'strerror', error)}"
+            "it is not a supported picture or clip (JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, TGA, JPEG 2000; MP4, "
+            f"MOV, MKV, WebM, AVI, MPEG and others, but no playlists), or it is damaged: {getattr(error, 'strerror', error)}"
         ) from error
     with container:
         yield container
 
 
 def _moving_stream(file: BinaryIO, *, is_heif: bool) -> int:
-    """Index of the stream that a player shows: no cover picture, moving rather than not, the default one, the first."""
+    """Return the index of the stream that a player shows: one with several pictures, else the default, else the first."""
     with _opened(file) as container:
         streams = container.streams.video
         if is_heif and (len(streams) > 1 or any("dependent" in str(stream.disposition) for stream in streams)):
-            raise RequestError(
-                "it is a HEIC or HEIF picture made of tiles, of which each is a picture by itself; convert it to JPEG or PNG"
-            )
+            raise RequestError("it is a tiled HEIC or HEIF picture, which is not supported; convert it to JPEG or PNG")
         shown = [
             stream
             for stream in streams
@@ -143,7 +148,7 @@ def _moving_stream(file: BinaryIO, *, is_heif: bool) -> int:
             & (type(stream.disposition).attached_pic | type(stream.disposition).timed_thumbnails)
         ]
         if not shown:
-            raise RequestError("it holds no moving picture" + (", only the cover of a sound" if streams else ""))
+            raise RequestError("it has no video stream" + (", only cover art" if streams else ""))
         counted: Counter[int] = Counter()
         if len(shown) > 1:
             with contextlib.suppress(pyav().FFmpegError):
@@ -156,22 +161,22 @@ def _moving_stream(file: BinaryIO, *, is_heif: bool) -> int:
             key=lambda stream: (counted[stream.index] > 1, bool(stream.disposition & type(stream.disposition).default)),
         )
         if stream.codec_context is None:
-            raise RequestError("its video is of a kind that the installed PyAV cannot decode; convert it to H.264")
+            raise RequestError("the installed PyAV cannot decode its video codec; convert it to H.264")
         check_size(stream.width, stream.height)
         return int(stream.index)
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames from the first one that stands by itself, up to the first damaged one.
+    """Decode frames, from the first one that does not depend on others up to the first damaged one.
 
     Raises:
-        Damage: there is one.
+        Damage: a frame is damaged.
     """
     av = pyav()
     decoder = stream.codec_context
-    tags = {name.lower(): value for name, value in stream.metadata.items()}  # some writers have ALPHA_MODE
+    tags = {name.lower(): value for name, value in stream.metadata.items()}  # some writers use upper case
     if tags.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
-        # FFmpeg's own decoders leave out the transparency of WebM.
+        # FFmpeg's own decoders ignore the alpha channel of WebM.
         decoder = av.CodecContext.create("libvpx" if decoder.name == "vp8" else "libvpx-vp9", "r")
     decoder.options = {"max_pixels": str(MAX_PIXELS)}
     decoder.thread_type = "AUTO"
@@ -184,7 +189,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
             for packet in container.demux(stream):
                 try:
                     frames = decoder.decode(packet if packet.size else None)
-                except EOFError:  # the decoder was flushed already
+                except EOFError:  # the decoder has already been flushed
                     return
                 except av.FFmpegError:
                     if has_begun:
@@ -195,7 +200,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
         except av.FFmpegError as error:
             damage = error
             with contextlib.suppress(av.FFmpegError):
-                yield from decoder.decode(None)  # good pictures that it holds back to bring them in order
+                yield from decoder.decode(None)  # good pictures that it holds back for reordering
 
     for frame in found():
         if not has_begun and (frame.is_corrupt or (is_late and not frame.key_frame)):
@@ -211,7 +216,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _deinterlaced(frames: Iterator[Any]) -> Iterator[Any]:
-    """Whole pictures; progressive ones stay as they are."""
+    """Deinterlace frames; progressive ones are unchanged."""
     av = pyav()
     graph = None
     try:
@@ -248,7 +253,7 @@ def _pulled(graph: Any) -> Iterator[Any]:
 
 
 def _time(frame: Any, before: Fraction | None, gap: Fraction) -> Fraction:
-    """When a frame is shown; after the one before, whatever its stamp says."""
+    """Return the time at which a frame is shown, always later than the previous one's, whatever its timestamp."""
     found = None if frame.pts is None else frame.pts * frame.time_base
     if before is None:
         return found or Fraction(0)
@@ -256,14 +261,14 @@ def _time(frame: Any, before: Fraction | None, gap: Fraction) -> Fraction:
 
 
 def _duration(frame: Any, gap: Fraction, stream: Any) -> Fraction:
-    """Of the last frame."""
+    """Return the duration of the last frame."""
     if frame.duration and frame.time_base:
         return Fraction(frame.duration * frame.time_base)
     return gap or (1 / stream.average_rate if stream.average_rate else Fraction(1, 25))
 
 
 def _declared_seconds(container: Any, stream: Any) -> Fraction:
-    """How long the video should be, by the head of the file; 0 where that is not said of the video by itself."""
+    """Return the duration of the video stream that the file declares; 0 if it declares none."""
     if stream.duration:
         return Fraction(stream.duration * stream.time_base)
     alone = len(container.streams) == 1 and container.duration and container.format.name.startswith("matroska")

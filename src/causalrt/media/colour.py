@@ -1,11 +1,11 @@
-"""Colour as files have it, to the sRGB of our frames.
+"""Converts the colours of files to the sRGB of frames.
 
     YUV frame (PyAV) -> matrix by tag or size -> RGB
-        BT.601/709 primaries       -> taken as it is, as players do
+        BT.601/709 primaries       -> unchanged, as in players
         BT.2020 or P3 primaries    -> swscale, to BT.709 primaries
         PQ or HLG (HDR)            -> light, 1.0 = 203 cd/m2 (BT.2408) -> BT.709 primaries -> highlights compressed -> sRGB
 
-What is not listed here is refused by its name rather than shown in wrong colours. Numbers are those of ITU-T H.273.
+Anything else is refused with its name rather than shown in wrong colours. Numbers are those of ITU-T H.273.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from causalrt.media.pyav import pyav
 
 RGB, BT709, UNSPECIFIED, BT2020, DISPLAY_P3, SRGB, PQ, HLG = 0, 1, 2, 9, 12, 13, 16, 18
 
-# By number; None is taken as it is. The others of H.273 are refused.
+# By number; None needs no conversion. The others of H.273 are refused.
 PRIMARIES: dict[int, str | None] = {
     **dict.fromkeys((BT709, UNSPECIFIED, 4, 5, 6, 7, 22)),
     BT2020: "BT.2020",
@@ -44,11 +44,11 @@ REFUSED = {
     },
 }
 
-REFERENCE_WHITE = 203.0  # cd/m2 of white in HDR (ITU-R BT.2408): becomes 1.0
-HLG_PEAK = 1000.0  # cd/m2 of the display that HLG's system gamma of 1.2 is for (ITU-R BT.2100)
-KNEE = 0.5  # light up to here stays as it is; what is brighter approaches 1.0
+REFERENCE_WHITE = 203.0  # cd/m2 of HDR reference white (ITU-R BT.2408), which becomes 1.0
+HLG_PEAK = 1000.0  # cd/m2 of the display for which HLG's system gamma is 1.2 (ITU-R BT.2100)
+KNEE = 0.5  # light up to this level is unchanged; brighter light approaches 1.0
 
-# Of linear light, to BT.709 primaries.
+# Matrices from linear light in other primaries to BT.709 primaries.
 TO_BT709 = {
     BT2020: [[1.660491, -0.587641, -0.072850], [-0.124550, 1.132900, -0.008349], [-0.018151, -0.100579, 1.118730]],
     DISPLAY_P3: [[1.224940, -0.224940, 0.0], [-0.042057, 1.042057, 0.0], [-0.019638, -0.078636, 1.098274]],
@@ -58,10 +58,10 @@ Wide = npt.NDArray[np.uint16]
 
 
 def check_colour(*, primaries: int, transfer: int, matrix: int = UNSPECIFIED) -> None:
-    """Refuse colours that cannot be converted to sRGB here, by the numbers of H.273.
+    """Refuse colours that cannot be converted to sRGB; the arguments are numbers of H.273.
 
     Raises:
-        RequestError: names them.
+        RequestError: they cannot be converted.
     """
     tags = {"primaries": (primaries, PRIMARIES), "transfer": (transfer, TRANSFERS), "matrix": (matrix, MATRICES)}
     refused = [
@@ -72,29 +72,29 @@ def check_colour(*, primaries: int, transfer: int, matrix: int = UNSPECIFIED) ->
     if transfer in (PQ, HLG) and PRIMARIES.get(primaries) and primaries not in TO_BT709:
         refused.append(f"{PRIMARIES[primaries]} primaries in {TRANSFERS[transfer]}")
     if refused:
-        raise RequestError(f"colours with {', '.join(refused)} are not converted; convert it to BT.709 or sRGB first")
+        raise RequestError(f"colours with {', '.join(refused)} are not supported; convert it to BT.709 or sRGB first")
 
 
 def image_from_frame(frame: Any, reformatter: Any, *, max_hdr_side: int) -> Image.Image:
-    """An RGB or RGBA image in sRGB.
+    """Convert a frame to an RGB or RGBA image in sRGB.
 
     Args:
-        frame: PyAV's; what it says of its colours is believed, and BT.601 or BT.709 goes by its size where it says nothing.
-        reformatter: PyAV's `VideoReformatter`, the same for all frames of a clip: its tables for wide colours take seconds.
-        max_hdr_side: pixels; an HDR picture whose shorter side is longer is scaled down before it is converted.
+        frame: a frame of PyAV; its colour tags are trusted, and without a matrix tag its size selects BT.601 or BT.709.
+        reformatter: PyAV's `VideoReformatter`, one for all frames of a clip, since its wide-gamut tables take seconds to build.
+        max_hdr_side: limit in pixels to which the shorter side of an HDR picture is scaled down before conversion.
 
     Raises:
-        RequestError: its colours cannot be converted.
+        RequestError: the colours cannot be converted.
     """
     library = pyav().video.reformatter
     spaces, flags = library.Colorspace, library.Interpolation
     primaries, transfer, matrix = frame.color_primaries, frame.color_trc, frame.colorspace
     check_colour(primaries=primaries, transfer=transfer, matrix=matrix)
-    # Chroma that is interpolated without rounding loses a level in each round of writing and reading.
+    # Without accurate rounding, chroma loses one level in each round of writing and reading.
     exact = flags.BICUBIC | flags.ACCURATE_RND | flags.FULL_CHR_H_INT
     options = {"interpolation": exact, "dst_color_range": library.ColorRange.JPEG}
     if matrix == UNSPECIFIED and not frame.format.is_rgb:
-        # As mpv does.
+        # The rule of mpv.
         options["src_colorspace"] = spaces.ITU709 if frame.width >= 1280 or frame.height > 576 else spaces.ITU601
     if transfer in (PQ, HLG):
         scale = min(1.0, max_hdr_side / min(frame.width, frame.height))
@@ -110,7 +110,7 @@ def image_from_frame(frame: Any, reformatter: Any, *, max_hdr_side: int) -> Imag
 
 
 def image_to_srgb(image: Image.Image, *, primaries: int, transfer: int) -> Image.Image:
-    """A still RGB or RGBA image whose file names other primaries or an HDR transfer, in sRGB."""
+    """Convert a still RGB or RGBA image with these primaries and this transfer to sRGB."""
     check_colour(primaries=primaries, transfer=transfer)
     if transfer not in (PQ, HLG) and not PRIMARIES[primaries]:
         return image
@@ -123,7 +123,7 @@ def image_to_srgb(image: Image.Image, *, primaries: int, transfer: int) -> Image
 
 
 def srgb_from_hdr(coded: Wide, *, primaries: int, transfer: int) -> Pixels:
-    """PQ or HLG, uint16 `[h, w, 3]`, to sRGB, uint8: reference white becomes 233, and highlights lie above it."""
+    """Convert PQ or HLG, uint16 `[h, w, 3]`, to sRGB, uint8; reference white becomes 233, highlights are brighter."""
     levels = np.linspace(0, 1, 65536)
     if transfer == PQ:
         light = np.take(_light_from_pq(levels).astype(np.float32), coded)

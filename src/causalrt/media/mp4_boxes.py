@@ -1,4 +1,4 @@
-"""The boxes that an MP4 file consists of (ISO 14496-12), as far as a stream of them has to be understood."""
+"""Reads and writes the boxes of MP4 files (ISO 14496-12) that streaming needs."""
 
 import re
 import struct
@@ -8,10 +8,10 @@ from causalrt.errors import VideoError
 
 
 def boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """(type, payload) of each box of ISO 14496-12 that lies in `data`, outermost ones only.
+    """Yield (type, payload) of each outermost box in `data`.
 
     Raises:
-        VideoError: `data` is not a row of whole boxes.
+        VideoError: `data` is not a sequence of complete boxes.
     """
     at = 0
     while at < len(data):
@@ -20,13 +20,13 @@ def boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
         if size == 1:
             size, begin = int.from_bytes(data[at + 8 : at + 16], "big"), 16
         if size < begin or at + size > len(data):
-            raise VideoError(f"no whole box at byte {at} of {len(data)}: its size says {size}")
+            raise VideoError(f"the box at byte {at} of {len(data)} is incomplete: its size is {size}")
         yield data[at + 4 : at + 8].decode("latin-1"), data[at + begin : at + size]
         at += size
 
 
 def codec_from_header(header: bytes) -> str:
-    """`avc1.PPCCLL` (RFC 6381): profile, constraints and level, as the avcC box (ISO 14496-15) has them."""
+    """Return `avc1.PPCCLL` (RFC 6381): the profile, constraints and level from the avcC box (ISO 14496-15)."""
     payload = header
     for name in ("moov", "trak", "mdia", "minf", "stbl", "stsd"):
         payload = dict(boxes(payload))[name]
@@ -36,23 +36,23 @@ def codec_from_header(header: bytes) -> str:
 
 
 def fragment(sample: bytes, *, number: int, time: int, duration: int, is_key: bool) -> bytes:
-    """A movie fragment of one frame (moof and mdat), for track 1 of an initialisation segment with `default_base_moof`.
+    """Make a movie fragment of one frame (moof and mdat) for track 1 of an initialisation segment with `default_base_moof`.
 
     Args:
-        sample: the frame, as `sample_from_byte_stream` makes it.
-        number: of the fragment, from 1.
-        time: when it is shown, in the track's timescale.
-        duration: how long, likewise.
-        is_key: whether it can be decoded without others.
+        sample: the encoded frame, as returned by `sample_from_byte_stream`.
+        number: sequence number of the fragment, from 1.
+        time: presentation time in the track's timescale.
+        duration: duration in the track's timescale.
+        is_key: whether the frame can be decoded without others.
     """
-    flags = 0x02000000 if is_key else 0x01010000  # depends on no other; depends on others, and is no sync sample
+    flags = 0x02000000 if is_key else 0x01010000  # independent; or dependent and not a sync sample
     header = _box("tfhd", struct.pack(">II", 0x020000, 1))  # default-base-is-moof; track 1
     begin = _box("tfdt", struct.pack(">IQ", 0x01000000, time))
 
     def moof(data_offset: int) -> bytes:
         run = struct.pack(
             ">IIiIII", 0x000701, 1, data_offset, duration, len(sample), flags
-        )  # offset, and all three of each
+        )  # flags: data offset, and duration, size and flags per sample
         track = _box("traf", header + begin + _box("trun", run))
         return _box("moof", _box("mfhd", struct.pack(">II", 0, number)) + track)
 
@@ -60,8 +60,8 @@ def fragment(sample: bytes, *, number: int, time: int, duration: int, is_key: bo
 
 
 def sample_from_byte_stream(data: bytes) -> bytes:
-    """NAL units after start codes (H.264, annex B) -> each after its length, as MP4 has them (ISO 14496-15)."""
-    units = re.split(b"\x00*\x00\x00\x01", data)[1:]  # no unit holds a start code, or ends with a zero
+    """Replace the start codes of H.264 NAL units (annex B) by lengths, as in MP4 (ISO 14496-15)."""
+    units = re.split(b"\x00*\x00\x00\x01", data)[1:]  # no unit contains a start code or ends with a zero byte
     return b"".join(struct.pack(">I", len(unit)) + unit for unit in units)
 
 

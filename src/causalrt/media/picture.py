@@ -1,4 +1,4 @@
-"""What the decoders hand over: a picture, when it is shown, and what is wrong with a file that breaks off."""
+"""Types that the decoders of pictures and clips share: a picture with its time, and damage to a file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from PIL import Image
 from causalrt.errors import RequestError
 
 MAX_PIXELS = 2**26
-"""Of one picture, 8192 x 8192 for example. A small file can hold gigabytes of pixels; it is refused before they are decoded."""
+"""Most pixels of a picture (8192 x 8192). A small file can hold gigabytes of pixels, so this is checked before decoding."""
 
 Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture of a file.
+    """One picture of a file.
 
     Attributes:
-        start: when it is first shown, in seconds; the first picture's is 0.
-        duration: how long, in seconds; each begins where the one before ends. A still picture's is 0.
-        image: gives the picture: RGB, upright. Not called for pictures that are left out.
-        pixel_aspect: width by height of one of its pixels.
+        start: time in seconds at which it is shown; 0 for the first picture.
+        duration: seconds for which it is shown, until the next one; 0 for a still picture.
+        image: returns the upright RGB picture; not called for pictures that are skipped.
+        pixel_aspect: width of a pixel divided by its height.
     """
 
     start: Fraction
@@ -31,22 +31,22 @@ class Picture:
     pixel_aspect: Fraction = Fraction(1)
 
 
-class Damage(Exception):  # noqa: N818 (it ends a reading; what was read until then counts)
-    """A file is damaged or cut off here; what came before it was good."""
+class Damage(Exception):  # noqa: N818 (it ends reading; what was read before remains valid)
+    """A file is damaged or truncated at this point; everything before it is good."""
 
 
 def check_size(width: int, height: int) -> None:
     """Refuse pictures that would take gigabytes, before they are decoded.
 
     Raises:
-        RequestError: there are more than `MAX_PIXELS`.
+        RequestError: the picture has more than `MAX_PIXELS` pixels.
     """
     if width * height > MAX_PIXELS:
-        raise RequestError(f"it has {width} x {height} pixels, of at most {MAX_PIXELS:,}; scale it down first")
+        raise RequestError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down first")
 
 
 def over(background: Colour, image: Image.Image) -> Image.Image:
-    """An RGB or RGBA image as RGB, over a colour where it is transparent."""
+    """Composite an RGB or RGBA image over a background colour; return it as RGB."""
     if image.mode != "RGBA":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")

@@ -1,4 +1,4 @@
-"""PyAV, imported when it is needed."""
+"""Imports PyAV when it is needed."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ def pyav() -> Any:
     """Import PyAV and return it.
 
     Raises:
-        ExecutorError: it is not installed.
+        ExecutorError: PyAV is not installed.
     """
     try:
         import av

@@ -1,6 +1,6 @@
-"""Frames of a video's size and rate from a picture or a clip.
+"""Reads a picture or a clip as frames of a given size and rate.
 
-file -> stills (Pillow) | clips (PyAV) -> pictures with times -> sampled at the rate -> middle cut out, scaled -> frames
+file -> stills (Pillow) | clips (PyAV) -> pictures with times -> resampled in time -> cropped to the centre and scaled -> frames
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor
 
-from causalrt.config import FRAMES_PER_SECOND
+from causalrt.codec_geometry import WAN21
 from causalrt.errors import RequestError
 from causalrt.media.clips import clip_pictures
 from causalrt.media.colour import Pixels
@@ -39,28 +39,28 @@ def read_frames(
     height: int,
     width: int,
     max_frames: int,
-    fps: int | Fraction = FRAMES_PER_SECOND,
+    fps: int | Fraction = WAN21.fps,
     background: str = BACKGROUND,
     part: Part = "first",
 ) -> torch.Tensor:
     """Read a picture or a clip as frames, uint8 `[T, height, width, 3]` in sRGB, T at most `max_frames`.
 
-    Pictures are shown upright and at their pixels' aspect ratio; the middle of each that has the frames' shape is scaled.
-    A clip is sampled by its time stamps. Colours other than those of sRGB and BT.709 are converted, and HDR is tone-mapped.
-    A warning is logged where a clip is resampled or cut, is shorter than `max_frames`, or breaks off: what is good before
-    the damage is used.
+    Pictures are upright and respect the aspect ratio of their pixels; each is cropped to the centre and scaled.
+    A clip is sampled by its timestamps. Colours other than those of sRGB and BT.709 are converted, and HDR is tone-mapped.
+    A warning is logged if a clip is resampled or cut, is shorter than `max_frames`, or is damaged; the part before the damage
+    is used.
 
     Args:
-        path: a regular file; never an address or a pattern.
-        height: of the frames, in pixels.
-        width: of the frames, in pixels.
-        max_frames: how many are wanted. A still picture gives one.
-        fps: frames a second.
-        background: shown where a picture is transparent, as CSS writes colours: `white`, `#102030`.
-        part: whether a longer clip's first or last frames are taken.
+        path: a regular file; URLs and patterns are not interpreted.
+        height: height of the frames in pixels.
+        width: width of the frames in pixels.
+        max_frames: most frames to return. A still picture gives one.
+        fps: frames per second.
+        background: CSS colour shown where a picture is transparent, such as `white` or `#102030`.
+        part: whether the first or the last frames of a longer clip are used.
 
     Raises:
-        RequestError: an argument is wrong, or the file cannot be read: what is wrong with it, and what to do.
+        RequestError: an argument is invalid, or the file cannot be read.
         ExecutorError: PyAV is not installed.
     """
     path = Path(path)
@@ -86,15 +86,15 @@ def read_frames(
         raise RequestError(f"{path} cannot be read as an image or a video: {error}") from error
     if damage is not None and not sampler.num_pictures:
         raise RequestError(
-            f"{path} cannot be read as an image or a video: it is damaged or cut off, from its first picture on ({damage}); "
+            f"{path} cannot be read as an image or a video: it is damaged or truncated at its first picture ({damage}); "
             "give an undamaged file"
         )
     remarks = sampler.remarks()
     if damage is not None:
         remarks.insert(
             0,
-            f"is damaged or cut off after {sampler.num_pictures} pictures, {float(sampler.seconds):.2f} s ({damage}): "
-            "only what comes before is used",
+            f"is damaged or truncated after {sampler.num_pictures} pictures, {float(sampler.seconds):.2f} s ({damage}): "
+            "only the part before that is used",
         )
     if remarks:
         _log.warning("%s %s", path, "; ".join(remarks))
@@ -120,7 +120,7 @@ def _colour(text: str) -> Colour:
 
 @dataclass(kw_only=True)
 class _Sampler:
-    """Frames at a constant rate: frame k is what is shown in the middle of its time, (k + 1/2) / fps."""
+    """Resamples pictures to a constant rate: frame k is the picture shown at the middle of its interval, (k + 1/2) / fps."""
 
     height: int
     width: int
@@ -135,7 +135,7 @@ class _Sampler:
         self.seconds = Fraction(0)
 
     def add(self, picture: Picture) -> bool:
-        """Take a picture as often as it is shown; whether no more are wanted."""
+        """Add a picture as often as it is sampled; return whether no more pictures are needed."""
         self.num_pictures += 1
         self.seconds = picture.start + picture.duration
         end = max(0, ceil(self.seconds * self.fps - Fraction(1, 2)))
@@ -149,11 +149,11 @@ class _Sampler:
         return self.part == "first" and self.total > self.max_frames
 
     def stacked(self) -> torch.Tensor:
-        """The frames; one at least, of what is shown for less than half a frame or is a still picture."""
+        """Return the frames: at least one, also for a still picture or a clip shorter than half a frame."""
         return torch.from_numpy(np.stack(self.frames or [self._fitted(self._latest)]))
 
     def remarks(self) -> list[str]:
-        """What a caller may not expect of a clip."""
+        """Return remarks on how the frames differ from the clip, for a warning."""
         found: list[str] = []
         if not self.seconds:
             return found
@@ -169,7 +169,7 @@ class _Sampler:
         return found
 
     def _fitted(self, picture: Picture) -> Pixels:
-        """The middle that has the frames' shape, scaled."""
+        """Crop a picture to the centre with the aspect ratio of the frames, and scale it."""
         image = picture.image()
         shape = Fraction(self.width, self.height) / picture.pixel_aspect
         wide, high = min(Fraction(image.width), image.height * shape), min(Fraction(image.height), image.width / shape)

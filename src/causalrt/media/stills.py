@@ -1,4 +1,4 @@
-"""Still and animated pictures, decoded by Pillow: upright, composited over one colour, in sRGB."""
+"""Decodes still and animated pictures with Pillow into pictures that are upright, opaque and in sRGB."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -14,21 +14,21 @@ from causalrt.media.picture import MAX_PIXELS, Colour, Damage, Picture, check_si
 from causalrt.media.pyav import pyav
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM")
-ANIMATED = ("PNG", "GIF", "WEBP", "AVIF")  # further pages of a TIFF, or pictures of an MPO, are no later moments
-SHORTEST_MS, UNSET_MS = 10, 100  # browsers show a GIF's picture of at most 10 ms for 100 ms
+ANIMATED = ("PNG", "GIF", "WEBP", "AVIF")  # pages of a TIFF or pictures of an MPO are not an animation
+SHORTEST_MS, UNSET_MS = 10, 100  # browsers show a GIF frame of at most 10 ms for 100 ms
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
 
 
 def opened_image(file: BinaryIO, *, is_tga: bool) -> Image.Image | None:
-    """The image that Pillow finds by the file's contents, not decoded yet; None if it is no picture that Pillow knows.
+    """Open an image without decoding it; return None if Pillow does not recognise the contents of the file.
 
     Args:
-        file: seekable, and read as long as the image is used.
-        is_tga: whether it may be TGA, a format without a signature.
+        file: a seekable file, which must stay open as long as the image is used.
+        is_tga: whether the file may be a TGA, a format without a signature.
 
     Raises:
-        RequestError: it has too many pixels.
-        Damage: it is damaged before its first pixel.
+        RequestError: the image has too many pixels.
+        Damage: the image is damaged before its first pixel.
     """
     file.seek(0)
     Image.init()
@@ -45,14 +45,16 @@ def opened_image(file: BinaryIO, *, is_tga: bool) -> Image.Image | None:
 
 
 def still_pictures(image: Image.Image, file: BinaryIO, background: Colour) -> Iterator[Picture]:
-    """Each picture of an image, one after the other; a still one lasts no time.
+    """Decode the pictures of an image in order; a still picture has duration 0.
 
     Raises:
-        RequestError: its pixels or colours are of a kind that is not converted.
-        Damage: a picture is damaged or cut off.
+        RequestError: the pixel format or the colours are not supported.
+        Damage: a picture is damaged or truncated.
     """
     count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
-    first = int(count > 1 and bool(getattr(image, "default_image", False)))  # shown where there is no animation
+    first = int(
+        count > 1 and bool(getattr(image, "default_image", False))
+    )  # skip the fallback for viewers without animation
     start = Fraction(0)
     tags = _colour_tags(image, file)
     for number in range(first, count):
@@ -72,7 +74,7 @@ def still_pictures(image: Image.Image, file: BinaryIO, background: Colour) -> It
 
 
 def _in_srgb(image: Image.Image, tags: tuple[int, int]) -> Image.Image:
-    """RGB or RGBA, whatever the pixels were."""
+    """Convert an image of any mode to RGB or RGBA in sRGB."""
     if image.mode.startswith("I;16"):
         image = _in_8_bits(image)
     if image.mode in ("I", "F"):
@@ -87,7 +89,7 @@ def _in_srgb(image: Image.Image, tags: tuple[int, int]) -> Image.Image:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits as L, or as LA where one of them stands for transparency."""
+    """Convert 16-bit grey levels to mode L, or to LA if one level stands for transparency."""
     levels = np.asarray(image)
     grey = (levels >> 8).astype(np.uint8)
     transparent = image.info.get("transparency")
@@ -106,14 +108,14 @@ def _through_profile(image: Image.Image, icc: bytes) -> Image.Image:
         )
     except (ImageCms.PyCMSError, OSError, KeyError) as error:
         raise RequestError(f"its ICC colour profile cannot be used ({error}); convert it to sRGB first") from error
-    assert converted is not None  # it is only None in place
+    assert converted is not None  # it is None only for in-place conversion
     if alpha is not None:
         converted.putalpha(alpha)
     return converted
 
 
 def _colour_tags(image: Image.Image, file: BinaryIO) -> tuple[int, int]:
-    """Primaries and transfer that a PNG or AVIF names without a profile, which Pillow does not tell."""
+    """Return the primaries and transfer with which a PNG or AVIF is tagged; Pillow does not report them."""
     if image.format not in ("PNG", "AVIF") or image.info.get("icc_profile"):
         return UNSPECIFIED, UNSPECIFIED
     av = pyav()

@@ -1,11 +1,10 @@
-"""Frames in, MP4 out: a whole file, or fragments while the video is still being made.
+"""Writes frames as MP4: as a complete file, or as fragments while the video is still being generated.
 
     frames uint8 [T, h, w, 3] -> H.264 (yuv420p, BT.709) -> Mp4Writer: one file, published when it is complete
                                                          -> FragmentWriter: ftyp moov | moof mdat | moof mdat | ... as bytes
 
-PyAV encodes and muxes, all but fragments: FFmpeg's muxer holds each back until the next frame tells it the duration, which is
-known here. A fragment is a frame, and comes out with the call that gave it. This module owns neither the frames nor who reads
-the bytes.
+PyAV encodes and muxes, but fragments are made here: FFmpeg's muxer holds each one back until the next frame determines its
+duration, which is known in advance here. Each fragment holds one frame and is returned by the call that passed the frame.
 """
 
 import contextlib
@@ -20,23 +19,23 @@ import numpy.typing as npt
 import torch
 
 from causalrt.atomic_files import atomic_file
-from causalrt.config import FRAMES_PER_SECOND
+from causalrt.codec_geometry import WAN21
 from causalrt.errors import RequestError, VideoError
 from causalrt.media.mp4_boxes import codec_from_header, fragment, sample_from_byte_stream
 from causalrt.media.pyav import pyav
 
 Frames = torch.Tensor | npt.NDArray[np.uint8]
 
-MAX_SIDE = 16384  # of H.264 as x264 writes it
-KEYFRAME_SECONDS = 2  # how far a player has to go back when it seeks
-BT709 = 1  # its number in H.264 (ITU-T H.273), for primaries, transfer and matrix alike
+MAX_SIDE = 16384  # pixels; limit of x264
+KEYFRAME_SECONDS = 2  # the most that a player has to decode for a seek
+BT709 = 1  # number in ITU-T H.273 of the primaries, the transfer and the matrix
 
 
 class Mp4Writer:
-    """One MP4 file, fed chunk by chunk: it appears at `path` when `close` has completed it, and not before.
+    """Writes one MP4 file chunk by chunk; it appears at `path` only once `close` has completed it.
 
-    Its index is at its front, so that a player can begin while it is downloaded. As a `with` block it is closed at the end, or
-    discarded by an exception.
+    Its index is at the front, so that it can be played while it is being downloaded. A `with` block closes the file at its end,
+    or discards it on an exception.
     """
 
     def __init__(
@@ -49,18 +48,18 @@ class Mp4Writer:
         private: bool = False,
         sweeps: bool = True,
     ) -> None:
-        """Begin beside `path`.
+        """Start writing to a temporary file beside `path`.
 
         Args:
-            path: the file.
-            height: of the frames, in pixels.
-            width: of the frames, in pixels.
-            fps: frames a second.
-            private: readable by its owner alone, rather than by whom the umask lets.
-            sweeps: remove what killed writers of this file have left; see `atomic_file`.
+            path: path of the file.
+            height: height of the frames in pixels.
+            width: width of the frames in pixels.
+            fps: frames per second.
+            private: make the file readable only by its owner, rather than as the umask allows.
+            sweeps: remove files that killed writers of this path have left; see `atomic_file`.
 
         Raises:
-            RequestError: odd or impossible sizes or rate, or `path` cannot be written.
+            RequestError: the size or rate is unsupported, or `path` cannot be written.
             ExecutorError: PyAV is not installed.
         """
         self.path = path.absolute()
@@ -77,7 +76,7 @@ class Mp4Writer:
                 height=height,
                 width=width,
                 fps=fps,
-                # So little is lost that colours stay the same over ten rounds of writing and reading.
+                # High enough quality that colours are unchanged after ten rounds of writing and reading.
                 codec_options={"preset": "veryfast", "crf": "15", "x264-params": "chroma-qp-offset=-4"},
                 container_options={"movflags": "+faststart"},
             )
@@ -87,7 +86,7 @@ class Mp4Writer:
         """Append frames, uint8 `[T, height, width, 3]`.
 
         Raises:
-            RequestError: wrong shape or type, or the writer was closed.
+            RequestError: the frames have the wrong shape or type, or the writer is closed.
             VideoError: encoding or writing failed, a full disk for example; nothing is left at `path`.
         """
         self._check_open()
@@ -96,11 +95,11 @@ class Mp4Writer:
             self._muxer.write(checked)
 
     def close(self) -> None:
-        """Complete the file and publish it. Harmless when called again.
+        """Complete the file and publish it. Further calls have no effect.
 
         Raises:
-            RequestError: no frame was written; nothing is left.
-            VideoError: writing failed; nothing is left.
+            RequestError: no frame was written; no file is left.
+            VideoError: writing failed; no file is left.
         """
         if not self._open:
             return
@@ -113,7 +112,7 @@ class Mp4Writer:
         self._open = False
 
     def discard(self) -> None:
-        """Leave nothing. Harmless after `close`, which then has published the file, and when called again."""
+        """Remove the incomplete file. This has no effect after `close`, or when called again."""
         if self._open:
             self._abandon()
 
@@ -121,7 +120,7 @@ class Mp4Writer:
         self._open = False
         if hasattr(self, "_muxer"):
             self._muxer.abandon()
-        with contextlib.suppress(VideoError), self._file:  # an error in the block removes the file
+        with contextlib.suppress(VideoError), self._file:  # an error in the block makes it remove the file
             raise VideoError(f"{self.path} was abandoned")
 
     @contextlib.contextmanager
@@ -131,7 +130,7 @@ class Mp4Writer:
         except BaseException as error:
             self._abandon()
             if isinstance(error, (OSError, pyav().FFmpegError)):
-                raise VideoError(f"writing {self.path} failed, nothing was left there: {error}") from error
+                raise VideoError(f"writing {self.path} failed, and no file was left there: {error}") from error
             raise
 
     def _check_open(self) -> None:
@@ -151,21 +150,21 @@ class Mp4Writer:
 
 
 class FragmentWriter:
-    """Fragmented MP4 as bytes, in order: `header`, then what `write` returns, then what `close` returns.
+    """Fragmented MP4 as bytes, in order: `header`, then the fragments of each `write`, then those of `close`.
 
-    A fragment is a frame, and none is held back. Any beginning that ends with a whole fragment is a video.
+    Each fragment holds one frame, and none is held back. A header followed by any number of fragments is a playable video.
 
     Attributes:
         header: the initialisation segment (ftyp and moov).
-        codec: as RFC 6381 writes it, `avc1.PPCCLL`, read from the stream's own configuration.
-        mime: what a browser's `MediaSource` wants to hear.
+        codec: codec string of RFC 6381, `avc1.PPCCLL`, read from the stream's own configuration.
+        mime: MIME type that a browser's `MediaSource` expects.
     """
 
     def __init__(self, *, height: int, width: int, fps: int | Fraction) -> None:
-        """Begin; `header` is there at once.
+        """Open the encoder and make `header`.
 
         Raises:
-            RequestError: odd or impossible sizes or rate.
+            RequestError: the size or rate is unsupported.
             ExecutorError: PyAV is not installed.
             VideoError: the encoder cannot be opened.
         """
@@ -192,11 +191,11 @@ class FragmentWriter:
         self.codec = codec_from_header(self.header)
         self.mime = f'video/mp4; codecs="{self.codec}"'
 
-    def write(self, frames: Frames) -> bytes:
-        """Encode frames, uint8 `[T, height, width, 3]`; their fragments.
+    def write(self, frames: Frames) -> list[bytes]:
+        """Encode frames, uint8 `[T, height, width, 3]`, and return one fragment per frame.
 
         Raises:
-            RequestError: wrong shape or type, or the writer was closed.
+            RequestError: the frames have the wrong shape or type, or the writer is closed.
             VideoError: encoding failed.
         """
         if not self._open:
@@ -205,17 +204,17 @@ class FragmentWriter:
         with _typed("encoding"):
             return self._fragments(self._muxer.packets(checked))
 
-    def close(self) -> bytes:
-        """What the encoder still holds: nothing, as it is set. Nothing when called again."""
+    def close(self) -> list[bytes]:
+        """Return the fragments of frames that the encoder still holds; none with its current settings, or on a second call."""
         if not self._open:
-            return b""
+            return []
         self._open = False
         with _typed("encoding"):
             last = self._fragments(self._muxer.last_packets())
         self._muxer.abandon()
         return last
 
-    def _fragments(self, packets: Iterator[Any]) -> bytes:
+    def _fragments(self, packets: Iterator[Any]) -> list[bytes]:
         parts = []
         for packet in packets:
             time, self._sent = self._sent * self._duration, self._sent + 1
@@ -223,14 +222,14 @@ class FragmentWriter:
             parts.append(
                 fragment(sample, number=self._sent, time=time, duration=self._duration, is_key=packet.is_keyframe)
             )
-        return b"".join(parts)
+        return parts
 
 
-def write_video(path: str | Path, frames: Frames, *, fps: int | Fraction = FRAMES_PER_SECOND) -> None:
-    """Write frames, uint8 `[T, height, width, 3]` in sRGB, as an MP4 file (H.264) that appears when it is complete.
+def write_video(path: str | Path, frames: Frames, *, fps: int | Fraction = WAN21.fps) -> None:
+    """Write frames, uint8 `[T, height, width, 3]` in sRGB, as an MP4 file (H.264), atomically.
 
     Raises:
-        RequestError: frames of another shape or type, odd or impossible sizes or rate, or `path` cannot be written.
+        RequestError: the frames have the wrong shape or type, the size or rate is unsupported, or `path` cannot be written.
         VideoError: encoding or writing failed; nothing is left at `path`.
         ExecutorError: PyAV is not installed.
     """
@@ -241,7 +240,7 @@ def write_video(path: str | Path, frames: Frames, *, fps: int | Fraction = FRAME
 
 
 class _Muxer:
-    """An H.264 stream in an MP4 container that goes to a path or to an object with `write`."""
+    """An H.264 stream in an MP4 container that is written to a path or to an object with a `write` method."""
 
     def __init__(
         self,
@@ -262,17 +261,17 @@ class _Muxer:
         context = stream.codec_context
         context.time_base = 1 / Fraction(fps)
         context.gop_size = max(1, round(KEYFRAME_SECONDS * fps))
-        # Said in the stream, or players guess by the size of the picture and differ in it.
+        # Tag the colours, because players guess missing tags from the picture size, each in its own way.
         context.color_primaries = context.color_trc = context.colorspace = BT709
         context.color_range = int(av.video.reformatter.ColorRange.MPEG)
         self._converter = _converter(height=height, width=width, time_base=context.time_base)
         self._container.start_encoding()
 
     def checked(self, frames: Frames) -> npt.NDArray[np.uint8]:
-        """Frames as an array.
+        """Return the frames as an array.
 
         Raises:
-            RequestError: wrong shape or type.
+            RequestError: the frames have the wrong shape or type.
         """
         array = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else frames
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
@@ -282,7 +281,7 @@ class _Muxer:
         return array
 
     def packets(self, frames: npt.NDArray[np.uint8]) -> Iterator[Any]:
-        """Encoded frames, as they come out of the encoder."""
+        """Encode frames and yield the packets."""
         for picture in frames:
             frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts, frame.time_base = self.num_frames, self._stream.codec_context.time_base
@@ -291,31 +290,31 @@ class _Muxer:
             yield from self._stream.encode(self._converter.pull())
 
     def last_packets(self) -> Iterator[Any]:
-        """What the encoder still holds."""
+        """Flush the encoder and yield its last packets."""
         yield from self._stream.encode(None)
 
     def write(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Encode and mux."""
+        """Encode and mux frames."""
         for packet in self.packets(frames):
             self._container.mux(packet)
 
     def finish(self) -> None:
-        """Everything that the encoder and the muxer still hold goes out."""
+        """Flush the encoder, and complete the container."""
         for packet in self.last_packets():
             self._container.mux(packet)
         self._container.close()
 
     def abandon(self) -> None:
-        """Give everything back; what was written is not completed."""
+        """Release the container without completing it."""
         with contextlib.suppress(Exception):
             self._container.close()
 
 
 def _converter(*, height: int, width: int, time_base: Fraction) -> Any:
-    """A filter graph from RGB to the format that the stream declares.
+    """Make a filter graph that converts RGB to the format that the stream declares.
 
     Without accurate rounding, each round of writing and reading would lose a grey level. H.264 places chroma samples at the
-    left by default, and swscale in the centre: without `out_chroma_loc`, colours would move by half a pixel.
+    left by default, but swscale in the centre: without `out_chroma_loc`, colours would shift by half a pixel.
     """
     graph = pyav().filter.Graph()
     source = graph.add(
@@ -333,7 +332,7 @@ def _converter(*, height: int, width: int, time_base: Fraction) -> Any:
 
 
 class _Sink:
-    """Where the muxer writes."""
+    """Collects the bytes that the muxer writes."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -343,21 +342,21 @@ class _Sink:
         return len(data)
 
     def taken(self) -> bytes:
-        """All that was written."""
+        """Return everything that was written."""
         return b"".join(self._parts)
 
 
 def check_picture(*, height: int, width: int, fps: int | Fraction) -> None:
-    """Refuse what H.264 in yuv420p cannot hold.
+    """Refuse sizes and rates that H.264 in yuv420p does not support.
 
     Raises:
-        RequestError: a side that is odd, too small or too large, or a rate that is not positive.
+        RequestError: a side is odd, too small or too large, or the rate is not in (0, 1000].
     """
     for name, side in (("height", height), ("width", width)):
         if side % 2 or not 2 <= side <= MAX_SIDE:
             raise RequestError(f"{name} of a video must be even and 2 to {MAX_SIDE} pixels, got {side}")
     if not 0 < fps <= 1000:
-        raise RequestError(f"frames a second must lie in (0, 1000], got {fps}")
+        raise RequestError(f"fps must be greater than 0 and at most 1000, got {fps}")
 
 
 @contextlib.contextmanager

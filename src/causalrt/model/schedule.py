@@ -1,12 +1,14 @@
-"""The few-step schedule: which timesteps the model sees, and the noise level of each (model_spec section 7).
+"""The few-step schedule: the timesteps that the model sees, the noise level of each, and the sampler's algebra.
 
-The reference's tables are float32; they are followed operation by operation, so they come out bit for bit.
+The reference's tables are float32 (model_spec section 7). They are followed operation by operation, so they come out bit for
+bit. With x = (1 - sigma) x0 + sigma noise the model predicts the flow noise - x0, from which each step takes its x0.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from causalrt.config import SamplerConfig
 
@@ -15,11 +17,25 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """Timesteps fed to the sinusoid and the noise level sigma of each denoising step, and the refresh's timestep."""
+    """The denoising steps of a chunk, and the context pass after them.
+
+    Attributes:
+        timesteps: of each denoising step.
+        sigmas: noise level of each denoising step.
+        context_timestep: timestep of the context pass.
+    """
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
     context_timestep: float
+
+    def clean(self, step: int, x: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+        """The x0, float32, that a step predicts by the flow of its noisy rows `x`."""
+        return (x.double() - self.sigmas[step] * flow.double()).float()
+
+    def add_noise(self, step: int, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The noisy rows that a step starts from."""
+        return (1 - self.sigmas[step]) * x0 + self.sigmas[step] * noise
 
 
 def scheduler_tables(shift: float) -> tuple[Float32Array, Float32Array]:

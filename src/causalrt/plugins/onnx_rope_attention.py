@@ -96,5 +96,5 @@ def _rotate(op: Any, x: Any, tables: Sequence[Any], shard: ShardRows, dtype: Any
     """The standard RotaryEmbedding, in float32 whatever the precision around it."""
     float32 = dtype == FLOAT32
     heads = {} if whole else {"num_heads": shard.num_heads}
-    turned = op.RotaryEmbedding(x if float32 else op.Cast(x, to=FLOAT32), *tables, interleaved=1, **heads)
-    return turned if float32 else op.Cast(turned, to=dtype)
+    rotated = op.RotaryEmbedding(x if float32 else op.Cast(x, to=FLOAT32), *tables, interleaved=1, **heads)
+    return rotated if float32 else op.Cast(rotated, to=dtype)

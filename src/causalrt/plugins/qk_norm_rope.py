@@ -5,7 +5,7 @@
                                                in the order in which `scatter_heads` sends them (layout.py)
 
 The exchange order is `destinations`: for each row and head of the input, where it goes. The kernel scatters by it; the
-reference and the ONNX form turn it round and gather (in a graph it is a constant, so that is done once, when the graph is
+reference and the ONNX form invert it and gather (in a graph it is a constant, so that is done once, when the graph is
 loaded). With one rank the rows are those of q, then of k, then of v, unmoved.
 
 Statistics, weight and rotation are float32 whatever the type of the rows, and each value is rounded once, at the end.
@@ -55,16 +55,16 @@ def qk_norm_rope_rows(
         `[P * scatter_rows, D]` in the dtype of `q`.
     """
 
-    def turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def rotated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         normed = F.rms_norm(x.float(), weight.shape, weight.float(), eps)
         return rotate_pairs_real(normed[None], cos, sin, num_heads)[0].to(x.dtype)
 
-    stacked = torch.cat([turned(q, norm_q), turned(k, norm_k), v])
+    stacked = torch.cat([rotated(q, norm_q), rotated(k, norm_k), v])
     return stacked.view(-1, q.shape[1] // num_heads).index_select(0, sources(destinations, out_rows))
 
 
 def sources(destinations: torch.Tensor, out_rows: int) -> torch.Tensor:
-    """`[out_rows]`: `destinations` turned round: of each row of the output its place in q, k, v stacked as `[3 * S * H]`."""
+    """`[out_rows]`: Invert `destinations`: for each row of the output, its place in q, k, v stacked as `[3 * S * H]`."""
     source = torch.arange(destinations[..., 0].numel(), device=destinations.device)
     index = source.new_zeros(out_rows + 1)
     index[destinations.flatten().long() % len(index)] = source.repeat_interleave(destinations.shape[3])  # -1: the last
@@ -242,13 +242,13 @@ def onnx_qk_norm_rope(
     def wide(x: Any) -> Any:
         return x if x.dtype == cos.dtype else op.Cast(x, to=cos.dtype)
 
-    def turned(x: Any, weight: Any) -> Any:
+    def rotated(x: Any, weight: Any) -> Any:
         normed = op.RMSNormalization(wide(x), wide(weight), axis=-1, epsilon=eps, stash_type=cos.dtype)
         batch = op.Unsqueeze(normed, op.Constant(value_ints=[0]))
         rotated = op.Reshape(op.RotaryEmbedding(batch, cos, sin, interleaved=1, num_heads=num_heads), head_rows)
         return rotated if x.dtype == cos.dtype else op.Cast(rotated, to=x.dtype)
 
-    stacked = op.Concat(turned(q, norm_q), turned(k, norm_k), op.Reshape(v, head_rows), axis=0)
+    stacked = op.Concat(rotated(q, norm_q), rotated(k, norm_k), op.Reshape(v, head_rows), axis=0)
     return op.Gather(stacked, _onnx_sources(op, destinations, out_rows), axis=0)
 
 

@@ -8,7 +8,7 @@
 slow `[1, heads, rows, D]`. Rows past `kv_rows` are neither read nor written.
 
 Rotation in here, where the caller hands over `rotation` (rank, cos, sin): q arrives and k is kept as they were normalised,
-and both are turned when they are read. cos and sin `[rows, D / 2]`, float32, have a row for each slot row, whether or not all
+and both are rotated when they are read. cos and sin `[rows, D / 2]`, float32, have a row for each slot row, whether or not all
 slots are bound; the first N are the chunk's tokens, so queries take theirs there too. Only differences of angles matter, so
 time may count from any origin near the chunk (`causalrt.model.wan.relative_rope`), and no rollout is too long. Without it,
 `rotation` is empty and q and k arrive rotated.

@@ -13,8 +13,7 @@ import torch
 
 from causalrt.errors import KernelError
 from causalrt.plugins.kernel_launch import KernelLaunch, pointer_to
-from causalrt.plugins.plugin_specs import MAX_HEAD_DIM, MAX_SHARDS
-from causalrt.plugins.shard_blocks import ShardBlocks
+from causalrt.plugins.shard_blocks import MAX_HEAD_DIM, MAX_SHARDS, ShardBlocks
 from causalrt.plugins.triton_flash import combine_splits_kernel
 from causalrt.plugins.triton_rope_attention import rope_attention_kernel
 
@@ -97,7 +96,7 @@ class RopeAttentionBuffers:
     Attributes:
         out: `[P, gather_rows, D]`.
         parts: `[kv_splits, P, gather_rows, D]` float32, where the keys are split; empty otherwise.
-        log_sums: `[kv_splits, P, gather_rows]` float32, likewise.
+        log_sums: `[kv_splits, P, gather_rows]` float32, where the keys are split; empty otherwise.
     """
 
     out: torch.Tensor
@@ -111,7 +110,7 @@ class RopeAttentionPlan:
 
     Attributes:
         attend: attention and the write of staging.
-        combine: adds up the key ranges; None where there is one.
+        combine: combines the results of the key ranges; None if there is only one range.
     """
 
     blocks: ShardBlocks
@@ -166,7 +165,7 @@ def plan(
         dtype: of received, slots and output.
         slot_rows: rows of the slots as they are bound.
         whole_slots: slots are `[1, heads, rows, D]`; otherwise `[1, rows, heads * D]`.
-        rotate: q and k are turned by `rotation` when they are read.
+        rotate: q and k are rotated when they are read.
         tiles: see `tiles_for`.
         num_multiprocessors: of the device.
         kv_splits: key ranges; None chooses.
@@ -228,24 +227,39 @@ def plan(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    combine = _plan_combine(blocks, dtype, kv_splits, padded_dim) if kv_splits > 1 else None
+    combine = None
+    if kv_splits > 1:
+        combine = plan_combine(rows=world_size * blocks.gather_rows, head_dim=head_dim, splits=kv_splits, dtype=dtype)
     return RopeAttentionPlan(blocks=blocks, dtype=dtype, kv_splits=kv_splits, attend=attend, combine=combine)
 
 
-def _plan_combine(blocks: ShardBlocks, dtype: torch.dtype, kv_splits: int, padded_dim: int) -> KernelLaunch:
-    num_rows, block_rows = blocks.world_size * blocks.gather_rows, 16
+def plan_combine(*, rows: int, head_dim: int, splits: int, dtype: torch.dtype) -> KernelLaunch:
+    """Plan the launch that combines the partial outputs of several key ranges.
+
+    Args:
+        rows: number of output rows.
+        head_dim: channels of a row.
+        splits: number of key ranges.
+        dtype: type of the output.
+
+    Raises:
+        KernelError: the rows have too many channels, or there are too many of them.
+    """
+    _check_head_dim(head_dim)
+    _check_size("partial outputs", MAX_KV_SPLITS * rows * head_dim)
+    block_rows = 16
     parts = pointer_to(torch.float32)
     return KernelLaunch(
         kernel=combine_splits_kernel,
         signature={"parts": parts, "log_sums": parts, "out": pointer_to(dtype)},
         constexprs={
-            "NUM_ROWS": num_rows,
-            "HEAD_DIM": blocks.head_dim,
-            "KV_SPLITS": kv_splits,
+            "NUM_ROWS": rows,
+            "HEAD_DIM": head_dim,
+            "KV_SPLITS": splits,
             "BLOCK_ROWS": block_rows,
-            "BLOCK_D": padded_dim,
+            "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
         },
-        grid=(math.ceil(num_rows / block_rows), 1, 1),
+        grid=(math.ceil(rows / block_rows), 1, 1),
         num_warps=4,
         num_stages=1,
     )
@@ -258,11 +272,7 @@ def _check(blocks: ShardBlocks, *, slot_rows: int) -> None:
         )
     if slot_rows < blocks.num_tokens:
         raise KernelError(f"slots of {slot_rows} rows cannot stage a chunk of {blocks.num_tokens} tokens")
-    if blocks.head_dim > MAX_HEAD_DIM:
-        raise KernelError(
-            f"the kernel takes heads of {MAX_HEAD_DIM} channels at most, got {blocks.head_dim}; build with `--plugins off` and "
-            "`video.time_index=global`"
-        )
+    _check_head_dim(blocks.head_dim)
     heads = max(shard.num_heads for shard in blocks.shards)
     sizes = {
         "received": blocks.world_size * blocks.scatter_rows * blocks.head_dim,
@@ -270,7 +280,19 @@ def _check(blocks: ShardBlocks, *, slot_rows: int) -> None:
         "partial outputs": MAX_KV_SPLITS * blocks.world_size * blocks.gather_rows * blocks.head_dim,
     }
     for name, size in sizes.items():
-        if size > MAX_OFFSET:
-            raise KernelError(
-                f"{name} would hold {size} values, and the kernel counts to {MAX_OFFSET}; use more ranks or a shorter window"
-            )
+        _check_size(name, size)
+
+
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim > MAX_HEAD_DIM:
+        raise KernelError(
+            f"the kernel takes heads of {MAX_HEAD_DIM} channels at most, got {head_dim}; build with `--plugins off` and "
+            "`video.time_index=global`"
+        )
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MAX_OFFSET:
+        raise KernelError(
+            f"{name} would hold {size} values, and the kernel counts to {MAX_OFFSET}; use more ranks or a shorter window"
+        )

@@ -18,8 +18,8 @@ def rotate_pairs(x_BSC: torch.Tensor, cos_BSP: torch.Tensor, sin_BSP: torch.Tens
         `[1, S, H * D]` in the dtype of `x_BSC`.
     """
     pairs = torch.view_as_complex(x_BSC.float().view(*x_BSC.shape[:-1], num_heads, -1, 2))
-    turned = pairs * torch.complex(cos_BSP, sin_BSP).unsqueeze(2)
-    return torch.view_as_real(turned).flatten(-3).to(x_BSC.dtype)
+    rotated = pairs * torch.complex(cos_BSP, sin_BSP).unsqueeze(2)
+    return torch.view_as_real(rotated).flatten(-3).to(x_BSC.dtype)
 
 
 def rotate_pairs_real(
@@ -28,8 +28,8 @@ def rotate_pairs_real(
     """`rotate_pairs` without complex numbers, for compilers that do not fuse them."""
     even, odd = x_BSC.float().view(*x_BSC.shape[:-1], num_heads, -1, 2).unbind(-1)
     cos, sin = cos_BSP.unsqueeze(2), sin_BSP.unsqueeze(2)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-3).to(x_BSC.dtype)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-3).to(x_BSC.dtype)
 
 
 @torch.library.custom_op("causalrt::rotate", mutates_args=())
@@ -47,5 +47,5 @@ def onnx_rotate(op: Any, x: Any, cos: Any, sin: Any, num_heads: int) -> Any:
     """ONNX form: the standard RotaryEmbedding, in float32 between casts."""
     if x.dtype == cos.dtype:
         return op.RotaryEmbedding(x, cos, sin, interleaved=1, num_heads=num_heads)
-    turned = op.RotaryEmbedding(op.Cast(x, to=cos.dtype), cos, sin, interleaved=1, num_heads=num_heads)
-    return op.Cast(turned, to=x.dtype)
+    rotated = op.RotaryEmbedding(op.Cast(x, to=cos.dtype), cos, sin, interleaved=1, num_heads=num_heads)
+    return op.Cast(rotated, to=x.dtype)

@@ -15,6 +15,12 @@ from dataclasses import dataclass
 
 from causalrt.errors import OperandError
 
+MAX_SHARDS = 2
+"""Head shards that the attention kernel takes in one launch."""
+
+MAX_HEAD_DIM = 128
+"""Channels of a head that the attention kernel takes at most; tiles of more do not fit into shared memory."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRows:

@@ -32,7 +32,8 @@ from torch.torch_version import TorchVersion
 
 from causalrt.errors import ExecutorError, KernelError, OperandError
 from causalrt.plugins.kernel_launch import require_triton
-from causalrt.plugins.plugin_specs import SPECS, PluginSpec
+from causalrt.plugins.plugin_spec import PluginSpec
+from causalrt.plugins.plugin_specs import SPECS
 from causalrt.plugins.ptx import CompiledKernel, compile_kernel
 
 NAMESPACE = "causalrt"

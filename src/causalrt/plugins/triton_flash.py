@@ -27,7 +27,7 @@ def load_rows(pointer, offset, is_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def rotate_rows(x_RD, cos, sin, table_row, is_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Even and odd channels `[rows, BLOCK_D / 2]`, turned by the tables' rows; the type of `x_RD`."""
+    """Even and odd channels `[rows, BLOCK_D / 2]`, rotated by the tables' rows; the type of `x_RD`."""
     even_RP, odd_RP = tl.split(tl.reshape(x_RD, (x_RD.shape[0], BLOCK_D // 2, 2)))
     cos_RP = load_rows(cos, table_row * (HEAD_DIM // 2), is_row, HEAD_DIM // 2, BLOCK_D // 2, MASKED)
     sin_RP = load_rows(sin, table_row * (HEAD_DIM // 2), is_row, HEAD_DIM // 2, BLOCK_D // 2, MASKED)

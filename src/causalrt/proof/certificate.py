@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from causalrt.engines.bundle import MANIFEST, Bundle, file_digest, toolchain_versions
+from causalrt.engines.bundle import MANIFEST, Bundle, file_digest
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import CausalRTError, RankError
 from causalrt.proof.differences import Comparison
 from causalrt.proof.traced_rollout import RolloutPlan
@@ -145,7 +146,7 @@ def describe_subject(
             "manifest_sha256": file_digest(bundle.path / MANIFEST),
             "files": dict(bundle.hashes),
             "toolchain": dict(bundle.toolchain),
-            "plugins": bundle.plugins,
+            "plugins": bundle.fused_ops,
         },
         "executor": f"{executor} (emulated by onnxruntime)" if emulated else executor,
         "world_size": build.world_size,

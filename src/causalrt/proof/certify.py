@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from causalrt.engines.bundle import Bundle, open_bundle, unchanged
-from causalrt.engines.kinds import choose_device, executor_kind
+from causalrt.engines.kinds import choose_device, executor_kind, precision_fault
 from causalrt.engines.streams import own_stream
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, ExecutorError
@@ -152,10 +152,9 @@ def _where(bundle: Bundle, executor: str, *, emulate: bool, device: str | None) 
             )
         return "cpu"
     if "cpu" in kind.devices:
-        if executor == "onnxruntime" and bundle.config.build.precision != "float32" and device != "cuda":
+        if (fault := precision_fault(executor, bundle.config.build.precision, device or "cpu")) is not None:
             raise ExecutorError(
-                f"onnxruntime on a CPU runs float32 only, and {bundle.path} is {bundle.config.build.precision}; certify it "
-                "with `--executor eager`, or on a GPU with `--device cuda`"
+                f"{bundle.path}: {fault}, or certify it with `--executor eager`, or on a GPU with `--device cuda`"
             )
         return choose_device(executor, asked=device or "cpu", world_size=bundle.config.build.world_size)
     try:

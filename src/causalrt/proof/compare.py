@@ -13,7 +13,7 @@ from causalrt.config import Config, HeadPlanName, Precision, TimeIndex
 from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import ConfigError
 from causalrt.export.build import build, fused_ops_wanted
-from causalrt.export.options import CollectivesMode, PluginsMode
+from causalrt.export.options import CollectivesMode, FusedOpsMode
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.progress import Progress
 from causalrt.proof.differences import (
@@ -96,13 +96,13 @@ def compare_recorded(
     recording, config = _open(path, world_size, head_plan, time_index)
     with TemporaryFolder("compare") as folder:
         checkpoint = recording.write_checkpoint(folder / "checkpoint.safetensors")
-        mode: PluginsMode = "on" if plugins else "auto"
+        mode: FusedOpsMode = "on" if plugins else "auto"
         bundle = build(
             config,
             checkpoint=checkpoint,
             out=folder / "bundle",
             executors=[executor],
-            plugins=mode,
+            fused_ops=mode,
             on_progress=on_progress,
         )
         on_progress("replay", 0, 1)

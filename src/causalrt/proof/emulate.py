@@ -20,7 +20,7 @@ import onnxruntime as ort
 import torch
 
 from causalrt.config import Config
-from causalrt.engines.base import TORCH_DTYPES
+from causalrt.engines.base import TORCH_DTYPES, Executor, SessionView
 from causalrt.engines.bundle import PROMPT_GRAPH, TIME_GRAPH, WEIGHTS, Bundle
 from causalrt.engines.step_record import StepPart
 from causalrt.engines.tensor_names import KV_ROWS
@@ -28,10 +28,11 @@ from causalrt.export.checkpoint import check_checkpoint, open_checkpoint, write_
 from causalrt.export.engine_files import write_engine_graphs
 from causalrt.export.onnx import write_small_graphs
 from causalrt.export.options import CollectivesMode
-from causalrt.export.plugin_functions import expand_functions
+from causalrt.export.passes import PassContext
+from causalrt.export.pipelines import STANDARD_OPS, apply
 from causalrt.export.trace import wan_from_file
 from causalrt.layout import Layout, layout_from_config, layouts_from_config
-from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.model.wan.conditioning import Conditioning
 from causalrt.model.wan.transformer import sinusoid
 from causalrt.proof.emulated_graph import emulate_precision, emulate_ranks, rank_name
 
@@ -96,7 +97,7 @@ def bundle_graphs(bundle: Bundle, flavour: str) -> EngineGraphs:
         config=bundle.config,
         collectives="engine" if bundle.engines[flavour].collectives == "engine" else "runtime",
         steps=[step.tensorrt for step in bundle.steps],
-        fused=bundle.plugins,
+        fused=bundle.fused_ops,
     )
 
 
@@ -104,7 +105,8 @@ class _Graph:
     """A graph of the folder, loaded by ONNX Runtime."""
 
     def __init__(self, folder: Path, file: str, *, num_threads: int, world_size: int | None = None) -> None:
-        model = expand_functions(onnx.load(folder / file, load_external_data=False))
+        model = onnx.load(folder / file, load_external_data=False)
+        apply(STANDARD_OPS, model, PassContext())
         if world_size is not None:
             model = emulate_ranks(model, world_size)
         options = ort.SessionOptions()
@@ -122,7 +124,7 @@ class _Graph:
         return dict(zip(self._outputs, results, strict=True))
 
 
-class _AllRanks:
+class _AllRanks(Executor):
     """What both kinds of exchange share: prompt and time, and the inputs of each rank's step."""
 
     device = torch.device("cpu")
@@ -132,7 +134,6 @@ class _AllRanks:
         self._number = 0
         self._prompt = _Graph(graphs.folder, PROMPT_GRAPH, num_threads=num_threads)
         self._time = _Graph(graphs.folder, TIME_GRAPH, num_threads=num_threads)
-        self._layers = range(graphs.config.model.num_layers)
         self._ranks = range(self._layouts[0].world_size)
         self._bound: list[Arrays] = []
 
@@ -140,42 +141,30 @@ class _AllRanks:
     def _layout(self) -> Layout:
         return self._layouts[self._number]
 
-    def warmed_up(self) -> None:
-        """See `Executor.warmed_up`."""
-
-    def graph_bytes(self) -> int:
-        """See `Executor.graph_bytes`."""
-        return 0
-
-    def encode_prompt(self, text: torch.Tensor) -> list[KVPair]:
+    def encode_prompt(self, text: torch.Tensor) -> Conditioning:
         """See `Executor.encode_prompt`."""
-        named = {name: torch.from_numpy(value) for name, value in self._prompt.run({"text": text.numpy()}).items()}
-        return [(named[f"cross_k.{layer}"], named[f"cross_v.{layer}"]) for layer in self._layers]
+        return {name: torch.from_numpy(value) for name, value in self._prompt.run({"text": text.numpy()}).items()}
 
-    def embed_time(self, timestep: float) -> KVPair:
+    def embed_time(self, timestep: float) -> Conditioning:
         """See `Executor.embed_time`."""
         made = self._time.run({"sinusoid": sinusoid(timestep, self._config.model.freq_dim).float().numpy()})
-        return torch.from_numpy(made["e"]), torch.from_numpy(made["e0"])
+        return {name: torch.from_numpy(value) for name, value in made.items()}
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
+    def bind(self, view: SessionView) -> None:
         """See `Executor.bind`; the pairs of a layer are those of all head shards of rank 0, then of rank 1, and so on."""
-        self._number = step
+        self._number = view.step
         shards = len(self._layout.shards)
         self._bound = []
         for rank in self._ranks:
-            values: Arrays = {"rank": np.array([rank]), KV_ROWS: np.array([kv_rows])}
-            for layer in self._layers:
-                for kind, whole in zip("kv", cross_kv[layer], strict=True):
-                    values[f"cross_{kind}.{layer}"] = whole.numpy()
-                for shard, pair in enumerate(kv[layer][rank * shards : (rank + 1) * shards]):
-                    values |= {f"{kind}.{layer}.{shard}": slots.numpy() for kind, slots in zip("kv", pair, strict=True)}
-            self._bound.append(values)
+            own = replace(view, kv=[pairs[rank * shards : (rank + 1) * shards] for pairs in view.kv])
+            values: Arrays = {name: tensor.numpy() for name, tensor in own.tensors().items()}
+            self._bound.append(values | {"rank": np.array([rank]), KV_ROWS: np.array([view.kv_rows])})
 
-    def _given(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> list[Arrays]:
+    def _given(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> list[Arrays]:
         """Inputs of each rank's step: its rows, with NaN for padding, and what is bound."""
         rows = torch.full((len(self._ranks) * self._layout.local_tokens, x.shape[1]), torch.nan)
         rows[: len(x)] = x
-        common = {"e": e.numpy(), "e0": e0.numpy(), "first_frame": np.array([first_frame])}
+        common = {name: tensor.numpy() for name, tensor in time.items()} | {"first_frame": np.array([first_frame])}
         return [
             values | common | {"x": own.numpy()}
             for values, own in zip(self._bound, rows.chunk(len(self._ranks)), strict=True)
@@ -197,9 +186,9 @@ class EmulatedEngine(_AllRanks):
             for (part,) in graphs.steps
         ]
 
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
-        given = self._given(x, e, e0, first_frame)
+        given = self._given(x, time, first_frame)
         feed = {rank_name(rank, name): value for rank in self._ranks for name, value in given[rank].items()}
         made = self._steps[self._number].run(feed)
         for rank in self._ranks:
@@ -220,9 +209,9 @@ class EmulatedSegments(_AllRanks):
             for parts in graphs.steps
         ]
 
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
-        ranks = self._given(x, e, e0, first_frame)
+        ranks = self._given(x, time, first_frame)
         for part, segment in self._steps[self._number]:
             for values in ranks:
                 made = segment.run(values)

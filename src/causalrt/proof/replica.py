@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from causalrt.config import Config
 from causalrt.control_groups import available_cpus
-from causalrt.engines.base import Executor, make_executor
+from causalrt.engines.base import Executor
 from causalrt.engines.bundle import WEIGHTS, Bundle, open_bundle
 from causalrt.engines.eager import EagerExecutor
+from causalrt.engines.make import make_executor
 from causalrt.engines.streams import own_stream
 from causalrt.export.build import build
 from causalrt.layout import Layout, layout_from_config
@@ -102,7 +103,7 @@ def replica_of(name: str, bundle: Bundle, executor: str, *, device: torch.device
             collectives,
             num_threads=cores,
             device=device,
-            plugins=bundle.plugins,
+            fused_ops=bundle.fused_ops,
             cuda_graphs=cuda_graphs,
         )
 

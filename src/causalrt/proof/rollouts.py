@@ -11,8 +11,8 @@ import torch
 from causalrt.model.tokens import tokens_from_latents
 from causalrt.proof.replica import Replica
 from causalrt.runtime.engine import Engine
-from causalrt.runtime.noise import Noise, RecordedNoise, SeededNoise
-from causalrt.runtime.requests import checked_given, checked_text
+from causalrt.runtime.noise import RecordedNoise, SeededNoise
+from causalrt.runtime.requests import checked_initial_latents, checked_text
 from causalrt.runtime.rollout import Rollout, StepRecord, SwitchPolicy
 
 Outputs = dict[str, torch.Tensor]
@@ -70,7 +70,7 @@ class RolloutSpec:
     seed: int = 0
     names: OutputNames = field(default_factory=OutputNames)
 
-    def make_noise(self) -> Noise:
+    def make_noise(self) -> RecordedNoise | SeededNoise:
         """A new source of the rollout's noise."""
         return SeededNoise(self.seed) if self.noise is None else RecordedNoise(list(self.noise))
 
@@ -99,10 +99,10 @@ def play(
             replica.layout,
             text=checked_text(replica.config, spec.prompt),
             noise=spec.make_noise(),
-            memory=replica.pools[rank].take(),
+            buffers=replica.pools[rank].take(),
         )
-        initial = checked_given(replica.config, spec.initial_latents)
-        outputs = spec.names.of_initial([rollout.take_given(rows, record=True) for rows in initial])
+        initial = checked_initial_latents(replica.config, spec.initial_latents)
+        outputs = spec.names.of_initial([rollout.take_initial(rows, record=True) for rows in initial])
         for chunk in range(spec.num_chunks):
             if chunk == spec.switch_chunk and spec.second_prompt is not None:
                 rollout.switch_prompt(checked_text(replica.config, spec.second_prompt), policy)
@@ -118,7 +118,7 @@ def play(
 
 def _one_chunk(rollout: Rollout, chunk: int, names: OutputNames) -> Outputs:
     latents: list[torch.Tensor] = []
-    _, records = rollout.chunk(chunk, refresh=True, record=True, deliver=lambda rows, _: latents.append(rows))
+    _, records = rollout.chunk(chunk, context_pass=True, record=True, deliver=lambda rows, _: latents.append(rows))
     return {names.latents.format(chunk=chunk): rows for rows in latents} | names.of_chunk(chunk, records)
 
 
@@ -128,7 +128,7 @@ def play_session(engine: Engine, spec: RolloutSpec) -> Outputs:
     with engine.session(
         spec.prompt,
         num_chunks=spec.num_chunks,
-        given=spec.initial_latents,
+        initial_latents=spec.initial_latents,
         noise=spec.noise,
         seed=spec.seed,
         record=True,
@@ -137,7 +137,7 @@ def play_session(engine: Engine, spec: RolloutSpec) -> Outputs:
             if chunk == spec.switch_chunk and spec.second_prompt is not None:
                 session.switch_prompt(spec.second_prompt, policy="keep")
             outputs[spec.names.latents.format(chunk=chunk)] = tokens_from_latents(next(session).latents, engine.config)
-    outputs |= spec.names.of_initial(session.given_records)
+    outputs |= spec.names.of_initial(session.initial_records)
     for chunk, records in enumerate(session.records):
         outputs |= spec.names.of_chunk(chunk, records)
     return outputs

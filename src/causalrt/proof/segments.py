@@ -128,7 +128,7 @@ def run_segments(
             (place, rank, forward)
             for place in places
             for rank, forward in enumerate(trace.forwards(place))
-            if forward.step == step
+            if forward.view.step == step
         ]
         values = [_given(forward, rank) for _, rank, forward in forwards]
         known = [_known(forward) for _, _, forward in forwards]
@@ -155,13 +155,9 @@ def run_segments(
 
 def _given(forward: StepTrace, rank: int) -> dict[str, torch.Tensor]:
     """Inputs of a step by their names in the graph."""
-    given = {"x": forward.x, "e": forward.e, "e0": forward.e0}
-    for name, number in (("rank", rank), ("first_frame", forward.first_frame), (KV_ROWS, forward.kv_rows)):
+    given = {"x": forward.x, **forward.time, **forward.view.tensors()}
+    for name, number in (("rank", rank), ("first_frame", forward.first_frame), (KV_ROWS, forward.view.kv_rows)):
         given[name] = torch.tensor([number])
-    for layer, (shards, crossing) in enumerate(zip(forward.kv, forward.cross_kv, strict=True)):
-        given[f"cross_k.{layer}"], given[f"cross_v.{layer}"] = crossing
-        for shard, (k, v) in enumerate(shards):
-            given[f"k.{layer}.{shard}"], given[f"v.{layer}.{shard}"] = k, v
     return {name: tensor.cpu() for name, tensor in given.items()}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from causalrt.engines.kinds import executor_kind
 from causalrt.progress import Progress
 from causalrt.proof.certificate import attempt
 from causalrt.proof.comparisons import Stage
@@ -23,10 +24,10 @@ from causalrt.proof.segments import (
     run_segments,
     slots_name,
 )
-from causalrt.proof.trace import StepId, StepTrace, Trace, clone_pairs, residual_name
+from causalrt.proof.trace import StepId, StepTrace, Trace, copied, copied_view, residual_name
 
 STEP_BUFFERS = itertools.count(1_000)
-"""Numbers for `Executor.bind` that no session has."""
+"""Numbers of buffers that no session has."""
 
 
 def compare_steps(stage: Stage, on_progress: Progress) -> Comparison | None:
@@ -60,14 +61,14 @@ def compare_steps(stage: Stage, on_progress: Progress) -> Comparison | None:
 
 def run_step(replica: Replica, forwards: list[StepTrace]) -> Outputs:
     """Run one forward on all ranks from traced inputs; the outputs are named by value and rank."""
-    common, number = forwards[0], next(STEP_BUFFERS)
+    common, buffers_id = forwards[0], next(STEP_BUFFERS)
 
     def on_rank(rank: int) -> Outputs:
         executor, forward = replica.executors[rank], forwards[rank]
         trace = executor.trace = Trace([(0, "step 0")], num_steps=1)
-        kv, cross_kv = [clone_pairs(layer) for layer in forward.kv], clone_pairs(common.cross_kv)
-        executor.bind(kv, cross_kv, kv_rows=common.kv_rows, memory=number, step=common.step)
-        executor.step(forward.x.clone(), common.e, common.e0, common.first_frame)
+        prompt = copied(common.view.prompt)
+        executor.bind(replace(copied_view(forward.view), buffers_id=buffers_id, prompt=prompt))
+        executor.step(forward.x.clone(), common.time, common.first_frame)
         executor.trace = None
         return trace.forwards[0, "step 0"].outputs
 
@@ -110,7 +111,7 @@ def compare_segments(
         on_progress: called after each segment.
         always_bisect: explain the largest difference if all are within the tolerance.
     """
-    if stage.executor != "onnxruntime" or stage.low or stage.eager not in stage.traces:
+    if executor_kind(stage.executor).graphs != "segments" or stage.low or stage.eager not in stage.traces:
         return
     saved = SavedSegments(folder) if folder is not None else None
     errors: list[TensorError] = []

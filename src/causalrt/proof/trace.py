@@ -7,16 +7,16 @@
 A forward's inputs are recorded as well, so that another replica can run the forward from the same inputs.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from causalrt.engines.base import Executor
-from causalrt.model.wan.step import KVPair, KVTensors
+from causalrt.engines.base import Executor, SessionView
+from causalrt.model.wan.conditioning import Conditioning
 from causalrt.proof.ranks import ThreadCollectives, ThreadGroup
 
 StepId = tuple[int, str]
@@ -30,26 +30,18 @@ class StepTrace:
     Attributes:
         place: chunk and forward.
         x: `[S, 64]`.
-        e: `[C]`.
-        e0: `[6, C]`.
+        time: conditioning of the timestep.
         first_frame: time index that the step was called with.
-        kv: the KV tensors that were bound, as they were before the step, by layer and head shard.
-        cross_kv: the prompt's keys and values, by layer.
-        kv_rows: number of filled rows.
-        step: number of the kind of step.
+        view: copy of what was bound, made before the step wrote to it.
         outputs: by name, in the order in which they are computed: blocks sent and received, KV slots after the step, flow.
         residuals: the input of each LayerNorm, `[S, C]`, in order; recorded for eager only.
     """
 
     place: StepId
     x: torch.Tensor
-    e: torch.Tensor
-    e0: torch.Tensor
+    time: Conditioning
     first_frame: int
-    kv: list[list[KVPair]]
-    cross_kv: list[KVPair]
-    kv_rows: int
-    step: int
+    view: SessionView
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     residuals: list[torch.Tensor] = field(default_factory=list)
 
@@ -126,7 +118,7 @@ class TracedExecutor:
         self.encode_prompt, self.embed_time = executor.encode_prompt, executor.embed_time
         self.warmed_up, self.graph_bytes = executor.warmed_up, executor.graph_bytes
         self._executor, self._collectives, self._with_residuals = executor, collectives, with_residuals
-        self._bound: tuple[KVTensors, Sequence[KVPair], int, int] = ((), (), 0, 0)
+        self._bound = SessionView(buffers_id=0, step=0, prompt={}, kv=(), kv_rows=0)
 
     @property
     def trace(self) -> Trace | None:
@@ -137,46 +129,40 @@ class TracedExecutor:
     def trace(self, trace: Trace | None) -> None:
         self._collectives.trace = trace
 
-    def bind(self, kv: KVTensors, cross_kv: Sequence[KVPair], *, kv_rows: int, memory: int, step: int = 0) -> None:
+    def bind(self, view: SessionView) -> None:
         """See `Executor.bind`."""
-        self._bound = kv, cross_kv, kv_rows, step
-        self._executor.bind(kv, cross_kv, kv_rows=kv_rows, memory=memory, step=step)
+        self._bound = view
+        self._executor.bind(view)
 
-    def step(self, x: torch.Tensor, e: torch.Tensor, e0: torch.Tensor, first_frame: int) -> torch.Tensor:
+    def step(self, x: torch.Tensor, time: Conditioning, first_frame: int) -> torch.Tensor:
         """See `Executor.step`."""
         self._collectives.exchanges = 0
         place = self.trace.next_place() if self.trace is not None else None
         if self.trace is None or place is None:
-            return self._executor.step(x, e, e0, first_frame)
-        kv, cross_kv, kv_rows, step = self._bound
+            return self._executor.step(x, time, first_frame)
         forward = StepTrace(
-            place=place,
-            x=x.clone(),
-            e=e.clone(),
-            e0=e0.clone(),
-            first_frame=first_frame,
-            kv=[clone_pairs(layer) for layer in kv],
-            cross_kv=clone_pairs(cross_kv),
-            kv_rows=kv_rows,
-            step=step,
+            place=place, x=x.clone(), time=copied(time), first_frame=first_frame, view=copied_view(self._bound)
         )
         self.trace.running = forward
         if self._with_residuals:
             with LayerNormInputs() as norms:
-                flow = self._executor.step(x, e, e0, first_frame)
+                flow = self._executor.step(x, time, first_frame)
             forward.residuals = norms.seen
         else:
-            flow = self._executor.step(x, e, e0, first_frame)
+            flow = self._executor.step(x, time, first_frame)
         self.trace.running = None
-        for layer, shards in enumerate(kv):
-            for shard, pair in enumerate(shards):
-                for kind, tensor in zip("kv", pair, strict=True):
-                    forward.outputs[f"{kind}.{layer}.{shard}"] = tensor.clone()
+        forward.outputs |= copied(self._bound.slots())
         forward.outputs["flow"] = flow.clone()
         self.trace.forwards[place] = forward
         return flow
 
 
-def clone_pairs(pairs: Sequence[KVPair]) -> list[KVPair]:
-    """Copies of keys and values."""
-    return [(k.clone(), v.clone()) for k, v in pairs]
+def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of tensors, by name."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def copied_view(view: SessionView) -> SessionView:
+    """A view of copies of the session's tensors."""
+    kv = [[(k.clone(), v.clone()) for k, v in layer] for layer in view.kv]
+    return replace(view, prompt=copied(view.prompt), kv=kv)

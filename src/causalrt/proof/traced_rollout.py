@@ -152,12 +152,12 @@ def _small_graphs(replica: Replica, prompts: Mapping[str, torch.Tensor]) -> Outp
     found: Outputs = {}
     executor, schedule = replica.executors[0], schedule_from_config(replica.config.sampler)
     for prompt, text in prompts.items():
-        for layer, pair in enumerate(executor.encode_prompt(text)):
-            for kind, tensor in zip(("cross_k", "cross_v"), pair, strict=True):
-                found[f"{prompt} layer {layer} {kind}"] = tensor.cpu().clone()
+        for name, tensor in executor.encode_prompt(text).items():
+            kind, layer = name.split(".")
+            found[f"{prompt} layer {layer} {kind}"] = tensor.cpu().clone()
     for timestep in dict.fromkeys((*schedule.timesteps, schedule.context_timestep)):
-        for kind, tensor in zip(("e", "e0"), executor.embed_time(timestep), strict=True):
-            found[f"time {timestep:g} {kind}"] = tensor.cpu().clone()
+        for name, tensor in executor.embed_time(timestep).items():
+            found[f"time {timestep:g} {name}"] = tensor.cpu().clone()
     return found
 
 

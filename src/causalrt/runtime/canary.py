@@ -1,10 +1,10 @@
-"""The canary of the exchange: each rank sends rows that say where they come from and where they shall go.
+"""A self-test of the exchange: each rank sends rows that encode where they come from and where they belong.
 
     element (row, channel) of the block from rank s to rank d   =   ((s * P + d) * rows + row) * D + channel
 
-A low precision cannot hold that number, so it is sent digit by digit, an exchange each: a digit below 128 is exact in every
-type that a bundle computes in. What arrives is put together again and compared with what should have come; where it differs,
-it still says which rank sent it to whom.
+A low precision cannot hold that number, so it is sent digit by digit, in one exchange each: a digit below 128 is exact in every
+type that a bundle computes in. The digits that arrive are combined and compared with the expected number. Where they differ,
+they still tell which rank sent the row to which.
 """
 
 import math
@@ -21,13 +21,13 @@ BASE = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExchangeCheck:
-    """What one rank found in one kind of exchange.
+    """The result of one rank for one kind of exchange.
 
     Attributes:
-        rank: that looked.
+        rank: the rank that received.
         name: `scatter_heads` or `gather_heads`, with the step's frames if it is not step 0.
-        rows: of each block.
-        fault: the first thing that arrived where it should not, or nothing.
+        rows: rows of each block.
+        fault: description of the first row that arrived in a wrong place; empty if there is none.
     """
 
     rank: int
@@ -39,7 +39,7 @@ class ExchangeCheck:
 def check_exchanges(
     collectives: CountingCollectives, config: Config, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[ExchangeCheck, ...]:
-    """Send the canary through every kind of exchange of a step. Collective: every rank calls it, between chunks."""
+    """Test every kind of exchange of a step. Collective: every rank calls it, between chunks."""
     checks = []
     for step, layout in enumerate(layouts_from_config(config)):
         if layout.world_size == 1:
@@ -56,7 +56,7 @@ def check_exchanges(
 def _exchange(
     collectives: CountingCollectives, shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device
 ) -> str:
-    """Exchange all digits of the canary; what is wrong with what arrived, or nothing."""
+    """Exchange all digits; a description of the first wrong value, or an empty text."""
     world_size, rows, dim = shape
     own, block = torch.tensor(collectives.rank), torch.arange(rows * dim).view(rows, dim)
     others = torch.arange(world_size)[:, None, None]
@@ -79,7 +79,7 @@ def _exchange(
 
 
 def _origin(value: float, shape: tuple[int, int, int]) -> str:
-    """Where a value comes from."""
+    """Describe where a value was sent from."""
     world_size, rows, dim = shape
     if not 0 <= value < world_size**2 * rows * dim or value != int(value):
         return f"{value}, which no rank has sent"

@@ -3,11 +3,11 @@
     | staging: the current chunk | sinks, pinned | ring of clean frames |      rows of one shard: [1, W * T, heads * D]
     0                            F*T            ...                     W*T                   or [1, heads, W * T, D]
 
-Token by token, the filled rows are a contiguous prefix, and a view of it is bound. Heads slow, the slots are bound whole, as
-an engine with static shapes wants them.
+With tokens as the slow axis, the filled rows are a contiguous prefix, and executors bind a view of it. With heads as the slow
+axis, executors bind the slots whole, as an engine with static shapes needs them.
 
-The class owns the memory and the commit. It does not write staging (executors do), does not rotate (keys arrive rotated by
-their absolute position, or are rotated whenever they are read), and does not know sessions.
+The class owns the memory and the commit. Executors write staging, and they rotate keys: by absolute position before they are
+stored, or whenever they are read.
 """
 
 import torch
@@ -18,7 +18,7 @@ from causalrt.model.wan.step import KVPair
 
 
 class KVSlots:
-    """Keys and values by layer and shard."""
+    """The keys and values of one session on one rank, by layer and shard."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class KVSlots:
         self._head_dim = dim
 
         def slots(heads: int) -> torch.Tensor:
-            if whole_slots:  # unfilled rows are masked: they weigh zero, and zero times a NaN that lies there is NaN
+            if whole_slots:  # unfilled rows get weight zero, and zero times NaN is NaN
                 return torch.zeros(1, heads, rows, dim, dtype=dtype, device=device)
             return torch.empty(1, rows, heads * dim, dtype=dtype, device=device)
 
@@ -48,14 +48,14 @@ class KVSlots:
         self.rows_moved = 0
 
     def _views_of_frames(self) -> list[list[torch.Tensor]]:
-        """Of each frame's slots, every tensor's part; heads apart where they are slow, so that each view is contiguous."""
+        """For each frame the views of its rows in all tensors, split by heads where heads are slow, so as to be contiguous."""
         tensors = [tensor[0] for layer in self._pairs for pair in layer for tensor in pair]
         matrices = [head for tensor in tensors for head in tensor] if self.whole_slots else tensors
         by_matrix = [matrix.split(self._tokens_per_frame) for matrix in matrices]
         return [list(views) for views in zip(*by_matrix, strict=True)]
 
     def clear(self) -> None:
-        """Forget an earlier session: its rows are never read as filled ones, but must be finite where they are masked."""
+        """Forget an earlier session; masked rows are zeroed, since they must be finite."""
         self.rows_moved = 0
         if self.whole_slots:
             for layer in self._pairs:
@@ -68,14 +68,14 @@ class KVSlots:
         return self.plan.valid_frames(history_frames, step=step) * self._tokens_per_frame
 
     def filled(self, history_frames: int, *, step: int = 0) -> list[list[KVPair]]:
-        """Views of the filled prefix; the slots whole, where that is how they are bound."""
+        """Views of the filled prefix, or of the slots whole, as the executor binds them."""
         if self.whole_slots:
             return self._pairs
         rows = self.filled_rows(history_frames, step=step)
         return [[(k[:, :rows], v[:, :rows]) for k, v in layer] for layer in self._pairs]
 
     def history(self, history_frames: int) -> dict[str, torch.Tensor]:
-        """Views of history's rows `[rows, heads, D]` by name, layer by layer, of `history_frames` frames."""
+        """Views `[rows, heads, D]` of the rows of `history_frames` frames of history, by name, layer by layer."""
         start = self.plan.staging_frames * self._tokens_per_frame
         rows = slice(start, max(start, self.filled_rows(history_frames)))
         found = {}
@@ -91,7 +91,7 @@ class KVSlots:
         return found
 
     def commit(self, history_frames: int, *, step: int = 0) -> None:
-        """Copy the clean chunk from staging to history; at most F frames, whatever the window.
+        """Copy the clean chunk from staging to history, at most F frames whatever the window.
 
         History never overlaps staging, so the order of the copies does not matter.
         """
@@ -100,5 +100,5 @@ class KVSlots:
             return
         sources = [view for staged, _ in moves for view in self._frames[staged]]
         targets = [view for _, slot in moves for view in self._frames[slot]]
-        torch._foreach_copy_(targets, sources)  # a few launches for all layers; on contiguous views alone
+        torch._foreach_copy_(targets, sources)  # a few launches for all layers, but only if views are contiguous
         self.rows_moved += len(moves) * self._tokens_per_frame

@@ -1,4 +1,4 @@
-"""Memory of one rank, predicted from the config before anything is allocated."""
+"""Predicts the memory of ranks and decoder from the config, and checks it against what is free."""
 
 import contextlib
 import sys
@@ -14,20 +14,16 @@ from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
 from causalrt.engines.kinds import executor_kind
 from causalrt.engines.network_record import read_networks, working_bytes
-from causalrt.engines.tensorrt_flavour import FLAVOURS
 from causalrt.errors import BundleError, OutOfMemoryError
 from causalrt.layout import layout_from_config
-from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig
-from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE, cache_bytes
+from causalrt.model.codecs.protocol import CodecConfig
+from causalrt.model.codecs.registry import cache_bytes
 from causalrt.model.wan.transformer import num_parameters
 
 UNLIMITED = sys.maxsize
-"""Sessions on a host that does not say what is free."""
-EAGER_ACTIVATIONS, DECODER_ACTIVATIONS = 16, {"onnxruntime": 45}
-"""Activations of the decoder alive at once, in units of its widest one: 14 to 18 were seen in eager on a CPU, which others are
-taken to need, and 41 to 52 in ONNX Runtime there, which unfolds each input of a convolution in three dimensions."""
+"""Number of sessions on a host that does not report its free memory."""
 _COMMON_POOL = (0, 0)
-"""Of torch's allocator. What the pool of CUDA graphs holds is given to no other tensor, used or not."""
+"""The common pool of torch's allocator. Memory in the pool of CUDA graphs is never used for other tensors."""
 _RAN_OUT = (
     "out of memory",  # CUDA
     "outofmemory",  # TensorRT
@@ -44,12 +40,12 @@ class MemoryEstimate:
     """Bytes of one rank with one session.
 
     Attributes:
-        weights_bytes: parameters.
+        weights_bytes: the parameters.
         kv_bytes: KV slots of the session.
-        cross_kv_bytes: keys and values of its prompt.
+        cross_kv_bytes: keys and values of the session's prompt.
         activation_bytes: the largest set of activations alive at once, exchange buffers included (an estimate).
-        attention_bytes: scratch of self-attention in ONNX Runtime: in float32 queries, keys and values with the heads slow;
-            in other types, where it is the standard Attention, every score.
+        attention_bytes: scratch of self-attention in ONNX Runtime: a transposed copy of queries, keys and values in float32,
+            all scores in other types, for which it has only the standard Attention.
     """
 
     weights_bytes: int
@@ -74,9 +70,9 @@ class DecoderMemory:
     """Bytes of the decoder's process with one session.
 
     Attributes:
-        weights_bytes: of the VAE.
-        cache_bytes: what a session keeps of its video's past; graphs have it twice.
-        activation_bytes: the activations alive at once (an estimate, from what eager was seen to take).
+        weights_bytes: weights of the VAE.
+        cache_bytes: what a session keeps of the frames before; graphs hold it twice.
+        activation_bytes: the activations alive at once (an estimate from measurements of eager).
     """
 
     weights_bytes: int
@@ -92,31 +88,31 @@ class DecoderMemory:
 def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
     """Bytes that the decoder of a bundle with a VAE will hold, with one session open."""
     assert bundle.vae is not None
-    weights = 2 * bundle.sizes[VAE_WEIGHTS]  # those of graphs, or of the encoder
+    weights = 2 * bundle.sizes[VAE_WEIGHTS]  # the second copy is that of graphs, or of the encoder
     return predict_decoder_memory(bundle.vae, bundle.config, executor, weights_bytes=weights)
 
 
-def predict_decoder_memory(vae: AnyVaeConfig, config: Config, executor: str, *, weights_bytes: int) -> DecoderMemory:
+def predict_decoder_memory(vae: CodecConfig, config: Config, executor: str, *, weights_bytes: int) -> DecoderMemory:
     """Bytes that a decoder will hold, with one session open; graphs keep a second set of caches."""
-    video, dtype = config.video, TORCH_DTYPES[config.build.precision]
+    video, dtype, kind = config.video, TORCH_DTYPES[config.build.precision], executor_kind(executor)
     caches = cache_bytes(vae, latent_height=video.latent_height, latent_width=video.latent_width, dtype=dtype)
-    widest = vae.decoder_dim * TEMPORAL_SCALE * video.pixel_height * video.pixel_width
+    widest = vae.decoder_dim * video.codec.frames_per_latent * video.pixel_height * video.pixel_width
     return DecoderMemory(
         weights_bytes=weights_bytes,
-        cache_bytes=(2 if executor_kind(executor).compiled else 1) * caches,
-        activation_bytes=DECODER_ACTIVATIONS.get(executor, EAGER_ACTIVATIONS) * widest * dtype.itemsize,
+        cache_bytes=(2 if kind.compiled else 1) * caches,
+        activation_bytes=kind.decoder_activations * widest * dtype.itemsize,
     )
 
 
 def rank_memory(bundle: Bundle, executor: str, *, device: str = "cpu") -> MemoryEstimate:
     """Bytes that one rank will hold, with one session open.
 
-    Activations of TensorRT engines are what their builder said, for the target that takes most; where the bundle does not
-    have that, they are estimated.
+    Activations of TensorRT engines are taken from their builder's report, for the target that needs most; they are estimated if
+    the bundle lacks it.
     """
     targets = bundle.engines[executor].targets.values() if executor in bundle.engines else ()
     found: list[int | None] = []
-    with contextlib.suppress(BundleError):  # a damaged record is no reason to refuse to load
+    with contextlib.suppress(BundleError):  # an estimate will do where the record is damaged
         found = [working_bytes(read_networks(bundle, files), files, bundle) for files in targets]
     known = max((size for size in found if size is not None), default=None)
     return predict_memory(bundle.config, executor, device=device, activation_bytes=known)
@@ -130,13 +126,13 @@ def predict_memory(
     The kinds of step share their weights, but engines hold a copy for each kind, and so does ONNX Runtime on a GPU.
 
     Args:
-        config: of the bundle.
-        executor: its name.
+        config: config of the bundle.
+        executor: name of the executor.
         device: `cpu` or `cuda`.
-        activation_bytes: what the activations take, if that is known; estimated otherwise.
+        activation_bytes: bytes of the activations, if known; estimated otherwise.
     """
-    copies = executor in FLAVOURS or (executor == "onnxruntime" and device == "cuda")
-    weight_sets = len(config.video.step_frames) if copies else 1
+    kind = executor_kind(executor)
+    weight_sets = len(config.video.step_frames) if device in kind.copies_weights else 1
     layout, model = layout_from_config(config), config.model
     size = ELEMENT_BYTES[config.build.precision]
     slots = config.slot_rows
@@ -154,12 +150,12 @@ def predict_memory(
         kv_bytes=2 * model.num_layers * layout.kv_heads * slots * model.head_dim * size,
         cross_kv_bytes=2 * model.num_layers * model.text_len * model.dim * size,
         activation_bytes=activation_bytes,
-        attention_bytes=scratch * size if executor == "onnxruntime" else 0,
+        attention_bytes=scratch * size if kind.attention_scratch else 0,
     )
 
 
 def available_bytes() -> int | None:
-    """Memory that this host, or a control group that holds this process to less, can still give; None if neither says."""
+    """Free memory of this host, or of the control groups that limit this process; None if it is unknown."""
     limits = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -171,16 +167,16 @@ def available_bytes() -> int | None:
 def check_memory(
     memory: MemoryEstimate, *, ranks: int, shared_weights: bool, decoder: DecoderMemory | None = None
 ) -> int:
-    """Refuse what does not fit on this host; how many sessions do.
+    """Check that ranks and decoder fit on this host, and return the number of sessions that do.
 
     Args:
-        memory: of one rank.
-        ranks: on this host.
-        shared_weights: ranks map the weights' file and share its pages (eager); onnxruntime packs a copy for each.
-        decoder: what decodes beside them, if anything does.
+        memory: memory of one rank.
+        ranks: number of ranks on this host.
+        shared_weights: whether ranks map the weight file and share its pages, or each hold a copy.
+        decoder: memory of the decoder on this host, if there is one.
 
     Raises:
-        OutOfMemoryError: with the parts, and what to do.
+        OutOfMemoryError: they do not fit; the message lists the parts and says what to do.
     """
     available = available_bytes()
     needed = memory.total_bytes * ranks - (memory.weights_bytes * (ranks - 1) if shared_weights else 0)
@@ -196,7 +192,7 @@ def check_memory(
 
 
 def device_free_bytes(device: torch.device) -> int | None:
-    """Memory that a GPU can still give; None for the host, which is shared (`available_bytes`)."""
+    """Free memory of a GPU; None for the host, whose memory is shared (`available_bytes`)."""
     if device.type != "cuda":
         return None
     held_back = sum(
@@ -208,16 +204,16 @@ def device_free_bytes(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, ONNX Runtime, TensorRT or a library of CUDA says by this error that memory has run out."""
-    told = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in told for words in _RAN_OUT)
+    """Whether an error of torch, ONNX Runtime, TensorRT or a CUDA library means that memory has run out."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in _RAN_OUT)
 
 
 def check_device_memory(memory: MemoryEstimate, device: torch.device) -> None:
-    """Refuse what does not fit on a rank's own GPU.
+    """Check that a rank fits on its GPU.
 
     Raises:
-        OutOfMemoryError: with the parts, and what to do.
+        OutOfMemoryError: it does not; the message lists the parts and says what to do.
     """
     available, _ = torch.cuda.mem_get_info(device)
     if memory.total_bytes > available:
@@ -233,23 +229,23 @@ def device_sessions(
     graph_bytes: int,
     shared: bool,
 ) -> int:
-    """How many sessions fit on GPUs whose ranks have loaded.
+    """Number of sessions that fit on GPUs whose ranks have loaded.
 
     Args:
-        memory: of one rank.
-        free_bytes: of each rank's GPU, when the rank had loaded.
-        decoder: what decodes beside them, if anything does.
-        decoder_free_bytes: of the decoder's GPU, when the decoder had loaded.
-        graph_bytes: what CUDA graphs of one session take, on the rank where they take most.
-        shared: the decoder's GPU is that of rank 0.
+        memory: memory of one rank.
+        free_bytes: free memory of each rank's GPU after the rank had loaded.
+        decoder: memory of the decoder, if there is one.
+        decoder_free_bytes: free memory of the decoder's GPU after the decoder had loaded.
+        graph_bytes: memory of one session's CUDA graphs, on the rank where they take most.
+        shared: whether the decoder's GPU is that of rank 0.
 
     Raises:
-        OutOfMemoryError: not one does.
+        OutOfMemoryError: no session fits.
     """
     working, session = memory.activation_bytes + memory.attention_bytes, memory.session_bytes + graph_bytes
     fitting = [(free - working) // session for free in free_bytes]
     if decoder is not None and decoder_free_bytes is not None:
-        if shared:  # whoever has loaded last has seen both
+        if shared:  # the last of the two to load has seen the memory of both
             free = min(free_bytes[0], decoder_free_bytes) - working - decoder.activation_bytes
             fitting[0] = free // (session + decoder.cache_bytes)
         elif decoder.cache_bytes:

@@ -1,4 +1,4 @@
-"""What the caller tells the ranks and what they answer. Every rank gets every command, in the same order."""
+"""The commands from the caller to the ranks, and their replies. Every rank gets every command, in the same order."""
 
 import os
 import pickle
@@ -20,24 +20,24 @@ from causalrt.runtime.usage import Usage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadCommand:
-    """Open the bundle and start an executor; the first command, answered by `Done`.
+    """Open the bundle and start an executor. This is the first command; the answer is `Done`.
 
     Attributes:
-        bundle: its folder, verified by the caller.
-        digest: of the manifest that the caller verified.
-        executor: its name.
+        bundle: folder of the bundle, which the caller has verified.
+        digest: digest of the manifest that the caller has verified.
+        executor: name of the executor.
         device: `cpu` or `cuda`; rank r takes GPU r.
-        plugins: run the fused ops.
+        fused_ops: run self-attention by the fused ops.
         cuda_graphs: capture steps, where the executor can.
         num_threads: CPU threads of each rank.
-        timeout_s: of a collective; the caller's own time-out on answers is the shorter one.
+        timeout_s: time limit of a collective; the caller's time limit on answers is shorter.
     """
 
     bundle: Path
     digest: str
     executor: str
     device: str
-    plugins: bool
+    fused_ops: bool
     cuda_graphs: bool
     num_threads: int
     timeout_s: float
@@ -45,7 +45,7 @@ class LoadCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenCommand:
-    """Start a session; a rank whose memory does not hold it answers `Refused` before `Done`."""
+    """Start a session. A rank with too little memory answers `Refused` before `Done`."""
 
     session: int
     text: torch.Tensor
@@ -56,20 +56,20 @@ class OpenCommand:
 class ChunkCommand:
     """Generate a session's next chunk: rank 0 answers `Latents`, then every rank `Done`.
 
-    `frame` is where in the video the caller takes the chunk to begin; a rank that is elsewhere fails. `draw_next` has the ranks
-    draw the first noise of the chunk that follows.
+    `frame` is the latent frame at which the caller expects the chunk to begin; a rank that is elsewhere fails. With `draw_next`
+    the ranks also draw the first noise of the following chunk.
     """
 
     session: int
     index: int
     frame: int
-    refresh: bool
+    context_pass: bool
     record: bool
     draw_next: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GivenCommand:
+class InitialChunkCommand:
     """Make clean rows `[N, 64]` a session's next chunk of history, before it generates."""
 
     session: int
@@ -88,7 +88,7 @@ class PromptCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveCommand:
-    """Write a session to a snapshot's folder; `Refused` comes before `Done` if that fails. Ranks and decoder take it."""
+    """Write a session to a snapshot's folder; for ranks and decoder. If that fails, `Refused` comes before `Done`."""
 
     session: int
     folder: Path
@@ -96,9 +96,9 @@ class SaveCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResumeCommand:
-    """Take a session up from a snapshot's folder, as `SaveCommand` left it; a rank's is open already, and new.
+    """Restore a session from a snapshot's folder. On a rank, the session was just opened.
 
-    `frame` is where in the video the snapshot was taken, `files` the sha256 of each file; other files are refused.
+    `frame` is the latent frame at which the snapshot was taken; `files` has the sha256 of each file.
     """
 
     session: int
@@ -109,14 +109,14 @@ class ResumeCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UsageCommand:
-    """Say what the rank has used so far, waits since they were last begun to be counted; then count them, or no more."""
+    """Report what the rank has used, including the waits counted so far, and start or stop counting waits."""
 
     count_waits: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CloseCommand:
-    """Free a session; `opened` is False if a rank refused to open it, and then some ranks do not know it."""
+    """Free a session. `opened` is False if some rank refused to open it, so that other ranks may not know it."""
 
     session: int
     opened: bool = True
@@ -124,17 +124,17 @@ class CloseCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckExchangesCommand:
-    """Send the canary through every kind of exchange of a step (`runtime/canary.py`); `Done` says what arrived."""
+    """Run the self-test of every kind of exchange (`runtime/canary.py`); `Done` has the results."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadVaeCommand:
-    """Open the bundle's VAE; the first command to the decoder's process, answered by `Done`.
+    """Open the bundle's VAE. This is the first command to the decoder's process; the answer is `Done`.
 
     Attributes:
         bundle: its folder, verified by the caller.
         digest: of the manifest that the caller verified.
-        executor: whose way of running graphs is taken.
+        executor: name of the executor that runs the decoder.
         device: `cpu` or `cuda:N`.
         num_threads: CPU threads.
     """
@@ -148,7 +148,7 @@ class LoadVaeCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeCommand:
-    """Decode a session's next latents `[F, 16, H, W]`, its first ones included: answered by `Frames`, then `Done`."""
+    """Decode a session's next latents `[F, 16, H, W]`; the answers are `Frames` and `Done`."""
 
     session: int
     latents: torch.Tensor
@@ -156,7 +156,7 @@ class DecodeCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeCommand:
-    """Encode frames, uint8 `[T, height, width, 3]`: answered by `Encoded`, then `Done`."""
+    """Encode frames, uint8 `[T, height, width, 3]`; the answers are `Encoded` and `Done`."""
 
     frames: torch.Tensor
 
@@ -164,7 +164,7 @@ class EncodeCommand:
 Command = (
     LoadCommand
     | OpenCommand
-    | GivenCommand
+    | InitialChunkCommand
     | ChunkCommand
     | PromptCommand
     | SaveCommand
@@ -178,7 +178,7 @@ VaeCommand = LoadVaeCommand | DecodeCommand | EncodeCommand | SaveCommand | Resu
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latents:
-    """A chunk's latents `[N, 64]` and the times so far, from rank 0, before the refresh."""
+    """A chunk's latents `[N, 64]` and the times so far, from rank 0, before the context pass."""
 
     rows: torch.Tensor
     times: ChunkTimes
@@ -186,7 +186,7 @@ class Latents:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frames:
-    """A chunk's frames, uint8 `[T, 8H, 8W, 3]`, which travel as plain bytes; `decode_ms` is what the decoder took."""
+    """A chunk's frames, uint8 `[T, 8H, 8W, 3]`, which are sent as plain bytes, and the decoder's time."""
 
     frames: torch.Tensor
     decode_ms: float
@@ -194,26 +194,26 @@ class Frames:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
-    """Latents `[F, 16, H, W]` of frames that the caller gave."""
+    """Latents `[F, 16, H, W]` of the caller's frames."""
 
     latents: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
-    """What was asked for cannot be done, a `CausalRTError` of type `kind`; who says so is as it was, and goes on."""
+    """The command was refused with a `CausalRTError` of type `kind`; the process is unchanged and continues."""
 
     kind: str
     message: str
 
     def error(self) -> errors.CausalRTError:
-        """To raise where the request came from."""
+        """The error to raise in the caller's process."""
         made: errors.CausalRTError = getattr(errors, self.kind)(self.message)
         return made
 
 
 def out_of_memory(who: str, error: BaseException) -> Refused:
-    """Refuse a session that does not fit, by the error of the library that found no memory."""
+    """The refusal of a session that does not fit, made from the out-of-memory error of a library."""
     reason = str(error).strip().partition("\n")[0]
     return Refused(
         kind=errors.CapacityError.__name__,
@@ -227,14 +227,14 @@ class Done:
     """The command has ended on this rank.
 
     Attributes:
-        pid: number of the process that answers.
-        times: of a chunk.
-        records: what the chunk's forwards computed, where that was asked for.
+        pid: process number of the rank.
+        times: times of the chunk.
+        records: what each forward of the chunk computed, if requested.
         kv_rows_moved: rows of one head that the session has moved to history.
-        free_bytes: what the rank's own device can still give, once it has loaded; None on the host.
-        graph_bytes: what the CUDA graphs of one session take there.
-        usage: what the rank has used, where that was asked for.
-        exchanges: what the canary found on this rank.
+        free_bytes: free memory of the rank's device after loading; None on the host.
+        graph_bytes: memory of the CUDA graphs of one session.
+        usage: what the rank has used of its device, if requested.
+        exchanges: results of the exchange self-test.
     """
 
     pid: int = field(default_factory=os.getpid)

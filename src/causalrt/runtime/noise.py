@@ -1,7 +1,7 @@
-"""Where noise comes from: a seed, or recorded draws. Draw 0 of a chunk is its start, draw k follows denoising step k.
+"""Sources of noise: a seed, or recorded draws. Draw 0 of a chunk is its start; draw k is added after denoising step k.
 
-Noise depends on the seed, the chunk, the draw and the token's global index, never on the number of ranks: every rank draws
-the whole chunk and keeps its rows.
+Noise depends on the seed, the chunk, the draw and the token's global index, but not on the number of ranks: every rank draws
+the whole chunk and keeps its own rows.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from causalrt.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class SeededNoise:
-    """Counter-based noise (Philox): any draw can be made alone, in any order."""
+    """Counter-based noise (Philox), whose draws do not depend on the order in which they are made."""
 
     seed: int
 
@@ -25,19 +25,19 @@ class SeededNoise:
             raise RequestError(f"seed must be a whole number in [0, 2**64), got {self.seed}")
 
     def draw(self, chunk: int, draw: int, shape: tuple[int, int]) -> torch.Tensor:
-        """`[N, 64]` standard normal, float32."""
+        """Draw `[N, 64]`, standard normal, float32."""
         bits = np.random.Philox(key=self.seed, counter=[0, 0, draw, chunk])
         return torch.from_numpy(np.random.Generator(bits).standard_normal(shape, dtype=np.float32))
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedNoise:
-    """Draws given by the caller: `[steps, N, 64]` for each chunk, in token order; N is that of the chunk."""
+    """Draws of the caller, `[steps, N, 64]` in token order for each chunk; N is that of the chunk."""
 
     draws: Sequence[torch.Tensor] | torch.Tensor
 
     def draw(self, chunk: int, draw: int, shape: tuple[int, int]) -> torch.Tensor:
-        """`[N, 64]`, float32."""
+        """Return the recorded draw, `[N, 64]` float32."""
         return self.draws[chunk][draw]
 
 
@@ -47,7 +47,7 @@ Noise = SeededNoise | RecordedNoise
 def checked_noise(
     config: Config, noise: Sequence[torch.Tensor] | torch.Tensor, *, num_chunks: int, num_given: int
 ) -> RecordedNoise:
-    """A caller's noise for `num_chunks` chunks after `num_given` given ones, in memory of its own.
+    """Check and copy a caller's noise for `num_chunks` chunks after `num_given` chunks of initial latents.
 
     Raises:
         RequestError: not a tensor `[steps, N, 64]` for each chunk.

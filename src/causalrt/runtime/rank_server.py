@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from causalrt.engines.base import TORCH_DTYPES, Executor, make_executor
+from causalrt.engines.base import TORCH_DTYPES, Executor
 from causalrt.engines.bundle import Bundle, reopen_bundle
 from causalrt.engines.kinds import warms_up
+from causalrt.engines.make import make_executor
 from causalrt.engines.streams import own_stream
 from causalrt.errors import RequestError
 from causalrt.runtime.canary import check_exchanges
@@ -27,7 +28,7 @@ from causalrt.runtime.messages import (
     CloseCommand,
     Command,
     Done,
-    GivenCommand,
+    InitialChunkCommand,
     Latents,
     LoadCommand,
     OpenCommand,
@@ -59,7 +60,7 @@ class RankServer:
         self._bundle: Bundle
         self._executor: Executor
         self._collectives: LocalCollectives | TorchCollectives
-        self._memories: SessionBufferPool
+        self._buffers: SessionBufferPool
         self._waits: WaitCounter
 
     def run(self, command: Command) -> Done:
@@ -80,15 +81,15 @@ class RankServer:
                 times, records = rollout.chunk(
                     command.index,
                     frame=command.frame,
-                    refresh=command.refresh,
+                    context_pass=command.context_pass,
                     record=command.record,
                     draw_next=command.draw_next,
                     deliver=lambda rows, times: send(self._channel, Latents(rows=rows, times=times)),
                 )
                 return Done(times=times, records=tuple(records), kv_rows_moved=rollout.slots.rows_moved)
-            case GivenCommand():
-                given = self._sessions[command.session].take_given(command.rows, record=command.record)
-                return Done(records=tuple(given))
+            case InitialChunkCommand():
+                records = self._sessions[command.session].take_initial(command.rows, record=command.record)
+                return Done(records=tuple(records))
             case PromptCommand():
                 self._sessions[command.session].switch_prompt(command.text, command.policy)
             case SaveCommand() | ResumeCommand():
@@ -111,14 +112,14 @@ class RankServer:
             case CloseCommand():
                 closed = self._sessions.pop(command.session, None)
                 if closed is not None:
-                    self._memories.give_back(closed.memory, opened=command.opened)
+                    self._buffers.give_back(closed.buffers, opened=command.opened)
                 if not command.opened:
                     del closed
                     torch.cuda.empty_cache()  # for the decoder, whose process may share the GPU
         return Done()
 
     def _open(self, command: OpenCommand) -> None:
-        memory = self._memories.take()
+        buffers = self._buffers.take()
         try:
             self._sessions[command.session] = Rollout(
                 self._executor,
@@ -127,10 +128,10 @@ class RankServer:
                 self._bundle.layout,
                 text=command.text,
                 noise=command.noise,
-                memory=memory,
+                buffers=buffers,
             )
         except BaseException:
-            self._memories.give_back(memory, opened=False)
+            self._buffers.give_back(buffers, opened=False)
             raise
 
     def _load(self, command: LoadCommand) -> Done:
@@ -159,18 +160,18 @@ class RankServer:
             self._collectives,
             num_threads=command.num_threads,
             device=device,
-            plugins=command.plugins,
+            fused_ops=command.fused_ops,
             cuda_graphs=command.cuda_graphs,
         )
-        self._memories = SessionBufferPool(self._executor, self._bundle.config, self._bundle.layout)
+        self._buffers = SessionBufferPool(self._executor, self._bundle.config, self._bundle.layout)
         self._waits = WaitCounter(device)
         if warms_up(command.executor, device.type):
-            warm_up(self._executor, self._collectives, self._bundle.config, self._bundle.layout, self._memories)
+            warm_up(self._executor, self._collectives, self._bundle.config, self._bundle.layout, self._buffers)
         logger.info("rank %d of %d ready: %s on %s", self._rank, self._world_size, command.executor, device)
         free_bytes, graph_bytes = device_free_bytes(device), self._executor.graph_bytes()
         if free_bytes is not None:  # the next session reuses the buffers and graphs of the warm-up's session
             kept = predict_memory(self._bundle.config, command.executor).session_bytes + graph_bytes
-            free_bytes += self._memories.num_free * kept
+            free_bytes += self._buffers.num_free * kept
         return Done(free_bytes=free_bytes, graph_bytes=graph_bytes)
 
     def _usage(self, command: UsageCommand) -> Usage:

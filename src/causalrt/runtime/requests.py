@@ -1,4 +1,4 @@
-"""Validation of what callers of the engine ask for."""
+"""Validation of requests to the engine."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ Embeddings = torch.Tensor | npt.NDArray[np.floating[Any]]
 
 
 def checked_chunks(config: Config, num_chunks: int | None, *, num_given: int = 0) -> int:
-    """Chunks to generate after `num_given` given ones: those asked for, or as many as the horizon holds.
+    """Chunks to generate after `num_given` chunks of initial latents: those asked for, or as many as the horizon holds.
 
     Raises:
-        RequestError: not a whole number, or more than the horizon holds while time is counted by the global index.
+        RequestError: not a whole number, or more than the horizon holds where `video.time_index` is global.
     """
     video = config.video
     within_horizon = video.horizon_chunks - num_given
@@ -28,7 +28,7 @@ def checked_chunks(config: Config, num_chunks: int | None, *, num_given: int = 0
         return num_chunks
     if endless:
         raise RequestError(f"num_chunks must be a whole number of at least 1, got {num_chunks}")
-    after = f" after {num_given} given ones" if num_given else ""
+    after = f" after {num_given} of initial latents" if num_given else ""
     raise RequestError(
         f"{1 if num_chunks is None else num_chunks} chunks of {video.chunk_frames} latent frames asked for{after}, but the "
         f"bundle's horizon is {video.horizon_frames} latent frames ({max(0, within_horizon)} chunks); build with "
@@ -37,7 +37,7 @@ def checked_chunks(config: Config, num_chunks: int | None, *, num_given: int = 0
 
 
 def checked_text(config: Config, prompt_embeds: Embeddings) -> torch.Tensor:
-    """Embeddings as the ranks take them: `[text_len, text_dim]` float32, missing rows zero.
+    """Pad embeddings with zero rows to `[text_len, text_dim]` float32, as the ranks take them.
 
     Raises:
         PromptError: wrong shape or type, or values that are not finite.
@@ -65,30 +65,32 @@ def checked_text(config: Config, prompt_embeds: Embeddings) -> torch.Tensor:
     return text
 
 
-def checked_given(config: Config, given: torch.Tensor | None) -> list[torch.Tensor]:
-    """Given latents as rows `[N, 64]`, chunk by chunk (the first may be one frame); none is no chunk.
+def checked_initial_latents(config: Config, latents: torch.Tensor | None) -> list[torch.Tensor]:
+    """Split initial latents into the rows `[N, 64]` of each chunk; None has no chunks.
 
     Raises:
-        RequestError: wrong shape or type, no whole number of chunks, or values that are not finite.
+        RequestError: wrong shape or type, not a whole number of chunks, or values that are not finite.
     """
-    if given is None:
+    if latents is None:
         return []
     video = config.video
     frame = (config.model.latent_channels, video.latent_height, video.latent_width)
-    if not isinstance(given, torch.Tensor) or not given.is_floating_point() or tuple(given.shape[1:]) != frame:
-        found = f"{list(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else type(given).__name__
-        raise RequestError(
-            f"given latents must be a floating-point tensor [frames, {', '.join(map(str, frame))}], got {found}"
+    if not isinstance(latents, torch.Tensor) or not latents.is_floating_point() or tuple(latents.shape[1:]) != frame:
+        found = (
+            f"{list(latents.shape)} {latents.dtype}" if isinstance(latents, torch.Tensor) else type(latents).__name__
         )
-    chunks = video.chunks_in(len(given))
-    if not chunks or video.first_frame_of(chunks) != len(given):
+        raise RequestError(
+            f"initial latents must be a floating-point tensor [frames, {', '.join(map(str, frame))}], got {found}"
+        )
+    chunks = video.chunks_in(len(latents))
+    if not chunks or video.first_frame_of(chunks) != len(latents):
         first = (
             "" if video.frames_at(0) == video.chunk_frames else f"a first chunk of {video.frames_at(0)} frame(s), then "
         )
         raise RequestError(
-            f"{len(given)} latent frames given; the bundle takes {first}whole chunks of {video.chunk_frames}: leave some out"
+            f"{len(latents)} initial latent frames; the bundle takes {first}whole chunks of {video.chunk_frames}: drop some"
         )
-    rows = tokens_from_latents(given.detach().to("cpu", torch.float32), config)
+    rows = tokens_from_latents(latents.detach().to("cpu", torch.float32), config)
     if not torch.isfinite(rows).all():
-        raise RequestError("given latents hold values that are not finite; check the encoder that they come from")
+        raise RequestError("initial latents hold values that are not finite; check the encoder that they come from")
     return list(torch.split(rows, [frames * config.tokens_per_frame for frames in video.frames_of_chunks(chunks)]))

@@ -1,8 +1,8 @@
-"""One session on one rank: denoise a chunk, hand its latents over, refresh the KV slots, commit.
+"""One session on one rank: denoise a chunk, hand its latents over, run the context pass, commit.
 
-    noise -> steps x { flow = step(x); x0 = x - sigma flow; x = (1 - sigma') x0 + sigma' noise } -> latents
-    refresh: step(x0) at the context timestep leaves clean keys and values in staging; commit moves them to history
-    given:   step(frames) at timestep 0, commit: frames that the caller has are history like generated ones
+    noise -> steps x { flow = step(x); x0 = clean(x, flow); x = add_noise(x0, noise) } -> latents
+    context pass:    step(x0) at the context timestep leaves clean keys and values in staging; commit moves them to history
+    initial latents: step(rows) at timestep 0, commit: latents that the caller brings become history like generated ones
 
 Two counts: `_frame` is where the next chunk lies in the video, `_history` is how many frames the slots have taken in. They
 differ after a prompt switch that drops or rebuilds history. The video's first chunk may be shorter (`video.step_frames`); then
@@ -10,11 +10,11 @@ it has a layout, and an executor's step, of its own.
 
 Elementwise work is on local rows; the only communication is the step's own and the gather of what leaves the ranks.
 
-A GPU is kept busy: everything is queued without waiting, and the host uses the time of the refresh to hand the latents over
-and to draw the next chunk's first noise. On a CPU nothing is queued, so the latents are handed over before the refresh::
+A GPU is kept busy: everything is queued without waiting, and the host uses the time of the context pass to hand the latents
+over and to draw the next chunk's first noise. On a CPU nothing is queued, so latents are handed over before the context pass::
 
-    GPU    queue steps, gather, copy, refresh, commit | wait for the copy | deliver | draw | wait for the commit
-    CPU    steps, gather | deliver | refresh, commit | draw
+    GPU    queue steps, gather, copy, context pass, commit | wait for the copy | deliver | draw | wait for the commit
+    CPU    steps, gather | deliver | context pass, commit | draw
 """
 
 import math
@@ -30,15 +30,15 @@ from causalrt.engines.base import Executor
 from causalrt.errors import RequestError
 from causalrt.layout import Layout
 from causalrt.model.schedule import schedule_from_config
-from causalrt.model.wan.step import KVPair
+from causalrt.model.wan.conditioning import Conditioning
 from causalrt.runtime.collectives import CountingCollectives
 from causalrt.runtime.noise import Noise
 from causalrt.runtime.session_buffers import SessionBuffers
 from causalrt.runtime.snapshot import check_tensors, load_tensors, save_tensors
-from causalrt.runtime.stopwatch import stopwatch_for
+from causalrt.runtime.stopwatch import Stopwatch, stopwatch_for
 
 SwitchPolicy = Literal["keep", "recache", "flush"]
-"""What becomes of history when the prompt changes: it stays as it is, it is computed again under the new prompt, or it goes."""
+"""What happens to history when the prompt changes: it stays, it is computed again under the new prompt, or it is dropped."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,10 +47,10 @@ class ChunkTimes:
 
     Attributes:
         denoise_ms: each denoising step, exchange included.
-        exchange_ms: the part of the denoising steps spent in all-to-alls; None on a GPU, where nobody waits for them.
+        exchange_ms: the part of the denoising steps spent in all-to-alls; None on a GPU, where the host does not wait for them.
         gather_ms: collecting the latents on rank 0.
-        refresh_ms: the refresh and the commit; after the latents are handed over, or on a GPU meanwhile.
-        all_to_all_calls: exchanges of the denoising steps that the host called: none inside an engine or a CUDA graph.
+        context_pass_ms: the context pass and the commit, after the latents are handed over (on a GPU, meanwhile).
+        all_to_all_calls: exchanges of the denoising steps that the host called, not those inside engines and CUDA graphs.
         rows_sent: rows of one head that the rank sent in them, those to itself included.
         kv_frames: latent frames attended over.
     """
@@ -58,7 +58,7 @@ class ChunkTimes:
     denoise_ms: list[float] = field(default_factory=list)
     exchange_ms: float | None = None
     gather_ms: float = 0.0
-    refresh_ms: float = 0.0
+    context_pass_ms: float = 0.0
     all_to_all_calls: int = 0
     rows_sent: int = 0
     kv_frames: int = 0
@@ -66,7 +66,7 @@ class ChunkTimes:
 
 @dataclass(kw_only=True, slots=True)
 class StepRecord:
-    """What one forward computed, on rank 0: `[N, 64]` each; x0 is None for the refresh."""
+    """What one forward computed, on rank 0: `[N, 64]` each; x0 is None for the context pass."""
 
     flow: torch.Tensor
     x0: torch.Tensor | None
@@ -84,7 +84,7 @@ class Rollout:
         *,
         text: torch.Tensor,
         noise: Noise,
-        memory: SessionBuffers,
+        buffers: SessionBuffers,
     ) -> None:
         self._executor, self._collectives = executor, collectives
         self._config = config
@@ -92,8 +92,8 @@ class Rollout:
         self._step_number = config.video.step_at(0)
         self._noise = noise
         self._drawn: tuple[int, torch.Tensor] | None = None
-        self.memory, self.slots = memory, memory.slots
-        memory.begin(executor.encode_prompt(text))
+        self.buffers, self.slots = buffers, buffers.slots
+        buffers.begin(executor.encode_prompt(text))
         self._schedule = schedule_from_config(config.sampler)
         self._times = [executor.embed_time(t) for t in self._schedule.timesteps]
         self._context_time = executor.embed_time(self._schedule.context_timestep)
@@ -111,7 +111,7 @@ class Rollout:
         index: int,
         *,
         frame: int | None = None,
-        refresh: bool,
+        context_pass: bool,
         record: bool,
         draw_next: bool = False,
         deliver: Callable[[torch.Tensor, ChunkTimes], None],
@@ -120,37 +120,19 @@ class Rollout:
 
         Args:
             index: chunk number from 0.
-            frame: where in the video the caller takes it to begin; None if it does not say.
-            refresh: leave clean keys and values for the next chunk.
+            frame: frame of the video at which the caller expects the chunk to begin; None to skip the check.
+            context_pass: leave clean keys and values for the next chunk.
             record: gather the flow and x0 of every forward on rank 0.
-            draw_next: after a refresh, draw the first noise of chunk `index + 1`, so that a GPU need not wait for it.
-            deliver: called on rank 0 with the latents `[N, 64]` and the times so far: before the refresh on a CPU, during it on
-                a GPU.
+            draw_next: after the context pass, draw the first noise of chunk `index + 1`, so that a GPU need not wait for it.
+            deliver: called on rank 0 with the latents `[N, 64]` and the times so far, before the context pass on a CPU and
+                during it on a GPU.
         """
         if frame not in (None, self._frame):
             raise RuntimeError(f"chunk {index} begins at frame {frame}, and this rank is at {self._frame}")
         watch, times = stopwatch_for(self._device), ChunkTimes(kv_frames=self.kv_frames)
+        records: list[StepRecord] | None = [] if record else None
         self._bind()
-        records: list[StepRecord] = []
-        sigmas = self._schedule.sigmas
-        self._collectives.take_traffic()
-
-        x = self._first_noise(index)
-        steps = []
-        for k, (e, e0) in enumerate(self._times):
-            start = watch.mark()
-            flow = self._step(x, (e, e0))
-            x0 = (x.double() - sigmas[k] * flow.double()).float()
-            if k + 1 < len(sigmas):
-                x = (1 - sigmas[k + 1]) * x0 + sigmas[k + 1] * self._local_noise(index, k + 1)
-            steps.append((start, watch.mark()))
-            if record:
-                self._record(records, flow, x0)
-        traffic = self._collectives.take_traffic()
-        times.all_to_all_calls, times.rows_sent = traffic.all_to_all_calls, traffic.rows_sent
-        if self._device.type == "cpu":
-            times.exchange_ms = 1e3 * traffic.wait_s
-
+        x0, steps = self._denoise(index, watch, times, records)
         start = watch.mark()
         latents = self._gather(x0)
         gathered = watch.mark()
@@ -164,48 +146,70 @@ class Rollout:
 
         if self._device.type == "cpu":
             hand_over()
-        if refresh:
-            refresh_start = watch.mark()
-            flow = self._step(x0, self._context_time)
-            self._commit(x0)
-            refresh_end = watch.mark()
-            if record:
-                self._record(records, flow, None)
+        if context_pass:
+            pass_start = watch.mark()
+            flow = self._context_pass(x0, self._context_time)
+            pass_end = watch.mark()
+            self._record(records, flow, None)
         if self._device.type == "cuda":
             hand_over()
-        if refresh:
+        if context_pass:
             if draw_next:
                 self._shape_for_next()
                 self._drawn = index + 1, self._local_noise(index + 1, 0)
             self._wait()
-            times.refresh_ms = watch.ms(refresh_start, refresh_end)
-        return times, records
+            times.context_pass_ms = watch.ms(pass_start, pass_end)
+        return times, records or []
 
-    def take_given(self, rows: torch.Tensor, *, record: bool) -> list[StepRecord]:
-        """Make a chunk that the caller has history: one forward at timestep 0, whatever the context timestep is.
+    def _denoise(
+        self, index: int, watch: Stopwatch, times: ChunkTimes, records: list[StepRecord] | None
+    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """The chunk's clean rows, and the marks of the watch around each step."""
+        self._collectives.take_traffic()
+        x, marks = self._first_noise(index), []
+        for k, time in enumerate(self._times):
+            start = watch.mark()
+            flow = self._step(x, time)
+            x0 = self._schedule.clean(k, x, flow)
+            if k + 1 < len(self._times):
+                x = self._schedule.add_noise(k + 1, x0, self._local_noise(index, k + 1))
+            marks.append((start, watch.mark()))
+            self._record(records, flow, x0)
+        traffic = self._collectives.take_traffic()
+        times.all_to_all_calls, times.rows_sent = traffic.all_to_all_calls, traffic.rows_sent
+        if self._device.type == "cpu":
+            times.exchange_ms = 1e3 * traffic.wait_s
+        return x0, marks
+
+    def _context_pass(self, clean: torch.Tensor, time: Conditioning) -> torch.Tensor:
+        """Run a forward over clean rows, make its keys and values history, and return its flow."""
+        flow = self._step(clean, time)
+        self._commit(clean)
+        return flow
+
+    def take_initial(self, rows: torch.Tensor, *, record: bool) -> list[StepRecord]:
+        """Make a chunk of initial latents history, by one forward at timestep 0, whatever the context timestep is.
 
         Args:
-            rows: `[N, 64]`, clean; N is that of the video's next chunk. Chunks are given in order, before the first one is
+            rows: `[N, 64]`, clean; N is that of the video's next chunk. Initial chunks come in order, before the first one is
                 generated.
             record: gather the flow of the forward on rank 0.
         """
+        records: list[StepRecord] | None = [] if record else None
         self._bind()
-        local = self._local_rows(rows)
-        flow = self._step(local, self._executor.embed_time(0.0))
-        self._commit(local)
-        records: list[StepRecord] = []
-        if record:
-            self._record(records, flow, None)
+        flow = self._context_pass(self._local_rows(rows), self._executor.embed_time(0.0))
+        self._record(records, flow, None)
         self._wait()
-        return records
+        return records or []
 
     def switch_prompt(self, text: torch.Tensor, policy: SwitchPolicy) -> None:
         """From the next chunk on, attend to another prompt `[text_len, text_dim]`.
 
-        To compute history again, the chunks whose frames the window holds are refreshed in order, as if nothing had been before
-        them but the sink; each is seen at its own place in time (or, where time is relative, in what is left of history).
+        To compute history again, the chunks that the window holds go through a context pass each, in order, as if nothing but
+        the sink had been before them. Each keeps its place in time (or, where time is relative, its place in what is left of
+        history).
         """
-        self.memory.change_prompt(self._executor.encode_prompt(text))
+        self.buffers.change_prompt(self._executor.encode_prompt(text))
         if policy != "keep":
             kept = self._clean if policy == "recache" else []
             where = self._frame
@@ -213,13 +217,12 @@ class Rollout:
             for frame, rows in kept:
                 self._frame = frame
                 self._bind()
-                self._step(rows, self._context_time)
-                self._commit(rows)
+                self._context_pass(rows, self._context_time)
             self._frame = where
         self._wait()
 
     def save(self, path: Path) -> None:
-        """Write what a rank needs to go on from here, between chunks (`runtime/snapshot.py`).
+        """Write what a rank needs to continue from here, between chunks (`runtime/snapshot.py`).
 
         Raises:
             RequestError: it cannot be written; the session is as it was.
@@ -233,11 +236,11 @@ class Rollout:
 
     @torch.inference_mode()
     def load(self, path: Path, *, frame: int, sha256: str) -> None:
-        """Go to where `save` was called, which was at `frame`; the prompt is set already.
+        """Continue from where `save` was called; the prompt is set already.
 
         Args:
-            path: the file that `save` has written.
-            frame: the latent frame at which it must have been written.
+            path: file that `save` has written.
+            frame: latent frame at which it must have been written.
             sha256: digest that the file must have.
 
         Raises:
@@ -271,22 +274,16 @@ class Rollout:
         self._step_number = self._config.video.step_at(self._frame)
 
     def _bind(self) -> None:
-        """Go to the next chunk, and bind what it attends to."""
+        """Go on to the next chunk, and bind what it attends to."""
         self._shape_for_next()
-        self._executor.bind(
-            self.slots.filled(self._history, step=self._step_number),
-            self.memory.cross_kv,
-            kv_rows=self.slots.filled_rows(self._history, step=self._step_number),
-            memory=self.memory.number,
-            step=self._step_number,
-        )
+        self._executor.bind(self.buffers.view(self._history, step=self._step_number))
 
-    def _step(self, x: torch.Tensor, time: KVPair) -> torch.Tensor:
+    def _step(self, x: torch.Tensor, time: Conditioning) -> torch.Tensor:
         relative = self._config.video.time_index == "relative"
-        return self._executor.step(x, *time, self._history if relative else self._frame)
+        return self._executor.step(x, time, self._history if relative else self._frame)
 
     def _commit(self, clean: torch.Tensor) -> None:
-        """Staging holds a clean chunk, whose rows are `clean`: make it history, and go on to the next."""
+        """Make the clean chunk in staging history, keep its rows for a recache, and go on to the next chunk."""
         plan, chunk_frames = self.slots.plan, self._config.video.chunk_frames
         frames = self._config.video.frames_at(self._frame)
         self.slots.commit(self._history, step=self._step_number)
@@ -323,11 +320,13 @@ class Rollout:
         return rows
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """All rows on rank 0's host; from a GPU they arrive, in pinned memory, when the work queued so far is done."""
+        """All rows on rank 0's host; from a GPU they arrive in pinned memory when the work queued so far is done."""
         gathered = self._collectives.gather(rows.float())
         return None if gathered is None else gathered[: self._layout.num_tokens].to("cpu", non_blocking=True, copy=True)
 
-    def _record(self, records: list[StepRecord], flow: torch.Tensor, x0: torch.Tensor | None) -> None:
+    def _record(self, records: list[StepRecord] | None, flow: torch.Tensor, x0: torch.Tensor | None) -> None:
+        if records is None:
+            return
         flows, clean = self._gather(flow), None if x0 is None else self._gather(x0)
         if flows is not None:
             records.append(StepRecord(flow=flows, x0=clean))

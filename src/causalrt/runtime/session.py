@@ -1,11 +1,11 @@
-"""A session as its caller sees it: an iterator of chunks.
+"""`Session`: a video that is being generated, as an iterator of chunks.
 
 session = engine.session("a fox in the snow", seed=0)
 chunk = next(session)                                  # or: async for chunk in session
 session.switch_prompt("the fox runs", policy="keep")   # acts from the next chunk on
 
-A reader that takes its time holds its session back, and no other: at most one chunk is made that nobody has asked for yet.
-What a session keeps does not grow with the number of its chunks, unless it was begun with `record=True`.
+A slow reader holds back its own session only: at most one chunk is generated before it is requested. The memory of a session
+does not grow with the number of its chunks, unless it was begun with `record=True`.
 """
 
 import asyncio
@@ -33,24 +33,24 @@ from causalrt.runtime.snapshot import SessionRecord, new_snapshot, write_session
 from causalrt.runtime.workers import Workers
 
 MAX_TIMES = 1024
-"""Chunks whose times a session keeps, the newest ones."""
+"""Number of chunks, the newest ones, whose times a session keeps."""
 
 Made = tuple[torch.Tensor, ChunkTimes, float]
-"""A chunk's rows `[N, 64]`, rank 0's stages, and the milliseconds in the queue."""
+"""A chunk's token rows `[N, 64]`, rank 0's times, and the milliseconds in the queue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """One generated chunk, and where its time went, in milliseconds.
+    """One generated chunk and its times in milliseconds.
 
     Attributes:
-        index: from 0.
+        index: number of the chunk, from 0.
         latents: `[F, 16, H, W]`, float32, normalised VAE latents; F is that of the chunk (`video.frames_at`).
         frames: uint8 `[T, 8H, 8W, 3]`, or None without a VAE; 4 frames a latent, but one for the video's first.
         latency_ms: from the request to latents and frames in the caller's hands; stages that ran before the request, where
-            chunks are made ahead, are no part of it.
+            chunks are generated ahead, do not count.
         queue_ms: the part of it spent waiting for earlier work: the previous chunk's refresh, other sessions.
-        times: rank 0's stages; the refresh has not run yet (`Session.times` has it afterwards).
+        times: rank 0's stages; the context pass has not run yet (`Session.times` has it afterwards).
         decode_ms: what the decoder took; 0 without a VAE.
     """
 
@@ -64,22 +64,22 @@ class Chunk:
 
     @property
     def hand_over_ms(self) -> float:
-        """The rest of the latency: latents and frames on their way between processes, noise drawn, slots bound."""
+        """The rest of the latency: transfers between processes, drawing noise, binding KV slots."""
         named = self.queue_ms + sum(self.times.denoise_ms) + self.times.gather_ms + self.decode_ms
         return max(0.0, self.latency_ms - named)
 
 
 class Session:
-    """An iterator of chunks for one thread; made by `Engine.session`.
+    """An iterator of chunks for one thread; created by `Engine.session`.
 
     Attributes:
         times: `ChunkTimes` by rank, for each finished chunk by its index; of the newest `MAX_TIMES` chunks. A chunk is
-            finished when the next command (or `close`) has taken in the end of its refresh.
+            finished when the next command (or `close`) has taken in the end of its context pass.
         records: with `record=True`, for each finished chunk what each forward computed.
-        given_records: with `record=True`, for each given chunk what its forward computed.
+        initial_records: with `record=True`, for each chunk of the initial latents what its forward computed.
         kv_rows_moved: rows of one head that the last finished chunk had moved to history, over the session.
-        text_ms: what encoding the prompt took; 0 for embeddings.
-        given_frames: what the given latents decode to, uint8 `[T, 8H, 8W, 3]`, if there were some and a VAE.
+        text_ms: milliseconds that encoding the prompt took; 0 for embeddings.
+        initial_frames: what the initial latents decode to, uint8 `[T, 8H, 8W, 3]`, if there were some and a VAE.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Session:
         self.number = number
         self.num_chunks = num_chunks
         self.text_ms = text_ms
-        self.given_frames: torch.Tensor | None = None
+        self.initial_frames: torch.Tensor | None = None
         self.times: dict[int, dict[int, ChunkTimes]] = {}
         self.records: list[tuple[StepRecord, ...]] = []
-        self.given_records: list[tuple[StepRecord, ...]] = []
+        self.initial_records: list[tuple[StepRecord, ...]] = []
         self.kv_rows_moved = 0
         self._workers, self._bundle, self._encode_prompt = workers, bundle, encode_prompt
         self._text, self._noise = text, noise
@@ -123,15 +123,15 @@ class Session:
         return self
 
     def __next__(self) -> Chunk:
-        """Generate the next chunk; the session closes itself after the last, and when it was cancelled.
+        """Generate the next chunk. The session closes itself after the last one, or when it was cancelled.
 
-        An interrupt (Ctrl-C) is raised as KeyboardInterrupt when the chunk under way is made; the next call returns that
-        chunk. A second interrupt is raised at once, and ends the engine.
+        An interrupt (Ctrl-C) is raised as KeyboardInterrupt when the current chunk is complete; the next call returns that
+        chunk. A second interrupt is raised at once and ends the engine.
 
         Raises:
             RankError: a rank or the decoder died, hung or raised.
             RequestError: the latents are not finite, and cannot be decoded.
-            CapacityError: the decoder has no memory for this session, which is closed.
+            CapacityError: the decoder has too little memory for this session, which is then closed.
             EngineClosedError: the session or the engine was closed.
             ForkError: the engine was loaded by another process, from which this one was forked.
         """
@@ -158,7 +158,7 @@ class Session:
         if self._workers.decoder is not None:
             try:
                 decoded = self._workers.decode(self.number, latents)
-            except (CapacityError, RequestError):  # the ranks are a chunk ahead of the decoder now
+            except (CapacityError, RequestError):  # now the ranks are a chunk ahead of the decoder
                 self.close()
                 raise
             frames, decode_ms = decoded.frames, decoded.decode_ms
@@ -175,7 +175,7 @@ class Session:
 
     @property
     def next_chunk(self) -> int:
-        """Number of the first chunk that has not been begun: where a prompt switch would act."""
+        """Number of the first chunk that has not been started, from which on a prompt switch would act."""
         return self._next if self._made_ahead is None else self._next + 1
 
     def _generate(self, index: int) -> Made:
@@ -188,7 +188,7 @@ class Session:
                 session=self.number,
                 index=index,
                 frame=self._bundle.config.video.first_frame_of(self._num_given + index),
-                refresh=self._record or more,
+                context_pass=self._record or more,
                 record=self._record,
                 draw_next=more,
             )
@@ -201,9 +201,9 @@ class Session:
         return self
 
     async def __anext__(self) -> Chunk:
-        """Like `next`, in a thread.
+        """Run `next` in a thread.
 
-        A chunk that is under way when the task is cancelled is finished and dropped; the next call goes on after it.
+        If the task is cancelled, the current chunk is completed and dropped, and the next call continues after it.
         """
         chunk = await asyncio.to_thread(next, self, None)
         if chunk is None:
@@ -211,20 +211,21 @@ class Session:
         return chunk
 
     def cancel(self) -> None:
-        """End the iteration before the next chunk. May be called from any thread, at any time."""
+        """End the iteration before the next chunk. This method may be called from any thread, at any time."""
         self._cancelled = True
 
     def switch_prompt(self, prompt: str | Embeddings, *, policy: SwitchPolicy = "keep") -> float:
-        """Change the prompt from the next chunk that has not been begun (`next_chunk`) on, on all ranks.
+        """Change the prompt from the next chunk that has not been started (`next_chunk`) on.
 
         Args:
             prompt: as for `Engine.session`.
-            policy: what becomes of history. `keep`: nothing, it keeps what the old prompt put there; `recache`: keys and values
-                of the frames in the window are computed again under the new prompt, a forward for each chunk; `flush`: it is
-                dropped, and the next chunk begins afresh.
+            policy: what happens to the history. `keep`: it stays as the old prompt made it. `recache`: the keys and values of
+            the
+                frames in the window are recomputed under the new prompt, with one forward for each chunk. `flush`: it is
+                dropped.
 
         Returns:
-            Milliseconds from the call until the ranks are ready to go on, the text's encoding and earlier work included.
+            Milliseconds from the call until the ranks are ready, including the encoding of the text and earlier work.
 
         Raises:
             PromptError: text that cannot be encoded, wrong shape or type, or values that are not finite.
@@ -248,20 +249,21 @@ class Session:
         return 1e3 * (time.perf_counter() - asked)
 
     def snapshot(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the session to a folder, from which `Engine.resume` takes it up; it can go on here, too.
+        """Write the session to a folder, from which `Engine.resume` continues it. The session itself stays open.
 
-        The folder holds the KV slots, the decoder's caches and the prompt: gigabytes for a long window. A resumed session goes
-        on after the newest chunk that was made; after an interrupt, fetch the chunk that was kept back with `next` first.
+        The folder holds the KV slots, the decoder's caches and the prompt: gigabytes for a long window. A resumed session
+        continues after the newest chunk that was generated. After an interrupt, first fetch the chunk that was held back with
+        `next`.
 
         Raises:
-            RequestError: after the last chunk, or with noise of the caller's; or the folder cannot be written: nothing is left.
+            RequestError: the last chunk was generated, the noise came from the caller, or the folder cannot be written, in
+            which
+                case nothing is left of it.
             RankError: a rank or the decoder died, hung or raised.
             EngineClosedError: the session or the engine was closed.
         """
         if not isinstance(self._noise, SeededNoise):
-            raise RequestError(
-                "a snapshot holds a seed, and the session has noise that was given; begin it with a seed"
-            )
+            raise RequestError("a snapshot holds a seed, and the session has noise of its own; begin it with a seed")
         self._workers.check_owner()
         with self._lock, self._workers.deferred_interrupts():
             self._check_open()
@@ -270,7 +272,7 @@ class Session:
     def _write(self, folder: Path, seed: int, *, overwrite: bool) -> None:
         ahead = None if self._made_ahead is None else self._made_ahead.result()[0]
         if self._next + (ahead is not None) == self.num_chunks:
-            raise RequestError("the last chunk is made, nothing follows that could be resumed; take a snapshot earlier")
+            raise RequestError("the last chunk was generated, so nothing could be resumed; take the snapshot earlier")
         record = SessionRecord(
             seed=seed,
             num_given=self._num_given,
@@ -290,7 +292,7 @@ class Session:
             raise EngineClosedError("the session was closed; open another with engine.session(...)")
 
     def begin_at(self, chunk: int, rows: torch.Tensor | None) -> None:
-        """Go on at this chunk: the session was resumed. `rows` are the chunk's, if it was made before that."""
+        """Continue a resumed session at `chunk`, whose token rows are `rows` if it was generated before the snapshot."""
         self._next = chunk
         if rows is not None:
             self._made_ahead = Future()
@@ -301,13 +303,13 @@ class Session:
         self._closed = True
         self._finalizer()
 
-    def take_given(self, reply: Done) -> None:
-        """Keep what rank 0 says of a given chunk."""
+    def take_initial(self, reply: Done) -> None:
+        """Keep what rank 0 has recorded of an initial chunk."""
         if self._record:
-            self.given_records.append(reply.records)
+            self.initial_records.append(reply.records)
 
     def take(self, rank: int, reply: Reply) -> None:
-        """Keep what a rank says of the chunk that it has finished."""
+        """Store a rank's answer about the chunk that it has finished."""
         assert isinstance(reply, Done)
         assert reply.times is not None
         self.times[max(self.times)][rank] = reply.times
@@ -317,9 +319,9 @@ class Session:
                 self.records.append(reply.records)
 
     def close(self) -> None:
-        """Free the session on every rank, once the chunk under way is made. Harmless when called again.
+        """Free the session on every rank, once the current chunk is complete.
 
-        In a process that was forked from the engine's, nothing happens.
+        Calling it again, or in a forked process, has no effect.
         """
         if not self._workers.is_ours:
             return

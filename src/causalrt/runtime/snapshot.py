@@ -1,13 +1,13 @@
-"""A session on disk, to be taken up again: after a restart, by another executor of the same weights, or when memory is short.
+"""A session on disk, to be resumed after a restart, by another executor of the same weights, or when memory is short.
 
-    session.safetensors     prompt embeddings; in the header where the session stands, its seed, what it was made with, and the
-                            sha256 of everything, the header itself included
-    rank0.safetensors ...   what each rank holds: keys and values of history, the clean chunks that `recache` wants
-    decoder.safetensors     the decoder's place in the video, if frames are made
+    session.safetensors     prompt embeddings; the header has the session's position, seed and config, and the sha256 of
+                            everything, the header itself included
+    rank0.safetensors ...   what each rank holds: keys and values of history, the clean chunks that `recache` needs
+    decoder.safetensors     the decoder's position in the video, if the session makes frames
 
-A folder appears whole or not at all. Ranks write and read their own files, and compare what they have read with the sha256
-in the session's file. Keys and values are stored `[rows, heads, D]` by layer and share, whatever order an executor keeps
-them in. Nothing but tensors and a JSON header is ever read.
+A snapshot is written to a temporary folder and renamed. Ranks write and read their own files, and compare what they have read
+with the sha256 in the session's file. Keys and values are stored `[rows, heads, D]` by layer and shard, in whatever order an
+executor holds them. Only tensors and a JSON header are ever read.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ VERSION = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionRecord:
-    """Where a session stands.
+    """The position of a session, and what it was begun with.
 
     Attributes:
-        seed: of its noise.
-        num_given: chunks that it began with.
+        seed: seed of its noise.
+        num_given: chunks of initial latents that it began with.
         next_chunk: number of the chunk that comes next.
-        num_chunks: of the whole session.
-        vae: sha256 of the VAE's weights, if the decoder's place is in the snapshot, too.
+        num_chunks: chunks of the whole session.
+        vae: sha256 of the VAE's weights; None if the snapshot does not hold the decoder's position.
     """
 
     seed: int
@@ -53,21 +53,21 @@ class SessionRecord:
 
 
 def rank_file(rank: int) -> str:
-    """Name of a rank's file."""
+    """Name of the file that a rank writes."""
     return f"rank{rank}.safetensors"
 
 
 def identity(bundle: Bundle) -> dict[str, Any]:
-    """What a snapshot is tied to: weights, and everything that decides what lies in the slots of a rank."""
+    """What a snapshot depends on: the weights, and all that determines the contents of a rank's KV slots."""
     return {"version": VERSION, "weights": bundle.hashes[WEIGHTS], "config": bundle.config.as_dict()}
 
 
 @contextlib.contextmanager
 def new_snapshot(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `target` to fill; it takes `target`'s place if the block ends well, and is removed if not.
+    """Yield a temporary folder to fill; rename it to `target` if the block succeeds, and remove it otherwise.
 
     Raises:
-        RequestError: there is something at `target`, or nothing can be written there.
+        RequestError: `target` exists already, or cannot be written.
     """
     target = target.absolute()
     is_snapshot = (target / SESSION_FILE).is_file()
@@ -86,7 +86,7 @@ def new_snapshot(target: Path, *, overwrite: bool) -> Iterator[Path]:
 def write_session(
     folder: Path, bundle: Bundle, record: SessionRecord, text: torch.Tensor, ahead: torch.Tensor | None
 ) -> None:
-    """Write the caller's own file, after all others; `ahead` are the rows of the next chunk if the ranks have made it."""
+    """Write the session's file, after all others; `ahead` holds the next chunk's rows if the ranks have generated it."""
     tensors = {TEXT: text, **({} if ahead is None else {AHEAD: ahead})}
     plain: dict[str, Any] = {
         **identity(bundle),
@@ -101,29 +101,18 @@ def write_session(
 def read_session(
     folder: Path, bundle: Bundle
 ) -> tuple[SessionRecord, torch.Tensor, torch.Tensor | None, dict[str, str]]:
-    """Read the caller's own file.
+    """Read the session's file.
 
     Returns:
-        Where the session stands, its prompt's embeddings, the rows `[N, 64]` of the next chunk if that was made ahead, and the
-        sha256 of every other file by name.
+        The session's position, its prompt's embeddings, the rows `[N, 64]` of the next chunk if that was generated ahead, and
+        the sha256 of every other file by name.
 
     Raises:
         RequestError: no snapshot, damaged, or of other weights or another config.
     """
     path = folder / SESSION_FILE
     try:
-        with safe_open(regular_file(path), framework="pt") as file:
-            plain = dict(json.loads((file.metadata() or {})[HEADER]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if plain.get("version") != VERSION:
-            raise RequestError(
-                f"{folder} is a snapshot of version {plain.get('version')}, and this version of CausalRT reads {VERSION} "
-                "(version 1 has no checksums); take another snapshot"
-            )
-        if plain.pop("digest") != record_digest(plain):
-            raise ValueError("its header was changed")
-        if plain.pop("tensors") != {name: tensor_digest(tensor) for name, tensor in tensors.items()}:
-            raise ValueError("its tensors were changed")
+        plain, tensors = _read_header(path, folder)
         files = dict(plain.pop("files"))
         record = SessionRecord(**plain.pop("session"))
         text, ahead = tensors[TEXT], tensors.get(AHEAD)
@@ -142,25 +131,53 @@ def read_session(
             f"{folder} was made with another bundle ({', '.join(differing)} differ); resume it with the one it was made with, "
             "or with one of the same checkpoint and config"
         )
+    if not _is_possible(bundle, record, text, ahead, files):
+        raise RequestError(f"{path} is damaged: its values are not possible; take another snapshot")
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return record, text, ahead, files
+
+
+def _read_header(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The header and the tensors of the session's file, once their digests have been compared."""
+    with safe_open(regular_file(path), framework="pt") as file:
+        plain = dict(json.loads((file.metadata() or {})[HEADER]))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if plain.get("version") != VERSION:
+        raise RequestError(
+            f"{folder} is a snapshot of version {plain.get('version')}, and this version of CausalRT reads {VERSION} "
+            "(version 1 has no checksums); take another snapshot"
+        )
+    if plain.pop("digest") != record_digest(plain):
+        raise ValueError("its header was changed")
+    if plain.pop("tensors") != {name: tensor_digest(tensor) for name, tensor in tensors.items()}:
+        raise ValueError("its tensors were changed")
+    return plain, tensors
+
+
+def _is_possible(
+    bundle: Bundle,
+    record: SessionRecord,
+    text: torch.Tensor,
+    ahead: torch.Tensor | None,
+    files: Mapping[str, str],
+) -> bool:
+    """Whether the values of the session's file are such as `write_session` writes."""
     model = bundle.config.model
     names = {rank_file(rank) for rank in range(bundle.config.build.world_size)} | (
         set() if record.vae is None else {DECODER_FILE}
     )
     numbers = (record.seed, record.num_given, record.next_chunk, record.num_chunks)
-    if (
-        any(type(number) is not int or number < 0 for number in numbers)
-        or type(record.vae) not in (str, type(None))
-        or record.seed >= 2**64
-        or max(numbers[1:]) > 2**40
-        or text.shape != (model.text_len, model.text_dim)
-        or text.dtype != torch.float32
-        or files.keys() != names
-        or (ahead is not None and (ahead.dtype != torch.float32 or list(ahead.shape) != _rows_of(bundle, record)))
-    ):
-        raise RequestError(f"{path} is damaged: its values cannot be; take another snapshot")
-    for name, tensor in tensors.items():
-        check_finite(path, name, tensor)
-    return record, text, ahead, files
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and type(record.vae) in (str, type(None))
+        and record.seed < 2**64
+        and max(numbers[1:]) <= 2**40
+        and text.shape == (model.text_len, model.text_dim)
+        and text.dtype == torch.float32
+        and files.keys() == names
+        and (ahead is None or (ahead.dtype == torch.float32 and list(ahead.shape) == _rows_of(bundle, record)))
+    )
 
 
 def _rows_of(bundle: Bundle, record: SessionRecord) -> list[int]:
@@ -170,7 +187,7 @@ def _rows_of(bundle: Bundle, record: SessionRecord) -> list[int]:
 
 
 def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor with values that would spread over everything that is generated after it.
+    """Check that a tensor holds no values that would spread over everything generated after it.
 
     Raises:
         RequestError: it holds NaN or infinity.
@@ -185,10 +202,10 @@ def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, header: dict[str, str]) -> None:
-    """Write a file of a snapshot.
+    """Write a file of a snapshot; the session is unchanged even if that fails.
 
     Raises:
-        RequestError: it cannot be written, or the session holds values that are not finite; the session is as it was.
+        RequestError: the file cannot be written, or the session holds values that are not finite.
     """
     for name, tensor in tensors.items():
         check_finite(path, name, tensor)
@@ -204,10 +221,10 @@ def load_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
 
     Args:
         path: the file.
-        sha256: digest of what was written to it.
+        sha256: digest that it must have.
 
     Raises:
-        RequestError: missing, damaged, another file than was written, or with values that are not finite.
+        RequestError: the file is missing, damaged or another one, or holds values that are not finite.
     """
     try:
         tensors = load_file(regular_file(path))
@@ -229,10 +246,10 @@ def load_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
 def check_tensors(
     path: Path, found: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[list[int], torch.dtype]]
 ) -> None:
-    """Refuse tensors that are not the wanted ones.
+    """Check names, shapes and types of tensors.
 
     Raises:
-        RequestError: the first that differs is named.
+        RequestError: a tensor is missing, unexpected, or of another shape or type.
     """
     for name in sorted({*found, *wanted}):
         have = (list(found[name].shape), found[name].dtype) if name in found else "nothing"

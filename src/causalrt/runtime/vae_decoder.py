@@ -1,4 +1,4 @@
-"""The decoder from its caller's side: a process beside the ranks that turns latents into frames, for any number of sessions."""
+"""The caller's side of the decoder: a process beside the ranks that turns latents into frames, for any number of sessions."""
 
 import contextlib
 import time
@@ -29,12 +29,12 @@ from causalrt.runtime.ranks import RankPool
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
-    """A chunk's frames and where the time went.
+    """A chunk's frames and times.
 
     Attributes:
         frames: uint8 `[T, 8H, 8W, 3]`.
-        decode_ms: what the decoder took.
-        queue_ms: the wait for what other sessions had decoded.
+        decode_ms: milliseconds that the decoder took.
+        queue_ms: milliseconds spent waiting for other sessions.
     """
 
     frames: torch.Tensor
@@ -43,10 +43,10 @@ class Decoded:
 
 
 class VaeDecoder:
-    """The decoder's process. Threads take turns, first come, first served.
+    """The decoder's process. It serves one thread after another, first come, first served.
 
     Attributes:
-        free_bytes: what its own device could still give once it was loaded; None on the host.
+        free_bytes: free memory of its own device after loading; None on the host.
     """
 
     def __init__(self, *, timeout_s: float) -> None:
@@ -55,7 +55,7 @@ class VaeDecoder:
         self.free_bytes: int | None = None
 
     def start(self, command: LoadVaeCommand) -> None:
-        """Have it load, without waiting for that.
+        """Start loading, without waiting for the end.
 
         Raises:
             RankError: the process failed to start.
@@ -63,10 +63,10 @@ class VaeDecoder:
         self._pool.send(command)
 
     def wait_started(self, *, at_least_s: float) -> None:
-        """Return when it is ready, for which it has so many seconds however short `timeout_s` is.
+        """Wait until the decoder is loaded, for at least `at_least_s` seconds even if `timeout_s` is shorter.
 
         Raises:
-            ExecutorError: the executor's way of running it is missing here.
+            ExecutorError: a library that the decoder's executor needs is missing.
             RankError: the process failed to start, or raised.
         """
         *_, (_, done) = self._pool.replies(at_least_s=at_least_s)
@@ -87,17 +87,17 @@ class VaeDecoder:
         return self._pool.silent_s()
 
     def decode(self, session: int, latents: torch.Tensor) -> Decoded:
-        """The next frames of a session's video, whose first latents begin it.
+        """Decode the next latents of a session's video; its first call begins the video.
 
         Args:
-            session: its number.
+            session: number of the session.
             latents: `[F, 16, H, W]`, normalised.
 
         Raises:
-            RequestError: values that are not finite; the session's place in its video is as it was.
-            CapacityError: no memory for the session, whose place in its video is lost.
+            RequestError: values are not finite; the session can continue.
+            CapacityError: there is too little memory; the decoder has lost the session's state.
             RankError: the process died, hung or raised.
-            EngineClosedError: it has ended.
+            EngineClosedError: the process has ended.
         """
         asked = time.perf_counter()
         with self._turn():
@@ -107,13 +107,13 @@ class VaeDecoder:
         return Decoded(frames=frames.frames, decode_ms=frames.decode_ms, queue_ms=1e3 * (started - asked))
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        """Latents `[1 + k, 16, H, W]` of 1 + 4k frames (`causalrt.model.codecs.wan_vae.encode`).
+        """Latents `[1 + k, 16, H, W]` of 1 + 4k frames (`causalrt.model.codecs.registry.encode`).
 
         Raises:
             RequestError: wrong shape, type, number of frames, or values.
-            CapacityError: no memory for them.
+            CapacityError: there is too little memory.
             RankError: the process died, hung or raised.
-            EngineClosedError: it has ended.
+            EngineClosedError: the process has ended.
         """
         with self._turn():
             encoded, _ = self._run(EncodeCommand(frames=frames))
@@ -121,39 +121,39 @@ class VaeDecoder:
         return encoded.latents
 
     def save(self, session: int, folder: Path) -> None:
-        """Write a session's place in its video to a snapshot's folder.
+        """Write the decoder's state of a session to a snapshot's folder.
 
         Raises:
-            RequestError: it cannot be written.
+            RequestError: the file cannot be written.
             RankError: the process died, hung or raised.
         """
         with self._turn():
             self._run(SaveCommand(session=session, folder=folder))
 
     def resume(self, session: int, folder: Path, *, frame: int, files: Mapping[str, str]) -> None:
-        """Open a session where `save` has left it, after `frame` latents; `files` are the sha256 of the folder's files.
+        """Restore a session that `save` has written after `frame` latents; `files` maps the folder's files to their sha256.
 
         Raises:
-            RequestError: the snapshot is damaged, or of another VAE.
-            CapacityError: no memory for the session.
+            RequestError: the snapshot is damaged, or belongs to another VAE.
+            CapacityError: there is too little memory for the session.
             RankError: the process died, hung or raised.
         """
         with self._turn():
             self._run(ResumeCommand(session=session, folder=folder, frame=frame, files=files))
 
     def close_session(self, session: int) -> None:
-        """Free its caches."""
+        """Free a session's caches."""
         with self._turn():
             self._run(CloseCommand(session=session))
 
     def close(self) -> None:
-        """End the process; one that is at work is killed, and whoever waits for it gets an EngineClosedError."""
+        """End the process. If it is busy, it is killed, and the thread that waits for it gets an EngineClosedError."""
         if self._pool.is_ours:
             with self._lock.after_ending(self._pool.kill):
                 self._pool.close()
 
     def end(self) -> None:
-        """End the process at once and free its channel; nobody may be talking to it."""
+        """End the process at once and free its channel, while no other thread talks to it."""
         self._pool.close(kill=True)
 
     def kill(self) -> None:
@@ -167,7 +167,7 @@ class VaeDecoder:
             yield
 
     def _run(self, command: VaeCommand) -> list[Reply]:
-        """What it answers. A conversation that breaks off ends the process: its answers would be left in the channel."""
+        """Run a command and return the replies. If that is interrupted, end the process, since replies would stay unread."""
         try:
             self._pool.send(command)
             replies = [reply for _, reply in self._pool.replies()]

@@ -14,9 +14,11 @@ import torch
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle, reopen_bundle
 from causalrt.engines.streams import own_stream
-from causalrt.engines.vae import Vae, make_vae
+from causalrt.engines.vae_make import make_vae
 from causalrt.errors import CausalRTError, RequestError
 from causalrt.model.codecs.decode_state import DecodeState
+from causalrt.model.codecs.protocol import Decoder
+from causalrt.model.codecs.registry import encode, vae_from_tensors
 from causalrt.model.stored_tensors import map_tensors
 from causalrt.runtime.memory import device_free_bytes, is_out_of_memory
 from causalrt.runtime.messages import (
@@ -48,7 +50,7 @@ class VaeServer:
         self._states: dict[int, DecodeState] = {}
         self._device = torch.device("cpu")
         self._bundle: Bundle
-        self._vae: Vae
+        self._vae: Decoder
         self._weights: dict[str, torch.Tensor] = {}
         self._whole_vae: Any = None
 
@@ -131,9 +133,6 @@ class VaeServer:
         return Frames(frames=frames, decode_ms=1e3 * (time.perf_counter() - start))
 
     def _encode(self, command: EncodeCommand) -> Encoded:
-        from causalrt.model.codecs.vae_checkpoint import vae_from_tensors
-        from causalrt.model.codecs.wan_vae import encode
-
         if self._whole_vae is None:
             dtype = TORCH_DTYPES[self._bundle.config.build.precision]
             path, config = self._bundle.path / VAE_WEIGHTS, self._bundle.vae

@@ -1,4 +1,4 @@
-"""Play short videos before the first session, so that none pays for compilation, lazy set-up or the capture of CUDA graphs."""
+"""Generate short videos before the first session, so that no session waits for compilation or the capture of CUDA graphs."""
 
 import torch
 
@@ -12,21 +12,21 @@ from causalrt.runtime.session_buffers import SessionBufferPool
 
 
 def warm_up(
-    executor: Executor, collectives: CountingCollectives, config: Config, layout: Layout, memories: SessionBufferPool
+    executor: Executor, collectives: CountingCollectives, config: Config, layout: Layout, pool: SessionBufferPool
 ) -> None:
-    """Play a whole chunk of each kind, and a step over each number of KV rows that occurs.
+    """Generate a chunk of each kind, and run a step over each number of KV rows that occurs.
 
-    It is a session like any other, in the memory that the first one will take on a GPU, and nothing of it is left.
+    On a GPU this happens in the buffers that the first session will take; nothing of it remains visible.
     Collective: every rank calls it once it has made its executor.
     """
-    model, video, memory = config.model, config.video, memories.take()
+    model, video, buffers = config.model, config.video, pool.take()
     text, clean = (
         torch.zeros(model.text_len, model.text_dim),
         torch.zeros(config.tokens_per_chunk, model.patch_features),
     )
     # After a first chunk of another length, history is that chunk and whole ones, or whole ones alone once a flush dropped it.
     for flush in (False, True) if len(video.step_frames) > 1 else (False,):
-        rollout = Rollout(executor, collectives, config, layout, text=text, noise=SeededNoise(0), memory=memory)
+        rollout = Rollout(executor, collectives, config, layout, text=text, noise=SeededNoise(0), buffers=buffers)
         attended = _play(rollout, 0)
         if flush:
             rollout.switch_prompt(text, "flush")
@@ -35,17 +35,17 @@ def warm_up(
             if rollout.kv_frames == attended:
                 break  # the window is full
             attended = rollout.kv_frames
-            rollout.take_given(clean, record=False)
+            rollout.take_initial(clean, record=False)
     collectives.take_traffic()
-    memories.give_back(memory)
+    pool.give_back(buffers)
     executor.warmed_up()
 
 
 def _play(rollout: Rollout, index: int) -> int:
-    """Generate a chunk whose latents nobody wants; how many frames it attended over."""
-    times, _ = rollout.chunk(index, refresh=True, record=False, deliver=_drop)
+    """Generate a chunk, drop its latents, and return how many frames it attended over."""
+    times, _ = rollout.chunk(index, context_pass=True, record=False, deliver=_drop)
     return times.kv_frames
 
 
 def _drop(latents: torch.Tensor, times: ChunkTimes) -> None:
-    """Deliver to nobody."""
+    """Drop the latents."""

@@ -1,17 +1,17 @@
 """The server: video jobs, real-time sessions and a page, over HTTP and WebSocket.
 
-    command.py     what `causalrt serve` does            app.py        the routes, put together
-    settings.py    limits and places                     request_guard.py    what every request passes first
+    command.py     `causalrt serve`                       app.py        the application and its routes
+    settings.py    limits, paths, times                  request_guard.py    checks of every request
     auth.py        bearer tokens from a file             api_errors.py  errors as clients see them
-    admission.py   who may begin: slots, queue, rate     metrics.py    what Prometheus scrapes
-    engine_host.py the engine, loaded again if it dies   generation.py a thread that drives one session
+    admission.py   slots, queue and rate limits          metrics.py    metrics for Prometheus
+    engine_host.py the engine, reloaded if it dies       generation.py a thread that drives one session
     jobs.py        jobs and their order                  job_store.py    their files
     videos.py      /v1/videos                            realtime.py   /v1/realtime, with realtime_messages.py
-    run.py         listening, and an end that loses nothing
-    hosts.py       hosts and origins, compared           floods.py     limits on tiny frames and chunks
-    connections.py how many connections there may be, and how long one may be idle
-    log_limit.py   how often the same message is logged
+    run.py         listening, draining and ending
+    hosts.py       normalised hosts and origins          uvicorn_quirks.py  overrides of uvicorn's internals
+    connections.py limits on the number and idle time of connections
+    log_limit.py   limit on repeated log messages
 
-Everything but `generation.py` runs on one event loop, and needs no locks; a generation has a thread of its own. FastAPI and
-uvicorn are imported when the server is started, not before.
+Everything but `generation.py` and `engine_host.py` runs on one event loop without locks; each generation has its own thread.
+FastAPI and uvicorn are imported only when the server starts.
 """

@@ -1,8 +1,8 @@
-"""Who may begin a generation, and when: a number of slots, a bounded queue before them, and a rate for each client.
+"""Admission control for generations: a number of slots, a bounded queue in front of them, and a rate limit per client.
 
-    enter() -> Ticket: waits in the queue -> has a slot -> leave()
+    enter() -> Ticket: waits in the queue -> holds a slot -> leave()
 
-Belongs to the event loop's thread.
+Everything here is called on the event loop's thread.
 """
 
 import asyncio
@@ -10,14 +10,14 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-from causalrt.server.api_errors import ApiError, busy, not_ready, rate_limited
+from causalrt.server.api_errors import busy, not_ready, rate_limited
 
 RETRY_S = 5.0
 MOST_KEYS = 10_000
 
 
 class LeftError(Exception):
-    """A ticket gave up its place before its turn came; `reason` says why."""
+    """A ticket left the queue before it got a slot; `reason` says why."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -25,7 +25,7 @@ class LeftError(Exception):
 
 
 class Ticket:
-    """A place in the queue, then a slot. Whoever holds it calls `leave` in the end."""
+    """A place in the queue and later a slot. Its holder must call `leave` at the end."""
 
     def __init__(self, admission: "Admission") -> None:
         self._admission = admission
@@ -34,10 +34,10 @@ class Ticket:
         self.position = 0
 
     async def moved(self) -> int:
-        """The place in the queue, from 1, whenever it has changed; 0 once there is a slot.
+        """Wait for the place in the queue to change and return it, counted from 1; 0 once the ticket has a slot.
 
         Raises:
-            LeftError: the place was given up.
+            LeftError: the ticket left the queue.
         """
         await self._changed.wait()
         self._changed.clear()
@@ -46,33 +46,33 @@ class Ticket:
         return self.position
 
     async def admitted(self) -> None:
-        """Return when there is a slot.
+        """Wait until the ticket has a slot.
 
         Raises:
-            LeftError: the place was given up.
+            LeftError: the ticket left the queue.
         """
         while await self.moved():
             pass
 
     def give_up(self, reason: str) -> None:
-        """Leave the queue; without effect on one that has its slot."""
+        """Leave the queue; this has no effect once the ticket has a slot."""
         if self.position:
             self._left = reason
             self.leave()
             self._changed.set()
 
     def leave(self) -> None:
-        """Free the slot or the place. Harmless when called again."""
+        """Free the slot or the place in the queue. Further calls have no effect."""
         self._admission.free(self)
 
     def move(self, position: int) -> None:
-        """The admission says where the ticket stands now."""
+        """Set the place in the queue; `Admission` calls this."""
         self.position = position
         self._changed.set()
 
 
 class Admission:
-    """The slots and the queue before them; first come, first served."""
+    """The slots and the queue in front of them; first come, first served."""
 
     def __init__(self, *, slots: int, max_queue: int) -> None:
         self._slots = slots
@@ -85,29 +85,29 @@ class Admission:
 
     @property
     def running(self) -> int:
-        """Tickets with a slot."""
+        """Number of tickets that hold a slot."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Tickets in the queue."""
+        """Number of tickets in the queue."""
         return len(self._queue)
 
     @property
     def slots(self) -> int:
-        """How many may run at once."""
+        """Number of generations that may run at once."""
         return self._slots
 
     def resize(self, slots: int) -> None:
-        """Another number of slots; those that run go on."""
+        """Change the number of slots; running generations continue."""
         self._slots = slots
         self._advance()
 
     def enter(self) -> Ticket:
-        """A ticket, which may have its slot at once.
+        """Return a ticket, which may get a slot at once.
 
         Raises:
-            ApiError: 429, the queue is full; 503, nobody is taken any more.
+            ApiError: 429 if the queue is full, 503 if the server accepts no more generations.
         """
         if self._closed:
             raise not_ready(self._closed)
@@ -124,17 +124,17 @@ class Admission:
         return ticket
 
     def close(self, message: str, *, reason: str) -> None:
-        """Take nobody any more (`message` says why), and send those away that wait."""
+        """Refuse new tickets with `message`, and remove the waiting ones from the queue with `reason`."""
         self._closed = message
         for ticket in list(self._queue):
             ticket.give_up(reason)
 
     async def empty(self) -> None:
-        """Return when nobody runs or waits."""
+        """Wait until no ticket is running or waiting."""
         await self._empty.wait()
 
     def free(self, ticket: Ticket) -> None:
-        """Take a ticket's slot or place back."""
+        """Release the slot or place of a ticket."""
         self._running.discard(ticket)
         if ticket in self._queue:
             self._queue.remove(ticket)
@@ -153,7 +153,7 @@ class Admission:
 
 
 class RateLimit:
-    """So many a minute for each key, all of them at once if they were saved up (a token bucket)."""
+    """A token bucket per key: `per_minute` events a minute, or as many at once after a quiet minute."""
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = float(per_minute)
@@ -162,21 +162,17 @@ class RateLimit:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, key: str) -> None:
-        """Count one.
+        """Count one event for `key`.
 
         Raises:
-            ApiError: 429, with the time after which there is one again.
+            ApiError: 429, with the time after which the next event is allowed.
         """
         now = self._clock()
         left, then = self._buckets.pop(key, (self._most, now))
         left = min(self._most, left + (now - then) * self._per_s)
-        problem: ApiError | None = None
-        if left >= 1:
-            left -= 1
-        else:
-            problem = rate_limited(round((1 - left) / self._per_s, 3))
-        self._buckets[key] = left, now
+        allowed = left >= 1
+        self._buckets[key] = left - allowed, now
         if len(self._buckets) > MOST_KEYS:
             self._buckets.popitem(last=False)
-        if problem:
-            raise problem
+        if not allowed:
+            raise rate_limited(round((1 - left) / self._per_s, 3))

@@ -1,4 +1,4 @@
-"""The application: routes, guard, and errors in one shape."""
+"""The ASGI application: routes, the request guard, and errors in one JSON shape."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ KINDS = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": 
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong, and with what."""
+    """Cause of an error, and the parameter that it concerns."""
 
     message: str
     type: str
@@ -39,13 +39,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """An error, in OpenAI's shape."""
+    """An error in the shape of OpenAI's API."""
 
     error: ErrorDetail
 
 
 class Health(BaseModel):
-    """The state in a word, the reason if it is a bad one, and how the engine stands (`EngineStatus`)."""
+    """Status of the server, the reason if it is not ready, and the state of the engine (`EngineStatus`)."""
 
     status: str
     detail: str | None
@@ -56,7 +56,7 @@ class Health(BaseModel):
 
     @classmethod
     def of(cls, status: str, engine: EngineStatus, detail: str | None) -> Self:
-        """The server's `status`, and the engine's."""
+        """Combine the server's `status` with the status of its engine."""
         return cls(
             status=status,
             detail=detail,
@@ -68,7 +68,7 @@ class Health(BaseModel):
 
 
 def make_app(services: Services, *, version: str) -> FastAPI:
-    """The ASGI application of `services`, which it watches and closes."""
+    """Make the ASGI application of `services`; its lifespan watches and closes them."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -77,14 +77,14 @@ def make_app(services: Services, *, version: str) -> FastAPI:
         watch.cancel()
         await services.close()
 
-    problem = {"model": ErrorBody}
+    error_body = {"model": ErrorBody}
     app = FastAPI(
         title="CausalRT",
         version=version,
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        responses=dict.fromkeys((400, 401, 403, 404, 408, 409, 413, 415, 421, 429, 503), problem),
+        responses=dict.fromkeys((400, 401, 403, 404, 408, 409, 413, 415, 421, 429, 503), error_body),
         redirect_slashes=False,
     )
     app.state.tokens = services.tokens
@@ -97,7 +97,7 @@ def make_app(services: Services, *, version: str) -> FastAPI:
             expose_headers=["Content-Range", "Retry-After"],
         )
     app.add_middleware(
-        RequestGuard, settings=services.settings, count=lambda code: services.metrics.problems.labels(code).inc()
+        RequestGuard, settings=services.settings, count=lambda code: services.metrics.errors.labels(code).inc()
     )
     _handle_errors(app, services)
     app.include_router(video_routes(services))
@@ -109,7 +109,7 @@ def make_app(services: Services, *, version: str) -> FastAPI:
 
 
 class _CrossOrigin(CORSMiddleware):
-    """Starlette's, for origins however they are spelt."""
+    """Starlette's CORS middleware, which also accepts other spellings of an allowed origin."""
 
     def is_allowed_origin(self, origin: str) -> bool:
         try:
@@ -119,12 +119,12 @@ class _CrossOrigin(CORSMiddleware):
 
 
 def _handle_errors(app: FastAPI, services: Services) -> None:
-    def answer(problem: ApiError) -> JSONResponse:
-        services.metrics.problems.labels(problem.code).inc()
-        return problem.response()
+    def answer(error: ApiError) -> JSONResponse:
+        services.metrics.errors.labels(error.code).inc()
+        return error.response()
 
     @app.exception_handler(ApiError)
-    async def _problem(request: Request, error: ApiError) -> JSONResponse:
+    async def _api_error(request: Request, error: ApiError) -> JSONResponse:
         return answer(error)
 
     @app.exception_handler(RequestValidationError)
@@ -143,11 +143,11 @@ def _handle_errors(app: FastAPI, services: Services) -> None:
 
     @app.exception_handler(Exception)
     async def _internal(request: Request, error: Exception) -> JSONResponse:
-        return answer(ApiError(500, "internal", "the server has failed here; its log says why"))
+        return answer(ApiError(500, "internal", "internal error; the server's log has the details"))
 
 
 def _methods(app: FastAPI, request: Request) -> set[str]:
-    """What the path of a request can be asked for; Starlette names the methods of one of its routes alone."""
+    """Return the methods that the path of a request supports; Starlette names those of only one of its routes."""
     found: set[str] = set()
     for method in ("GET", "HEAD", "POST", "DELETE"):
         scope = {**request.scope, "method": method}
@@ -157,21 +157,23 @@ def _methods(app: FastAPI, request: Request) -> set[str]:
 
 
 def _add_state_routes(app: FastAPI, services: Services) -> None:
-    @app.get("/healthz", tags=["state"], summary="The process lives; how its engine stands")
+    @app.get("/healthz", tags=["state"], summary="Liveness of the process, and the state of its engine")
     async def healthz() -> Health:
         engine = services.host.status
         return Health.of("alive", engine, engine.detail)
 
-    @app.get("/readyz", tags=["state"], summary="Whether requests are served", responses={503: {"model": Health}})
+    @app.get(
+        "/readyz", tags=["state"], summary="Readiness: whether requests are served", responses={503: {"model": Health}}
+    )
     async def readyz(response: Response) -> Health:
         try:
             services.check_ready()
-        except ApiError as problem:
+        except ApiError as error:
             response.status_code = 503
-            return Health.of("not ready", services.host.status, problem.message)
+            return Health.of("not ready", services.host.status, error.message)
         return Health.of("ready", services.host.status, None)
 
-    @app.get("/metrics", tags=["state"], summary="For Prometheus", response_class=Response)
+    @app.get("/metrics", tags=["state"], summary="Metrics for Prometheus", response_class=Response)
     async def metrics(owner: Owner) -> Response:
         return Response(services.metrics.page(), media_type=CONTENT_TYPE)
 
@@ -189,11 +191,11 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _served(static: StaticFiles, path: Path) -> Callable[[Request], Awaitable[Response]]:
-    """What answers with one file, and takes nothing from the request: FastAPI would make parameters of arguments."""
+    """Return an endpoint that serves one file; a closure, because FastAPI turns extra arguments into query parameters."""
 
     async def page(request: Request) -> Response:
         response = static.file_response(path, path.stat(), request.scope)
-        # Asked for again each time, and answered with 304 as long as it is the same.
+        # Browsers revalidate the file each time, and get 304 as long as it is unchanged.
         response.headers["Cache-Control"] = "no-cache"
         if response.status_code == 200:
             response.headers["Content-Type"] = KINDS[path.suffix]
@@ -203,7 +205,7 @@ def _served(static: StaticFiles, path: Path) -> Callable[[Request], Awaitable[Re
 
 
 def _openapi(app: FastAPI, *, with_tokens: bool) -> Any:
-    """FastAPI's own document, less an answer that we never give, and less tokens where none are wanted."""
+    """Return a function that makes FastAPI's document without 422, which is never sent, and without unneeded tokens."""
     whole = app.openapi
 
     def document() -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Bearer tokens from a file: one a line, `name:token` or the token alone; `#` begins a comment line.
+"""Bearer tokens from a file: one per line, `name:token` or only the token; lines that begin with `#` are comments.
 
-Tokens are kept as digests, compared in constant time and never logged. A name tells owners of jobs apart and has the rate.
+Tokens are kept as digests, compared in constant time and never logged. Jobs and rate limits belong to the name of a token.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ TOKEN = re.compile(r"[\x21-\x39\x3b-\x7e]+")  # printable ASCII without blanks a
 
 
 class Tokens:
-    """Who may use the server; one without tokens lets everybody."""
+    """The tokens that give access to the server; without any, everybody has access."""
 
     def __init__(self, owners: Mapping[bytes, str] | None = None) -> None:
-        """`owners` maps digests of tokens to names; None lets everybody."""
+        """`owners` maps digests of tokens to names; None gives everybody access."""
         self._owners = None if owners is None else dict(owners)
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
-        """Read a file that only its owner can.
+        """Read the tokens from a file that only its owner may read.
 
         Raises:
-            ConfigError: missing, readable by others, empty, or with a line that is no token; the line is not shown.
+            ConfigError: the file is missing, readable by others or empty, or a line is not a token; the line is not shown.
         """
         try:
             with open_regular_file(path) as file:
@@ -50,7 +50,9 @@ class Tokens:
             if not text or text.startswith("#"):
                 continue
             name, colon, token = text.rpartition(":")
-            name = name if colon else f"token-{_digest(token).hex()[:16]}"  # not the line, which others may take over
+            name = (
+                name if colon else f"token-{_digest(token).hex()[:16]}"
+            )  # not the line number, which another token could get
             if not NAME.fullmatch(name) or not TOKEN.fullmatch(token) or len(token) < LEAST_CHARS:
                 raise ConfigError(
                     f"line {number} of {path} must be NAME:TOKEN or TOKEN, the token at least {LEAST_CHARS} printable "
@@ -65,20 +67,20 @@ class Tokens:
 
     @property
     def wanted(self) -> bool:
-        """Whether a token is needed."""
+        """Whether requests need a token."""
         return self._owners is not None
 
     def owner(self, token: str | None) -> str:
-        """Whose token it is; `anonymous` where none is needed.
+        """Return the name of a token; `anonymous` where none is needed.
 
         Raises:
-            ApiError: 401.
+            ApiError: 401, the token is missing or unknown.
         """
         if self._owners is None:
             return "anonymous"
         found = None
         presented = _digest(token or "")
-        for digest, name in self._owners.items():  # all of them, so that the time tells nothing
+        for digest, name in self._owners.items():  # compare all of them, so that the time reveals nothing
             if hmac.compare_digest(digest, presented):
                 found = name
         if token is None or found is None:
@@ -87,7 +89,7 @@ class Tokens:
 
 
 def bearer_token(header: str | None) -> str | None:
-    """The token of an `Authorization` header, if it has one."""
+    """Return the token of an `Authorization` header, or None if it has none."""
     scheme, _, token = (header or "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None
 

@@ -1,10 +1,10 @@
-"""The engine that the server runs on, watched, and loaded again when its processes have died or hang.
+"""The engine of the server: it is watched, and loaded again when its processes have died or hang.
 
     ready -> reloading -> ready
-                       -> failing -> ready     after `PATIENT_TRIES` tries, or when the bundle is another one
+                       -> failing -> ready     after `PATIENT_TRIES` attempts, or when the bundle has been replaced
     any   -> closed
 
-The tries to load it never end. While it is `reloading`, generations wait for it; while it is `failing`, they are refused.
+Attempts to load it never stop. While it is `reloading`, generations wait for it; while it is `failing`, they are refused.
 Every method may be called from any thread.
 """
 
@@ -13,13 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import torch
-
-from causalrt.config import Config
 from causalrt.errors import BundleError, EngineClosedError
-from causalrt.runtime.memory import MemoryEstimate
+from causalrt.runtime.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +24,9 @@ State = Literal["ready", "reloading", "failing", "closed"]
 BACKOFF = 4
 PATIENT_TRIES = 3
 SLOW_S, SLOW_CHUNKS = 10.0, 10
-"""An answer that takes longer than this time, and than so many times the slowest chunk, makes the server not ready."""
+"""The server is not ready while an answer takes longer than both this time and this many times the slowest chunk."""
 HUNG_S, HUNG_CHUNKS = 60.0, 30
-"""After this time, and after so many times the slowest chunk, the processes are ended and started again."""
+"""The processes are restarted once an answer takes longer than both this time and this many times the slowest chunk."""
 MOST_BETWEEN_LOOKS_S = 2.0
 
 
@@ -39,14 +36,14 @@ class BundleReplacedError(BundleError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStatus:
-    """The state of the engine, in words that clients may see.
+    """State of the engine; nothing in it is secret from clients.
 
     Attributes:
-        state: see the module.
+        state: one of the states in the docstring of this module.
         since: Unix time at which that state began, in seconds.
-        detail: what is wrong; None while requests are served.
-        tries: failed attempts to load it again since its processes died.
-        next_try_s: seconds until the next attempt; None if there will be none, or if one is under way.
+        detail: reason why requests are not served; None while they are.
+        tries: failed attempts to reload it since its processes died.
+        next_try_s: seconds until the next attempt; None if none is planned or one is in progress.
     """
 
     state: State
@@ -56,73 +53,19 @@ class EngineStatus:
     next_try_s: float | None = None
 
 
-class SessionLike(Protocol):
-    """What the server uses of a `Session`, whose docs hold."""
-
-    def __next__(self) -> Any:
-        """The next chunk."""
-
-    @property
-    def next_chunk(self) -> int:
-        """The first chunk that has not been begun."""
-
-    def switch_prompt(self, prompt_embeds: torch.Tensor, *, policy: Any) -> float:
-        """Another prompt from the next chunk on; milliseconds."""
-
-    def cancel(self) -> None:
-        """End the iteration before the next chunk."""
-
-    def close(self) -> None:
-        """Free the session."""
-
-
-class EngineLike(Protocol):
-    """What the server uses of an `Engine`, whose docs hold."""
-
-    config: Config
-
-    @property
-    def has_vae(self) -> bool:
-        """Whether chunks have frames."""
-
-    @property
-    def max_sessions(self) -> int:
-        """How many fit in memory."""
-
-    @property
-    def open_sessions(self) -> int:
-        """How many there are."""
-
-    @property
-    def memory(self) -> MemoryEstimate:
-        """Predicted, a rank and session."""
-
-    def dead_processes(self) -> list[str]:
-        """Names of the processes that have ended."""
-
-    def silent_s(self) -> float:
-        """See `Engine.silent_s`."""
-
-    def session(self, prompt_embeds: torch.Tensor, *, seed: int, num_chunks: int | None) -> Any:
-        """Begin one."""
-
-    def close(self) -> None:
-        """End the ranks."""
-
-
 class EngineHost:
-    """Holds the engine, or says why there is none."""
+    """Holds the engine, or the reason why there is none."""
 
     def __init__(
         self,
-        engine: EngineLike,
-        load: Callable[[], EngineLike],
+        engine: Engine,
+        load: Callable[[], Engine],
         *,
         first_wait_s: float,
         max_wait_s: float,
         on_reload: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take over `engine`. `load` makes another like it: after `first_wait_s`, then at intervals up to `max_wait_s`."""
+        """Take over `engine`; `load` replaces it after `first_wait_s`, and retries at intervals that grow to `max_wait_s`."""
         self.config = engine.config
         self._engine = engine
         self._load = load
@@ -139,13 +82,13 @@ class EngineHost:
         self._changed = threading.Condition()
 
     @property
-    def current(self) -> EngineLike:
-        """The engine of now, or the last there was: for its numbers."""
+    def current(self) -> Engine:
+        """The current engine, or the last one if there is none: for metrics."""
         return self._engine
 
     @property
     def status(self) -> EngineStatus:
-        """The state of the engine as it was last seen."""
+        """State of the engine at the last check."""
         with self._changed:
             next_try_s = None if self._next_try is None else max(0.0, self._next_try - time.monotonic())
             return EngineStatus(
@@ -174,11 +117,11 @@ class EngineHost:
             f"the generating processes have died and could not be started again ({self._tries} tries); it is {trying}"
         )
 
-    def engine(self) -> EngineLike:
-        """The engine; waits while one is loaded.
+    def engine(self) -> Engine:
+        """Return the engine; wait while one is being loaded.
 
         Raises:
-            EngineClosedError: there is none, and it is not known when there will be one.
+            EngineClosedError: there is no engine, and it is unknown when there will be one.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._state != "reloading")
@@ -187,7 +130,7 @@ class EngineHost:
         raise EngineClosedError(self.status.detail)
 
     def look(self) -> EngineStatus:
-        """Look at the processes, which are started again if they have ended or hang; return the state of the engine."""
+        """Check the processes, restart them if they have ended or hang, and return the state of the engine."""
         engine = self._engine
         if self._state == "ready":
             self._count_silence(engine)
@@ -198,16 +141,16 @@ class EngineHost:
                 self.report(engine, f"no answer has come for {waited}; the slowest chunk so far took {slowest}")
         return self.status
 
-    def chunk_took(self, engine: EngineLike, seconds: float) -> None:
-        """Learn how long a chunk takes; an engine's first one does not count, since it includes work that is done once."""
+    def chunk_took(self, engine: Engine, seconds: float) -> None:
+        """Record how long a chunk took; the first of an engine does not count, since it includes one-time work."""
         with self._changed:
             if engine is self._engine:
                 self._num_chunks += 1
                 if self._num_chunks > 1:
                     self._slowest_chunk_s = max(self._slowest_chunk_s, seconds)
 
-    def report(self, engine: EngineLike, error: object) -> None:
-        """Note that `engine` has failed, and load it again in the background."""
+    def report(self, engine: Engine, error: object) -> None:
+        """Record that `engine` has failed, and reload it in the background."""
         with self._changed:
             if engine is not self._engine or self._state != "ready":
                 return
@@ -216,7 +159,7 @@ class EngineHost:
         threading.Thread(target=self._reload, name="causalrt-reload", daemon=True).start()
 
     def close(self) -> None:
-        """End the engine; whoever waits for one gets an error."""
+        """Close the engine; callers that wait for one get an error."""
         with self._changed:
             self._enter("closed")
         self._engine.close()
@@ -226,11 +169,11 @@ class EngineHost:
         self._changed.notify_all()
 
     def _most_s(self, least_s: float, chunks: int) -> float:
-        """How long an answer may take; only the engine's own limit holds until it is known how long a chunk takes."""
+        """Return how long an answer may take: unlimited here until the duration of a chunk is known."""
         return max(least_s, chunks * self._slowest_chunk_s) if self._slowest_chunk_s else float("inf")
 
-    def _count_silence(self, engine: EngineLike) -> None:
-        """A long time between two looks counts little: the whole machine may have stood still."""
+    def _count_silence(self, engine: Engine) -> None:
+        """Add the time since the last check, but only a little of a long one: the whole machine may have been suspended."""
         now = time.monotonic()
         passed_s = min(now - self._looked, MOST_BETWEEN_LOOKS_S)
         self._looked, self._waited_s = now, min(engine.silent_s(), self._waited_s + passed_s)
@@ -266,15 +209,15 @@ class EngineHost:
             return
 
     def _wait(self, seconds: float) -> bool:
-        """Wait before a try; False if the server has been closed meanwhile."""
+        """Wait before an attempt; return False if the server was closed meanwhile."""
         with self._changed:
             self._next_try = time.monotonic() + seconds
             closed = self._changed.wait_for(lambda: self._state == "closed", timeout=seconds)
             self._next_try = None
             return not closed
 
-    def _take(self, engine: EngineLike) -> bool:
-        """Serve with a new engine, unless the server has been closed meanwhile."""
+    def _take(self, engine: Engine) -> bool:
+        """Install a new engine, unless the server was closed meanwhile; return whether it was installed."""
         with self._changed:
             if self._state == "closed":
                 return False

@@ -1,9 +1,9 @@
-"""One generation: a thread that drives a session, encodes its chunks, and hands them over.
+"""One generation: a thread that drives a session, encodes its chunks, and passes them to an output.
 
-    Control   any thread says: stop, pause, resume, switch; a reader gives credit for chunks
-    Output    takes what comes out: a file that is written (jobs.py), or a WebSocket that is fed (realtime.py)
+    Control   any thread may stop, pause, resume or switch the generation; a reader gives credit for chunks
+    Output    receives the frames: a file (jobs.py) or a WebSocket (realtime_messages.py)
 
-A chunk is generated when there is credit for it, so a slow reader stops the generator, and nothing is dropped.
+A chunk is generated only when there is credit for it, so a slow reader stops the generator and no frame is dropped.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -27,25 +27,28 @@ from causalrt.errors import (
     RequestError,
     VideoError,
 )
+from causalrt.runtime.engine import Engine
+from causalrt.runtime.rollout import SwitchPolicy
+from causalrt.runtime.session import Session
 from causalrt.server.api_errors import ApiError, bad_request, busy, not_ready
-from causalrt.server.engine_host import EngineHost, EngineLike, SessionLike
+from causalrt.server.engine_host import EngineHost
 from causalrt.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["job", "realtime"]
-MOST_SWITCHES = 4  # asked for and not yet made
+MOST_SWITCHES = 4  # that may be pending
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """What is to be generated.
+    """What to generate.
 
     Attributes:
-        prompt: as it was given.
-        prompt_cut_to: what `ModelLimits.check_prompt` says of it.
-        seed: of the noise.
-        num_chunks: None goes on as long as the bundle can.
+        prompt: text of the prompt as the client sent it.
+        prompt_cut_to: tokens to which the prompt is cut, as `ModelLimits.check_prompt` returns it.
+        seed: seed of the noise.
+        num_chunks: number of chunks; None continues as long as the bundle can.
     """
 
     prompt: str
@@ -56,61 +59,61 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Switch:
-    """Another prompt from the next chunk on; `prompt_cut_to` is what `ModelLimits.check_prompt` says of it."""
+    """A new prompt from the next chunk on; `prompt_cut_to` as in `GenerationRequest`."""
 
     prompt: str
     prompt_cut_to: int | None
-    policy: str
+    policy: SwitchPolicy
 
 
 class Output(Protocol):
-    """Where a generation goes; called from its thread, in this order."""
+    """Receiver of a generation; its methods are called from the generation's thread, in this order."""
 
     def started(self, *, text_ms: float) -> None:
-        """The session is open."""
+        """Handle the start of the session."""
 
     def write(self, frames: torch.Tensor) -> float:
-        """A chunk's frames; returns the milliseconds of encoding."""
+        """Encode the frames of a chunk and return the milliseconds that this took."""
 
     def chunk_done(self, *, index: int, frames: int, latency_ms: float, stages: dict[str, float | None]) -> None:
-        """What is known of the chunk that was written."""
+        """Handle the timings of the chunk that was written."""
 
     def paused(self, yes: bool) -> None:
-        """The generator stands still because it was told to, or goes on."""
+        """Handle that the generator has paused on request, or has resumed."""
 
     def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
-        """The prompt has changed."""
+        """Handle a change of the prompt."""
 
-    def refused(self, problem: ApiError) -> None:
-        """A switch could not be made; the video goes on."""
+    def refused(self, error: ApiError) -> None:
+        """Handle a prompt switch that failed; the video continues."""
 
     def finish(self) -> bool:
-        """No chunk comes any more. True: it is done, whatever it was told meanwhile."""
+        """Handle the end of the chunks; return True if the output is complete, even if the generation was stopped meanwhile."""
 
     def discard(self) -> None:
-        """It failed: leave nothing half-written."""
+        """Handle a failure: remove incomplete output."""
 
 
 class Control:
-    """What a generation is told while it runs. Every method may be called from any thread."""
+    """Controls a running generation. Every method may be called from any thread."""
 
     def __init__(self, *, credit: int | None = None, pause_s: float = 600.0) -> None:
-        """`credit`: chunks that may be made before `refund` is called; None needs none. A pause ends after `pause_s`."""
+        """`credit` is the number of chunks that may be made without `refund`, None unlimited; `pause_s` limits a pause."""
         self._credit = credit
         self._pause_s, self._pause_ends = pause_s, 0.0
-        self._paused = self._told = False
+        self._paused = self._reported_pause = False
         self._switches: deque[Switch] = deque()
         self._reason: str | None = None
-        self._session: SessionLike | None = None
+        self._session: Session | None = None
         self._changed = threading.Condition()
 
     @property
     def reason(self) -> str | None:
-        """Why it was stopped; None if it was not."""
+        """Reason why the generation was stopped; None if it was not."""
         return self._reason
 
     def stop(self, reason: str) -> None:
-        """End it before the next chunk; the first reason counts."""
+        """Stop the generation before the next chunk; the first reason counts."""
         with self._changed:
             if self._reason is None:
                 self._reason = reason
@@ -120,7 +123,7 @@ class Control:
             session.cancel()
 
     def pause(self, yes: bool) -> None:
-        """Make no chunk until it is resumed."""
+        """Pause the generation before the next chunk, or resume it."""
         with self._changed:
             if yes and not self._paused:
                 self._pause_ends = time.monotonic() + self._pause_s
@@ -128,7 +131,7 @@ class Control:
             self._changed.notify_all()
 
     def refund(self) -> None:
-        """A chunk has reached the reader: another may be made."""
+        """Allow one more chunk, since one has reached the reader."""
         with self._changed:
             if self._credit is not None:
                 self._credit += 1
@@ -138,16 +141,16 @@ class Control:
         """Change the prompt before the next chunk.
 
         Raises:
-            ApiError: too many are waiting.
+            ApiError: too many switches are pending.
         """
         with self._changed:
             if len(self._switches) >= MOST_SWITCHES:
-                raise busy(f"{MOST_SWITCHES} prompt switches are waiting already", retry_after_s=1)
+                raise busy(f"{MOST_SWITCHES} prompt switches are already pending", retry_after_s=1)
             self._switches.append(switch)
             self._changed.notify_all()
 
-    def attach(self, session: SessionLike | None) -> None:
-        """The session to cancel when it is stopped."""
+    def attach(self, session: Session | None) -> None:
+        """Set the session that `stop` cancels."""
         with self._changed:
             self._session = session
             stopped = self._reason is not None
@@ -155,7 +158,7 @@ class Control:
             session.cancel()
 
     def next(self, on_pause: Callable[[bool], None]) -> Switch | Literal["chunk", "stop"]:
-        """What to do next; waits while it is paused or without credit."""
+        """Return what to do next; wait while the generation is paused or has no credit."""
         with self._changed:
             while self._reason is None:
                 if self._paused and time.monotonic() >= self._pause_ends:
@@ -163,9 +166,9 @@ class Control:
                 elif self._switches:
                     return self._switches.popleft()
                 else:
-                    if self._paused != self._told:
-                        self._told = self._paused
-                        on_pause(self._told)
+                    if self._paused != self._reported_pause:
+                        self._reported_pause = self._paused
+                        on_pause(self._reported_pause)
                     if self._paused:
                         self._changed.wait(self._pause_ends - time.monotonic())
                     elif self._credit == 0:
@@ -178,7 +181,7 @@ class Control:
 
 
 class Generator:
-    """Runs generations, each on a thread of a pool. Belongs to the event loop, its threads aside."""
+    """Runs each generation on a thread of a pool. Its public methods are called on the event loop."""
 
     def __init__(
         self, host: EngineHost, encode: Callable[[str], torch.Tensor], metrics: Metrics, *, threads: int
@@ -189,25 +192,25 @@ class Generator:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="causalrt-generation")
         self._controls: set[Control] = set()
 
-    async def run(self, kind: Kind, wish: GenerationRequest, control: Control, output: Output) -> tuple[str, int]:
-        """Generate until the end, or until `control` says stop.
+    async def run(self, kind: Kind, request: GenerationRequest, control: Control, output: Output) -> tuple[str, int]:
+        """Generate until the end, or until `control` stops it.
 
         Returns:
-            The reason of the end (`done`, or what `control` was told), and the number of chunks.
+            The reason of the end (`done`, or the reason given to `control`), and the number of chunks.
 
         Raises:
-            ApiError: it failed, or its prompt cannot be used; the output was discarded.
+            ApiError: the generation failed, or its prompt cannot be used; the output was discarded.
         """
         self._controls.add(control)
-        future = asyncio.get_running_loop().run_in_executor(self._pool, self._generate, kind, wish, control, output)
+        future = asyncio.get_running_loop().run_in_executor(self._pool, self._generate, kind, request, control, output)
         try:
             reason, chunks = await asyncio.shield(future)
         except asyncio.CancelledError:
             control.stop("cancelled")
             await asyncio.wait([future])
             raise
-        except ApiError as problem:
-            self._metrics.problems.labels(problem.code).inc()
+        except ApiError as error:
+            self._metrics.errors.labels(error.code).inc()
             self._metrics.generations.labels(kind, "failed").inc()
             raise
         finally:
@@ -217,23 +220,23 @@ class Generator:
 
     @property
     def stopping(self) -> int:
-        """Generations that were told to stop and are still in their last chunk."""
+        """Number of stopped generations that are still in their last chunk."""
         return sum(control.reason is not None for control in self._controls)
 
     def stop_all(self, reason: str) -> None:
-        """End every generation before its next chunk."""
+        """Stop every generation before its next chunk."""
         for control in list(self._controls):
             control.stop(reason)
 
     def close(self) -> None:
-        """End the threads, once their generations have ended."""
+        """End the threads as their generations end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _generate(self, kind: Kind, wish: GenerationRequest, control: Control, output: Output) -> tuple[str, int]:
+    def _generate(self, kind: Kind, request: GenerationRequest, control: Control, output: Output) -> tuple[str, int]:
         engine = None
         try:
             engine = self._host.engine()
-            session, text_ms = self._begin(engine, wish)
+            session, text_ms = self._begin(engine, request)
             try:
                 control.attach(session)
                 output.started(text_ms=text_ms)
@@ -247,27 +250,27 @@ class Generator:
             try:
                 output.discard()
             except Exception:
-                log.exception("what a failed generation has written could not be discarded")
+                log.exception("the output of a failed generation could not be discarded")
             if isinstance(error, RankError | EngineClosedError):
                 if control.reason:  # the engine was closed because the server ends
                     return control.reason, 0
                 if engine is None:
                     raise not_ready(str(error)) from error
                 self._host.report(engine, error)
-            raise _problem(error) from error
+            raise _api_error(error) from error
 
-    def _begin(self, engine: EngineLike, wish: GenerationRequest) -> tuple[Any, float]:
-        """A session, and the milliseconds of its text. What is refused here is the client's affair, and later our own."""
+    def _begin(self, engine: Engine, request: GenerationRequest) -> tuple[Session, float]:
+        """Open a session; return it and the milliseconds of text encoding. The request causes the errors raised here."""
         begun = time.perf_counter()
         try:
-            embeds = self._encode(wish.prompt)
+            embeds = self._encode(request.prompt)
             text_ms = 1e3 * (time.perf_counter() - begun)
-            return engine.session(embeds, seed=wish.seed, num_chunks=wish.num_chunks), text_ms
+            return engine.session(embeds, seed=request.seed, num_chunks=request.num_chunks), text_ms
         except (PromptError, RequestError) as error:
             raise bad_request(str(error), param="prompt" if isinstance(error, PromptError) else None) from error
 
-    def _close(self, engine: EngineLike, session: SessionLike) -> None:
-        """Close a session; what goes wrong with that takes nothing from what was generated."""
+    def _close(self, engine: Engine, session: Session) -> None:
+        """Close a session; an error in that does not affect what was generated."""
         try:
             session.close()
         except (RankError, EngineClosedError) as error:
@@ -277,7 +280,7 @@ class Generator:
             log.exception("a session could not be closed")
 
     def _drive(
-        self, kind: Kind, engine: EngineLike, session: Any, control: Control, output: Output, text_ms: float
+        self, kind: Kind, engine: Engine, session: Session, control: Control, output: Output, text_ms: float
     ) -> int:
         done = 0
         while (step := control.next(output.paused)) != "stop":
@@ -287,10 +290,12 @@ class Generator:
             chunk = next(session, None)
             if chunk is None:
                 break
+            frames = chunk.frames
+            assert frames is not None  # the engine has a VAE
             self._host.chunk_took(
                 engine, 1e-3 * (sum(chunk.times.denoise_ms) + chunk.times.gather_ms + chunk.decode_ms)
             )
-            encode_ms = output.write(chunk.frames)
+            encode_ms = output.write(frames)
             stages: dict[str, float | None] = {
                 "queue": chunk.queue_ms,
                 "denoise": sum(chunk.times.denoise_ms),
@@ -302,12 +307,12 @@ class Generator:
             }
             if chunk.index == 0:
                 stages["text"] = text_ms
-            self._count(kind, len(chunk.frames), chunk.latency_ms, stages)
+            self._count(kind, len(frames), chunk.latency_ms, stages)
             done += 1
-            output.chunk_done(index=chunk.index, frames=len(chunk.frames), latency_ms=chunk.latency_ms, stages=stages)
+            output.chunk_done(index=chunk.index, frames=len(frames), latency_ms=chunk.latency_ms, stages=stages)
         return done
 
-    def _switch(self, session: Any, switch: Switch, output: Output) -> None:
+    def _switch(self, session: Session, switch: Switch, output: Output) -> None:
         begun = time.perf_counter()
         try:
             from_chunk = session.next_chunk
@@ -327,16 +332,14 @@ class Generator:
                 self._metrics.chunk.labels(stage).observe(ms / 1e3)
 
 
-def _problem(error: BaseException) -> ApiError:
-    """The error in a client's words; what is our own affair goes to the log."""
+def _api_error(error: BaseException) -> ApiError:
+    """Return the error to send to the client; internal errors are logged and not sent."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, CapacityError):
         return busy(str(error), retry_after_s=5)
     if isinstance(error, RankError | EngineClosedError):
-        return not_ready(
-            "the generating processes have died; the server tries to start them again. Send the request once more"
-        )
+        return not_ready("the generating processes have died and are being restarted; send the request again")
     if isinstance(error, VideoError | ExecutorError):
         log.error("a video could not be written: %s", error)
         return ApiError(500, "video_failed", "the video could not be written; the server's log says why")

@@ -1,4 +1,4 @@
-"""Hosts and origins in one spelling each, so that they can be compared."""
+"""Normalised hosts and origins, so that they can be compared."""
 
 import ipaddress
 import re
@@ -9,12 +9,12 @@ NAME = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_.])?")
 
 
 def normal_host(host: str) -> str:
-    """A name in lower case (ASCII, as browsers send it) or an address in its shortest form, without a port.
+    """Return a host without its port: a name in lower-case ASCII, as browsers send it, or an address in its shortest form.
 
     `LOCALHOST:8000` becomes `localhost`, `[0:0::1]:80` and `0:0::1` become `::1`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither a name nor an address.
     """
     bare = re.sub(r":[0-9]*$", "", host) if host.startswith("[") or host.count(":") == 1 else host
     if bare.startswith("[") and bare.endswith("]"):
@@ -29,7 +29,7 @@ def normal_host(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, spelt as by `normal_host`, is this machine and can be reached from no other."""
+    """Return whether a host, normalised by `normal_host`, is a loopback address or name."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -37,10 +37,10 @@ def is_loopback(host: str) -> bool:
 
 
 def normal_origin(origin: str) -> str:
-    """An origin as browsers send it: `HTTPS://Studio.Example:443` becomes `https://studio.example`.
+    """Return an origin as browsers send it: `HTTPS://Studio.Example:443` becomes `https://studio.example`.
 
     Raises:
-        ValueError: it is not the origin of a web page, which is a scheme and a host, with a port perhaps.
+        ValueError: it is not the origin of a web page: a scheme, a host and an optional port.
     """
     parts = urlsplit(origin)
     scheme, _, rest = origin.partition("://")

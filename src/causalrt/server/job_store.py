@@ -1,8 +1,8 @@
 """The files of jobs: a record `ID.json` and a video `ID.mp4` each, in a folder that is marked as a spool.
 
-A record and a video appear whole or not at all, readable by the server's user alone. After a restart finished jobs are as they
-were, unfinished ones have failed, and incomplete files are removed. Only files with names that a spool gives are ever removed,
-and none that belong to a record that this version cannot read.
+Records and videos are written atomically, and only the server's user can read them. After a restart finished jobs are
+unchanged, unfinished ones have failed, and incomplete files are removed. Only files whose names have the form that a
+spool uses are ever removed, and none that belong to a record that this version cannot read.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ SCHEMA = 1
 """Version of the records; files of another version are left alone."""
 LOCK = ".lock"
 MARK = b"causalrt spool\n"
-"""What the lock file of a spool holds."""
+"""Content of the lock file, which marks a folder as a spool."""
 FILE = re.compile(rf"({JOB_ID.pattern})\.(json|mp4)|\.{JOB_ID.pattern}\.(json|mp4)\..+\.partial")
 Natural = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 @dataclass(kw_only=True, slots=True)
 class Job:
-    """A video that was asked for. Times are Unix times in seconds; `seconds` is as it was given."""
+    """A requested video. Times are Unix times in seconds; `seconds` is the text that the client sent."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will become of it any more."""
+        """Whether the job has completed or failed."""
         return self.status in ("completed", "failed")
 
 
@@ -72,15 +72,15 @@ _job = TypeAdapter(Job)
 
 
 class JobStore:
-    """The folder."""
+    """The spool folder, locked for one server."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Use `folder`, made if it is missing; None makes a temporary one, which `close` removes.
+        """Use `folder`, which is created if it is missing; None creates a temporary one, which `close` removes.
 
-        A folder that was there keeps its permissions.
+        An existing folder keeps its permissions.
 
         Raises:
-            RequestError: it cannot be used, holds something other than a spool, or another server uses it.
+            RequestError: the folder cannot be used, is not a spool and not empty, or is used by another server.
         """
         self._temporary: TemporaryFolder | None = None
         try:
@@ -98,10 +98,10 @@ class JobStore:
             log.warning("every user of this machine may write to the spool %s and replace its videos", folder)
 
     def load(self) -> Iterator[Job]:
-        """The jobs that are there, oldest first.
+        """Read the stored jobs, oldest first.
 
-        Files that belong to no job are removed if they have names that a spool gives. Records that cannot be read, and their
-        videos, are left alone and named in the log.
+        Files that belong to no job are removed if their names have the form that a spool uses. Records that cannot be read and
+        their videos are kept, and logged.
         """
         jobs = []
         with_video = set()
@@ -127,7 +127,7 @@ class JobStore:
         return [path for path in self.folder.iterdir() if FILE.fullmatch(path.name) and path.suffix == suffix]
 
     def video(self, job_id: str) -> Path:
-        """Where the video of a job is, or will be."""
+        """Return the path of the video of a job, which need not exist yet."""
         assert JOB_ID.fullmatch(job_id)
         return self.folder / f"{job_id}.mp4"
 
@@ -135,7 +135,7 @@ class JobStore:
         """Write a job's record.
 
         Raises:
-            OSError: a full disk, say.
+            OSError: the record cannot be written, for example because the disk is full.
         """
         path = self.folder / f"{job.id}.json"
         with atomic_file(path, private=True, sweeps=False) as partial:  # `load` sweeps
@@ -148,20 +148,20 @@ class JobStore:
             self.video(job_id).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let another server have the folder; one that was made for this server goes."""
+        """Unlock the folder, and remove it if it is temporary."""
         os.close(self._lock)
         if self._temporary is not None:
             self._temporary.remove()
 
 
 def check_spool(folder: Path) -> list[str]:
-    """Refuse a folder that is in use for something else, and change nothing in it.
+    """Refuse a folder that is used for something else; nothing in it is changed.
 
     Returns:
-        Names of the files in it that no spool has made; none if there is no folder yet.
+        Names of the files in it that do not belong to a spool; empty if the folder does not exist.
 
     Raises:
-        RequestError: it is no spool and not empty, or cannot be looked into.
+        RequestError: the folder is not a spool and not empty, or cannot be read.
     """
     try:
         strange = [name for name in os.listdir(folder) if name != LOCK and not FILE.fullmatch(name)]
@@ -182,12 +182,12 @@ def _not_a_spool(folder: Path, strange: Sequence[str]) -> RequestError:
 
 
 def _claim(folder: Path) -> int:
-    """Lock a folder that is a spool, or empty, for this server; the descriptor that holds the lock.
+    """Lock a folder that is a spool or empty for this server; return the file descriptor that holds the lock.
 
     Raises:
-        RequestError: it holds something else.
+        RequestError: the folder is not a spool and not empty.
         BlockingIOError: another server has locked it.
-        OSError: it cannot be read or written.
+        OSError: the folder cannot be read or written.
     """
     strange = check_spool(folder)
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -204,12 +204,12 @@ def _claim(folder: Path) -> int:
 
 
 def _read(path: Path) -> Job:
-    """The job of a record.
+    """Read the job of a record.
 
     Raises:
         OSError: the record cannot be read.
-        ValueError: it is not a record, or one of another version.
-        RecursionError: it is nested too deeply.
+        ValueError: the file is not a record, or one of another version.
+        RecursionError: the JSON is nested too deeply.
     """
     _check_regular(path)
     record = json.loads(path.read_bytes())
@@ -229,10 +229,10 @@ def _read(path: Path) -> Job:
 
 
 def _check_regular(path: Path) -> None:
-    """Refuse links, which may lead out of the spool, and pipes, which would be waited for.
+    """Refuse links, which may lead out of the spool, and pipes, which would block.
 
     Raises:
-        FileNotFoundError: there is nothing.
+        FileNotFoundError: the path does not exist.
         ValueError: it is not a regular file.
     """
     if not stat.S_ISREG(path.lstat().st_mode):

@@ -1,10 +1,10 @@
-"""Video jobs: taken, queued, generated into a file, kept for a while, removed.
+"""Video jobs: accepted, queued, generated into a file, kept for a time, and removed.
 
     submit -> queued -> in_progress -> completed, its file in the spool
            or -> failed, with a reason, at any time
-    delete: at any time; one that runs ends before its next chunk
+    delete: at any time; a running job stops before its next chunk
 
-Belongs to the event loop, its output aside, which a generation's thread calls.
+Everything but `_JobOutput`, which a generation's thread calls, runs on the event loop.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from causalrt.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-EXPIRE_AT_ONCE = 100  # the event loop waits for the disk meanwhile
+EXPIRE_AT_ONCE = 100  # the event loop blocks on the disk meanwhile
 ENDINGS = {
     "draining": ("server_shutdown", "the server was shut down before the video was complete; send the request again"),
     "cancelled": ("server_shutdown", "the server was shut down before the video was complete; send the request again"),
@@ -38,21 +38,21 @@ ENDINGS = {
 
 
 class _JobOutput:
-    """Writes a job's file, as many frames as were asked for."""
+    """Writes the file of a job, cut to the requested number of frames."""
 
-    def __init__(self, job: Job, path: Path, offer: ModelLimits, metrics: Metrics, *, asked: float) -> None:
+    def __init__(self, job: Job, path: Path, limits: ModelLimits, metrics: Metrics, *, asked: float) -> None:
         self._job = job
         self._path = path
-        self._offer = offer
+        self._limits = limits
         self._metrics = metrics
         self._asked = asked
         self._writer: Mp4Writer | None = None
         self._left = job.num_frames
 
     def started(self, *, text_ms: float) -> None:
-        offer = self._offer
+        limits = self._limits
         self._writer = Mp4Writer(
-            self._path, height=offer.height, width=offer.width, fps=offer.fps, private=True, sweeps=False
+            self._path, height=limits.height, width=limits.width, fps=limits.fps, private=True, sweeps=False
         )
 
     def write(self, frames: torch.Tensor) -> float:
@@ -73,12 +73,12 @@ class _JobOutput:
     def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
         raise AssertionError("jobs are not switched")
 
-    def refused(self, problem: ApiError) -> None:
+    def refused(self, error: ApiError) -> None:
         raise AssertionError("jobs are not switched")
 
     def finish(self) -> bool:
         assert self._writer is not None
-        if self._left:  # stopped early: half a video is none
+        if self._left:  # stopped early; an incomplete video is not kept
             self._writer.discard()
         else:
             self._writer.close()
@@ -90,61 +90,61 @@ class _JobOutput:
 
 
 class Jobs:
-    """All jobs, by id, oldest first."""
+    """All jobs by id, oldest first."""
 
     def __init__(
         self,
-        spool: JobStore,
-        offer: ModelLimits,
+        store: JobStore,
+        limits: ModelLimits,
         admission: Admission,
         generator: Generator,
         metrics: Metrics,
         settings: ServerSettings,
     ) -> None:
-        """Take up what the spool holds."""
-        self._spool = spool
-        self._offer = offer
+        """Load the jobs of `store`; those that were not finished have failed."""
+        self._store = store
+        self._limits = limits
         self._admission = admission
         self._generator = generator
         self._metrics = metrics
         self._settings = settings
         self._jobs: dict[str, Job] = {}
         self._running: dict[str, tuple[asyncio.Task[None], Ticket, Control]] = {}
-        for job in spool.load():
+        for job in store.load():
             self._jobs[job.id] = job
             if not job.ended:
                 self._end(job, "failed", *ENDINGS["draining"])
 
     def counts(self) -> Mapping[str, float]:
-        """Jobs by status."""
+        """Return the number of jobs by status."""
         return {**dict.fromkeys(STATUSES, 0), **Counter(job.status for job in list(self._jobs.values()))}
 
     def submit(
         self, *, owner: str, prompt: str, prompt_cut_to: int | None, seed: int, seconds: str, asked: float
     ) -> Job:
-        """Take a job; it has its place in the queue when this returns.
+        """Accept a job and put it into the queue.
 
         Args:
-            owner: who may see it.
-            prompt: checked.
-            prompt_cut_to: what `ModelLimits.check_prompt` says of it.
-            seed: of the noise.
-            seconds: length of the video, a number as text.
-            asked: `time.perf_counter()` when the request came.
+            owner: name of the client, who alone may see the job.
+            prompt: the prompt, checked.
+            prompt_cut_to: tokens to which the prompt is cut, as `ModelLimits.check_prompt` returns it.
+            seed: seed of the noise.
+            seconds: length of the video, as the text of a number.
+            asked: `time.perf_counter()` at the arrival of the request.
 
         Raises:
-            ApiError: 429, no place in the queue or the spool; 503, no job is taken any more, or the disk is full.
+            ApiError: 429 if the queue or the spool is full; 503 if the server is shutting down or the disk is full.
         """
         self._check_room()
-        frames, chunks = self._offer.frames_and_chunks(float(seconds))
+        frames, chunks = self._limits.frames_and_chunks(float(seconds))
         job = Job(
             id=f"video_{secrets.token_hex(16)}",
             owner=owner,
-            model=self._offer.model_name,
+            model=self._limits.model_name,
             prompt=prompt,
             prompt_cut_to=prompt_cut_to,
             seed=seed,
-            size=self._offer.size,
+            size=self._limits.size,
             seconds=seconds,
             num_frames=frames,
             num_chunks=chunks,
@@ -152,7 +152,7 @@ class Jobs:
         )
         ticket = self._admission.enter()
         try:
-            self._spool.save(job)
+            self._store.save(job)
         except OSError as error:
             ticket.leave()
             log.error("the spool cannot be written: %s", error)
@@ -164,10 +164,10 @@ class Jobs:
         return job
 
     def get(self, job_id: str, owner: str) -> Job:
-        """The job of this id.
+        """Return the job of this id.
 
         Raises:
-            ApiError: 404, there is none, or it is somebody else's.
+            ApiError: 404, the job does not exist or belongs to another client.
         """
         job = self._jobs.get(job_id)
         if job is None or job.owner != owner:
@@ -175,24 +175,24 @@ class Jobs:
         return job
 
     def owned(self, owner: str) -> list[Job]:
-        """Somebody's jobs, oldest first."""
+        """Return the jobs of a client, oldest first."""
         return [job for job in self._jobs.values() if job.owner == owner]
 
     def video(self, job: Job) -> Path:
-        """The file of a completed job."""
-        return self._spool.video(job.id)
+        """Return the path of the video of a completed job."""
+        return self._store.video(job.id)
 
     def delete(self, job: Job) -> None:
-        """Forget a job and remove its file; one that runs ends before its next chunk."""
+        """Remove a job and its file; a running job stops before its next chunk."""
         del self._jobs[job.id]
         if job.id in self._running:
             _, ticket, control = self._running[job.id]
             control.stop("deleted")
             ticket.give_up("deleted")
-        self._spool.remove(job.id)
+        self._store.remove(job.id)
 
     def expire(self) -> bool:
-        """Remove jobs whose time has passed, some of them at a time; whether there may be more."""
+        """Remove some of the expired jobs; return whether there may be more."""
         now = time.time()
         expired = (job for job in self._jobs.values() if job.expires_at is not None and job.expires_at <= now)
         some = list(islice(expired, EXPIRE_AT_ONCE))
@@ -201,7 +201,7 @@ class Jobs:
         return len(some) == EXPIRE_AT_ONCE
 
     async def finished(self) -> None:
-        """Return when no job runs or waits."""
+        """Wait until no job is running or queued."""
         while self._running:
             await asyncio.wait([task for task, _, _ in self._running.values()])
 
@@ -213,7 +213,7 @@ class Jobs:
         raise ApiError(
             429,
             "spool_full",
-            "the server keeps as many videos as it may; delete some, or wait until some expire",
+            "the server's storage for videos is full; delete some, or wait until some expire",
             retry_after_s=max(1.0, ends - time.time()),
         )
 
@@ -222,25 +222,25 @@ class Jobs:
             await ticket.admitted()
             if control.reason is None:
                 job.status = "in_progress"
-                wish = GenerationRequest(
+                request = GenerationRequest(
                     prompt=job.prompt, prompt_cut_to=job.prompt_cut_to, seed=job.seed, num_chunks=job.num_chunks
                 )
-                output = _JobOutput(job, self._spool.video(job.id), self._offer, self._metrics, asked=asked)
-                reason, _ = await self._generator.run("job", wish, control, output)
+                output = _JobOutput(job, self._store.video(job.id), self._limits, self._metrics, asked=asked)
+                reason, _ = await self._generator.run("job", request, control, output)
             else:
                 reason = control.reason
-            if job.id not in self._jobs:  # it was deleted meanwhile
+            if job.id not in self._jobs:  # deleted meanwhile
                 return
             if reason == "done":
-                job.num_bytes = self._spool.video(job.id).stat().st_size
+                job.num_bytes = self._store.video(job.id).stat().st_size
                 job.progress = 100
                 self._end(job, "completed")
             else:
                 self._end(job, "failed", *ENDINGS.get(reason, (reason, f"the job was ended: {reason}")))
         except LeftError as left:
             self._end(job, "failed", *ENDINGS.get(left.reason, (left.reason, f"the job was ended: {left.reason}")))
-        except ApiError as problem:
-            self._end(job, "failed", problem.code, problem.message)
+        except ApiError as error:
+            self._end(job, "failed", error.code, error.message)
         except Exception:
             log.exception("job %s failed", job.id)
             self._end(job, "failed", "internal", "the generation failed; the server's log says why")
@@ -248,7 +248,7 @@ class Jobs:
             ticket.leave()
             self._running.pop(job.id, None)
             if job.id not in self._jobs:
-                self._spool.remove(job.id)
+                self._store.remove(job.id)
 
     def _end(self, job: Job, status: str, code: str | None = None, message: str | None = None) -> None:
         job.status = "completed" if status == "completed" else "failed"
@@ -259,6 +259,6 @@ class Jobs:
         if job.id not in self._jobs:
             return
         try:
-            self._spool.save(job)
+            self._store.save(job)
         except (OSError, CausalRTError) as error:
             log.error("the record of job %s cannot be written: %s", job.id, error)

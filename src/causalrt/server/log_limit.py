@@ -1,4 +1,4 @@
-"""Keeps the log small when strangers can cause a line with every connection or request."""
+"""Rate-limits the log, since any client can cause a message with each connection or request."""
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ MOST_MESSAGES = 1000
 
 
 class LogLimit(logging.Filter):
-    """Lets each message through ten times a minute, whatever its arguments are; the next one says how many were left out."""
+    """Logs each message at most ten times a minute, whatever its arguments; the next one says how many were suppressed."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class LogLimit(logging.Filter):
         self._seen: dict[str, tuple[float, int]] = {}  # message -> start of its minute, how often since then
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is logged."""
+        """Return whether the record is logged."""
         now, message = self._clock(), str(record.msg)
         begun, count = self._seen.get(message, (now, 0))
         if now - begun >= 60:
@@ -33,7 +33,7 @@ class LogLimit(logging.Filter):
 
 @contextlib.contextmanager
 def limited_logs(*names: str) -> Iterator[None]:
-    """Limit what these loggers log within the block."""
+    """Apply a `LogLimit` to these loggers within the block."""
     limit = LogLimit()
     for name in names:
         logging.getLogger(name).addFilter(limit)

@@ -1,4 +1,4 @@
-"""What Prometheus scrapes: one registry a server."""
+"""Metrics for Prometheus, in one registry per server."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,27 +20,27 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.first_frame = Histogram(
             "causalrt_first_frame_seconds",
-            "From the request to the first frames on their way to who asked, waiting included",
+            "Time from the request until its first frames are sent, with the wait in the queue",
             ["kind"],
             buckets=SECONDS,
             registry=registry,
         )
         self.cold_first_frame = Gauge(
             "causalrt_cold_first_frame_seconds",
-            "Loading, from the start of the process, and the wait for its first frame; 0 until there was one",
+            "Time from process start to loaded, plus the wait for the process's first frame; 0 until there is one",
             registry=registry,
         )
         self._loaded_s: float | None = process_age_s()
         self.chunk = Histogram(
             "causalrt_chunk_seconds",
-            "Latency of a chunk: whole, and by stage",
+            "Latency of a chunk, whole and by stage",
             ["stage"],
             buckets=SECONDS,
             registry=registry,
         )
         self.switch = Histogram(
             "causalrt_switch_seconds",
-            "Prompt switches, text included",
+            "Duration of prompt switches, with text encoding",
             ["policy"],
             buckets=SECONDS,
             registry=registry,
@@ -48,14 +48,16 @@ class Metrics:
         self.frames = Counter("causalrt_frames", "Frames generated", ["kind"], registry=registry)
         self.dropped_frames = Counter(
             "causalrt_dropped_frames",
-            "Frames generated for a reader that had left, stalled or stopped; one that stays gets every frame",
+            "Frames generated for readers that left, stalled or stopped; a connected reader gets every frame",
             registry=registry,
         )
         self.generations = Counter(
-            "causalrt_generations", "Generations ended, by how", ["kind", "reason"], registry=registry
+            "causalrt_generations", "Generations that have ended, by reason", ["kind", "reason"], registry=registry
         )
-        self.problems = Counter("causalrt_errors", "Requests refused or failed, by code", ["code"], registry=registry)
-        self.reloads = Counter("causalrt_engine_reloads", "Engines loaded again after ranks died", registry=registry)
+        self.errors = Counter(
+            "causalrt_errors", "Requests that were refused or failed, by code", ["code"], registry=registry
+        )
+        self.reloads = Counter("causalrt_engine_reloads", "Engine reloads after ranks died", registry=registry)
         for stage in ("whole", *STAGES):
             self.chunk.labels(stage)
         for kind in ("job", "realtime"):
@@ -63,7 +65,7 @@ class Metrics:
             self.frames.labels(kind)
 
     def first_frame_after(self, kind: str, seconds: float) -> float | None:
-        """Count a first frame; for the first of the process, the seconds from the process's start: loading, then this wait."""
+        """Record the wait for a first frame; for the first one of the process, return the seconds of loading plus this wait."""
         self.first_frame.labels(kind).observe(seconds)
         if self._loaded_s is None:
             return None
@@ -72,17 +74,17 @@ class Metrics:
         return cold_s
 
     def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
-        """A number that is asked for when it is scraped."""
+        """Add a gauge whose value is computed when it is scraped."""
         Gauge(f"causalrt_{name}", what, registry=self.registry).set_function(value)
 
     def gauges(self, name: str, what: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
-        """Numbers by label, the same labels each time."""
+        """Add a gauge with one label, whose values are computed when it is scraped; the labels never change."""
         gauge = Gauge(f"causalrt_{name}", what, [label], registry=self.registry)
         for key in values():
             gauge.labels(key).set_function(partial(_entry, values, key))
 
     def page(self) -> bytes:
-        """The exposition."""
+        """Return the metrics in the exposition format."""
         return generate_latest(self.registry)
 
 

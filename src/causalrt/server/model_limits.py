@@ -1,14 +1,14 @@
-"""What the loaded bundle can be asked for: picture, rate, lengths; and what a prompt has to be."""
+"""What a request may ask of the loaded bundle: picture size, frame rate, lengths, and prompts."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
+from causalrt.codec_geometry import CodecGeometry
 from causalrt.config import Config
 from causalrt.errors import PromptError, RequestError
 from causalrt.media.video_file import FragmentWriter
-from causalrt.model.codecs.wan_vae import TEMPORAL_SCALE
 from causalrt.model.text.umt5 import PromptTokens, clean_prompt
 from causalrt.server.api_errors import bad_request
 from causalrt.server.settings import ServerSettings
@@ -20,28 +20,28 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelLimits:
-    """Sizes of the bundle's videos, and the limits of a request.
+    """Sizes of the videos that the bundle makes, and the limits of a request.
 
     Attributes:
-        model_name: what jobs call the model.
-        height: pixels.
-        width: pixels.
-        fps: frames a second.
-        chunk_frames: latent frames of a chunk.
-        first_frames: latent frames of a video's first chunk.
-        mime: of the fragments, for a browser.
-        max_chunks: of a generation; None is without an end.
-        max_seconds: of a job's video.
-        max_prompt_chars: of a prompt.
-        about: what is to be said of the model.
-        examples: prompts for it.
-        tokenize: gives the tokens that the text encoder reads of a prompt; raises PromptError for a text that it refuses.
+        model_name: name of the model in jobs.
+        height: height of a frame in pixels.
+        width: width of a frame in pixels.
+        codec: scales and frame rate of the codec.
+        chunk_frames: latent frames per chunk.
+        first_frames: latent frames of the first chunk of a video.
+        mime: MIME type of the fragments, for a browser.
+        max_chunks: most chunks of a generation; None sets no limit.
+        max_seconds: greatest length of a job's video.
+        max_prompt_chars: most characters of a prompt.
+        about: description of the model.
+        examples: example prompts.
+        tokenize: returns the tokens that the text encoder reads of a prompt; raises PromptError for a text that it refuses.
     """
 
     model_name: str
     height: int
     width: int
-    fps: int
+    codec: CodecGeometry
     chunk_frames: int
     first_frames: int
     mime: str
@@ -54,10 +54,10 @@ class ModelLimits:
 
     @classmethod
     def from_config(cls, config: Config, settings: ServerSettings, *, tokenize: Callable[[str], PromptTokens]) -> Self:
-        """What `config` makes, within the limits of `settings`.
+        """Derive the limits from `config` and `settings`.
 
         Raises:
-            RequestError: sizes that no video file can have.
+            RequestError: no video file can have this picture size or frame rate.
             ExecutorError: PyAV is not installed.
         """
         video = config.video
@@ -65,11 +65,11 @@ class ModelLimits:
         if max_chunks is not None and settings.max_chunks is not None:
             max_chunks = min(max_chunks, settings.max_chunks)
         height, width, fps = video.pixel_height, video.pixel_width, video.fps
-        offer = cls(
+        limits = cls(
             model_name=settings.model_name,
             height=height,
             width=width,
-            fps=fps,
+            codec=video.codec,
             chunk_frames=video.chunk_frames,
             first_frames=video.frames_at(0),
             mime=FragmentWriter(height=height, width=width, fps=fps).mime,
@@ -81,35 +81,40 @@ class ModelLimits:
             tokenize=tokenize,
         )
         if max_chunks is None:
-            return offer
-        whole = math.floor(1000 * offer.num_frames(max_chunks) / fps) / 1000
-        return replace(offer, max_seconds=min(whole, offer.max_seconds))
+            return limits
+        whole = math.floor(1000 * limits.num_frames(max_chunks) / fps) / 1000
+        return replace(limits, max_seconds=min(whole, limits.max_seconds))
+
+    @property
+    def fps(self) -> int:
+        """Frames a second."""
+        return self.codec.fps
 
     @property
     def size(self) -> str:
-        """As OpenAI writes it: width x height."""
+        """Picture size in OpenAI's notation, WIDTHxHEIGHT."""
         return f"{self.width}x{self.height}"
 
     @property
     def default_seconds(self) -> str:
-        """Of a job that names none."""
+        """Length of the video of a job that names none, as text."""
         return f"{min(DEFAULT_SECONDS, self.max_seconds):g}"
 
     def num_frames(self, chunks: int) -> int:
-        """Frames of so many chunks: the first latent frame is one, each later one is four."""
-        return TEMPORAL_SCALE * (self.first_frames + (chunks - 1) * self.chunk_frames - 1) + 1
+        """Return the frames of the first `chunks` chunks of a video."""
+        return self.codec.frames_of(self.first_frames + (chunks - 1) * self.chunk_frames)
 
     def frames_and_chunks(self, seconds: float) -> tuple[int, int]:
-        """Frames of a video of this length, at least one, and the chunks that hold them."""
+        """Return the frames of a video of this length, at least one, and the chunks that it takes to make them."""
         frames = max(1, round(seconds * self.fps))
-        latents = 1 + math.ceil((frames - 1) / TEMPORAL_SCALE)
+        latents = self.codec.latents_of(frames)
         return frames, 1 + max(0, math.ceil((latents - self.first_frames) / self.chunk_frames))
 
     def check_prompt(self, prompt: str) -> int | None:
-        """The number of tokens that the text encoder cuts the prompt to, because it has more; None if it is read to its end.
+        """Check a prompt; return the number of tokens to which the text encoder cuts it, or None if it reads the whole prompt.
 
         Raises:
-            ApiError: 400, nothing to show, too long, with characters that no text has, or words that are not known.
+            ApiError: 400, the prompt is empty or too long, or has control characters or words that the text encoder lacks.
         """
         if len(prompt) > self.max_prompt_chars:
             raise bad_request(
@@ -124,10 +129,10 @@ class ModelLimits:
         return len(tokens.ids) if tokens.truncated else None
 
     def checked_chunks(self, chunks: int | None) -> int:
-        """Chunks to generate; None is as many as there can be.
+        """Return the number of chunks to generate; None asks for as many as possible.
 
         Raises:
-            ApiError: 400, too many.
+            ApiError: 400, there are too many, or none.
         """
         most = ENDLESS if self.max_chunks is None else self.max_chunks
         if chunks is not None and not 1 <= chunks <= most:
@@ -136,7 +141,7 @@ class ModelLimits:
 
 
 def prompt_warnings(cut_to: int | None) -> list[dict[str, str]]:
-    """What the answer to a request says of a prompt that was cut to so many tokens; nothing if it was not."""
+    """Return the warnings for a prompt that was cut to `cut_to` tokens; none if it was not cut."""
     if cut_to is None:
         return []
     message = f"the prompt was cut: the model reads its first {cut_to} tokens, and what comes after them has no effect"

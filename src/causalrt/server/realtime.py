@@ -1,10 +1,10 @@
-"""`/v1/realtime`: a video while it is generated, over a WebSocket.
+"""`/v1/realtime`: streams a video over a WebSocket while it is being generated.
 
     client  auth, start, switch, pause, resume, stop       (JSON)
     server  ready, queued, started, <init segment>, { <fragments>, chunk }, ended     (JSON and fragmented MP4)
 
-One generation at a time on a connection. What goes out passes one queue, in order; a chunk is generated when the reader has
-taken the ones before it, but for `max_queued_chunks`.
+A connection runs one generation at a time. Everything that is sent passes through one queue, in order. At most
+`max_queued_chunks` chunks are generated ahead of what the reader has taken.
 """
 
 import asyncio
@@ -37,13 +37,13 @@ log = logging.getLogger(__name__)
 
 UNAUTHORIZED, BUSY, TOO_SLOW, GOING_AWAY, INTERNAL, POLICY = 4401, 4429, 4408, 1001, 1011, 1008
 END = "causalrt.end"
-"""Name of the ASGI extension that closes a connection without waiting for its reader (`run.py`)."""
+"""Name of the ASGI extension that closes a connection without waiting for its reader (`uvicorn_quirks.py`)."""
 MOST_REPLIES = 256
 
 
 @dataclass(kw_only=True, slots=True)
 class _Generation:
-    """One that was started on a connection; `asked`: when, until its first frames are sent."""
+    """A generation of a connection; `asked` is the time of its request, or None once its first frames are sent."""
 
     control: Control
     ticket: Ticket
@@ -54,12 +54,12 @@ class _Generation:
 
 
 def realtime_routes(services: Services) -> APIRouter:
-    """The route of the WebSocket."""
+    """Make the route of the WebSocket."""
     router = APIRouter()
-    waiting: set[Connection] = set()  # for their tokens: strangers take no places from those who have one
+    waiting: set[Connection] = set()  # not yet authenticated; they take no places of clients that are
     connected: set[Connection] = set()
     services.metrics.gauge("connections", "WebSockets that are open", lambda: len(connected))
-    full = busy("the server has as many connections as it takes", retry_after_s=5)
+    full = busy("the server has the maximum number of connections", retry_after_s=5)
 
     @router.websocket("/v1/realtime")
     async def realtime(websocket: WebSocket) -> None:
@@ -80,7 +80,7 @@ def realtime_routes(services: Services) -> APIRouter:
 
 
 class Connection:
-    """One client, from its handshake to its end."""
+    """The connection of one client, from its handshake to its end."""
 
     def __init__(self, websocket: WebSocket, services: Services) -> None:
         self._websocket = websocket
@@ -96,13 +96,13 @@ class Connection:
 
     @property
     def needs_no_wait(self) -> bool:
-        """Whether it is known already who it is, or does not matter."""
+        """Whether authentication needs no message: the token is in a header, or none is needed."""
         return (
             not self._services.tokens.wanted or bearer_token(self._websocket.headers.get("authorization")) is not None
         )
 
     async def authenticate(self) -> bool:
-        """Whether the client may stay; if not, it was told and the connection is closed."""
+        """Authenticate the client; return False after sending an error and closing the connection if that fails."""
         authenticated = asyncio.ensure_future(self._authenticated())
         draining = asyncio.ensure_future(self._services.draining.wait())
         try:
@@ -111,10 +111,10 @@ class Connection:
                 await self._close(GOING_AWAY, DRAINING)
                 return False
             self._owner = authenticated.result()
-        except ApiError as problem:
-            await self.refuse(problem)
+        except ApiError as error:
+            await self.refuse(error)
         except TimeoutError:
-            await self._close(TOO_SLOW, "no token came in time")
+            await self._close(TOO_SLOW, "no token was sent in time")
         except WebSocketDisconnect:
             pass
         finally:
@@ -123,7 +123,7 @@ class Connection:
         return bool(self._owner)
 
     async def serve(self) -> bool:
-        """Until the client leaves, stalls, or the server ends."""
+        """Serve the client until it leaves or stalls, or the server ends."""
         with self._services.streaming():
             return await self._serve()
 
@@ -132,7 +132,7 @@ class Connection:
         tasks = [
             asyncio.create_task(self._send_all()),
             asyncio.create_task(self._receive_all()),
-            asyncio.create_task(self._obey_all()),
+            asyncio.create_task(self._handle_all()),
             asyncio.create_task(self._end_when_draining()),
         ]
         try:
@@ -140,7 +140,7 @@ class Connection:
             for task in done:
                 if (error := task.exception()) is not None and not isinstance(error, WebSocketDisconnect):
                     log.error("a connection failed", exc_info=error)
-                    self._close_with = self._close_with or (INTERNAL, "the server has failed here")
+                    self._close_with = self._close_with or (INTERNAL, "internal error")
         finally:
             self._stop("left")
             for task in tasks:
@@ -152,13 +152,13 @@ class Connection:
             self._services.metrics.dropped_frames.inc(self._frames_made - self._frames_sent)
         return True
 
-    async def refuse(self, problem: ApiError) -> None:
-        """Say why, and close."""
-        self._services.metrics.problems.labels(problem.code).inc()
+    async def refuse(self, error: ApiError) -> None:
+        """Send the error and close the connection."""
+        self._services.metrics.errors.labels(error.code).inc()
         with contextlib.suppress(WebSocketDisconnect, TimeoutError, RuntimeError):
             async with asyncio.timeout(self._settings.stall_s):
-                await self._websocket.send_json(problem.realtime())
-        await self._close(UNAUTHORIZED if problem.status == 401 else BUSY, problem.message)
+                await self._websocket.send_json(error.realtime())
+        await self._close(UNAUTHORIZED if error.status == 401 else BUSY, error.message)
 
     async def _authenticated(self) -> str:
         tokens = self._services.tokens
@@ -175,27 +175,27 @@ class Connection:
         return tokens.owner(message.token)
 
     def _ready(self) -> dict[str, Any]:
-        offer = self._services.offer
+        limits = self._services.limits
         return {
             "type": "ready",
-            "width": offer.width,
-            "height": offer.height,
-            "fps": offer.fps,
-            "mime": offer.mime,
-            "max_prompt_chars": offer.max_prompt_chars,
-            "max_chunks": offer.max_chunks,
-            "about": offer.about,
-            "examples": offer.examples,
+            "width": limits.width,
+            "height": limits.height,
+            "fps": limits.fps,
+            "mime": limits.mime,
+            "max_prompt_chars": limits.max_prompt_chars,
+            "max_chunks": limits.max_chunks,
+            "about": limits.about,
+            "examples": limits.examples,
         }
 
-    # ---- in
+    # ---- incoming
 
     async def _receive(self) -> Incoming:
-        """The next message.
+        """Receive the next message.
 
         Raises:
-            ApiError: 400, it is none of ours.
-            WebSocketDisconnect: the client has left.
+            ApiError: 400, it is not a valid message.
+            WebSocketDisconnect: the client has disconnected.
         """
         received = await self._websocket.receive()
         if received["type"] == "websocket.disconnect":
@@ -206,27 +206,27 @@ class Connection:
         while True:
             try:
                 self._inbox.put_nowait(await self._receive())
-            except ApiError as problem:
-                self._answer_with(problem)
+            except ApiError as error:
+                self._answer_with(error)
             if max(self._inbox.qsize(), self._queue.qsize()) > MOST_REPLIES:
-                self._close_with = POLICY, "too many messages, and their answers are not read"
+                self._close_with = POLICY, "too many messages whose answers are not read"
                 return
 
-    async def _obey_all(self) -> None:
+    async def _handle_all(self) -> None:
         while True:
             message = await self._inbox.get()
             if message.type != "stop" and self._generation is not None and self._generation.control.reason is not None:
-                await self._generated()  # it was stopped, so what comes after that is about the next one
+                await self._generated()  # it was stopped, so the message concerns the next one
             try:
-                self._obey(message)
-            except ApiError as problem:
-                self._answer_with(problem)
+                self._handle(message)
+            except ApiError as error:
+                self._answer_with(error)
 
-    def _answer_with(self, problem: ApiError) -> None:
-        self._services.metrics.problems.labels(problem.code).inc()
-        self._post(problem.realtime())
+    def _answer_with(self, error: ApiError) -> None:
+        self._services.metrics.errors.labels(error.code).inc()
+        self._post(error.realtime())
 
-    def _obey(self, message: Incoming) -> None:
+    def _handle(self, message: Incoming) -> None:
         services = self._services
         if isinstance(message, Auth):
             if services.tokens.owner(message.token) != self._owner:
@@ -237,12 +237,12 @@ class Connection:
             running = None
         if isinstance(message, Start):
             if running is not None:
-                raise bad_request("a generation runs already; stop it first, or switch its prompt")
+                raise bad_request("a generation is already running; stop it first, or switch its prompt")
             self._start(message)
         elif running is None:
             raise bad_request(f"there is no generation to {message.type}; send start first")
         elif isinstance(message, SwitchPrompt):
-            cut_to = services.offer.check_prompt(message.prompt)
+            cut_to = services.limits.check_prompt(message.prompt)
             services.rate.take(self._rate_key())
             running.control.switch(Switch(prompt=message.prompt, prompt_cut_to=cut_to, policy=message.policy))
         elif message.type == "stop":
@@ -254,31 +254,31 @@ class Connection:
         services = self._services
         asked = time.perf_counter()
         services.check_ready()
-        cut_to = services.offer.check_prompt(message.prompt)
-        chunks = services.offer.checked_chunks(message.chunks)
+        cut_to = services.limits.check_prompt(message.prompt)
+        chunks = services.limits.checked_chunks(message.chunks)
         services.rate.take(self._rate_key())
         ticket = services.admission.enter()
         control = services.control(credit=self._settings.max_queued_chunks)
-        wish = GenerationRequest(prompt=message.prompt, prompt_cut_to=cut_to, seed=message.seed, num_chunks=chunks)
-        known = services.offer.max_chunks if message.chunks is None else message.chunks
+        request = GenerationRequest(prompt=message.prompt, prompt_cut_to=cut_to, seed=message.seed, num_chunks=chunks)
+        known = services.limits.max_chunks if message.chunks is None else message.chunks
         self._generation = generation = _Generation(control=control, ticket=ticket, asked=asked)
-        generation.task = asyncio.create_task(self._generate(generation, wish, known))
+        generation.task = asyncio.create_task(self._generate(generation, request, known))
 
-    async def _generate(self, generation: _Generation, wish: GenerationRequest, chunks: int | None) -> None:
-        def post(item: Outgoing) -> None:  # from the generation's thread
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to send to
+    async def _generate(self, generation: _Generation, request: GenerationRequest, chunks: int | None) -> None:
+        def post(item: Outgoing) -> None:  # called from the generation's thread
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and so is the connection
                 self._loop.call_soon_threadsafe(self._post, item, generation)
 
         try:
             while position := await generation.ticket.moved():
                 self._post({"type": "queued", "position": position})
-            output = RealtimeOutput(post, self._services.offer, f"rt_{secrets.token_hex(8)}", wish, chunks)
-            reason, made = await self._services.generator.run("realtime", wish, generation.control, output)
+            output = RealtimeOutput(post, self._services.limits, f"rt_{secrets.token_hex(8)}", request, chunks)
+            reason, made = await self._services.generator.run("realtime", request, generation.control, output)
             self._post({"type": "ended", "reason": reason, "chunks": made})
         except LeftError as left:
             self._post({"type": "ended", "reason": left.reason, "chunks": 0})
-        except ApiError as problem:
-            self._post(problem.realtime())
+        except ApiError as error:
+            self._post(error.realtime())
         finally:
             generation.ticket.leave()
 
@@ -294,11 +294,11 @@ class Connection:
             self._generation.ticket.give_up(reason)
 
     async def _generated(self) -> None:
-        """Return when no generation runs."""
+        """Wait until no generation is running."""
         if self._generation is not None and self._generation.task is not None:
             await asyncio.wait([self._generation.task])
 
-    # ---- out
+    # ---- outgoing
 
     def _post(self, item: Outgoing, generation: _Generation | None = None) -> None:
         if isinstance(item, dict) and item["type"] == "chunk":
@@ -309,7 +309,9 @@ class Connection:
         sent = True
         while sent:
             item, generation = await self._queue.get()
-            if isinstance(item, list):
+            if isinstance(item, bytes):
+                sent = await self._send(item)
+            elif isinstance(item, list):
                 sent = await self._send_fragments(item, generation)
             elif item["type"] == "chunk" and generation is not None:
                 sent = await self._send_chunk(item, generation)
@@ -317,11 +319,11 @@ class Connection:
                 sent = await self._send(json.dumps(item))
             self._queue.task_done()
 
-    async def _send_fragments(self, parts: list[bytes], generation: _Generation | None) -> bool:
-        for part in parts:
-            if not await self._send(part):
+    async def _send_fragments(self, fragments: list[bytes], generation: _Generation | None) -> bool:
+        for fragment in fragments:
+            if not await self._send(fragment):
                 return False
-            if generation is not None and generation.asked is not None and part[4:8] == b"moof":
+            if generation is not None and generation.asked is not None:
                 seconds = time.perf_counter() - generation.asked
                 generation.asked, generation.first_frame_ms = None, round(1e3 * seconds, 3)
                 cold_s = self._services.metrics.first_frame_after("realtime", seconds)
@@ -338,7 +340,7 @@ class Connection:
         return True
 
     async def _send(self, data: str | bytes) -> bool:
-        """Whether the reader has taken it within `stall_s`; if not, it is given up."""
+        """Send a message; return False, and stop the generation, if the reader does not take it within `stall_s`."""
         try:
             async with asyncio.timeout(self._settings.stall_s):
                 if isinstance(data, str):
@@ -346,7 +348,7 @@ class Connection:
                 else:
                     await self._websocket.send_bytes(data)
         except TimeoutError:
-            log.warning("a reader took nothing for %g s and is given up", self._settings.stall_s)
+            log.warning("a reader took nothing for %g s and is disconnected", self._settings.stall_s)
             self._stop("stalled")
             self._close_with = TOO_SLOW, "nothing was read for too long"
             return False
@@ -359,7 +361,7 @@ class Connection:
         self._close_with = GOING_AWAY, DRAINING
 
     async def _close(self, code: int, reason: str) -> None:
-        """Close, whether the client reads or not."""
+        """Close the connection, whether the client reads or not."""
         end = self._websocket.scope.get("extensions", {}).get(END)
         if end is not None:
             end(code, reason[:120])

@@ -1,4 +1,4 @@
-"""What clients of `/v1/realtime` say, and what a generation says to them."""
+"""Messages of `/v1/realtime`: those of clients, and the output of a generation."""
 
 import time
 from collections.abc import Callable
@@ -7,14 +7,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from causalrt.media.mp4_boxes import boxes
 from causalrt.media.video_file import FragmentWriter
 from causalrt.server.api_errors import ApiError, bad_request
 from causalrt.server.generation import GenerationRequest, Switch
 from causalrt.server.model_limits import MAX_SEED, ModelLimits, prompt_warnings
 
-Outgoing = dict[str, Any] | list[bytes]
-"""A message as JSON, or fragments, each of them a message."""
+Outgoing = dict[str, Any] | bytes | list[bytes]
+"""A JSON message, the initialisation segment, or the fragments of frames, each sent as a message of its own."""
 
 
 class _Message(BaseModel):
@@ -27,14 +26,14 @@ class _Message(BaseModel):
 
 
 class Auth(_Message):
-    """The token, first of all."""
+    """Authenticate; the first message of a client."""
 
     type: Literal["auth"]
     token: str = Field(max_length=1024)
 
 
 class Start(_Message):
-    """Begin a generation."""
+    """Start a generation."""
 
     type: Literal["start"]
     prompt: str
@@ -43,7 +42,7 @@ class Start(_Message):
 
 
 class SwitchPrompt(_Message):
-    """Change its prompt."""
+    """Change the prompt of the running generation."""
 
     type: Literal["switch"]
     prompt: str
@@ -51,22 +50,22 @@ class SwitchPrompt(_Message):
 
 
 class Plain(_Message):
-    """Messages without fields."""
+    """A message without fields."""
 
     type: Literal["pause", "resume", "stop"]
 
 
 MOST_ECHOED = 300
-"""Characters of what is said about a message that is none of ours: it may name what the client has sent."""
+"""Most characters of the error about an invalid message, which may quote what the client has sent."""
 Incoming = Auth | Start | SwitchPrompt | Plain
 _incoming: TypeAdapter[Incoming] = TypeAdapter(Annotated[Incoming, Field(discriminator="type")])
 
 
 def parse(text: str) -> Incoming:
-    """A client's message.
+    """Parse the message of a client.
 
     Raises:
-        ApiError: 400, it is none of ours.
+        ApiError: 400, it is not a valid message.
     """
     try:
         return _incoming.validate_json(text)
@@ -77,50 +76,50 @@ def parse(text: str) -> Incoming:
 
 
 class RealtimeOutput:
-    """Encodes chunks, and hands them to the connection's queue; called from a generation's thread."""
+    """Encodes chunks and puts them into the connection's queue; called from a generation's thread."""
 
     def __init__(
         self,
         post: Callable[[Outgoing], None],
-        offer: ModelLimits,
+        limits: ModelLimits,
         number: str,
-        wish: GenerationRequest,
+        request: GenerationRequest,
         chunks: int | None,
     ) -> None:
         self._post = post
-        self._offer = offer
+        self._limits = limits
         self._number = number
-        self._wish = wish
+        self._request = request
         self._chunks = chunks
         self._writer: FragmentWriter | None = None
 
     def started(self, *, text_ms: float) -> None:
-        """Tell, and send the initialisation segment."""
-        offer = self._offer
-        self._writer = FragmentWriter(height=offer.height, width=offer.width, fps=offer.fps)
+        """Send the `started` message and the initialisation segment."""
+        limits = self._limits
+        self._writer = FragmentWriter(height=limits.height, width=limits.width, fps=limits.fps)
         self._post(
             {
                 "type": "started",
                 "id": self._number,
-                "seed": self._wish.seed,
+                "seed": self._request.seed,
                 "chunks": self._chunks,
                 "text_ms": round(text_ms, 3),
-                "warnings": prompt_warnings(self._wish.prompt_cut_to),
+                "warnings": prompt_warnings(self._request.prompt_cut_to),
             }
         )
-        self._post([self._writer.header])
+        self._post(self._writer.header)
 
     def write(self, frames: torch.Tensor) -> float:
-        """Encode frames `[T, h, w, 3]` and send their fragments; milliseconds of encoding."""
+        """Encode frames `[T, h, w, 3]`, send their fragments, and return the milliseconds of encoding."""
         assert self._writer is not None
         begun = time.perf_counter()
-        fragments = _split(self._writer.write(frames))
+        fragments = self._writer.write(frames)
         encode_ms = 1e3 * (time.perf_counter() - begun)
         self._post(fragments)
         return encode_ms
 
     def chunk_done(self, *, index: int, frames: int, latency_ms: float, stages: dict[str, float | None]) -> None:
-        """Tell the chunk's figures."""
+        """Send the timings of the chunk."""
         rounded = {stage: None if ms is None else round(ms, 3) for stage, ms in stages.items()}
         self._post(
             {
@@ -133,11 +132,11 @@ class RealtimeOutput:
         )
 
     def paused(self, yes: bool) -> None:
-        """Tell it."""
+        """Send that the generation has paused or resumed."""
         self._post({"type": "paused" if yes else "resumed"})
 
     def switched(self, switch: Switch, *, ms: float, from_chunk: int) -> None:
-        """Say from which chunk on the new prompt is in effect."""
+        """Send the chunk from which the new prompt takes effect."""
         self._post(
             {
                 "type": "switched",
@@ -148,30 +147,18 @@ class RealtimeOutput:
             }
         )
 
-    def refused(self, problem: ApiError) -> None:
-        """Tell why a switch was not made."""
-        self._post(problem.realtime())
+    def refused(self, error: ApiError) -> None:
+        """Send why a prompt switch failed."""
+        self._post(error.realtime())
 
     def finish(self) -> bool:
-        """Send the last fragment. Who watches is told how it was ended, if it was, even in its last chunk."""
+        """Send the last fragments. Return False, so that a stop during the last chunk is reported to the viewer."""
         assert self._writer is not None
         if last := self._writer.close():
-            self._post(_split(last))
+            self._post(last)
         return False
 
     def discard(self) -> None:
         """Send nothing more."""
         if self._writer is not None:
             self._writer.close()
-
-
-def _split(data: bytes) -> list[bytes]:
-    """Fragments (moof and mdat, and what ends the file) as messages of their own."""
-    parts: list[bytes] = []
-    for name, payload in boxes(data):
-        box = (len(payload) + 8).to_bytes(4, "big") + name.encode("latin-1") + payload
-        if name == "mdat" and parts:
-            parts[-1] += box
-        else:
-            parts.append(box)
-    return parts

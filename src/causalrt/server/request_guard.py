@@ -1,7 +1,7 @@
-"""What every request passes first: the name it calls the server by, its origin, its size, and whose it is.
+"""Checks that every request passes first: the host name, the origin, the size of the body, and the token.
 
-A page of another site must not use a server on somebody's own machine: its requests carry its `Origin`, and names that it has
-made to point here (DNS rebinding) are not ours. What is refused here has not been read.
+A web page of another site must not be able to use a server on its visitor's machine: its requests carry its `Origin`, and
+a host name that it points here by DNS rebinding is not among the allowed ones. The body of a refused request is never read.
 """
 
 from collections.abc import Callable
@@ -37,14 +37,14 @@ async def _owner(
 
 
 Owner = Annotated[str, Depends(_owner)]
-"""Whose request it is; 401 if it is nobody's."""
+"""Name of the client whose token the request carries; 401 without a valid token."""
 
 
 class RequestGuard:
-    """ASGI middleware, outermost."""
+    """The outermost ASGI middleware."""
 
     def __init__(self, app: ASGIApp, *, settings: ServerSettings, count: Callable[[str], None]) -> None:
-        """`count` is told the code of each refusal."""
+        """`count` is called with the error code of each refused request."""
         self._app = app
         self._count = count
         self._max_body_bytes = settings.max_body_bytes
@@ -53,17 +53,17 @@ class RequestGuard:
         self._any_host = not settings.allowed_hosts and not settings.on_loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on with a limited body and secured headers."""
+        """Refuse a request, or pass it on with a limited body and security headers."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        problem = self._refusal(scope, headers)
-        if problem is not None:
-            self._count(problem.code)
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            self._count(refusal.code)
         if scope["type"] == "websocket":
-            if problem is not None:
-                await problem.response()(scope, receive, send)  # the handshake is answered with it
+            if refusal is not None:
+                await refusal.response()(scope, receive, send)  # sent as the answer to the handshake
                 return
             await self._app(scope, receive, send)
             return
@@ -76,8 +76,8 @@ class RequestGuard:
                 out.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        if problem is not None:
-            await problem.response()(scope, receive, send_secured)
+        if refusal is not None:
+            await refusal.response()(scope, receive, send_secured)
             return
         await self._app(scope, self._limited(receive), send_secured)
 
@@ -87,13 +87,13 @@ class RequestGuard:
             return ApiError(
                 421,
                 "wrong_host",
-                "this server is not called by that name; call it localhost, or start it with --allow-host",
+                "this server does not answer to that host name; use localhost, or start it with --allow-host",
             )
         origin = headers.get("origin")
         safe = scope["type"] == "http" and scope["method"] in SAFE_METHODS
         if origin and not safe and not self._is_allowed(origin, host):
             return ApiError(
-                403, "wrong_origin", "pages of other origins may not use this server (--allow-origin lets them)"
+                403, "wrong_origin", "pages of other origins may not use this server unless --allow-origin names them"
             )
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._max_body_bytes:

@@ -1,4 +1,4 @@
-"""What the routes share: everything that one server is made of."""
+"""The parts of one server, which its routes share."""
 
 import asyncio
 import contextlib
@@ -10,10 +10,11 @@ import torch
 
 from causalrt.errors import RequestError
 from causalrt.model.text.umt5 import PromptTokens
+from causalrt.runtime.engine import Engine
 from causalrt.server.admission import Admission, RateLimit
 from causalrt.server.api_errors import not_ready
 from causalrt.server.auth import Tokens
-from causalrt.server.engine_host import EngineHost, EngineLike
+from causalrt.server.engine_host import EngineHost
 from causalrt.server.generation import Control, Generator
 from causalrt.server.job_store import JobStore
 from causalrt.server.jobs import Jobs
@@ -25,8 +26,10 @@ log = logging.getLogger(__name__)
 
 WATCH_S = 1.0
 EXPIRE_EVERY = 10
-END_S = 20.0  # that generations have for the chunk they are in, once they were told to stop
-FAREWELL_S = 5.0  # that readers have, once everything has ended, for what they have not read
+END_S = 20.0
+"""Seconds that a stopped generation has to finish its current chunk."""
+FAREWELL_S = 5.0
+"""Seconds that readers have for unread data once every generation has ended."""
 DRAINING = "the server is shutting down; try another, or later"
 
 
@@ -36,13 +39,13 @@ class Services:
 
     settings: ServerSettings
     tokens: Tokens
-    offer: ModelLimits
+    limits: ModelLimits
     host: EngineHost
     admission: Admission
     rate: RateLimit
     generator: Generator
     jobs: Jobs
-    spool: JobStore
+    store: JobStore
     metrics: Metrics
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     _num_streams: int = 0
@@ -50,12 +53,12 @@ class Services:
     _closed: bool = False
 
     def control(self, *, credit: int | None = None) -> Control:
-        """For a new generation."""
+        """Make the control of a new generation."""
         return Control(credit=credit, pause_s=self.settings.pause_s)
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
-        """A connection that `drain` lets send what it has."""
+        """Register a connection within the block, so that `drain` waits until it has sent its data."""
         self._num_streams += 1
         self._no_stream.clear()
         try:
@@ -66,7 +69,7 @@ class Services:
                 self._no_stream.set()
 
     def check_ready(self) -> None:
-        """Refuse what would not be done.
+        """Refuse a request that the server cannot serve now.
 
         Raises:
             ApiError: 503, with the reason.
@@ -78,7 +81,7 @@ class Services:
             raise not_ready(detail)
 
     async def watch(self) -> None:
-        """Notice processes that have died or hang, and remove expired jobs, until this is cancelled."""
+        """Check the engine's processes and remove expired jobs until this is cancelled."""
         ticks = 0
         while True:
             await asyncio.sleep(WATCH_S)
@@ -88,14 +91,16 @@ class Services:
                 if ticks % EXPIRE_EVERY == 0:
                     while self.jobs.expire():
                         await asyncio.sleep(0)
-            except Exception:  # nothing that goes wrong here may end the watch
-                log.exception("the server's watch has failed, and goes on")
+            except Exception:  # no failure may end the watch
+                log.exception("a periodic check of the server failed; the checks continue")
 
     async def drain(self) -> None:
-        """Take nothing new, let what runs finish within the grace time, then end it; return when all has ended."""
+        """Refuse new requests, let running generations finish within the grace time, stop the rest, and wait for their end."""
         if self.draining.is_set():
             return
-        log.warning("draining: %d generations run, %d wait", self.admission.running, self.admission.waiting)
+        log.warning(
+            "draining: %d generations are running, %d are waiting", self.admission.running, self.admission.waiting
+        )
         self.draining.set()
         self.admission.close(DRAINING, reason="draining")
         with contextlib.suppress(TimeoutError):
@@ -104,7 +109,7 @@ class Services:
         try:
             await asyncio.wait_for(self.admission.empty(), END_S)
         except TimeoutError:
-            log.error("%d generations did not end in time; ending the engine under them", self.admission.running)
+            log.error("%d generations did not end in time; closing the engine anyway", self.admission.running)
             await asyncio.to_thread(self.host.close)
         if self._num_streams:
             try:
@@ -113,7 +118,7 @@ class Services:
                 log.warning("%d readers did not read the rest in time", self._num_streams)
 
     async def close(self) -> None:
-        """End what runs, and the engine under it, and give the spool back. Harmless when called again."""
+        """Stop all generations, close the engine and release the spool. Further calls have no effect."""
         if self._closed:
             return
         self._closed = True
@@ -123,30 +128,30 @@ class Services:
             await self.jobs.finished()
         finally:
             self.generator.close()
-            await asyncio.to_thread(self.spool.close)
+            await asyncio.to_thread(self.store.close)
 
 
 def make_services(
-    engine: EngineLike,
-    load: Callable[[], EngineLike],
+    engine: Engine,
+    load: Callable[[], Engine],
     encode: Callable[[str], torch.Tensor],
     settings: ServerSettings,
     tokens: Tokens,
     *,
     tokenize: Callable[[str], PromptTokens],
 ) -> Services:
-    """Put a server together on the running event loop.
+    """Make the services of a server on the running event loop.
 
     Args:
-        engine: loaded, with a VAE.
-        load: makes another one, if its ranks die.
-        encode: prompt -> embeddings `[rows, text_dim]`; called from several threads.
-        settings: limits and places.
-        tokens: who may use it.
-        tokenize: prompt -> the tokens that `encode` reads of it (`ModelLimits`).
+        engine: a loaded engine with a VAE.
+        load: loads another engine if its ranks die.
+        encode: maps a prompt to embeddings `[rows, text_dim]`; called from several threads.
+        settings: limits, paths and times.
+        tokens: the tokens that give access.
+        tokenize: maps a prompt to the tokens that `encode` reads (`ModelLimits`).
 
     Raises:
-        RequestError: the engine makes no frames, or the spool cannot be used.
+        RequestError: the engine has no VAE, or the spool cannot be used.
     """
     if not engine.has_vae:
         raise RequestError(
@@ -154,7 +159,7 @@ def make_services(
         )
     slots = _slots(engine, settings)
     metrics = Metrics()
-    offer = ModelLimits.from_config(engine.config, settings, tokenize=tokenize)
+    limits = ModelLimits.from_config(engine.config, settings, tokenize=tokenize)
     admission = Admission(slots=slots, max_queue=settings.max_queue)
     loop = asyncio.get_running_loop()
 
@@ -170,23 +175,23 @@ def make_services(
         on_reload=reloaded,
     )
     generator = Generator(host, encode, metrics, threads=slots)
-    spool = JobStore(settings.spool)
-    jobs = Jobs(spool, offer, admission, generator, metrics, settings)
+    store = JobStore(settings.spool)
+    jobs = Jobs(store, limits, admission, generator, metrics, settings)
     services = Services(
         settings=settings,
         tokens=tokens,
-        offer=offer,
+        limits=limits,
         host=host,
         admission=admission,
         rate=RateLimit(settings.generations_per_minute),
         generator=generator,
         jobs=jobs,
-        spool=spool,
+        store=store,
         metrics=metrics,
     )
-    metrics.gauge("sessions", "Generations that run", lambda: admission.running)
+    metrics.gauge("sessions", "Generations that are running", lambda: admission.running)
     metrics.gauge("sessions_limit", "Generations that may run at once", lambda: admission.slots)
-    metrics.gauge("queue_length", "Generations that wait for their turn", lambda: admission.waiting)
+    metrics.gauge("queue_length", "Generations that are waiting in the queue", lambda: admission.waiting)
     metrics.gauge("queue_limit", "Generations that may wait", lambda: settings.max_queue)
     metrics.gauge("kv_bytes", "KV slots of open sessions on all ranks", lambda: _kv_bytes(host.current))
     metrics.gauge("ready", "1 if requests are served, else 0", lambda: _ready(services))
@@ -194,11 +199,11 @@ def make_services(
     return services
 
 
-def _slots(engine: EngineLike, settings: ServerSettings) -> int:
+def _slots(engine: Engine, settings: ServerSettings) -> int:
     return max(1, min(settings.max_sessions, engine.max_sessions))
 
 
-def _kv_bytes(engine: EngineLike) -> int:
+def _kv_bytes(engine: Engine) -> int:
     return engine.memory.kv_bytes * engine.config.build.world_size * engine.open_sessions
 
 

@@ -1,4 +1,4 @@
-"""What a server allows, and where it listens and writes."""
+"""Settings of a server: addresses, access, limits, paths and times."""
 
 import re
 from dataclasses import dataclass, fields
@@ -10,44 +10,44 @@ from causalrt.server.hosts import is_loopback, normal_host, normal_origin
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerSettings:
-    """Limits, places and times of a server; checked when made.
+    """Settings of a server, checked on construction.
 
     Attributes:
-        host: address to listen on; beyond loopback it takes tokens, or `no_auth`.
+        host: address to listen on; one beyond loopback needs `tokens` or `no_auth`.
         port: TCP port; 0 takes a free one.
-        tokens: file of bearer tokens (`auth.py`); None asks for none.
-        no_auth: whoever reaches the server may use it, even from other machines.
-        model_name: what jobs call the model.
-        spool: folder of jobs and their videos, kept over restarts; None makes one that goes with the server.
-        max_sessions: generations at once; fewer if the engine's memory holds fewer. They take turns by chunk.
-        max_queue: generations that may wait for their turn.
-        max_connections: WebSockets at once.
-        max_tcp_connections: open connections of every kind; one address may have half of them, a trusted proxy's all. Fewer
-            where the process may not open enough files (`connections.py`).
-        max_body_bytes: of a request.
-        max_message_bytes: of a WebSocket message from a client.
-        max_prompt_chars: of a prompt.
-        max_seconds: of a job's video.
-        about: what the page says of the model.
+        tokens: file of bearer tokens (`auth.py`); None requires none.
+        no_auth: everybody who can reach the server may use it, even from other machines.
+        model_name: name of the model in jobs.
+        spool: folder of jobs and their videos, kept over restarts; None uses a temporary folder.
+        max_sessions: most generations at once; fewer if the engine's memory holds fewer. They alternate chunk by chunk.
+        max_queue: most generations in the queue.
+        max_connections: most WebSockets at once.
+        max_tcp_connections: most open connections of every kind; one address may have half of them, a trusted proxy all.
+            Fewer if the process may not open enough files (`connections.py`).
+        max_body_bytes: most bytes in the body of a request.
+        max_message_bytes: most bytes of a WebSocket message from a client.
+        max_prompt_chars: most characters of a prompt.
+        max_seconds: greatest length of a job's video.
+        about: description of the model on the page.
         examples: prompts that the page offers.
-        max_chunks: of a real-time generation, where the bundle sets no end; None sets none.
-        generations_per_minute: jobs, starts and switches of one token, or of one address where there are no tokens.
-        max_jobs: jobs that the spool keeps.
-        max_spool_bytes: bytes of finished videos from which on no job is taken.
+        max_chunks: most chunks of a real-time generation, if the bundle sets no limit; None sets none.
+        generations_per_minute: most jobs, starts and switches per minute and token, or per address if there are no tokens.
+        max_jobs: most jobs in the spool.
+        max_spool_bytes: total size of finished videos at which no further job is accepted.
         job_ttl_s: seconds after its end at which a job and its file are removed.
-        max_queued_chunks: chunks made and not yet sent; a reader that is slower stops the generator.
-        stall_s: seconds without progress after which a reader is given up.
-        pause_s: seconds that a pause may last.
-        auth_s: seconds that a WebSocket has for its token.
-        head_s: seconds that a request has for its head, since the connection was made or the last answer was sent.
-        body_s: seconds that a request has for its body.
-        grace_s: seconds that running generations have when the server ends.
-        reload_after_s: wait before the engine is loaded again after its ranks died; four times as long before each further try.
-        reload_max_wait_s: longest wait between two tries, which never end.
-        send_buffer_bytes: of a connection, in the kernel: so much may be under way to a reader that does not read.
+        max_queued_chunks: most chunks that are generated but not yet sent; a slower reader stops the generator.
+        stall_s: seconds without progress after which a reader is disconnected.
+        pause_s: longest pause in seconds.
+        auth_s: seconds within which a WebSocket client must send its token.
+        head_s: seconds within which the head of a request must arrive, since the connection opened or the last answer ended.
+        body_s: seconds within which the body of a request must arrive.
+        grace_s: seconds that running generations may continue when the server ends.
+        reload_after_s: wait before the engine is reloaded after its ranks died; four times as long before each further attempt.
+        reload_max_wait_s: longest wait between two attempts, which never stop.
+        send_buffer_bytes: size of a connection's send buffer in the kernel, which bounds the data in flight to a slow reader.
         allowed_origins: pages of other origins that may use the server, as `https://example.org`; kept as browsers spell them.
-        allowed_hosts: names that it is called by, beside loopback's own; checked on loopback, or if some are given.
-        trusted_proxies: addresses whose `X-Forwarded-For` and `-Proto` are believed.
+        allowed_hosts: host names of the server besides those of loopback; checked on loopback, or if any are given.
+        trusted_proxies: addresses of proxies whose `X-Forwarded-For` and `-Proto` headers are trusted.
     """
 
     host: str = "127.0.0.1"
@@ -114,7 +114,7 @@ class ServerSettings:
             if self.tokens is None and not self.no_auth and not self.on_loopback:
                 raise ConfigError(
                     f"{self.host} can be reached from other machines: give a file of tokens (--tokens FILE), listen on "
-                    "127.0.0.1, or say --no-auth if something else keeps strangers out"
+                    "127.0.0.1, or use --no-auth if access is restricted by other means"
                 )
         faults.report()
 
@@ -128,11 +128,13 @@ def _check_host(host: str) -> None:
     try:
         normal_host(host)
     except ValueError:
-        raise ConfigError(f"a host is a name or an address, as studio.example or 127.0.0.1, got {host!r}") from None
+        raise ConfigError(
+            f"a host must be a name or an address, such as studio.example or 127.0.0.1, got {host!r}"
+        ) from None
 
 
 def _checked_origin(origin: str) -> str:
     try:
         return normal_origin(origin)
     except ValueError as error:
-        raise ConfigError(f"an origin is a scheme and a host, as https://example.org; {error}") from None
+        raise ConfigError(f"an origin must be a scheme and a host, such as https://example.org; {error}") from None

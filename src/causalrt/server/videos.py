@@ -1,4 +1,4 @@
-"""`/v1/videos`: video jobs as OpenAI's API has them, with a seed."""
+"""`/v1/videos`: video jobs in the form of OpenAI's API, with a seed."""
 
 import asyncio
 import json
@@ -30,14 +30,14 @@ FIELDS = ("model", "prompt", "seconds", "size", "seed")
 
 
 class VideoError(BaseModel):
-    """Why a job has failed."""
+    """Reason why a job has failed."""
 
     code: str
     message: str
 
 
 class VideoWarning(BaseModel):
-    """What was not done as it was asked for; the code `prompt_cut` stands for a prompt that is longer than the model reads."""
+    """A deviation from the request; `prompt_cut` means that the prompt is longer than the model reads."""
 
     code: str
     message: str
@@ -75,7 +75,7 @@ class VideoList(BaseModel):
 
 
 class VideoDeleted(BaseModel):
-    """A job that is gone."""
+    """Confirmation that a job was deleted."""
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
@@ -83,19 +83,19 @@ class VideoDeleted(BaseModel):
 
 
 def video_routes(services: Services) -> APIRouter:
-    """The routes of jobs."""
+    """Make the routes of video jobs."""
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
-    jobs, offer, settings = services.jobs, services.offer, services.settings
+    jobs, limits, settings = services.jobs, services.limits, services.settings
 
     @router.post(
-        "", response_model=Video, openapi_extra={"requestBody": _request_body(offer)}, summary="Ask for a video"
+        "", response_model=Video, openapi_extra={"requestBody": _request_body(limits)}, summary="Create a video"
     )
     async def create(request: Request, owner: Owner) -> Video:
         asked = time.perf_counter()
         services.check_ready()
         fields = await _fields(request, timeout_s=settings.body_s)
-        prompt, seed, seconds = _checked(fields, offer)
-        cut_to = offer.check_prompt(prompt)
+        prompt, seed, seconds = _checked(fields, limits)
+        cut_to = limits.check_prompt(prompt)
         services.rate.take(owner if services.tokens.wanted else _address(request))
         return _video(
             jobs.submit(owner=owner, prompt=prompt, prompt_cut_to=cut_to, seed=seed, seconds=seconds, asked=asked)
@@ -116,7 +116,7 @@ def video_routes(services: Services) -> APIRouter:
         if after is not None:
             place = next((place for place, job in enumerate(found) if job.id == after), None)
             if place is None:
-                raise not_found(f"there is no video {after!r} to go on after")
+                raise not_found(f"there is no video {after!r} to continue after")
             found = found[place + 1 :]
         page = [_video(job) for job in found[:limit]]
         return VideoList(
@@ -126,12 +126,12 @@ def video_routes(services: Services) -> APIRouter:
             has_more=len(found) > limit,
         )
 
-    @router.get("/{video_id}", response_model=Video, summary="How far a video is")
+    @router.get("/{video_id}", response_model=Video, summary="Retrieve the state of a video")
     async def retrieve(video_id: str, owner: Owner, response: Response) -> Video:
         response.headers["openai-poll-after-ms"] = str(POLL_MS)
         return _video(jobs.get(video_id, owner))
 
-    @router.delete("/{video_id}", response_model=VideoDeleted, summary="Remove a video, or end its generation")
+    @router.delete("/{video_id}", response_model=VideoDeleted, summary="Delete a video, and stop its generation")
     async def delete(video_id: str, owner: Owner) -> VideoDeleted:
         jobs.delete(jobs.get(video_id, owner))
         return VideoDeleted(id=video_id)
@@ -154,14 +154,19 @@ def video_routes(services: Services) -> APIRouter:
             raise not_found("the video's file is gone") from None
         return FileResponse(path, media_type="video/mp4", filename=path.name, stat_result=found)
 
-    mp4 = {"description": "The MP4, or the range of it", "content": {"video/mp4": {}}}
+    mp4 = {"description": "The MP4, or the requested range of it", "content": {"video/mp4": {}}}
     router.add_api_route(
         "/{video_id}/content",
         content,
         methods=["GET"],
         response_class=FileResponse,
-        responses={200: mp4, 206: mp4, 409: {"description": "Not complete yet"}, 416: {"description": "No such range"}},
-        summary="The video itself; ranges are served",
+        responses={
+            200: mp4,
+            206: mp4,
+            409: {"description": "Not complete yet"},
+            416: {"description": "Range not satisfiable"},
+        },
+        summary="Download a video; range requests are supported",
     )
     router.add_api_route("/{video_id}/content", content, methods=["HEAD"], include_in_schema=False)
     return router
@@ -193,7 +198,7 @@ def _address(request: Request) -> str:
 
 
 async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
-    """The fields of a body, JSON or a form.
+    """Read the fields of a body, which is JSON or a form.
 
     Raises:
         ApiError: 400, 408, 413, 415.
@@ -213,23 +218,23 @@ async def _fields(request: Request, *, timeout_s: float) -> Mapping[str, Any]:
             async with request.form(max_files=1) as form:
                 items = form.multi_items()
     except TimeoutError:
-        raise ApiError(408, "timeout", f"the body did not come within {timeout_s:g} s") from None
+        raise ApiError(408, "timeout", f"the body did not arrive within {timeout_s:g} s") from None
     except ClientDisconnect:
-        raise bad_request("the client left before its request was whole") from None
+        raise bad_request("the client disconnected before its request was complete") from None
     except HTTPException as error:
         raise bad_request(f"the form cannot be read: {error.detail}") from None
     except (ValueError, RecursionError) as error:
-        raise bad_request(f"the body is no JSON: {str(error) or type(error).__name__}") from None
+        raise bad_request(f"the body is not JSON: {str(error) or type(error).__name__}") from None
     if len({name for name, _ in items}) < len(items):
-        raise bad_request("a field is there twice")
+        raise bad_request("a field occurs twice")
     return dict(items)
 
 
-def _checked(fields: Mapping[str, Any], offer: ModelLimits) -> tuple[str, int, str]:
-    """Prompt, seed and seconds of a request; a field that is null counts as left out, as in OpenAI's clients.
+def _checked(fields: Mapping[str, Any], limits: ModelLimits) -> tuple[str, int, str]:
+    """Return the prompt, seed and seconds of a request; a field that is null counts as absent, as for OpenAI's clients.
 
     Raises:
-        ApiError: 400, with the field at fault.
+        ApiError: 400, naming the invalid field.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     for name in given:
@@ -240,19 +245,19 @@ def _checked(fields: Mapping[str, Any], offer: ModelLimits) -> tuple[str, int, s
                 code="unknown_parameter",
             )
     if not isinstance(given.get("prompt"), str):
-        raise bad_request("prompt must be a text", param="prompt")
-    model = given.get("model", offer.model_name)
-    if model != offer.model_name:
+        raise bad_request("prompt must be a string", param="prompt")
+    model = given.get("model", limits.model_name)
+    if model != limits.model_name:
         raise bad_request(
-            f"this server has the model {offer.model_name!r} alone", param="model", code="model_not_found"
+            f"the only model of this server is {limits.model_name!r}", param="model", code="model_not_found"
         )
-    if given.get("size", offer.size) != offer.size:
-        raise bad_request(f"this server makes videos of {offer.size} alone", param="size")
-    return given["prompt"], _seed(given.get("seed", 0)), _seconds(given.get("seconds"), offer)
+    if given.get("size", limits.size) != limits.size:
+        raise bad_request(f"the only size of this server's videos is {limits.size}", param="size")
+    return given["prompt"], _seed(given.get("seed", 0)), _seconds(given.get("seconds"), limits)
 
 
 def _seed(value: Any) -> int:
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value, re.ASCII):  # of a form
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value, re.ASCII):  # from a form
         value = int(value)
     if isinstance(value, float) and value.is_integer() and value < 2**53:  # 1.0 is a whole number in JSON Schema
         value = int(value)
@@ -261,33 +266,34 @@ def _seed(value: Any) -> int:
     return value
 
 
-def _seconds(value: Any, offer: ModelLimits) -> str:
-    """As text: a text that is a plain number stays as it is."""
+def _seconds(value: Any, limits: ModelLimits) -> str:
+    """Return the seconds as text; the text of a plain number is unchanged."""
     if value is None:
-        return offer.default_seconds
+        return limits.default_seconds
     text = str(value)
     number = float(text) if re.fullmatch(NUMBER, text) and not isinstance(value, bool) else 0.0
-    if not LEAST_SECONDS <= number <= offer.max_seconds:
+    if not LEAST_SECONDS <= number <= limits.max_seconds:
         raise bad_request(
-            f"seconds must be a number from {LEAST_SECONDS} to {offer.max_seconds:g}, as 4 or '4'", param="seconds"
+            f"seconds must be a number from {LEAST_SECONDS} to {limits.max_seconds:g}, such as 4 or '4'",
+            param="seconds",
         )
     return text if re.fullmatch(SECONDS, text) else f"{number:.3f}".rstrip("0").rstrip(".")
 
 
-def _request_body(offer: ModelLimits) -> dict[str, Any]:
-    """The request's body for the OpenAPI document, with the limits of this server."""
+def _request_body(limits: ModelLimits) -> dict[str, Any]:
+    """Return the schema of the request body for the OpenAPI document, with the limits of this server."""
     seed: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": MAX_SEED}
     text: dict[str, Any] = {"type": "string", "pattern": f"^{SECONDS}$"}
-    number: dict[str, Any] = {"type": "number", "minimum": LEAST_SECONDS, "maximum": offer.max_seconds}
-    prompt = {"type": "string", "minLength": 1, "maxLength": offer.max_prompt_chars, "pattern": PROMPT}
-    about_seconds = {"description": f"at most {offer.max_seconds:g}", "default": offer.default_seconds}
+    number: dict[str, Any] = {"type": "number", "minimum": LEAST_SECONDS, "maximum": limits.max_seconds}
+    prompt = {"type": "string", "minLength": 1, "maxLength": limits.max_prompt_chars, "pattern": PROMPT}
+    about_seconds = {"description": f"at most {limits.max_seconds:g}", "default": limits.default_seconds}
 
     def schema(*null: dict[str, str]) -> dict[str, Any]:
         properties = {
             "prompt": prompt,
-            "model": {"anyOf": [{"type": "string", "enum": [offer.model_name]}, *null]},
+            "model": {"anyOf": [{"type": "string", "enum": [limits.model_name]}, *null]},
             "seconds": {"anyOf": [text, number, *null], **about_seconds},
-            "size": {"anyOf": [{"type": "string", "enum": [offer.size]}, *null]},
+            "size": {"anyOf": [{"type": "string", "enum": [limits.size]}, *null]},
             "seed": {"anyOf": [seed, *null], "default": 0},
         }
         others = null[0] if null else False
@@ -297,6 +303,6 @@ def _request_body(offer: ModelLimits) -> dict[str, Any]:
         "required": True,
         "content": {
             "application/json": {"schema": schema({"type": "null"})},
-            "multipart/form-data": {"schema": schema()},  # a form has no null
+            "multipart/form-data": {"schema": schema()},  # forms have no null
         },
     }

@@ -1,8 +1,8 @@
-"""A picture of the same video by several executors: a row each, a frame of each chunk, and how far a row is from the first.
+"""A picture that shows the same video from several executors: one row each, with one frame of each chunk and a verdict.
 
     name    | frame of chunk 0 | of chunk 1 | ... | verdict
 
-This module owns the picture alone; what rows are and what is said of them is the caller's affair.
+This module owns only the picture; the caller decides what the rows are and what their verdicts say.
 """
 
 import io
@@ -16,19 +16,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 LABEL_WIDTH, VERDICT_WIDTH, HEADER, GAP = 100, 190, 28, 6
 CELL, WIDEST = 128, 2_200
-"""Pixels: small frames are enlarged to about this, and a picture that would be wider leaves chunks out."""
+"""Pixels: small frames are enlarged to about `CELL`, and a picture that would be wider than `WIDEST` leaves chunks out."""
 INK, QUIET, GOOD, BAD = "#1a1a1f", "#6b6b76", "#1b7a3d", "#b3261e"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SheetRow:
-    """One video.
+    """The video of one executor.
 
     Attributes:
-        name: what made it, one or two lines.
-        frames: of each chunk, uint8 `[T, h, w, 3]`.
-        verdict: what is to be said of it, one or two lines.
-        agrees: whether that is good; None where there is nothing to compare.
+        name: name of the executor, in one or two lines.
+        frames: frames of each chunk, uint8 `[T, h, w, 3]`.
+        verdict: result of the comparison, in one or two lines.
+        agrees: whether the comparison passed; None if there is nothing to compare with.
     """
 
     name: str
@@ -38,7 +38,7 @@ class SheetRow:
 
 
 def contact_sheet(title: str, rows: Sequence[SheetRow]) -> bytes:
-    """A PNG of the last frame of each chunk (of a long video's, of some), row under row, enlarged by whole pixels."""
+    """Draw a PNG with the last frame of each chunk, or of some chunks of a long video, enlarged by whole pixels."""
     height, width, _ = rows[0].frames[0].shape[1:]
     chunks = len(rows[0].frames)
     scale = max(1, CELL // height)
@@ -72,12 +72,12 @@ def contact_sheet(title: str, rows: Sequence[SheetRow]) -> bytes:
 
 
 def chunks_shown(chunks: int, most: int) -> list[int]:
-    """At most so many chunks, evenly spread, the first and the last among them."""
+    """At most `most` chunks, evenly spaced, including the first and the last."""
     if chunks <= most:
         return list(range(chunks))
     return [round(place * (chunks - 1) / (most - 1)) for place in range(most)]
 
 
 def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
-    """`[..., h, w, 3]`, each pixel `scale` times in either direction."""
+    """Repeat each pixel of `[..., h, w, 3]` `scale` times in both directions."""
     return pixels.repeat(scale, axis=-3).repeat(scale, axis=-2)

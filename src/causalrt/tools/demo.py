@@ -1,9 +1,9 @@
-"""`causalrt demo`: the shipped model's video, made by several executors on several ranks, and compared.
+"""`causalrt demo`: make the video of the shipped model with several executors and numbers of ranks, and compare.
 
-    prompt -> a bundle for each number of ranks -> the same video by every row -> demo.mp4, contact-sheet.png, a table
+    prompt -> a bundle for each number of ranks -> the same video from every row -> demo.mp4, contact-sheet.png, a table
 
-Every row goes the way that any bundle goes: files -> `build` -> `load` -> a session with frames. The first row, eager on one
-rank, is what the others are compared with.
+Every row takes the usual path: files -> `build` -> `load` -> a session with frames. The other rows are compared with the first,
+which is eager on one rank.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 
 from causalrt.config import Config, override
 from causalrt.demo_model import DemoFiles, demo_files
-from causalrt.engines.bundle import file_digest, open_bundle, record_digest, toolchain_versions
+from causalrt.engines.bundle import file_digest, open_bundle, record_digest
+from causalrt.engines.toolchain import toolchain_versions
 from causalrt.errors import BuildError, BundleError, Faults, RequestError
 from causalrt.export.build import build
 from causalrt.media.pyav import pyav
@@ -33,8 +34,8 @@ from causalrt.recipes import recipe
 from causalrt.runtime.load import load
 from causalrt.runtime.noise import SeededNoise
 from causalrt.runtime.session import Chunk
+from causalrt.tools.arguments import DemoRequest
 from causalrt.tools.contact_sheet import SheetRow, contact_sheet, enlarged
-from causalrt.tools.demo_request import ABOUT, EXAMPLES, DemoRequest
 from causalrt.tools.files import check_writable_in, make_folder, write_whole
 from causalrt.tools.generate import check_switches, parsed_switches
 from causalrt.user_cache import kept_folder, remove_unused
@@ -43,16 +44,23 @@ logger = logging.getLogger(__name__)
 
 MOST_KEPT_BUNDLES = 6
 SHOWN = ("onnxruntime", 2)
-"""The row that is filmed, if it is there."""
+"""The row whose frames become the video, if it was requested."""
 MOST_GREY_LEVELS = 1
 VIDEO_FILE, SHEET_FILE = "demo.mp4", "contact-sheet.png"
 LEAST_SIDE = 384
-"""Of the video, in pixels: players blur smaller ones."""
+"""Pixels of the longer side of the video: players blur smaller videos."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
-    """A row's video: `load_s` until the ranks were ready; from the prompt `first_ms` to frames, `total_s` to the last."""
+    """The video of a row.
+
+    Attributes:
+        chunks: its chunks.
+        load_s: seconds until the ranks were ready.
+        first_ms: milliseconds from the prompt to the first frames.
+        total_s: seconds from the prompt to the last frames.
+    """
 
     chunks: list[Chunk]
     load_s: float
@@ -61,33 +69,70 @@ class Made:
 
     @property
     def frames(self) -> list[torch.Tensor]:
-        """Of each chunk, uint8 `[T, h, w, 3]`."""
+        """The frames of each chunk, uint8 `[T, h, w, 3]`."""
         return [chunk.frames for chunk in self.chunks if chunk.frames is not None]
 
 
-def run_demo(request: DemoRequest, *, on_progress: Progress, on_stage: Callable[[str], None]) -> dict[str, Any]:
-    """Build, generate by every row, compare, and write the files; what is refused is refused before anything is built.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoRow:
+    """The video of an executor on a number of ranks, and its largest and mean difference from that of the first row."""
+
+    executor: str
+    world_size: int
+    load_s: float
+    first_frame_ms: float
+    chunk_ms: Sequence[float]
+    median_chunk_ms: float
+    frames_per_s: float
+    latent_error: float
+    grey_levels: int
+    mean_grey_levels: float
+
+    @property
+    def name(self) -> str:
+        """The name that tables show."""
+        return row_name(self.executor, self.world_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoResult:
+    """The rows of the demo, and the files that it wrote; rows agree up to `most_grey_levels` of 255."""
+
+    prompt: str
+    rows: Sequence[DemoRow]
+    most_grey_levels: int
+    build_s: float
+    total_s: float
+    files: Sequence[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row agrees with the first."""
+        return all(row.grey_levels <= self.most_grey_levels for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def run_demo(request: DemoRequest, *, on_progress: Progress, on_stage: Callable[[str], None]) -> DemoResult:
+    """Build, generate every row, compare, and write the files. A request that cannot work is refused before the build.
 
     Args:
         request: what to show.
-        on_progress: told of (stage, done, total).
-        on_stage: told in words what comes next.
-
-    Returns:
-        `rows` (executor, world_size, load_s, first_frame_ms, chunk_ms, frames_per_s, latent_error, grey_levels,
-        mean_grey_levels), `passed`,
-        `most_grey_levels`, `build_s`, `total_s`, `prompt`, `files`.
+        on_progress: called with (stage, done, total).
+        on_stage: called with a sentence before each stage.
 
     Raises:
-        PromptError: a word that the model does not know.
-        RequestError: too many chunks, no such chunk to switch at, no seed, or the files cannot be written.
+        PromptError: the model does not know a word.
+        RequestError: the number of chunks, a switch or the seed is out of range, or the files cannot be written.
     """
     began = time.perf_counter()
     config, model = recipe("demo"), demo_files()
     switches = _checked(request, config, model)
     worlds = sorted({world_size for _, world_size in request.rows})
     with contextlib.ExitStack() as kept:
-        on_stage(f"Building bundles of the demo model for {', '.join(map(str, worlds))} rank(s), unless they are kept")
+        on_stage(f"Preparing bundles of the demo model for {', '.join(map(str, worlds))} rank(s)")
         start = time.perf_counter()
         bundles = {}
         for done, world_size in enumerate(worlds):
@@ -96,9 +141,8 @@ def run_demo(request: DemoRequest, *, on_progress: Progress, on_stage: Callable[
         on_progress("bundles", len(worlds), len(worlds))
         build_s = time.perf_counter() - start
         on_stage(f"Generating {request.chunks} chunks: {request.prompt!r}")
-        made = {}
-        for executor, world_size in request.rows:
-            made[executor, world_size] = make_video(
+        made = {
+            (executor, world_size): make_video(
                 request,
                 switches,
                 bundles[world_size],
@@ -106,21 +150,22 @@ def run_demo(request: DemoRequest, *, on_progress: Progress, on_stage: Callable[
                 on_progress=on_progress,
                 stage=row_name(executor, world_size),
             )
+            for executor, world_size in request.rows
+        }
     rows = [compared(row, video, made[request.rows[0]]) for row, video in made.items()]
     files = _write(request, config, switches, made, rows)
-    return {
-        "prompt": request.prompt,
-        "rows": rows,
-        "most_grey_levels": MOST_GREY_LEVELS,
-        "passed": all(row["grey_levels"] <= MOST_GREY_LEVELS for row in rows),
-        "build_s": build_s,
-        "total_s": time.perf_counter() - began,
-        "files": list(map(str, files)),
-    }
+    return DemoResult(
+        prompt=request.prompt,
+        rows=rows,
+        most_grey_levels=MOST_GREY_LEVELS,
+        build_s=build_s,
+        total_s=time.perf_counter() - began,
+        files=list(map(str, files)),
+    )
 
 
 def demo_bundle(out: Path, *, world_size: int = 2, on_progress: Progress | None = None) -> Path:
-    """The demo model as a bundle with its codec, for eager and onnxruntime."""
+    """Build the demo model and its codec into a bundle for eager and onnxruntime."""
     model = demo_files()
     config = override(recipe("demo"), {"build.world_size": str(world_size)})
     return build(config, checkpoint=model.checkpoint, vae=model.codec, out=out, on_progress=on_progress)
@@ -130,7 +175,7 @@ def demo_bundle(out: Path, *, world_size: int = 2, on_progress: Progress | None 
 def kept_demo_bundle(*, world_size: int = 2, on_progress: Progress | None = None) -> Iterator[Path]:
     """The demo's bundle in the user's cache, built first if it is missing or damaged.
 
-    If there can be no cache, or another process uses the damaged bundle, the bundle is built in a temporary folder, which is
+    If no cache can be written, or another process uses the damaged bundle, the bundle is built in a temporary folder, which is
     removed at the end of the block.
     """
 
@@ -166,21 +211,13 @@ def _bundle_key(world_size: int) -> str:
     return f"ranks-{world_size}-{record_digest(record)[:32]}"
 
 
-@contextlib.contextmanager
-def served_demo(*, on_progress: Progress) -> Iterator[dict[str, Any]]:
-    """What `causalrt serve` is given where no bundle is named: arguments by name; the bundle stays while the block runs."""
-    with kept_demo_bundle(on_progress=on_progress) as bundle:
-        words = demo_files().words
-        yield {"bundle": bundle, "text_encoder": words, "about": ABOUT, "examples": EXAMPLES}
-
-
 def row_name(executor: str, world_size: int) -> str:
-    """For people."""
+    """The name of a row in tables and pictures."""
     return f"{executor}, {world_size} rank{'s' if world_size > 1 else ''}"
 
 
 def _checked(request: DemoRequest, config: Config, model: DemoFiles) -> Mapping[int, str]:
-    """The switches, everything having been refused that can be; the folder of the files is there."""
+    """Check the request, make the folder of the files, and return the switches."""
     words = WordEncoder.from_folder(model.words, text_dim=config.model.text_dim, max_tokens=config.model.text_len)
     switches, faults = dict[int, str](), Faults()
     with faults:
@@ -214,21 +251,21 @@ def make_video(
     executor: str,
     *,
     device: str = "cpu",
-    plugins: bool | None = None,
+    fused_ops: bool | None = None,
     on_progress: Progress,
     stage: str,
 ) -> Made:
     """Generate the video of a request.
 
     Args:
-        request: what to show; its rows and folder are not looked at.
-        switches: other prompts, by the chunk from which on they count.
-        bundle: of the demo model.
-        executor: of the ranks and of the decoder.
+        request: what to show; its rows and folder are ignored.
+        switches: later prompts, by the chunk from which on they hold.
+        bundle: a bundle of the demo model.
+        executor: the executor of the ranks and of the decoder.
         device: `cpu` or `cuda`.
-        plugins: see `load`.
-        on_progress: told of (`stage`, chunks done, chunks in all).
-        stage: what this is called.
+        fused_ops: whether to use the fused ops, see `load`.
+        on_progress: called with (`stage`, chunks done, number of chunks).
+        stage: the name of this video in progress reports.
     """
     on_progress(stage, 0, request.chunks)
     start = time.perf_counter()
@@ -237,8 +274,8 @@ def make_video(
         executor=executor,
         vae_executor=executor,
         device=device,
-        plugins=plugins,
-        cuda_graphs=request.cuda_graphs,
+        fused_ops=fused_ops,
+        cuda_graphs=request.cuda_graphs == "on",
         text_encoder=demo_files().words,
     ) as engine:
         ready = time.perf_counter()
@@ -253,37 +290,28 @@ def make_video(
         return Made(chunks=chunks, load_s=ready - start, first_ms=first_ms, total_s=time.perf_counter() - ready)
 
 
-def compared(row: tuple[str, int], made: Made, wanted: Made) -> dict[str, Any]:
-    """Compare a video with the one that it should equal.
-
-    Args:
-        row: executor and number of ranks.
-        made: the video.
-        wanted: what it should be.
-
-    Returns:
-        A row of `run_demo`, and `mean_grey_levels`.
-    """
+def compared(row: tuple[str, int], made: Made, wanted: Made) -> DemoRow:
+    """Compare the video of a row, which is an executor and a number of ranks, with the video that it should equal."""
     executor, world_size = row
     latency = [chunk.latency_ms for chunk in made.chunks]
     pairs = list(zip(made.chunks, wanted.chunks, strict=True))
     levels = [(one.int() - other.int()).abs() for one, other in zip(made.frames, wanted.frames, strict=True)]
-    return {
-        "executor": executor,
-        "world_size": world_size,
-        "load_s": made.load_s,
-        "first_frame_ms": made.first_ms,
-        "chunk_ms": latency,
-        "median_chunk_ms": statistics.median(latency),
-        "frames_per_s": sum(map(len, made.frames)) / made.total_s,
-        "latent_error": max(float((one.latents - other.latents).abs().max()) for one, other in pairs),
-        "grey_levels": max(int(level.max()) for level in levels),
-        "mean_grey_levels": statistics.mean(float(level.float().mean()) for level in levels),
-    }
+    return DemoRow(
+        executor=executor,
+        world_size=world_size,
+        load_s=made.load_s,
+        first_frame_ms=made.first_ms,
+        chunk_ms=latency,
+        median_chunk_ms=statistics.median(latency),
+        frames_per_s=sum(map(len, made.frames)) / made.total_s,
+        latent_error=max(float((one.latents - other.latents).abs().max()) for one, other in pairs),
+        grey_levels=max(int(level.max()) for level in levels),
+        mean_grey_levels=statistics.mean(float(level.float().mean()) for level in levels),
+    )
 
 
 def _scale(config: Config) -> int:
-    """How many pixels wide one of the model's is in the video."""
+    """Factor by which the model's frames are enlarged in the video."""
     return max(1, -(-LEAST_SIDE // max(config.video.pixel_height, config.video.pixel_width)))
 
 
@@ -292,9 +320,8 @@ def _write(
     config: Config,
     switches: Mapping[int, str],
     made: Mapping[tuple[str, int], Made],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[DemoRow],
 ) -> list[Path]:
-    """Each file whole or not at all, in the place of an earlier demo's."""
     video, scale = config.video, _scale(config)
     shown = SHOWN if SHOWN in made else request.rows[-1]
     height, width = scale * video.pixel_height, scale * video.pixel_width
@@ -304,16 +331,16 @@ def _write(
     said = [request.prompt, *switches.values()]
     starts = [f"seed {request.seed}", *(f"from chunk {chunk}" for chunk in switches)]
     title = "\n".join(f"{start}: {textwrap.shorten(text, 90)}" for start, text in zip(starts, said, strict=True))
-    sheet = [_sheet_row(row, made[row["executor"], row["world_size"]], number) for number, row in enumerate(rows)]
+    sheet = [_sheet_row(row, made[row.executor, row.world_size], number) for number, row in enumerate(rows)]
     write_whole(request.out / SHEET_FILE, contact_sheet(title, sheet))
     return [request.out / VIDEO_FILE, request.out / SHEET_FILE]
 
 
-def _sheet_row(row: Mapping[str, Any], made: Made, number: int) -> SheetRow:
-    levels = row["grey_levels"]
+def _sheet_row(row: DemoRow, made: Made, number: int) -> SheetRow:
+    levels = row.grey_levels
     return SheetRow(
-        name=row_name(row["executor"], row["world_size"]).replace(", ", "\n"),
+        name=row.name.replace(", ", "\n"),
         frames=made.frames,
-        verdict=f"largest difference:\n{levels} of 255 grey levels" if number else "what the others\nare compared with",
+        verdict=f"largest difference:\n{levels} of 255 grey levels" if number else "the reference\nof the others",
         agrees=levels <= MOST_GREY_LEVELS if number else None,
     )

@@ -1,6 +1,6 @@
-"""What this machine can build and run, why not, and what to do next.
+"""What this machine can build and run, what is missing, and what to do next.
 
-No probe ends the examination: a library that does not import, a driver that is too old and a GPU that fails are all findings.
+No probe ends the examination: a library that does not import, a driver that is too old and a GPU that fails are findings.
 """
 
 import importlib
@@ -9,7 +9,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from causalrt.install_hint import install_extra
 from causalrt.plugins.kernel_launch import c_compiler, require_triton_launches
 from causalrt.plugins.tensorrt_plugin import numpy_breaks_plugins
 from causalrt.runtime.memory import available_bytes
-from causalrt.tools.advice import advise
+from causalrt.tools.advice import Ability, advise
 from causalrt.tools.gpus import Gpu, driver_version, find_gpus, first_sentence, mps_state, needed_driver
 
 Result = TypeVar("Result")
@@ -34,20 +35,21 @@ EXTRAS = {
     "serve": ("fastapi", "prometheus-client", "python-multipart", "uvicorn", "websockets"),
     "proof": ("matplotlib", "polygraphy"),
 }
-"""The distributions of optional extras that no entry of `can` stands for."""
+"""The distributions of the optional extras that `can` does not cover."""
 SHARED_MEMORY = "/dev/shm"
 
 
 def examine() -> dict[str, Any]:
-    """Examine this machine; CUDA is not started in this process.
+    """Examine this machine without starting CUDA in this process.
 
     Returns:
-        `machine`: the host and its software. `gpus`: `driver`, what torch counts, those that CUDA shows, and why it does not
-        start. `extras`: the distributions that each optional extra lacks. `can`: for each executor and builder, whether it
+        Plain JSON types. `machine`: the host and its software. `gpus`: the driver, what torch counts, what CUDA shows, and why
+        it does not start. `extras`: the distributions that each optional extra lacks. `can`: whether each executor and builder
         works here (`{"ok": bool, "detail": str}`). `next`: see `advise`.
     """
     gpus = find_gpus()
-    found = {
+    abilities = _abilities(gpus.working)
+    found: dict[str, Any] = {
         "machine": _machine(),
         "gpus": {
             "driver": _tried(driver_version),
@@ -72,9 +74,9 @@ def examine() -> dict[str, Any]:
             "mps": _tried(mps_state),
         },
         "extras": {extra: [name for name in names if not _is_installed(name)] for extra, names in EXTRAS.items()},
-        "can": _abilities(gpus.working),
+        "can": {name: {"ok": ability.ok, "detail": ability.detail} for name, ability in abilities.items()},
     }
-    return {**found, "next": advise(found)}
+    return {**found, "next": advise(found["machine"], found["gpus"], abilities)}
 
 
 def _machine() -> dict[str, Any]:
@@ -98,15 +100,15 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _abilities(gpus: Sequence[Gpu]) -> dict[str, dict[str, Any]]:
+def _abilities(gpus: Sequence[Gpu]) -> Mapping[str, Ability]:
     return {
-        "run eager": _answer(True, "on the CPU" + (" and on GPUs" if gpus else "")),
+        "run eager": Ability(ok=True, detail="on the CPU" + (" and on GPUs" if gpus else "")),
         "run inductor": _inductor(bool(gpus)),
         "run fused ops on GPUs": _fused_ops(bool(gpus)),
         "build and run onnxruntime": _onnxruntime(bool(gpus)),
-        "run several ranks on CPUs": _answer(
-            dist.is_available() and dist.is_gloo_available(),
-            "gloo" if dist.is_gloo_available() else "this torch has no gloo; install one that has",
+        "run several ranks on CPUs": Ability(
+            ok=dist.is_available() and dist.is_gloo_available(),
+            detail="gloo" if dist.is_gloo_available() else "this torch has no gloo; install one that has",
         ),
         "run several ranks on GPUs": _ranks_on_gpus(len(gpus)),
         **{f"build {name} engines": _tensorrt(flavour, bool(gpus)) for name, flavour in FLAVOURS.items()},
@@ -115,29 +117,26 @@ def _abilities(gpus: Sequence[Gpu]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _answer(ok: bool, detail: str) -> dict[str, Any]:
-    return {"ok": ok, "detail": detail}
-
-
-def _ranks_on_gpus(gpus: int) -> dict[str, Any]:
+def _ranks_on_gpus(gpus: int) -> Ability:
     if gpus < 2:
-        return _answer(False, f"each rank needs a GPU of its own, and CUDA has {gpus or 'none'} here")
-    nccl = dist.is_nccl_available()
-    return _answer(nccl, f"{gpus} GPUs, {'NCCL' if nccl else 'but this torch has no NCCL; install one that has'}")
+        return Ability(ok=False, detail=f"each rank needs a GPU of its own, and CUDA has {gpus or 'none'} here")
+    if dist.is_nccl_available():
+        return Ability(ok=True, detail=f"{gpus} GPUs, NCCL")
+    detail = f"{gpus} GPUs, but this torch has no NCCL; install one that has"
+    return Ability(ok=False, detail=detail, problem=f"one rank only: {detail}")
 
 
-def _inductor(gpu: bool) -> dict[str, Any]:
-    on_cpu = _answer_of(_check_can_compile)
-    if not gpu:
-        return on_cpu
-    on_gpu = _answer_of(_check_can_launch)
-    if on_gpu["ok"] and not on_cpu["ok"]:
-        return _answer(True, f"on GPUs alone: {on_cpu['detail']}")
-    return on_gpu
+def _inductor(gpu: bool) -> Ability:
+    found = on_cpu = _tried_ability(_check_can_compile)
+    if gpu:
+        found = _tried_ability(_check_can_launch)
+        if found.ok and not on_cpu.ok:
+            return Ability(ok=True, detail=f"on GPUs alone: {on_cpu.detail}")
+    return found if found.ok else replace(found, problem=f"inductor does not run: {found.detail}")
 
 
-def _fused_ops(gpu: bool) -> dict[str, Any]:
-    return _answer_of(_check_can_launch) if gpu else _answer(False, "CUDA has no GPU here")
+def _fused_ops(gpu: bool) -> Ability:
+    return _tried_ability(_check_can_launch) if gpu else Ability(ok=False, detail="CUDA has no GPU here")
 
 
 def _check_can_launch() -> str:
@@ -157,61 +156,66 @@ def _cpp_compiler() -> str | None:
     return cpp_compiler()
 
 
-def _answer_of(check: Callable[[], str]) -> dict[str, Any]:
+def _tried_ability(check: Callable[[], str]) -> Ability:
     try:
-        return _answer(True, check())
+        return Ability(ok=True, detail=check())
     except CausalRTError as error:
-        return _answer(False, str(error))
+        return Ability(ok=False, detail=str(error))
     except Exception as error:
-        return _answer(False, _reason(error))
+        return Ability(ok=False, detail=_reason(error))
 
 
-def _onnxruntime(gpu: bool) -> dict[str, Any]:
-    ok, detail = _probe("onnxruntime")
+def _onnxruntime(gpu: bool) -> Ability:
+    found = _imported("onnxruntime")
     try:
         fault = onnxruntime_gpu_fault()
-    except CausalRTError as error:
-        return _answer(False, str(error))
     except Exception as error:
-        return _answer(False, _reason(error))
+        found = Ability(ok=False, detail=str(error) if isinstance(error, CausalRTError) else _reason(error))
+    if not found.ok:
+        return replace(found, problem=f"onnxruntime: {found.detail}")
     if not gpu:
-        return _answer(ok, f"{detail}, on the CPU only")
-    return _answer(ok, f"{detail}, on GPUs" if fault is None else f"{detail}, on the CPU only: {fault}")
+        return replace(found, detail=f"{found.detail}, on the CPU only")
+    if fault is None:
+        return replace(found, detail=f"{found.detail}, on GPUs", on_gpus=True)
+    detail = f"{found.detail}, on the CPU only: {fault}"
+    return Ability(ok=True, detail=detail, problem=f"onnxruntime leaves the GPUs unused: {detail}")
 
 
-def _tensorrt(flavour: Flavour, gpu: bool) -> dict[str, Any]:
+def _tensorrt(flavour: Flavour, gpu: bool) -> Ability:
     try:
         version = str(flavour.load().__version__)
     except CausalRTError as error:
-        return _answer(False, str(error))
+        return Ability(ok=False, detail=str(error))
     except AttributeError:  # a folder of that name, without the library
-        return _answer(False, f"the module {flavour.module} is incomplete: it has no version")
-    if flavour.plugins and numpy_breaks_plugins(version):
+        return Ability(ok=False, detail=f"the module {flavour.module} is incomplete: it has no version")
+    lacks_plugins = flavour.plugins and numpy_breaks_plugins(version)
+    if lacks_plugins:
         version += (
             f", without plugins: before 11.2 it cannot make them under numpy {numpy.__version__}; pip install "
             "'tensorrt-cu13>=11.2,<12'"
         )
     if not flavour.targets and not gpu:
-        return _answer(False, f"{version}, but it builds only on a machine with the target GPU")
-    return _answer(True, f"{version}, for {', '.join(flavour.targets) or 'the GPU here'}")
+        detail = f"{version}, but it builds only on a machine with the target GPU"
+        return Ability(ok=False, detail=detail, problem=f"tensorrt: {detail}" if lacks_plugins else None)
+    detail = f"{version}, for {', '.join(flavour.targets) or 'the GPU here'}"
+    return Ability(ok=True, detail=detail, problem=f"tensorrt: {detail}" if lacks_plugins else None)
 
 
-def _run_tensorrt(flavour: Flavour, gpus: Sequence[Gpu]) -> dict[str, Any]:
+def _run_tensorrt(flavour: Flavour, gpus: Sequence[Gpu]) -> Ability:
     if not gpus:
-        return _answer(False, "CUDA has no GPU here")
-    built = _tensorrt(flavour, gpu=True)
+        return Ability(ok=False, detail="CUDA has no GPU here")
+    built = replace(_tensorrt(flavour, gpu=True), problem=None)
     others = [gpu.target for gpu in gpus if flavour.targets and gpu.target not in flavour.targets]
-    if built["ok"] and others:
-        return _answer(
-            False, f"this GPU is {others[0]}, and {flavour.name} has {', '.join(flavour.targets)}; take tensorrt"
-        )
+    if built.ok and others:
+        targets = ", ".join(flavour.targets)
+        return Ability(ok=False, detail=f"this GPU is {others[0]}, and {flavour.name} has {targets}; take tensorrt")
     return built
 
 
-def _torch_tensorrt() -> dict[str, Any]:
+def _torch_tensorrt() -> Ability:
     if importlib.util.find_spec("torch_tensorrt") is None:
-        return _answer(False, f"torch_tensorrt is not installed; `{install_extra('torch-tensorrt')}`")
-    return _answer(*_probe("torch_tensorrt"))
+        return Ability(ok=False, detail=f"torch_tensorrt is not installed; `{install_extra('torch-tensorrt')}`")
+    return _imported("torch_tensorrt")
 
 
 def _nccl_version() -> str | None:
@@ -232,12 +236,9 @@ def _version(distribution: str) -> str | None:
     return _tried(lambda: metadata.version(distribution))
 
 
-def _probe(module: str) -> tuple[bool, str]:
-    """(importable, version or reason)."""
-    try:
-        return True, str(importlib.import_module(module).__version__)
-    except Exception as error:  # a broken native library raises whatever it likes
-        return False, _reason(error)
+def _imported(module: str) -> Ability:
+    # A broken native library may raise anything.
+    return _tried_ability(lambda: str(importlib.import_module(module).__version__))
 
 
 def _reason(error: Exception) -> str:

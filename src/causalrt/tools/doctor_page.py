@@ -1,4 +1,4 @@
-"""The findings of `doctor` as text for a terminal."""
+"""Print the findings of `doctor` on a terminal."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,9 +15,9 @@ def print_page(found: Mapping[str, Any], console: Console, *, version: str) -> N
     """Print all sections; the last one says what to do next.
 
     Args:
-        found: of `doctor.examine`.
-        console: where to print, at its width.
-        version: of CausalRT.
+        found: the result of `doctor.examine`.
+        console: console to print on.
+        version: version of CausalRT.
     """
     console.print(f"CausalRT {version} on this machine", style="bold", highlight=False)
     _section(console, "Machine", _machine_rows(found["machine"], found["extras"]))
@@ -57,7 +57,7 @@ def _machine_rows(machine: Mapping[str, Any], extras: Mapping[str, Any]) -> Iter
         if machine["cpu_quota"] is None
         else f", of which a control group grants the time of {machine['cpu_quota']:g}"
     )
-    yield "processors", f"{machine['cores']}{quota}; threads to be used: {machine['threads']}"
+    yield "processors", f"{machine['cores']}{quota}; threads that are used: {machine['threads']}"
     limit = "" if machine["memory_limit_gib"] is None else f", a control group allows {machine['memory_limit_gib']} GiB"
     yield "memory", f"{_gib(machine['memory_available_gib'])} free{limit}"
     yield "/dev/shm", _gib(machine["shared_memory_gib"])

@@ -1,4 +1,4 @@
-"""What commands read and write: prompt embeddings in; latents, reports and the folders of results out."""
+"""Files of commands: they read prompt embeddings and latents, and write latents, reports and folders of results."""
 
 import json
 import os
@@ -20,7 +20,7 @@ PROMPT_KEY = "prompt_embeds"
 
 
 def read_prompt_embeds(path: Path) -> torch.Tensor:
-    """Embeddings `[rows, text_dim]` from a file; a leading batch dimension of 1 is dropped.
+    """Read embeddings `[rows, text_dim]` from a file; a leading batch dimension of 1 is dropped.
 
     Args:
         path: `.safetensors` (one tensor, or the one named `prompt_embeds`), `.npy`, or `.pt` holding one tensor. Code in a
@@ -50,7 +50,7 @@ def read_prompt_embeds(path: Path) -> torch.Tensor:
         raise PromptError(str(error)) from error
     except (OSError, SafetensorError) as error:
         raise PromptError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # numpy and torch raise whatever their parsers do
+    except Exception as error:  # the parsers of numpy and torch raise errors of many types
         raise PromptError(f"{path} holds no plain tensor ({type(error).__name__}: {error})") from error
     if not isinstance(embeds, torch.Tensor):
         raise PromptError(f"{path} must hold one tensor, got {type(embeds).__name__}")
@@ -58,10 +58,10 @@ def read_prompt_embeds(path: Path) -> torch.Tensor:
 
 
 def read_latents(path: Path) -> torch.Tensor:
-    """Latents `[frames, 16, H, W]` from a safetensors file, as `write_latents` writes it.
+    """Read latents `[frames, 16, H, W]` from a safetensors file, as `write_latents` writes it.
 
     Raises:
-        RequestError: the file cannot be read, or holds none.
+        RequestError: the file cannot be read, or holds no latents.
     """
     try:
         return load_file(regular_file(path))["latents"]
@@ -72,7 +72,7 @@ def read_latents(path: Path) -> torch.Tensor:
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work, not after it, that the result cannot be written.
+    """Check that a result can be written, before the work that makes it begins.
 
     Raises:
         RequestError: the folder is missing or not writable, or the path is a folder or a device.
@@ -83,10 +83,10 @@ def check_writable(path: Path) -> None:
 
 
 def check_writable_in(folder: Path, names: Iterable[str]) -> None:
-    """The same for files in a folder that `make_folder` may have to make first; nothing is made yet.
+    """Check that files can be written in a folder that may not exist yet; nothing is created.
 
     Raises:
-        RequestError: the folder cannot be made or written to, or a folder or a device has one of the names.
+        RequestError: the folder cannot be created or written to, or a folder or a device has one of the names.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -99,10 +99,10 @@ def check_writable_in(folder: Path, names: Iterable[str]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder that results go to, if it is not there yet.
+    """Create the folder of results, unless it exists.
 
     Raises:
-        RequestError: it cannot be made.
+        RequestError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
-    """Write latents `[frames, 16, H, W]` as safetensors, whole or not at all; equal latents give equal bytes."""
+    """Write latents `[frames, 16, H, W]` as safetensors, atomically; equal latents give equal bytes."""
     data = save({"latents": latents.contiguous()}, metadata)
     write_whole(path, _with_sorted_header(data))
 
@@ -127,13 +127,13 @@ def _with_sorted_header(data: bytes) -> bytes:
 
 
 def write_whole(path: Path, contents: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        RequestError: it cannot be written; what was there is as it was.
+        RequestError: it cannot be written; an earlier file of that name is unchanged.
     """
     try:
         with atomic_file(path) as partial:
             partial.write_bytes(contents)
     except OSError as error:
-        raise RequestError(f"writing {path} failed, what was there is as it was: {error}") from error
+        raise RequestError(f"writing {path} failed, nothing there has changed: {error}") from error

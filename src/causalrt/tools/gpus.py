@@ -1,8 +1,8 @@
 """The GPUs of this machine, examined without starting CUDA in this process.
 
-NVML also counts GPUs that CUDA cannot use, for example under a driver that is too old for torch's CUDA. So a child process
-starts CUDA, computes a sum on each GPU and reports what happened. The caller holds no memory of a GPU afterwards, and a driver
-that crashes or hangs ends the child alone.
+NVML also counts GPUs that CUDA cannot use, for example under a driver that is too old for torch's CUDA. A child process
+therefore starts CUDA, computes a sum on each GPU and reports the result. The caller holds no memory of a GPU afterwards, and a
+driver that crashes or hangs ends only the child.
 """
 
 import itertools
@@ -29,7 +29,7 @@ NEEDED_DRIVER = {11: 450, 12: 525, 13: 580}
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 PROCESSES = Path("/proc")
 MPS_PIPES = "/tmp/nvidia-mps"
-"""Where the control daemon of MPS keeps its pipes unless CUDA_MPS_PIPE_DIRECTORY says otherwise."""
+"""Folder of the pipes of MPS's control daemon, unless CUDA_MPS_PIPE_DIRECTORY names another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +37,11 @@ class Gpu:
     """A GPU that CUDA shows.
 
     Attributes:
-        index: CUDA's number of it.
-        name: as its driver gives it.
+        index: its index in CUDA.
+        name: its name from the driver.
         target: its architecture, for example `sm80`.
-        total_bytes: its memory.
-        free_bytes: what was free while the trial ran; None if the GPU does not work.
+        total_bytes: size of its memory.
+        free_bytes: bytes that were free during the trial; None if the GPU does not work.
         fault: why it does not work; None if it has computed a sum.
     """
 
@@ -55,11 +55,11 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpus:
-    """What a trial of all GPUs has shown.
+    """The result of a trial of all GPUs.
 
     Attributes:
-        counted: how many GPUs torch counts before CUDA is started, by NVML.
-        fault: why CUDA does not start, or why torch counts none; None if there is nothing to say.
+        counted: number of GPUs that torch counts by NVML before CUDA is started.
+        fault: why CUDA does not start, or why torch counts no GPU; None if neither is known.
         found: the GPUs that CUDA shows once it has started.
         without_peer_access: pairs of working GPUs that cannot read each other's memory.
     """
@@ -71,17 +71,17 @@ class Gpus:
 
     @property
     def working(self) -> list[Gpu]:
-        """Those that have computed a sum."""
+        """The GPUs that have computed a sum."""
         return [gpu for gpu in self.found if gpu.fault is None]
 
 
 def find_gpus() -> Gpus:
-    """Count the GPUs here, and if there are any, try them in a child process."""
+    """Count the GPUs of this machine, and try them in a child process if there are any."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             counted = torch.cuda.device_count()
-        except Exception as error:  # whatever a damaged driver makes of it
+        except Exception as error:  # a damaged driver may raise anything
             return Gpus(counted=0, fault=first_sentence(error))
     if not counted:
         return Gpus(counted=0, fault=first_sentence(said[-1].message) if said else None)
@@ -89,7 +89,7 @@ def find_gpus() -> Gpus:
 
 
 def try_in_child(counted: int) -> Gpus:
-    """Have a child process do `try_gpus`; whatever becomes of the child is a finding."""
+    """Run `try_gpus` in a child process; a child that crashes or hangs is a finding, too."""
     try:
         done = subprocess.run(
             python_command("causalrt.tools.gpus"),
@@ -113,7 +113,7 @@ def try_in_child(counted: int) -> Gpus:
 
 
 def try_gpus() -> Gpus:
-    """Start CUDA in this process and try every GPU that it shows."""
+    """Start CUDA in this process, and compute a sum on every GPU that it shows."""
     counted = torch.cuda.device_count()
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -146,7 +146,7 @@ def add_ones(device: torch.device) -> int:
 def _can_access(first: int, second: int) -> bool:
     try:
         return bool(torch.cuda.can_device_access_peer(first, second))
-    except Exception:  # the trial of each GPU has said what is wrong with it
+    except Exception:  # the trial of the GPU itself has reported the fault
         return False
 
 
@@ -168,18 +168,18 @@ def driver_version() -> str | None:
 
 
 def needed_driver(cuda: str | None) -> int | None:
-    """The oldest branch of the driver that a version of CUDA takes, for example 580 for `13.0`; None if unknown."""
+    """The oldest driver branch that a version of CUDA works with, for example 580 for `13.0`; None if unknown."""
     return NEEDED_DRIVER.get(int(cuda.partition(".")[0])) if cuda else None
 
 
 def mps_state() -> str:
-    """Whether the control daemon of CUDA's Multi-Process Service runs, in words."""
+    """Describe whether the control daemon of CUDA's Multi-Process Service runs."""
     pipes = os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or MPS_PIPES
     for name in PROCESSES.glob("[0-9]*/comm"):
         try:
             if name.read_text().startswith("nvidia-cuda-mps"):
                 return f"on: its daemon runs, pipes in {pipes}"
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
     if os.path.exists(os.path.join(pipes, "control")):
         return f"unknown: there are pipes in {pipes}, but no daemon is visible from here"
@@ -187,7 +187,7 @@ def mps_state() -> str:
 
 
 def query_nvidia_smi(*fields: str) -> list[dict[str, str]] | None:
-    """What nvidia-smi says about each GPU; None if it is not there or fails."""
+    """The fields of each GPU from nvidia-smi; None if it is missing or fails."""
     said = output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     if said is None:
         return None
@@ -195,7 +195,7 @@ def query_nvidia_smi(*fields: str) -> list[dict[str, str]] | None:
 
 
 def output_of(*command: str) -> str | None:
-    """What a program prints; None if it is not there or fails."""
+    """The output of a program; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_S, check=True)
     except (OSError, subprocess.SubprocessError):

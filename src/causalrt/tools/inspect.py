@@ -1,8 +1,8 @@
-"""What is in a bundle: sizes, layout, graphs, engines, bytes a rank; if asked for, what its kernels compile to."""
+"""Describe a bundle: sizes, layout, graphs, engines, memory of a rank, and on request its compiled kernels."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +13,127 @@ from causalrt.model.wan.transformer import num_parameters
 from causalrt.plugins.ptx import default_cache
 from causalrt.progress import Progress
 from causalrt.runtime.memory import decoder_memory, rank_memory
-from causalrt.tools.inspect_engines import describe_engines
-from causalrt.tools.inspect_kernels import describe_kernels, targets_from_names
+from causalrt.tools.inspect_engines import EngineReport, describe_engines
+from causalrt.tools.inspect_kernels import KernelReport, describe_kernels, targets_from_names
 
 
-def inspect_bundle(
-    path: Path, *, kernels: Sequence[str] | None = None, on_progress: Progress = lambda *_: None
-) -> dict[str, Any]:
-    """Verify a bundle and describe it, in plain JSON types.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphReport:
+    """A segment of a step for ONNX Runtime: its file, whether an exchange follows, and the number of ops by type."""
 
-    Args:
-        path: folder of the bundle.
-        kernels: targets such as `sm80` to compile the fused kernels for, none of them for all; None leaves kernels out.
-        on_progress: called if kernels must be compiled.
+    file: str
+    exchange_after: bool
+    ops: Mapping[str, int]
 
-    Raises:
-        BundleError: it is damaged.
-        ConfigError: a target is not known.
-        KernelError: kernels are asked for, and there is no Triton.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BundleReport:
+    """What a bundle contains.
+
+    Attributes:
+        bundle: the bundle.
+        parameters: number of parameters of the transformer.
+        bytes_per_rank: predicted memory of a rank, by executor.
+        decoder_bytes: predicted memory of the decoder, by executor.
+        graphs: the graphs of a step for ONNX Runtime.
+        engines: the engines of TensorRT.
+        kernels: the compiled kernels, or None if they were not requested.
     """
-    targets = None if kernels is None else targets_from_names(kernels)
-    bundle = open_bundle(path)
-    layout, config = bundle.layout, bundle.config
-    found = {
-        "path": str(bundle.path),
-        "executors": list(bundle.executors),
-        "plugins": "on" if bundle.plugins else "off",
-        "vae": None if bundle.vae is None else bundle.vae.to_mapping(),
-        "config": config.as_dict(),
-        "parameters": num_parameters(config.model),
-        "layout": {
+
+    bundle: Bundle
+    parameters: int
+    bytes_per_rank: Mapping[str, Mapping[str, int]]
+    decoder_bytes: Mapping[str, Mapping[str, int]]
+    graphs: Sequence[GraphReport]
+    engines: Sequence[EngineReport]
+    kernels: Sequence[KernelReport] | None
+
+    @property
+    def has_all_constants(self) -> bool:
+        """Whether every table that a step must contain is a constant of its engines."""
+        steps = [step for engines in self.engines for step in engines.steps]
+        return all(table["equal_constants"] for step in steps for table in step.constants.values())
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Sizes of the sequence-parallel layout."""
+        layout = self.bundle.layout
+        return {
             "tokens_per_chunk": layout.num_tokens,
             "local_tokens": layout.local_tokens,
             "kv_heads": layout.kv_heads,
             "rows_scattered_to_each_rank": layout.scatter_rows,
             "rows_gathered_to_each_rank": layout.gather_rows,
-            "balanced": [asdict(shard) for shard in layout.shards],
-        },
-        "bytes_per_rank": {name: asdict(rank_memory(bundle, name)) for name in bundle.executors},
-        "decoder_bytes": {name: asdict(decoder_memory(bundle, name)) for name in bundle.executors if bundle.vae},
-        "graphs": _describe_graphs(bundle),
-        "engines": describe_engines(bundle),
-        "unfinished": {
-            name: {"targets": list(bundle.engines[name].wanted), "to_do": how_to_finish(bundle.path)}
-            for name in bundle.unfinished
-        },
-        "toolchain": dict(bundle.toolchain),
-        "files": {file.name: file.stat().st_size for file in sorted(bundle.path.iterdir())},
-    }
-    if targets is not None:
-        found["kernels"] = describe_kernels(config, targets=targets, cache=default_cache(), on_progress=on_progress)
-    return found
+        }
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {file.name: file.stat().st_size for file in sorted(self.bundle.path.iterdir())}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        bundle = self.bundle
+        found: dict[str, Any] = {
+            "path": str(bundle.path),
+            "executors": list(bundle.executors),
+            "plugins": "on" if bundle.fused_ops else "off",
+            "vae": None if bundle.vae is None else bundle.vae.to_mapping(),
+            "config": bundle.config.as_dict(),
+            "parameters": self.parameters,
+            "layout": {**self.layout, "balanced": [asdict(shard) for shard in bundle.layout.shards]},
+            "bytes_per_rank": self.bytes_per_rank,
+            "decoder_bytes": self.decoder_bytes,
+            "graphs": [asdict(graph) for graph in self.graphs],
+            "engines": [engines.as_dict() for engines in self.engines],
+            "unfinished": {
+                name: {"targets": list(bundle.engines[name].wanted), "to_do": how_to_finish(bundle.path)}
+                for name in bundle.unfinished
+            },
+            "toolchain": dict(bundle.toolchain),
+            "files": self.files,
+        }
+        if self.kernels is not None:
+            found["kernels"] = [kernel.as_dict() for kernel in self.kernels]
+        return found
 
 
-def _describe_graphs(bundle: Bundle) -> list[dict[str, Any]]:
+def inspect_bundle(
+    path: Path, *, kernels: Sequence[str] | None = None, on_progress: Progress = lambda *_: None
+) -> BundleReport:
+    """Verify a bundle and describe it.
+
+    Args:
+        path: folder of the bundle.
+        kernels: targets such as `sm80` to compile the fused kernels for; an empty sequence is all, and None leaves kernels out.
+        on_progress: called if kernels must be compiled.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        ConfigError: a target is unknown.
+        KernelError: kernels are requested, and Triton is not installed.
+    """
+    targets = None if kernels is None else targets_from_names(kernels)
+    bundle = open_bundle(path)
+    return BundleReport(
+        bundle=bundle,
+        parameters=num_parameters(bundle.config.model),
+        bytes_per_rank={name: asdict(rank_memory(bundle, name)) for name in bundle.executors},
+        decoder_bytes={name: asdict(decoder_memory(bundle, name)) for name in bundle.executors if bundle.vae},
+        graphs=_describe_graphs(bundle),
+        engines=describe_engines(bundle),
+        kernels=None
+        if targets is None
+        else describe_kernels(bundle.config, targets=targets, cache=default_cache(), on_progress=on_progress),
+    )
+
+
+def _describe_graphs(bundle: Bundle) -> list[GraphReport]:
     described = []
     for part in bundle.steps[0].segments:
         model = onnx.load(bundle.path / part.file, load_external_data=False)
         ops = Counter(node.op_type for node in model.graph.node)
-        described.append({"file": part.file, "exchange_after": part.sent is not None, "ops": dict(sorted(ops.items()))})
+        described.append(
+            GraphReport(file=part.file, exchange_after=part.sent is not None, ops=dict(sorted(ops.items())))
+        )
     return described

@@ -1,4 +1,4 @@
-"""What the fused kernels of a layer compile to at a bundle's sizes, for GPUs that need not be at hand.
+"""Compile the fused kernels of a layer at a bundle's sizes, for GPUs that this machine need not have.
 
     Config, target --> launches of a layer --> cache or compiler --> registers, shared memory, spills, blocks that fit
 
@@ -8,19 +8,19 @@
 | `rope_attention_N`                         | for N shards, over one range of keys                    |
 | `rope_attention_split_N`, `combine_splits` | instead of it, where ranges of keys fill the GPU better |
 
-Names are those of the plugins (`plugin_specs`), and so are the launches: KV slots are bound whole. (Eager and inductor
-bind what is filled of them, token by token: strides differ, and the ranges of keys are chosen for fewer rows.) With
-`video.time_index=relative`, attention rotates what it reads, which no plugin does. Where it does not, its plugin has a second
-tactic, with smaller tiles; TensorRT takes the faster one, and nothing else launches it.
+The names and launches are those of the plugins (`plugin_specs`), which bind all rows of the KV slots. Eager and inductor bind
+only the rows that are filled, so that strides differ, and the ranges of keys are chosen for fewer rows. With
+`video.time_index=relative`, attention rotates what it reads, which no plugin does. Otherwise its plugin has a second
+tactic with smaller tiles; TensorRT uses the faster one, and nothing else launches it.
 
-How many ranges of keys are best depends on the number of multiprocessors, which a target leaves open: `GPUS` names one
-GPU for each, and the GPU at hand takes its place where it is of that target.
+The best number of key ranges depends on the number of multiprocessors, which a target does not determine. `GPUS` names one GPU
+for each target; if this machine has a GPU of that target, its number is used.
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from causalrt.plugins.tensorrt_plugin import THREADS_PER_WARP
 from causalrt.progress import Progress
 
 STAGE = "kernels"
-"""What progress calls the compilation."""
+"""Name of the compilation in progress reports."""
 
 KIB = 1024
 SCHEDULERS, REGISTERS_OF_SCHEDULER, REGISTER_UNIT = 4, 16384, 8
@@ -48,15 +48,15 @@ SHARED_RESERVED_BYTES, SHARED_UNIT_BYTES = 1024, 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """A GPU, and what one of its multiprocessors holds (CUDA's technical specifications by compute capability).
+    """A GPU with the limits of a multiprocessor (CUDA's technical specifications by compute capability).
 
     Attributes:
         target: compute capability, such as 80.
-        name: what it is called.
-        num_multiprocessors: how many it has.
+        name: product name.
+        num_multiprocessors: number of multiprocessors.
         shared_bytes: shared memory of a multiprocessor.
-        max_warps: warps that it holds at most.
-        max_blocks: blocks that it holds at most.
+        max_warps: most warps on a multiprocessor.
+        max_blocks: most blocks on a multiprocessor.
     """
 
     target: int
@@ -75,7 +75,7 @@ GPUS: Mapping[int, Gpu] = {
         Gpu(target=120, name="RTX 5090", num_multiprocessors=170, shared_bytes=100 * KIB, max_warps=48, max_blocks=24),
     )
 }
-"""By target: the GPU that kernels are planned for where none of that target is at hand."""
+"""The GPU that kernels are planned for if this machine has none of that target, by target."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,12 +83,12 @@ class PlannedKernel:
     """A kernel that a layer launches.
 
     Attributes:
-        name: of its plugin.
-        gpu: what it is planned for.
-        kv_splits: ranges of keys.
-        rotate: whether it rotates what it reads.
-        small_tiles: it is the second tactic of its plugin.
-        launch: the launch; or why there is none.
+        name: name of its plugin.
+        gpu: GPU that it is planned for.
+        kv_splits: number of key ranges.
+        rotate: whether it rotates the keys that it reads.
+        small_tiles: whether it is the second tactic of its plugin.
+        launch: the launch, or the error if there is none.
     """
 
     name: str
@@ -99,11 +99,47 @@ class PlannedKernel:
     small_tiles: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompiledFacts:
+    """What a kernel compiled to: a launch, the resources of a thread and of a block, and the PTX."""
+
+    grid: Sequence[int]
+    warps: int
+    threads: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    blocks_per_multiprocessor: int
+    ptx_version: str
+    ptx_bytes: int
+    cached: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelReport:
+    """A kernel of a layer on one target; `compiled` is a message if it cannot be compiled."""
+
+    kernel: str
+    target: str
+    gpu: str
+    multiprocessors: int
+    kv_splits: int
+    rotate: bool
+    small_tiles: bool
+    compiled: CompiledFacts | str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types in one level; `unavailable` is the message of a kernel that cannot be compiled."""
+        found = asdict(self)
+        compiled = found.pop("compiled")
+        return found | ({"unavailable": compiled} if isinstance(compiled, str) else compiled)
+
+
 def targets_from_names(names: Sequence[str]) -> tuple[int, ...]:
-    """`sm80` is 80; all that are known where none is named.
+    """Parse targets such as `sm80`; without any, all known targets.
 
     Raises:
-        ConfigError: one of them is not known.
+        ConfigError: a target is unknown.
     """
     known = {f"sm{target}": target for target in TARGETS}
     for name in names:
@@ -114,18 +150,18 @@ def targets_from_names(names: Sequence[str]) -> tuple[int, ...]:
 
 def describe_kernels(
     config: Config, *, targets: Sequence[int], cache: Path, on_progress: Progress = lambda *_: None
-) -> list[dict[str, Any]]:
-    """Every kernel of a layer for every target, in plain JSON types.
+) -> list[KernelReport]:
+    """Describe every kernel of a layer for every target.
 
     Args:
-        config: layout, head size, precision and slot rows count; weights do not.
+        config: config whose layout, head size, precision and slot rows determine the kernels.
         targets: compute capabilities out of `TARGETS`.
         cache: folder of compiled kernels (`ptx.default_cache()`).
-        on_progress: called if there is something to compile.
+        on_progress: called if kernels must be compiled.
 
     Raises:
-        KernelError: no Triton here, or a cache that cannot be read or written. A kernel that cannot be compiled is no
-            error: its entry says why, under `unavailable`.
+        KernelError: Triton is not installed, or the cache cannot be read or written. The report of a kernel that cannot be
+            compiled has the message instead.
     """
     require_triton()
     planned = [kernel for target in targets for kernel in plan_kernels(config, gpu_from_target(target))]
@@ -149,7 +185,7 @@ def describe_kernels(
 
 
 def gpu_from_target(target: int) -> Gpu:
-    """The GPU at hand if it is of that target, otherwise the one that stands for it."""
+    """The GPU of this machine if it is of that target, and otherwise the one in `GPUS`."""
     gpu = GPUS[target]
     if torch.cuda.is_available() and device_target(torch.device("cuda", 0)) == f"sm{target}":
         here = torch.cuda.get_device_properties(0)
@@ -161,7 +197,7 @@ def plan_kernels(config: Config, gpu: Gpu) -> list[PlannedKernel]:
     """The kernels of one layer, as the ops and the plugins plan them.
 
     Raises:
-        KernelError: no Triton here.
+        KernelError: Triton is not installed.
     """
     require_triton()
     layout = layout_from_config(config)
@@ -238,7 +274,7 @@ def _plan_rope_attention(config: Config, layout: Layout, gpu: Gpu, *, rotate: bo
 
 
 def _from_cache(kernel: PlannedKernel, cache: Path) -> CompiledKernel | KernelError | None:
-    """None where it must be compiled."""
+    """The cached kernel or its error; None if it must be compiled."""
     if isinstance(kernel.launch, KernelError):
         return kernel.launch
     try:
@@ -255,41 +291,42 @@ def _compile(kernel: PlannedKernel, cache: Path) -> CompiledKernel | KernelError
         return error
 
 
-def _entry(kernel: PlannedKernel, compiled: CompiledKernel | KernelError, *, cached: bool) -> dict[str, Any]:
-    gpu = kernel.gpu
-    entry: dict[str, Any] = {
-        "kernel": kernel.name,
-        "target": f"sm{gpu.target}",
-        "gpu": gpu.name,
-        "multiprocessors": gpu.num_multiprocessors,
-        "kv_splits": kernel.kv_splits,
-        "rotate": kernel.rotate,
-        "small_tiles": kernel.small_tiles,
-    }
-    if isinstance(compiled, KernelError):
-        return entry | {"unavailable": str(compiled)}
+def _entry(kernel: PlannedKernel, compiled: CompiledKernel | KernelError, *, cached: bool) -> KernelReport:
+    return KernelReport(
+        kernel=kernel.name,
+        target=f"sm{kernel.gpu.target}",
+        gpu=kernel.gpu.name,
+        multiprocessors=kernel.gpu.num_multiprocessors,
+        kv_splits=kernel.kv_splits,
+        rotate=kernel.rotate,
+        small_tiles=kernel.small_tiles,
+        compiled=str(compiled) if isinstance(compiled, KernelError) else _facts(kernel, compiled, cached=cached),
+    )
+
+
+def _facts(kernel: PlannedKernel, compiled: CompiledKernel, *, cached: bool) -> CompiledFacts:
     assert isinstance(kernel.launch, KernelLaunch)
     version = re.search(r"^\.version (\S+)", compiled.ptx, re.MULTILINE)
     assert version is not None
-    return entry | {
-        "grid": list(kernel.launch.grid),
-        "warps": compiled.num_warps,
-        "threads": THREADS_PER_WARP * compiled.num_warps,
-        "registers": compiled.registers,
-        "shared_bytes": compiled.shared_bytes,
-        "spill_bytes": compiled.spill_bytes,
-        "blocks_per_multiprocessor": blocks_per_multiprocessor(compiled, gpu),
-        "ptx_version": version[1],
-        "ptx_bytes": len(compiled.ptx),
-        "cached": cached,
-    }
+    return CompiledFacts(
+        grid=list(kernel.launch.grid),
+        warps=compiled.num_warps,
+        threads=THREADS_PER_WARP * compiled.num_warps,
+        registers=compiled.registers,
+        shared_bytes=compiled.shared_bytes,
+        spill_bytes=compiled.spill_bytes,
+        blocks_per_multiprocessor=blocks_per_multiprocessor(compiled, kernel.gpu),
+        ptx_version=version[1],
+        ptx_bytes=len(compiled.ptx),
+        cached=cached,
+    )
 
 
 def blocks_per_multiprocessor(compiled: CompiledKernel, gpu: Gpu) -> int:
-    """Blocks that a multiprocessor holds at a time, by the rules of `cuda_occupancy.h`; 0 where one does not fit.
+    """Blocks that a multiprocessor runs at the same time, by the rules of `cuda_occupancy.h`; 0 if one block does not fit.
 
-    A warp lives on one of four schedulers, each with a quarter of the registers, and gets them by eights a thread. A
-    block takes 1 KiB of shared memory beside its own.
+    Each of four schedulers has a quarter of the registers, which are allocated in units of eight for each thread. A block takes
+    1 KiB of shared memory beside its own.
     """
     registers_of_warp = THREADS_PER_WARP * REGISTER_UNIT * math.ceil(compiled.registers / REGISTER_UNIT)
     warps = min(gpu.max_warps, SCHEDULERS * (REGISTERS_OF_SCHEDULER // registers_of_warp))

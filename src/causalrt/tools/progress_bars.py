@@ -1,26 +1,26 @@
-"""The progress of long work, on stderr: bars on a terminal, and lines elsewhere."""
+"""Progress of long work on stderr: bars on a terminal, and lines elsewhere."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from causalrt.progress import Progress as OnProgress
 from causalrt.terminal import PrintableConsole, printable
 
 LINE_EVERY_S = 20.0
-"""Without a terminal, a stage that lasts longer than this says how far it is before it ends."""
+"""Without a terminal, a stage reports its progress at this interval."""
 
 
 @contextmanager
 def shown_progress() -> Iterator[OnProgress]:
-    """Show a bar for each stage, or, without a terminal, a line for each as it ends; nothing where there is no stage."""
+    """Show a bar for each stage, or, without a terminal, a line when a stage ends."""
     console = PrintableConsole(stderr=True)
     if not console.is_terminal:
         yield _lines(console)
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("{task.description:<22}", markup=False),
         BarColumn(),

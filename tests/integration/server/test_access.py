@@ -7,9 +7,9 @@ import socket
 
 import pytest
 from fastapi.routing import APIRoute
-from running import Running, until
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
+from support.running import Running, until
 from websockets.exceptions import InvalidStatus
 
 from causalrt.errors import ConfigError
@@ -382,7 +382,7 @@ def test_allowed_origins_are_compared_as_browsers_spell_them(allowed, sent):
     ],
 )
 def test_an_origin_that_is_none_is_refused(origin):
-    with pytest.raises(ConfigError, match=r"an origin is a scheme and a host, as https://example\.org"):
+    with pytest.raises(ConfigError, match=r"an origin must be a scheme and a host, such as https://example\.org"):
         ServerSettings(allowed_origins=(origin,))
 
 
@@ -390,7 +390,7 @@ def test_an_origin_that_is_none_is_refused(origin):
     "host", ["", "*", "http://studio.example", "studio.example/", "a b", "[::1", "a..b", "x" * 300]
 )
 def test_a_host_that_is_none_is_refused(host):
-    with pytest.raises(ConfigError, match="a host is a name or an address"):
+    with pytest.raises(ConfigError, match="a host must be a name or an address"):
         ServerSettings(allowed_hosts=(host,))
 
 

@@ -9,8 +9,8 @@ import threading
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from running import DEADLINE_S, Running, until
+from support.fake_engine import FakeEngine
+from support.running import DEADLINE_S, Running, until
 
 from causalrt.errors import ConfigError
 from causalrt.server import connections

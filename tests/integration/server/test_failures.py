@@ -5,8 +5,8 @@ import threading
 import time
 
 import pytest
-from fake_engine import FakeEngine, FakeSession
-from running import Running, until
+from support.fake_engine import FakeEngine, FakeSession
+from support.running import Running, until
 
 from causalrt.errors import RankError, RequestError
 from causalrt.media.video_file import Mp4Writer
@@ -329,4 +329,4 @@ def test_a_second_signal_does_not_wait_for_a_chunk_that_hangs(again):
         assert engine.closed
         assert not engine.open_sessions
         assert server.services.jobs.get(job, "anonymous").error_code == "server_shutdown"
-        assert not server.services.spool.folder.exists()
+        assert not server.services.store.folder.exists()

@@ -5,9 +5,9 @@ import signal
 import threading
 
 import pytest
-from running import until
-from small_bundles import bundle_factory, prompt
-from small_encoders import write_vae
+from support.running import until
+from support.small_bundles import bundle_factory, prompt
+from support.small_encoders import write_vae
 
 from causalrt.errors import EngineClosedError, RankError
 from causalrt.runtime.load import load
@@ -28,7 +28,7 @@ def next_chunk(host, engine, session):
 
 
 def answers_read(engine):
-    """The refresh of the last chunk has ended, and nobody has asked for its answer yet."""
+    """The context pass of the last chunk has ended, and nobody has asked for its answer yet."""
     return engine.silent_s() == 0.0
 
 
@@ -48,7 +48,7 @@ def test_what_hangs_is_not_ready_and_is_started_again(bundle, whom, monkeypatch)
         session = engine.session(prompt(), seed=0)
         for _ in range(3):
             next_chunk(host, engine, session)
-        until(lambda: answers_read(engine), "the end of the refresh")
+        until(lambda: answers_read(engine), "the end of the context pass")
         assert host.look().detail is None
         os.kill(engine.rank_pids[1] if whom == "rank" else engine.decoder.pid, signal.SIGSTOP)
         assert host.look().detail is None  # it owes nothing
@@ -76,11 +76,11 @@ def test_what_hangs_is_not_ready_and_is_started_again(bundle, whom, monkeypatch)
 
 
 def test_a_rank_that_hangs_when_nobody_waits_for_it_is_seen(bundle):
-    """The refresh of a chunk runs while the chunk is used, and its answer is read with the next command."""
+    """The context pass of a chunk runs while the chunk is used, and its answer is read with the next command."""
     with load(bundle, vae=False, num_threads=1) as engine:
         assert engine.silent_s() == 0.0
         rank = engine.rank_pids[1]
-        for seed in range(50):  # until it is caught in the midst of a refresh
+        for seed in range(50):  # until it is caught in the midst of a context pass
             session = engine.session(prompt(), seed=seed)
             next(session)
             os.kill(rank, signal.SIGSTOP)

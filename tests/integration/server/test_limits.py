@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import av
 import httpx
-from fake_engine import FakeEngine
-from running import Running, until
+from support.fake_engine import FakeEngine
+from support.running import Running, until
 
 from causalrt.server.auth import Tokens
 

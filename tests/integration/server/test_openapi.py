@@ -3,8 +3,8 @@
 import hashlib
 
 import pytest
-from fake_engine import FakeEngine
-from running import Running
+from support.fake_engine import FakeEngine
+from support.running import Running
 
 from causalrt.server.auth import Tokens
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import av
 import pytest
-from running import Running
+from support.running import Running
 
 ROOT = Path(__file__).parents[3]
 OPENAI, REALTIME = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "server.md").read_text(), flags=re.DOTALL)

@@ -5,11 +5,11 @@ import signal
 
 import av
 import pytest
-from running import Client
-from test_serve_command import Process
+from support.running import Client
+from support.serve_process import Process
 
 from causalrt.cli import main
-from causalrt.tools.demo_request import ABOUT, EXAMPLES
+from causalrt.tools.arguments import ABOUT, EXAMPLES
 
 
 def test_the_demo_model_is_served(tmp_path, monkeypatch):

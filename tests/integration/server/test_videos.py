@@ -9,8 +9,8 @@ import time
 import av
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from running import Running, until
+from support.fake_engine import FakeEngine
+from support.running import Running, until
 
 from causalrt.errors import RequestError
 from causalrt.server import jobs
@@ -114,14 +114,14 @@ def test_a_form_with_a_picture_is_told_that_it_is_not_taken(server):
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"prompt": None}, "prompt", "must be a text"),
+        ({"prompt": None}, "prompt", "must be a string"),
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": "  \n"}, "prompt", "empty"),
         ({"prompt": "x" * 2001}, "prompt", "2000 characters, got 2001"),
         ({"prompt": "a\x00b"}, "prompt", "U[+]0000"),
         ({"prompt": "\ud800"}, "prompt", "U[+]D800"),
-        ({"prompt": ["a"]}, "prompt", "must be a text"),
-        ({"size": "1280x720"}, "size", "48x32 alone"),
+        ({"prompt": ["a"]}, "prompt", "must be a string"),
+        ({"size": "1280x720"}, "size", "is 48x32"),
         ({"model": "sora-2"}, "model", "causalrt"),
         ({"seconds": "0"}, "seconds", "to 5.062"),
         ({"seconds": "-1"}, "seconds", "to 5.062"),
@@ -227,12 +227,12 @@ def test_a_deleted_video_is_gone_with_its_file(server):
         "deleted": True,
     }
     assert server.http.get(f"/v1/videos/{job['id']}/content").status_code == 404
-    assert not [path for path in server.services.spool.folder.iterdir() if job["id"] in path.name]
+    assert not [path for path in server.services.store.folder.iterdir() if job["id"] in path.name]
 
 
 def test_the_spool_is_private(tmp_path):
     with Running(spool=tmp_path / "new" / "spool") as server:
-        folder = server.services.spool.folder
+        folder = server.services.store.folder
         assert folder.stat().st_mode & 0o777 == 0o700
         folder.chmod(0o755)
         job = server.finished(server.post(seconds=1).json()["id"])
@@ -290,8 +290,8 @@ def test_progress_and_deletion_of_a_job_that_runs():
         engine.let(8)
         assert server.finished(third)["status"] == "completed"
         assert engine.made == {0: 3, 1: 7}
-        assert [path.suffix for path in server.services.spool.folder.glob("video_*")].count(".mp4") == 1
-        assert not list(server.services.spool.folder.glob("*.partial"))
+        assert [path.suffix for path in server.services.store.folder.glob("video_*")].count(".mp4") == 1
+        assert not list(server.services.store.folder.glob("*.partial"))
 
 
 def test_finished_jobs_outlive_a_server_and_halves_do_not(tmp_path):
@@ -325,7 +325,7 @@ def test_jobs_expire():
         job = server.finished(server.post(seconds=1).json()["id"])
         until(lambda: server.services.jobs.expire() or not server.http.get("/v1/videos").json()["data"])
         assert server.http.get(f"/v1/videos/{job['id']}").status_code == 404
-        assert not list(server.services.spool.folder.glob("video_*"))
+        assert not list(server.services.store.folder.glob("video_*"))
 
 
 def test_jobs_expire_in_portions(monkeypatch):
@@ -339,7 +339,7 @@ def test_jobs_expire_in_portions(monkeypatch):
         assert server.services.jobs.expire()
         assert len(server.http.get("/v1/videos").json()["data"]) == 1
         assert not server.services.jobs.expire()
-        assert not list(server.services.spool.folder.glob("video_*"))
+        assert not list(server.services.store.folder.glob("video_*"))
 
 
 @pytest.mark.parametrize("limit", [{"max_jobs": 1}, {"max_spool_bytes": 1}])
@@ -356,7 +356,7 @@ def test_a_full_spool_takes_no_job(limit):
 
 def test_a_disk_that_cannot_be_written_is_503_or_fails_the_job(tmp_path):
     with Running(spool=tmp_path / "spool") as server:
-        folder = server.services.spool.folder
+        folder = server.services.store.folder
         folder.rename(tmp_path / "away")
         assert server.post().status_code == 503
         (tmp_path / "away").rename(folder)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from causalrt.engines.base import ONNX_TYPES, make_executor
-from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind, warms_up
+from causalrt.engines.base import ONNX_TYPES, SessionView, StepBuffers
+from causalrt.engines.kinds import EXECUTORS, choose_device, executor_kind, precision_fault, warms_up
+from causalrt.engines.make import make_executor
 from causalrt.engines.step_record import FlavourEngines, TargetEngines
 from causalrt.errors import ExecutorError
 
@@ -33,7 +34,7 @@ def test_unknown_executor_is_refused_with_the_known_ones():
     for call in (
         lambda: executor_kind("cuda"),
         lambda: choose_device("cuda", asked=None, world_size=1),
-        lambda: make_executor("cuda", None, None, num_threads=1, device=torch.device("cpu"), plugins=False),
+        lambda: make_executor("cuda", None, None, num_threads=1, device=torch.device("cpu"), fused_ops=False),
     ):
         with pytest.raises(ExecutorError, match=f"no executor 'cuda'; this version has: {', '.join(EXECUTORS)}$"):
             call()
@@ -175,12 +176,12 @@ def test_device_that_is_none(gpus, asked):
 def test_library_that_is_missing_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    files = TargetEngines(version="1", prompt="p", time="t", step=("s",), networks="n", names={})
+    files = TargetEngines(version="1", prompt="p", time="t", steps=(("s",),), networks="n", names={})
     record = FlavourEngines(collectives="engine", frontend="onnx", targets={"sm80": files})
     config = SimpleNamespace(build=SimpleNamespace(precision="bfloat16", world_size=1))
     bundle = SimpleNamespace(engines={name: record}, config=config)
     with pytest.raises(ExecutorError, match=rf"{name} needs the Python module {name}, .*`pip install '"):
-        make_executor(name, bundle, None, num_threads=1, device=torch.device("cpu"), plugins=False)
+        make_executor(name, bundle, None, num_threads=1, device=torch.device("cpu"), fused_ops=False)
 
 
 def test_types_are_numbered_as_onnx_numbers_them():
@@ -201,3 +202,37 @@ def test_ranks_do_not_import_what_only_builds_need():
     loaded = set(done.stdout.split())
     assert "onnxruntime" in loaded
     assert loaded.isdisjoint({"onnx", "onnx_ir", "onnxscript", "sympy", "diffusers", "transformers"})
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "device", "fault"),
+    [
+        ("eager", "bfloat16", "cpu", None),
+        ("onnxruntime", "float32", "cpu", None),
+        ("onnxruntime", "float16", "cuda", None),
+        ("onnxruntime", "float16", "cpu", "onnxruntime on a CPU runs float32 only, .*float16; .*`--dtype fp32`$"),
+        ("tensorrt", "bfloat16", "cuda", None),
+        ("tensorrt", "float32", "cuda", "tensorrt runs bfloat16 and float16 only, .*`--dtype bf16` or `--dtype fp16`$"),
+    ],
+)
+def test_precisions_that_an_executor_does_not_run(name, precision, device, fault):
+    found = precision_fault(name, precision, device)
+    assert found is None if fault is None else re.match(fault, found)
+
+
+def test_a_session_view_names_its_tensors_as_the_step_graph_does():
+    pair = torch.zeros(1), torch.ones(1)
+    view = SessionView(buffers_id=0, step=0, prompt={"cross_k.0": pair[0]}, kv=[[pair, pair], [pair, pair]], kv_rows=3)
+    assert list(view.slots()) == [f"{kind}.{layer}.{shard}" for layer in (0, 1) for shard in (0, 1) for kind in "kv"]
+    assert view.slots()["v.1.0"] is pair[1]
+    assert view.tensors() == {**view.slots(), "cross_k.0": pair[0]}
+
+
+def test_step_buffers_take_over_what_the_step_reads():
+    buffers = StepBuffers(x=torch.zeros(2, 3), e=torch.zeros(4), kv_rows=torch.zeros(1, dtype=torch.int64))
+    x, addresses = buffers["x"], {name: tensor.data_ptr() for name, tensor in buffers.items()}
+    buffers.copy_from(torch.ones(2, 3), {"e": torch.full((4,), 2.0)}, first_frame=5, kv_rows=7)
+    assert torch.equal(x, torch.ones(2, 3))
+    assert buffers["e"].tolist() == [2.0] * 4
+    assert buffers["kv_rows"].tolist() == [7]
+    assert {name: tensor.data_ptr() for name, tensor in buffers.items()} == addresses, "no tensor for the first frame"

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 
-from causalrt.engines.network_record import EngineMemory, parse_network
+from causalrt.engines.network_record import EngineMemory, NetworkRecord
+from causalrt.plain import from_plain
 
 NETWORK = {
     "layers": {"CAST": 2},
@@ -27,15 +28,15 @@ NETWORK = {
 
 
 def test_what_a_build_writes():
-    record = parse_network(NETWORK, "step.engine")
-    assert (record.weight_bytes, record.constant_bytes, record.collective_ranks) == (10, 4, (8,))
+    record = from_plain(NetworkRecord, NETWORK, "step.engine")
+    assert (record.weight_bytes, record.constant_bytes, record.collectives[0].ranks) == (10, 4, 8)
     assert record.attentions[0].has_lengths
     assert record.inputs[0].shape == (1, -1, 16)
     assert record.inputs[0].num_bytes(dynamic_size=5) == 160
     assert record.outputs[0].name == "flow"
     assert record.memory == EngineMemory(**NETWORK["memory"])
     without = {key: value for key, value in NETWORK.items() if key != "memory"}
-    assert parse_network(without, "step.engine").memory is None, "an earlier version wrote none"
+    assert from_plain(NetworkRecord, without, "step.engine").memory is None, "an earlier version wrote none"
 
 
 @pytest.mark.parametrize(
@@ -73,10 +74,10 @@ def test_broken(path, value):
         place = place[key]
     place[path[-1]] = value
     with pytest.raises(TypeError, match=r"step\.engine"):
-        parse_network(network, "step.engine")
+        from_plain(NetworkRecord, network, "step.engine")
 
 
 @pytest.mark.parametrize("plain", [None, [], {}, "x"])
 def test_no_network_at_all(plain):
     with pytest.raises(TypeError, match=r"step\.engine"):
-        parse_network(plain, "step.engine")
+        from_plain(NetworkRecord, plain, "step.engine")

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from causalrt.engines.step_record import files_of, parse_engines, parse_steps
+from causalrt.engines.step_record import StepGraphs, files_of, parse_engines, parse_steps
+from causalrt.plain import from_plain
+from causalrt.recipes import recipe
 
 PARTS = [
     {"file": "cut-000.onnx", "sent": "view", "received": "all_to_all", "writes": {}},
@@ -23,7 +25,8 @@ ENGINES = {"tensorrt_rtx": {"collectives": "runtime", "frontend": "onnx", "targe
 
 def steps(*parts):
     """Steps whose engines are built from these parts."""
-    return parse_steps([{"segments": [], "tensorrt": list(of_step)} for of_step in parts], len(parts))
+    plain = [{"segments": [], "tensorrt": list(of_step)} for of_step in parts]
+    return from_plain(tuple[StepGraphs, ...], plain, "steps")
 
 
 def test_what_a_build_writes():
@@ -105,10 +108,10 @@ def test_a_kind_of_step_without_graphs():
         parse_engines(two_steps([]), steps(PARTS, []))
 
 
-@pytest.mark.parametrize("plain", [None, {}, [], [{}], [1, 1], [{"segments": [], "tensorrt": []}]])
+@pytest.mark.parametrize("plain", [None, {}, [], [{}], [1], [{"segments": [], "tensorrt": []}], [{}, {}]])
 def test_broken_steps(plain):
     with pytest.raises(TypeError, match="steps"):
-        parse_steps(plain, 2)
+        parse_steps(plain, recipe("tiny"))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_broken_steps(plain):
 )
 def test_broken_parts(parts):
     with pytest.raises(TypeError, match=r"steps\[0\]\.tensorrt"):
-        parse_steps([{"segments": [], "tensorrt": parts}], 1)
+        parse_steps([{"segments": [], "tensorrt": parts}], recipe("tiny"))
 
 
 def change(path, value):

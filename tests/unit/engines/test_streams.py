@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from support.tolerances import ROUNDED
 
 from causalrt.engines import onnxruntime as segments
 from causalrt.engines import onnxruntime_cuda, streams, vae_onnx
@@ -142,7 +143,7 @@ def test_a_session_runs_in_a_registered_arena():
     options.add_session_config_entry("session.use_env_allocators", "1")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     x = np.array([0.5, 1, 2], np.float32)
-    np.testing.assert_allclose(session.run(None, {"x": x})[0], x, rtol=1e-6)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x, rtol=ROUNDED)
 
 
 class LoadedError(Exception):
@@ -164,7 +165,7 @@ def test_a_server_works_on_its_own_stream(current, monkeypatch, role):
     server, command = VaeServer(None), LoadVaeCommand(**common, device="cuda:0")
     if role == "rank":
         server = RankServer(0, 1, "", None)
-        command = LoadCommand(**common, device="cuda", plugins=False, cuda_graphs=True, timeout_s=1.0)
+        command = LoadCommand(**common, device="cuda", fused_ops=False, cuda_graphs=True, timeout_s=1.0)
     with pytest.raises(LoadedError):
         server.run(command)
     assert seen == [1]

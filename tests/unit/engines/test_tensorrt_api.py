@@ -9,10 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
-import real_bindings
-from tensorrt_uses import Api, names_of_others, uses_in, uses_in_package
+from support import SUPPORT, real_bindings
+from support.tensorrt_uses import Api, names_of_others, uses_in, uses_in_package
 
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 
@@ -26,7 +24,7 @@ GUARDS = frozenset(
 
 
 def read_api(module, path, environment):
-    script = Path(__file__).with_name("tensorrt_api.py")
+    script = SUPPORT / "tensorrt_api.py"
     subprocess.run([sys.executable, script, module, path], env=os.environ | environment, check=True, timeout=120)
     return Api(json.loads(path.read_text()))
 

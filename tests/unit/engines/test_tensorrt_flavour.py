@@ -63,7 +63,7 @@ def test_rtx_refuses_other_targets_and_lists_its_own(target, said):
 def test_tensorrt_builds_for_the_gpu_at_hand(gpus):
     gpus((9, 0), (8, 0))
     assert FULL.check_target(None) == FULL.check_target("sm90") == "sm90"
-    with pytest.raises(ExecutorError, match="tensorrt builds for the GPU at hand, which is sm90, not for sm80"):
+    with pytest.raises(ExecutorError, match="tensorrt builds for the GPU of this machine, which is sm90, not for sm80"):
         FULL.check_target("sm80")
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.tolerances import WHOLE_MODEL
 
 from causalrt.config import override
 from causalrt.errors import ConfigError
@@ -85,7 +86,7 @@ def test_the_training_forward_is_the_chunk_step_of_the_executors():
                 slots.filled(frame),
                 cross[prompts[0, chunk]],
             )
-            torch.testing.assert_close(flows[stream, 0, chunk], flow, rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(flows[stream, 0, chunk], flow, rtol=WHOLE_MODEL, atol=WHOLE_MODEL)
         slots.commit(frame)
 
 
@@ -235,23 +236,23 @@ def small_trainer(settings: Settings) -> Trainer:
 
 
 def test_a_run_that_is_taken_up_goes_on_as_if_it_had_not_stopped(tmp_path):
-    settings = Settings(steps=6, own_from=3, batch=2, firsts=3)
+    settings = Settings(steps=4, own_from=2, batch=2, firsts=3)
     whole = small_trainer(settings)
-    losses = [whole.one_step() for _ in range(6)]
-    assert len(set(losses)) == 6
+    losses = [whole.one_step() for _ in range(4)]
+    assert len(set(losses)) == 4
     first = small_trainer(settings)
-    assert [first.one_step() for _ in range(4)] == losses[:4]
+    assert [first.one_step() for _ in range(3)] == losses[:3]
     first.save(tmp_path / "state.pt")
     second = small_trainer(settings)
     second.resume(tmp_path / "state.pt")
-    assert [second.one_step() for _ in range(2)] == losses[4:]
+    assert second.one_step() == losses[3]
     for name, value in whole.average.items():
         assert torch.equal(second.average[name], value), name
     with pytest.raises(ConfigError, match="another --out"):
-        small_trainer(Settings(steps=7, own_from=3, batch=2, firsts=3)).resume(tmp_path / "state.pt")
+        small_trainer(Settings(steps=5, own_from=2, batch=2, firsts=3)).resume(tmp_path / "state.pt")
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rounds", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_own_history_is_sampled_as_a_session_samples(rounds):
     trainer = small_trainer(Settings(batch=6))
     trainer.step = rounds - 1
@@ -328,6 +329,7 @@ def test_training_that_cannot_be_is_refused(changes, words, tmp_path, capsys):
     assert not list(tmp_path.glob("out/*.pt"))
 
 
+@pytest.mark.slow
 def test_a_run_with_another_beginning_is_another_run(tmp_path, capsys):
     short = ["--steps", "1", "--batch", "2", "--device", "cpu", "--own-from", "0"]
     assert train_command([*short, "--out", str(tmp_path / "first")]) == 0

@@ -553,8 +553,8 @@ def large_sources(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
-@pytest.mark.parametrize("source", ["large.pt", "large.safetensors"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("source", ["large.pt", pytest.param("large.safetensors", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_peak_memory_is_that_of_the_target(large_sources, source, dtype):
     out = large_sources / "out.safetensors"
     child = subprocess.run(

@@ -3,10 +3,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import helper
+from support.tolerances import ROUNDED
 
 from causalrt.config import override
 from causalrt.export.fuse_attention import RUNTIME_DOMAIN, RUNTIME_OP, fuse_attention_pass
 from causalrt.export.onnx import runtime_graph
+from causalrt.export.passes import PassContext
 from causalrt.recipes import recipe
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24, "causalrt" : 1]>\n'
@@ -36,15 +38,15 @@ def kinds(body):
 def test_the_runtimes_own_attention_gives_the_same(rows):
     model = parse(PLAIN)
     before = run(model, rows)
-    assert fuse_attention_pass(model) == 1
+    assert fuse_attention_pass(model, PassContext()) == 1
     assert kinds(model.graph) == [(RUNTIME_DOMAIN, RUNTIME_OP)]
-    np.testing.assert_allclose(run(model, rows), before, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(model, rows), before, rtol=0, atol=ROUNDED)
 
 
 def test_what_is_imported_already_is_not_imported_again():
     model = parse(PLAIN)
     model.opset_import.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
-    assert fuse_attention_pass(model) == 1
+    assert fuse_attention_pass(model, PassContext()) == 1
     assert [opset.domain for opset in model.opset_import].count(RUNTIME_DOMAIN) == 1
     onnx.checker.check_model(model)
 
@@ -55,9 +57,9 @@ def test_attentions_in_functions_are_replaced():
     attend (q, k, v) => (y) {{ {PLAIN} }}"""
     model = parse("y = causalrt.attend (q, k, v)", functions=functions)
     before = run(model)
-    assert fuse_attention_pass(model) == 1
+    assert fuse_attention_pass(model, PassContext()) == 1
     assert kinds(model.functions[0]) == [(RUNTIME_DOMAIN, RUNTIME_OP)]
-    np.testing.assert_allclose(run(model), before, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(model), before, rtol=0, atol=ROUNDED)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +79,14 @@ def test_attentions_in_functions_are_replaced():
 def test_an_attention_of_another_kind_stays(body):
     model = parse(body)
     before = model.SerializeToString()
-    assert fuse_attention_pass(model) == 0
+    assert fuse_attention_pass(model, PassContext()) == 0
     assert model.SerializeToString() == before
 
 
 def test_a_step_whose_attentions_are_not_all_found_is_refused():
     config = override(recipe("tiny"), {"model.num_layers": "1"})
     step = parse(PLAIN)  # one attention, where a layer has two
-    with pytest.raises(RuntimeError, match="1 attentions of 2"):
+    with pytest.raises(RuntimeError, match="fuse_attention_pass had 1 hits and must have 2"):
         runtime_graph(step, config)
     assert kinds(step.graph) == [("", "Attention")]
 

@@ -8,15 +8,17 @@ import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
-from network_from_program import add_input, kinds_of, layers_of, make_network, network_from_program
+from support.network_from_program import add_input, kinds_of, layers_of, make_network, network_from_program
+from support.tolerances import MODULE
 from torch import nn
 
 from causalrt.export.dist_collective import lower_exchanges_pass
 from causalrt.export.engine_network import attentions, describe_network, finish_attentions
 from causalrt.export.engine_worker import parse
-from causalrt.export.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
+from causalrt.export.passes import PassContext
 from causalrt.export.scale_queries import scale_queries_pass
 from causalrt.export.split_single_heads import split_single_heads_pass
+from causalrt.export.torch_tensorrt.op_layers import add_all_to_all, add_attention, add_kv_attention_whole, add_rotate
 from causalrt.export.translate import onnx_from_program
 from causalrt.plugins.all_to_all import all_to_all
 from causalrt.plugins.attention import attention, kv_attention_whole
@@ -122,7 +124,7 @@ def test_layers_compute_what_the_op_does(op, eager, heads, rows):
     wanted = eager(*tensors, heads)
     found = run(network_of(op, tensors, heads), tensors)
     for value, reference in zip(found, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
-        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(value, reference, rtol=MODULE, atol=MODULE)
 
 
 def test_rotation_and_scale_are_float32_in_a_bfloat16_network():
@@ -197,9 +199,9 @@ def parsed_network(program, folder, ranks):
     outputs = [f"output{index}" for index in range(len(program.graph_signature.user_outputs))]
     inputs = list(program.graph_signature.user_inputs)
     model = ir.to_proto(onnx_from_program(program, input_names=inputs, output_names=outputs))
-    split_single_heads_pass(model)
-    scale_queries_pass(model, head_dim=D)
-    lower_exchanges_pass(model, world_size=ranks)
+    split_single_heads_pass(model, PassContext())
+    scale_queries_pass(model, PassContext(head_dim=D))
+    lower_exchanges_pass(model, PassContext(world_size=ranks))
     onnx.save(model, folder / "mini.onnx")
     _, network, _ = parse(trt, trt.Logger(trt.Logger.ERROR), folder / "mini.onnx")
     finish_attentions(trt, network)

@@ -9,12 +9,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.tolerances import ONE_OP
 from torch import nn
 
 from causalrt.config import override
-from causalrt.export.onnx import step_names
-from causalrt.export.segment import cut_exchanges_pass, is_exchange
-from causalrt.export.share_weights import share_weights_pass, weight_offsets
+from causalrt.export.onnx import step_names, with_shared_weights
+from causalrt.export.segment import cut_at_exchanges, is_exchange
+from causalrt.export.share_weights import weight_offsets
 from causalrt.export.trace import trace_step
 from causalrt.export.translate import OPSET, onnx_from_program
 from causalrt.model.wan.transformer import Wan, wan_from_weights
@@ -33,7 +34,7 @@ def session_of(model):
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-# ---- cut_exchanges_pass
+# ---- cut_at_exchanges
 
 
 def exchange_node(sent, received, domain=ONNX_DOMAIN):
@@ -109,15 +110,15 @@ def names_of(values):
 def test_cut_gives_the_same_numbers():
     generator = np.random.default_rng(0)
     x, m = (generator.standard_normal(SHAPE).astype(np.float32) for _ in range(2))
-    values = run_segments(cut_exchanges_pass(layered_model()), {"x": x, "m": m})
+    values = run_segments(cut_at_exchanges(layered_model()), {"x": x, "m": m})
     y, kept = whole_in_numpy(x, m)
-    np.testing.assert_allclose(values["y"], y, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(values["kept"], kept, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(values["y"], y, rtol=0, atol=ONE_OP)
+    np.testing.assert_allclose(values["kept"], kept, rtol=0, atol=ONE_OP)
 
 
 def test_cut_names_what_is_exchanged_and_keeps_every_node_once():
     model = layered_model()
-    segments = cut_exchanges_pass(model)
+    segments = cut_at_exchanges(model)
     exchanged = [(segment.sent, segment.received) for segment in segments]
     assert exchanged == [("sent.0", "received.0"), ("sent.1", "received.1"), (None, None)]
     kept = Counter(node.output[0] for segment in segments for node in segment.model.graph.node)
@@ -127,7 +128,7 @@ def test_cut_names_what_is_exchanged_and_keeps_every_node_once():
 
 
 def test_cut_carries_what_later_segments_read_and_nothing_else():
-    first, second, third = (s.model.graph for s in cut_exchanges_pass(layered_model()))
+    first, second, third = (s.model.graph for s in cut_at_exchanges(layered_model()))
     assert (names_of(first.input), names_of(first.output)) == ({"x", "m"}, {"a", "sent.0"})
     assert (names_of(second.input), names_of(second.output)) == ({"a", "m", "received.0"}, {"kept", "sent.1"})
     assert (names_of(third.input), names_of(third.output)) == ({"a", "m", "received.0", "received.1"}, {"y"})
@@ -135,7 +136,7 @@ def test_cut_carries_what_later_segments_read_and_nothing_else():
 
 
 def test_work_that_inputs_feed_goes_to_its_reader():
-    made = [{node.output[0] for node in s.model.graph.node} for s in cut_exchanges_pass(layered_model())]
+    made = [{node.output[0] for node in s.model.graph.node} for s in cut_at_exchanges(layered_model())]
     assert made == [{"early", "a", "sent.0"}, {"kept", "middle", "sent.1"}, {"late", "b", "c", "d", "y"}]
 
 
@@ -149,7 +150,7 @@ def test_work_read_by_two_segments_goes_to_the_first_of_them():
         helper.make_node("Mul", ["received.1", "twice"], ["y"]),
     ]
     values = [name for node in nodes for name in node.output if name != "y"]
-    _, second, third = (s.model.graph for s in cut_exchanges_pass(make_model(nodes, ["x", "m"], ["y"], values=values)))
+    _, second, third = (s.model.graph for s in cut_at_exchanges(make_model(nodes, ["x", "m"], ["y"], values=values)))
     assert names_of(second.output) == {"twice", "sent.1"}
     assert names_of(third.input) == {"twice", "received.1"}
 
@@ -163,7 +164,7 @@ def test_work_goes_to_its_first_reader_in_whatever_order_the_nodes_stand():
         helper.make_node("Mul", ["received.0", "late"], ["y"]),
     ]
     values = [name for node in nodes for name in node.output if name != "y"]
-    first, second = (s.model.graph for s in cut_exchanges_pass(make_model(nodes, ["x", "m"], ["y"], values=values)))
+    first, second = (s.model.graph for s in cut_at_exchanges(make_model(nodes, ["x", "m"], ["y"], values=values)))
     assert names_of(first.output) == {"shared", "sent.0"}
     assert names_of(second.input) == {"shared", "received.0"}
 
@@ -174,7 +175,7 @@ def test_cut_leaves_a_graph_without_exchanges_whole(domain):
     if domain:  # a near miss: the same op type in another domain
         nodes[1] = exchange_node("a", "y", domain)
     model = make_model(nodes, ["x"], ["y"])
-    (segment,) = cut_exchanges_pass(model)
+    (segment,) = cut_at_exchanges(model)
     assert segment.model is model
     assert (segment.sent, segment.received) == (None, None)
 
@@ -187,7 +188,7 @@ def test_cut_of_a_traced_step():
         config.model, {name: torch.randn(p.shape) for name, p in Wan(config.model).named_parameters()}
     )
     step = ir.to_proto(onnx_from_program(trace_step(wan, config), input_names=inputs, output_names=outputs))
-    segments = cut_exchanges_pass(step)
+    segments = cut_at_exchanges(step)
     assert len(segments) == 2 * config.model.num_layers + 1
     assert not any(is_exchange(node) for s in segments for node in s.model.graph.node)
     made = [name for s in segments for name in names_of(s.model.graph.output)]
@@ -251,7 +252,7 @@ def test_shared_weights_give_the_same_numbers_from_a_small_file(tmp_path):
     weights = save_weights(module, tmp_path)
     whole = ir.to_proto(translate(module)).SerializeToString()
     path = tmp_path / "small.onnx"
-    onnx.save(ir.to_proto(share_weights_pass(translate(module), weights)), path)
+    onnx.save(with_shared_weights(translate(module), weights), path)
 
     assert len(whole) > weights.stat().st_size
     assert path.stat().st_size < len(whole) - 0.95 * weights.stat().st_size
@@ -265,7 +266,7 @@ def test_shared_weights_give_the_same_numbers_from_a_small_file(tmp_path):
 
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
     (got,) = session_of(path).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), module(x), rtol=0, atol=2e-6)
+    torch.testing.assert_close(torch.from_numpy(got), module(x), rtol=0, atol=ONE_OP)
 
 
 def test_shared_weights_are_read_from_the_file(tmp_path):
@@ -273,26 +274,26 @@ def test_shared_weights_are_read_from_the_file(tmp_path):
     module = Small()
     weights = save_weights(module, tmp_path)
     path = tmp_path / "small.onnx"
-    onnx.save(ir.to_proto(share_weights_pass(translate(module), weights)), path)
+    onnx.save(with_shared_weights(translate(module), weights), path)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(-0.5)
     save_weights(module, tmp_path)
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
     (got,) = session_of(path).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), module(x), rtol=0, atol=2e-6)
+    torch.testing.assert_close(torch.from_numpy(got), module(x), rtol=0, atol=ONE_OP)
 
 
 def test_sharing_is_an_error_where_nothing_hits(tmp_path):
     module = Small(prefix="net")
-    with pytest.raises(RuntimeError, match="no weights"):
-        share_weights_pass(translate(module), save_weights(module, tmp_path))
+    with pytest.raises(RuntimeError, match="share_weights_pass had 0 hits"):
+        with_shared_weights(translate(module), save_weights(module, tmp_path))
 
 
 def test_sharing_is_an_error_for_a_name_that_the_file_lacks(tmp_path):
     module = Small()
     with pytest.raises(RuntimeError, match=r"wan\.2\.bias.*weights\.safetensors"):
-        share_weights_pass(translate(module), save_weights(module, tmp_path, drop=["2.bias"]))
+        with_shared_weights(translate(module), save_weights(module, tmp_path, drop=["2.bias"]))
 
 
 def test_weight_offsets_against_safetensors(tmp_path):

@@ -6,32 +6,18 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from support.fused_step import expanded, fused_step
+from support.tolerances import FUSED_OP
 from torch import nn
 
-from causalrt.config import override
-from causalrt.export.onnx import step_names
-from causalrt.export.plugin_functions import NODE_FORMS, check_fused_nodes, expand_functions
-from causalrt.export.segment import cut_exchanges_pass
-from causalrt.export.trace import trace_step
+from causalrt.export.passes import PassContext
+from causalrt.export.plugin_functions import NODE_FORMS, check_fused_nodes, expand_functions_pass
+from causalrt.export.segment import cut_at_exchanges
 from causalrt.export.translate import onnx_from_program
 from causalrt.layout import layout_from_config
-from causalrt.model.wan.transformer import Wan
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
 from causalrt.plugins.plugin_specs import SPECS
 from causalrt.plugins.rope_attention import rope_attention
-from causalrt.recipes import recipe
-
-
-def fused_step(world_size, *, whole_slots=True, precision="float32", frames=None):
-    """(config, the step's graph with fused ops); `frames` makes the KV slots as long."""
-    changes = {"build.world_size": str(world_size), "build.precision": precision}
-    if frames is not None:
-        changes |= {"video.window_frames": "none", "video.sink_frames": "0", "video.horizon_frames": str(frames)}
-    config = override(recipe("tiny"), changes)
-    wan = Wan(config.model).to(getattr(torch, precision)).eval()
-    program = trace_step(wan, config, whole_slots=whole_slots, fused=True)
-    inputs, outputs = step_names(config, whole_slots=whole_slots, fused=True)
-    return config, ir.to_proto(onnx_from_program(program, input_names=inputs, output_names=outputs))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -79,17 +65,17 @@ def test_a_layer_without_fused_ops_is_an_error():
 
 def test_expanded_graph_has_standard_ops_and_types():
     _, model = fused_step(2, precision="bfloat16")
-    expanded = expand_functions(model)
-    assert not expanded.functions
-    assert {node.op_type for node in expanded.graph.node if node.domain} == {"AllToAll"}
-    known = {value.name for value in (*expanded.graph.value_info, *expanded.graph.output)}
-    assert {name for node in expanded.graph.node for name in node.output if name} <= known
-    assert expand_functions(expanded) is expanded
+    graph = expanded(model)
+    assert not graph.functions
+    assert {node.op_type for node in graph.graph.node if node.domain} == {"AllToAll"}
+    known = {value.name for value in (*graph.graph.value_info, *graph.graph.output)}
+    assert {name for node in graph.graph.node for name in node.output if name} <= known
+    assert expand_functions_pass(graph, PassContext()) == 0
 
 
 def test_segments_keep_the_functions_that_they_call():
     config, model = fused_step(2, whole_slots=False)
-    segments = cut_exchanges_pass(model)
+    segments = cut_at_exchanges(model)
     assert len(segments) == 2 * config.model.num_layers + 1
     for segment in segments:
         called = {node.op_type for node in segment.model.graph.node if node.domain == ONNX_DOMAIN}
@@ -119,4 +105,4 @@ def test_one_function_serves_slots_of_every_length(tmp_path):
     tensors = [received, *short, *long, arguments[3], arguments[4]]
     feeds = {name: tensor.numpy() for name, tensor in zip(inputs, tensors, strict=True)}
     for got, wanted in zip(session.run(None, feeds), Twice()(*arguments), strict=True):
-        np.testing.assert_allclose(got, wanted.numpy(), atol=3e-6)
+        np.testing.assert_allclose(got, wanted.numpy(), atol=FUSED_OP)

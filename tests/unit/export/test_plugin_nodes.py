@@ -1,33 +1,18 @@
-import sys
 from collections import Counter
-from pathlib import Path
 
 import onnx
 import pytest
 from onnx import helper
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
-import real_bindings
-from interpreter import run_tests
-from test_plugin_functions import fused_step
+from support import SUPPORT, real_bindings
+from support.fused_step import apply_plugins, expanded, fused_step, with_plugins
+from support.interpreter import run_tests
 
 from causalrt.errors import BuildError, ExecutorError
 from causalrt.export import engine_worker
 from causalrt.export.dist_collective import lower_exchanges_pass
 from causalrt.export.engine_worker import PluginDevice, graph_with_plugins, parse
-from causalrt.export.plugin_functions import expand_functions
-from causalrt.export.plugin_nodes import use_plugins_pass
+from causalrt.export.passes import PassContext
 from causalrt.plugins.all_to_all import ONNX_DOMAIN
-from causalrt.plugins.plugin_specs import SPECS
-
-SPEC_BY_NAME = {spec.name: spec for spec in SPECS}
-
-
-def with_plugins(world_size, *, num_multiprocessors=1, frames=None):
-    config, model = fused_step(world_size, precision="bfloat16", frames=frames)
-    before = {name for node in model.graph.node for name in node.output}
-    counts = use_plugins_pass(model, capability=80, num_multiprocessors=num_multiprocessors)
-    return config, model, before, counts
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -60,8 +45,8 @@ def test_keys_are_split_where_the_gpu_is_not_full():
         assert all(order.get(name, -1) < number for name in node.input)
 
 
-def test_every_node_is_what_its_plugin_declares(tmp_path, request):
-    run_tests(request.path.with_name("over_bindings_plugin_nodes.py"), real_bindings.environment(tmp_path))
+def test_every_node_is_what_its_plugin_declares(tmp_path):
+    run_tests(SUPPORT / "over_bindings_plugin_nodes.py", real_bindings.environment(tmp_path))
 
 
 # ---- what is refused
@@ -69,8 +54,8 @@ def test_every_node_is_what_its_plugin_declares(tmp_path, request):
 
 def test_a_graph_without_fused_ops_is_an_error():
     _, model = fused_step(2)
-    with pytest.raises(RuntimeError, match="no fused op"):
-        use_plugins_pass(expand_functions(model), capability=80, num_multiprocessors=1)
+    with pytest.raises(RuntimeError, match="use_plugins_pass had 0 hits and must have 1 at least"):
+        apply_plugins(expanded(model))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +70,7 @@ def test_nodes_of_another_form_are_refused(change, message):
     _, model = fused_step(1)
     change(next(node for node in model.graph.node if node.op_type == "qk_norm_rope"))
     with pytest.raises(BuildError, match=message):
-        use_plugins_pass(model, capability=80, num_multiprocessors=1)
+        apply_plugins(model)
 
 
 def test_nodes_are_checked_though_their_function_is_gone():
@@ -94,7 +79,7 @@ def test_nodes_are_checked_though_their_function_is_gone():
     node = next(node for node in model.graph.node if node.op_type == "rope_attention_1")
     del node.attribute[:]
     with pytest.raises(BuildError, match=r"the attributes \[\]"):
-        use_plugins_pass(model, capability=80, num_multiprocessors=1)
+        apply_plugins(model)
 
 
 def test_an_op_without_a_plugin_is_named():
@@ -105,7 +90,7 @@ def test_an_op_without_a_plugin_is_named():
         elif isinstance(node, onnx.NodeProto) and node.op_type == "rope_attention_1":
             node.op_type = "rope_attention_1_rotated"
     with pytest.raises(BuildError, match="no plugin rope_attention_1_rotated"):
-        use_plugins_pass(model, capability=80, num_multiprocessors=1)
+        apply_plugins(model)
 
 
 # ---- in the process that builds
@@ -124,16 +109,16 @@ def test_tensorrt_without_plugins_is_told_so(tmp_path):
 
 def test_a_graph_without_functions_is_parsed_from_its_file(tmp_path):
     _, model = fused_step(1)
-    onnx.save(expand_functions(model), tmp_path / "step.onnx")
+    onnx.save(expanded(model), tmp_path / "step.onnx")
     assert graph_with_plugins(None, tmp_path / "step.onnx", DEVICE) == (None, {})
 
 
 def test_a_changed_graph_finds_its_weights_beside_the_file(tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
     _, model = fused_step(1, precision="bfloat16")
-    lower_exchanges_pass(model, world_size=1)
+    lower_exchanges_pass(model, PassContext(world_size=1))
     path = tmp_path / "step.onnx"
-    onnx.save(expand_functions(model), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(expanded(model), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     graph = onnx.load(path, load_external_data=False)
     graph.graph.output.pop()
     log = engine_worker._make_log(trt)

@@ -11,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from network_from_program import network_from_program
 from safetensors.torch import save_file
+from support.network_from_program import network_from_program
 
 from causalrt import build, finish_build, override, recipe
 from causalrt.cli import main
@@ -21,11 +21,12 @@ from causalrt.engines.step_record import StepGraphs
 from causalrt.engines.tensorrt_engine import EngineLoader
 from causalrt.engines.tensorrt_flavour import FLAVOURS, Flavour
 from causalrt.errors import BuildError, ConfigError, ExecutorError
-from causalrt.export.onnx import cross_kv_names, step_names
+from causalrt.export.onnx import step_names
 from causalrt.export.random_weights import random_weights
 from causalrt.export.torch_tensorrt import build_with_torch_tensorrt, check_torch_tensorrt, tensor_names
 from causalrt.export.trace import trace_prompt, trace_step, trace_time
 from causalrt.install_hint import install_extra
+from causalrt.model.wan.conditioning import prompt_names
 from causalrt.model.wan.transformer import Wan
 from causalrt.tools.inspect import inspect_bundle
 
@@ -216,7 +217,7 @@ def build_tiny(checkpoint, folder, world_size=1):
     return open_bundle(path), cache, told
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_build(torch_tensorrt, checkpoint, tmp_path, world_size):
     bundle, cache, told = build_tiny(checkpoint, tmp_path, world_size)
     record = bundle.engines["tensorrt"]
@@ -246,9 +247,11 @@ def test_build(torch_tensorrt, checkpoint, tmp_path, world_size):
     assert not any(entry["decomposable"] for entry in step["attentions"])
     assert [entry["ranks"] for entry in step["collectives"]] == [world_size] * (0 if world_size == 1 else 2 * layers)
     assert step["cache_updates"] == 2 * layers * shards
-    assert [entry["name"] for entry in networks[files.prompt]["outputs"]] == cross_kv_names(bundle.config)
+    assert [entry["name"] for entry in networks[files.prompt]["outputs"]] == prompt_names(
+        bundle.config.model.num_layers
+    )
     assert networks[files.time]["inputs"] == [{"name": "sinusoid", "shape": [32], "dtype": "BF16"}]
-    assert json.dumps(inspect_bundle(bundle.path))
+    assert json.dumps(inspect_bundle(bundle.path).as_dict())
 
 
 def _inputs(files, engine):
@@ -336,8 +339,11 @@ def test_every_tensor_of_a_step_has_a_name(world_size):
 def test_every_tensor_of_the_small_graphs_has_a_name():
     config = tiny()
     wan = random_wan(config)
-    names = tensor_names(trace_prompt(wan), ["text"], cross_kv_names(config))
-    assert names == {"text_te": "text", **{f"output{i}": name for i, name in enumerate(cross_kv_names(config))}}
+    names = tensor_names(trace_prompt(wan), ["text"], prompt_names(config.model.num_layers))
+    assert names == {
+        "text_te": "text",
+        **{f"output{i}": name for i, name in enumerate(prompt_names(config.model.num_layers))},
+    }
     names = tensor_names(trace_time(wan), ["sinusoid"], ["e", "e0"])
     assert names == {"sinusoid_q": "sinusoid", "output0": "e", "output1": "e0"}
 

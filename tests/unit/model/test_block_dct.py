@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.tolerances import MODULE, ROUNDED
 
 from causalrt.engines.bundle import FIRST_GRAPH, NEXT_GRAPH, VAE_WEIGHTS
 from causalrt.engines.tensorrt_flavour import FLAVOURS
@@ -15,9 +16,9 @@ from causalrt.engines.vae_onnx import OnnxVae
 from causalrt.errors import CheckpointError, RequestError
 from causalrt.export.engine_worker import build_engine
 from causalrt.export.vae import vae_engine_requests, write_vae
-from causalrt.model.codecs.block_dct import CHANNELS, CONFIG_KEY, BlockDecoder, block_basis, cosines, write_block_dct
-from causalrt.model.codecs.vae_checkpoint import load_vae
-from causalrt.model.codecs.wan_vae import encode
+from causalrt.model.codecs.block_dct import CHANNELS, BlockDecoder, block_basis, cosines, write_block_dct
+from causalrt.model.codecs.decode_state import CONFIG_KEY
+from causalrt.model.codecs.registry import encode, load_vae
 
 HEIGHT, WIDTH = 3, 5
 MEAN = [0.1 * channel - 0.5 for channel in range(16)]
@@ -57,7 +58,7 @@ def separable_transform(block_CTYX):
 
 def test_the_basis_is_orthonormal():
     rows = block_basis().flatten(1).double()
-    torch.testing.assert_close(rows @ rows.T, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(16, dtype=torch.float64), rtol=0, atol=ROUNDED)
     assert len(set(CHANNELS)) == 16
 
 
@@ -70,13 +71,13 @@ def test_encoding_is_the_transform_by_its_definition(codec):
         block = frames[latent][:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].transpose(0, 1)
         whole = separable_transform(block)
         wanted = (torch.stack([whole[at] for at in CHANNELS]) - torch.tensor(MEAN)) / torch.tensor(STD)
-        torch.testing.assert_close(found[latent, :, row, column].double(), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[latent, :, row, column].double(), wanted, rtol=0, atol=MODULE)
 
 
 def test_pixels_are_encoded_like_what_they_stand_for(codec):
     pixels = torch.randint(0, 256, (5, 16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     wanted = encode(codec, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-    torch.testing.assert_close(encode(codec, pixels), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encode(codec, pixels), wanted, rtol=0, atol=MODULE)
 
 
 def test_decoding_is_the_sum_of_the_basis(codec):
@@ -86,7 +87,7 @@ def test_decoding_is_the_sum_of_the_basis(codec):
     wanted = torch.cat([blocks[0].mean(0, keepdim=True), *blocks[1:]])
     assert wanted.abs().max() > 1  # some of it has to be clamped
     assert found.shape == (13, 3, 8 * HEIGHT, 8 * WIDTH)
-    torch.testing.assert_close(found.double(), wanted.clamp(-1, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.double(), wanted.clamp(-1, 1), rtol=0, atol=MODULE)
 
 
 def test_what_the_basis_can_say_comes_back(codec):
@@ -95,7 +96,7 @@ def test_what_the_basis_can_say_comes_back(codec):
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
     normal = (smooth - mean) / std
     torch.testing.assert_close(
-        encode(codec, BlockDecoder(codec).open().decode_float(normal)), normal, atol=1e-5, rtol=0
+        encode(codec, BlockDecoder(codec).open().decode_float(normal)), normal, atol=MODULE, rtol=0
     )
 
 
@@ -112,7 +113,7 @@ def test_graphs_compute_what_eager_does(codec, graphs):
     opened = OnnxVae(graphs)
     assert opened.caches == []
     wanted = BlockDecoder(codec).open().decode_float(latents())
-    torch.testing.assert_close(opened.open().decode_float(latents()), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(opened.open().decode_float(latents()), wanted, rtol=0, atol=MODULE)
 
 
 @pytest.mark.parametrize("kind", ["eager", "onnxruntime"])
@@ -148,8 +149,8 @@ def test_it_computes_in_the_type_that_is_asked_for(file):
 
 def test_diffusers_is_not_needed(file):
     code = (
-        "import sys, pathlib, torch; from causalrt.model.codecs.vae_checkpoint import load_vae;"
-        "from causalrt.model.codecs.wan_vae import encode;"
+        "import sys, pathlib, torch; from causalrt.model.codecs.registry import load_vae;"
+        "from causalrt.model.codecs.registry import encode;"
         f"vae = load_vae(pathlib.Path({str(file)!r})); encode(vae, torch.zeros(1, 3, 8, 8));"
         "sys.exit(any(name in sys.modules for name in ('diffusers', 'transformers')))"
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.tolerances import MODULE
 from torch.export import Dim
 
 from causalrt.config import override
@@ -143,7 +144,7 @@ def test_attention_is_that_of_absolute_positions(sink, window, head_dim, first_f
     k, v = (x[0].transpose(0, 1)[:filled] if whole else x[0].view(-1, heads, head_dim) for x in slots)
     angle = angles_of_rows(config, positions)
     expected = attended(turned(q, angle[:tokens]), turned(k, angle), v)
-    assert (out.view(tokens, -1) - expected).abs().max() < 1e-5
+    assert (out.view(tokens, -1) - expected).abs().max() < MODULE
     if first_frame == FAR and window > 3:
         angle = angles_of_rows(config, positions, torch.float32).double()
         in_float32 = attended(turned(q, angle[:tokens]), turned(k, angle), v)
@@ -219,10 +220,10 @@ def test_a_traced_step_serves_every_chunk(whole):
         rows = None if whole else rows
         flow, written = traced(*at_frame(arguments, first_frame, rows))
         expected, expected_written = step(*at_frame(arguments, first_frame, rows))
-        torch.testing.assert_close(flow, expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(written, expected_written, rtol=0, atol=1e-5)
+        torch.testing.assert_close(flow, expected, rtol=0, atol=MODULE)
+        torch.testing.assert_close(written, expected_written, rtol=0, atol=MODULE)
         flows.append(flow)
-    assert (flows[-1] - flows[-2]).abs().max() < 1e-5, "both are at a distance from the sink that no longer grows"
+    assert (flows[-1] - flows[-2]).abs().max() < MODULE, "both are at a distance from the sink that no longer grows"
     assert (flows[-1] - flows[-3]).abs().max() > 1e-3
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tolerances import ONE_OP, ROUNDED
 
 from causalrt.config import override
 from causalrt.layout import layout_from_config
@@ -132,7 +133,7 @@ def test_rotation_against_the_specification(head_dim, first_frame):
         for local in range(9):
             token = rank * 9 + local
             wanted = specified_rotation(x[local], first_frame + token // 6, token // 3 % 2, token % 3, head_dim)
-            np.testing.assert_allclose(got[0, local].view(3, head_dim), wanted, rtol=0, atol=2e-6)
+            np.testing.assert_allclose(got[0, local].view(3, head_dim), wanted, rtol=0, atol=ONE_OP)
 
 
 def test_the_last_chunk_of_the_longest_video():
@@ -175,7 +176,7 @@ def test_rotate_pairs_against_float64(heads, head_dim, rows):
     cos, sin = angle[0, :, None].cos(), angle[0, :, None].sin()
     wanted = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).reshape(1, rows, -1)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=ROUNDED)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
+from support.tolerances import ROUNDED
 
 from causalrt.config import SamplerConfig
 from causalrt.model.schedule import schedule_from_config, scheduler_tables
@@ -115,3 +117,14 @@ def test_sinusoid_against_the_formula(freq_dim):
     np.testing.assert_allclose(
         sinusoid(937.5, freq_dim), np.concatenate([np.cos(angle), np.sin(angle)]), rtol=0, atol=1e-12
     )
+
+
+def test_the_algebra_of_the_sampler() -> None:
+    """The flow is noise - x0, so the rows that noise was added to come back; steps compute x0 in float64."""
+    schedule = schedule_from_config(SamplerConfig())
+    x0, noise = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    for step in range(len(schedule.sigmas)):
+        x = schedule.add_noise(step, x0, noise)
+        clean = schedule.clean(step, x, noise - x0)
+        assert clean.dtype == torch.float32
+        torch.testing.assert_close(clean, x0, rtol=0, atol=ROUNDED)

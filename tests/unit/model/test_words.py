@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from causalrt.errors import CheckpointError, PromptError
 from causalrt.model.text.words import MAX_PROMPT_CHARS, WORDS_FILE, WordEncoder
 from causalrt.recipes import recipe
-from causalrt.runtime.engine import open_text_encoder
+from causalrt.runtime.start import open_text_encoder
 
 TABLE = torch.arange(12, dtype=torch.float32).view(4, 3)
 WORDS = {"red": (0,), "circle": (1,), "moves": (2,), "right": (3,), "ball": (1,), "rolls": (2, 3), "the": ()}
@@ -67,7 +67,7 @@ def test_a_folder_with_words_is_opened_without_umt5(tmp_path):
     assert torch.equal(opened.encode("red ball"), encoder.encode("red ball"))
     code = (
         "import sys; from pathlib import Path; from causalrt import recipe;"
-        "from causalrt.runtime.engine import open_text_encoder;"
+        "from causalrt.runtime.start import open_text_encoder;"
         f"open_text_encoder(Path({str(tmp_path)!r}), 'cpu', recipe('tiny')).encode('red');"
         "sys.exit(bool({'transformers', 'tokenizers', 'ftfy'} & sys.modules.keys()))"
     )

@@ -3,14 +3,11 @@
 import ctypes
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "gpu"))
-from driver_launch import CTYPES, PROTOTYPES, DriverError, Kernel, pack, parameter_types
+from support.driver_launch import CTYPES, PROTOTYPES, DriverError, Kernel, pack, parameter_types
 
 PTX = """
 .visible .entry other(

@@ -2,15 +2,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import SUPPORT
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "world_size"), [(90, 8), (80, 8), (90, 1)])
 def test_what_torch_launches_is_what_an_engine_embeds(target, world_size, tmp_path):
-    script = Path(__file__).with_name("jitted_launches.py")
+    script = SUPPORT / "jitted_launches.py"
     done = subprocess.run(
         [sys.executable, script, str(target), str(world_size), tmp_path],
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "triton")},

@@ -4,6 +4,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from support.tolerances import ONE_OP, ROUNDED
 from torch import nn
 
 from causalrt.export.translate import onnx_from_program
@@ -125,7 +126,7 @@ def test_attention_against_float64(sizes):
     got = attention(*arguments)
     assert torch.equal(got, attend(*arguments))
     assert got.is_contiguous()
-    torch.testing.assert_close(got.double(), softmax_in_float64(*arguments), rtol=0, atol=2e-6)
+    torch.testing.assert_close(got.double(), softmax_in_float64(*arguments), rtol=0, atol=ONE_OP)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -135,7 +136,7 @@ def test_kv_attention_attends_over_new_and_old_rows(sizes):
     out, k_written, v_written = kv_attention(*arguments)
     assert torch.equal(k_written, torch.cat([k_new, k[:, new:]], dim=1))
     assert torch.equal(v_written, torch.cat([v_new, v[:, new:]], dim=1))
-    torch.testing.assert_close(out.double(), softmax_in_float64(q, k_written, v_written, heads), rtol=0, atol=2e-6)
+    torch.testing.assert_close(out.double(), softmax_in_float64(q, k_written, v_written, heads), rtol=0, atol=ONE_OP)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -167,7 +168,7 @@ def test_order_of_keys_does_not_matter():
     q, k, v, heads = attention_arguments(3, 10, 5, 13)
     order = torch.randperm(13, generator=torch.Generator().manual_seed(0))
     shuffled = attend(q, k[:, order], v[:, order], heads)
-    torch.testing.assert_close(shuffled, attend(q, k, v, heads), rtol=0, atol=1e-6)
+    torch.testing.assert_close(shuffled, attend(q, k, v, heads), rtol=0, atol=ROUNDED)
 
 
 # ---- their ONNX forms
@@ -179,7 +180,7 @@ def test_onnx_rotate(sizes, tmp_path):
     *tensors, _ = rotate_arguments(heads, head_dim, rows)
     (got,), ops = run_onnx(Rotate(heads), tuple(tensors), 1, tmp_path)
     assert "RotaryEmbedding" in ops
-    torch.testing.assert_close(got, rotate(*tensors, heads), rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, rotate(*tensors, heads), rtol=0, atol=ROUNDED)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -188,7 +189,7 @@ def test_onnx_attention(sizes, tmp_path):
     *tensors, _ = attention_arguments(heads, head_dim, rows, slots)
     (got,), ops = run_onnx(Attention(heads), tuple(tensors), 1, tmp_path)
     assert ops == {"Attention"}
-    torch.testing.assert_close(got, attention(*tensors, heads), rtol=0, atol=2e-6)
+    torch.testing.assert_close(got, attention(*tensors, heads), rtol=0, atol=ONE_OP)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -197,6 +198,6 @@ def test_onnx_kv_attention(sizes, tmp_path):
     got, ops = run_onnx(KVAttention(heads), tuple(tensors), 3, tmp_path)
     assert ops == {"Attention", "TensorScatter"}
     out, k, v = kv_attention(*tensors, heads)
-    torch.testing.assert_close(got[0], out, rtol=0, atol=2e-6)
+    torch.testing.assert_close(got[0], out, rtol=0, atol=ONE_OP)
     assert torch.equal(got[1], k)
     assert torch.equal(got[2], v)

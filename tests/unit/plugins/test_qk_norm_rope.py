@@ -6,9 +6,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from interpreter import run_in_interpreter
 from onnxscript.values import Opset
-from qk_norm_rope_cases import CASES, TOLERANCE, check, operands
+from support.interpreter import run_in_interpreter
+from support.qk_norm_rope_cases import CASES, check, operands
+from support.tolerances import QK_NORM_ROPE
 from torch import nn
 
 import causalrt.plugins.qk_norm_rope as qk_norm_rope_module
@@ -16,7 +17,7 @@ from causalrt.errors import KernelError, OperandError
 from causalrt.plugins.qk_norm_rope import onnx_qk_norm_rope, qk_norm_rope, qk_norm_rope_rows, write_rows
 from causalrt.proof.emulated_graph import emulate_precision
 
-DTYPES = list(TOLERANCE)
+DTYPES = list(QK_NORM_ROPE)
 OPSET = 24
 
 
@@ -28,7 +29,7 @@ OPSET = 24
 def test_reference_against_float64(case, dtype):
     given = operands(case, dtype)
     got = qk_norm_rope(*given.arguments)
-    check(got, given, TOLERANCE[dtype])
+    check(got, given, QK_NORM_ROPE[dtype])
     assert got.dtype == dtype
     assert torch.equal(got, qk_norm_rope_rows(*given.arguments))
 
@@ -155,4 +156,4 @@ def test_onnx_form_against_float64(case, dtype):
         name: x.float().numpy().astype(carrier if x.dtype == dtype else np.float32)
         for name, x in zip(given._fields[:7], given, strict=False)
     }
-    check(run_onnx(model, feeds), given, TOLERANCE[dtype])
+    check(run_onnx(model, feeds), given, QK_NORM_ROPE[dtype])

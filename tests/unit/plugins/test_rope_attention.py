@@ -3,7 +3,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import onnx_ir as ir
 import onnxruntime as ort
@@ -11,7 +10,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from rope_attention_cases import CUT_CASES, KERNEL_ERRORS, LAYOUTS, make_arguments, make_layout
+from support import SUPPORT
+from support.rope_attention_cases import CUT_CASES, LAYOUTS, make_arguments, make_layout
+from support.tolerances import FUSED_OP, ONE_OP, ROPE_ATTENTION
 from torch import nn
 
 from causalrt.errors import KernelError, OperandError
@@ -28,7 +29,7 @@ class Interpreter:
     """A process that interprets kernels: Triton asks for its mode once, when it is imported."""
 
     def __init__(self):
-        script = Path(__file__).with_name("interpreted_rope_attention.py")
+        script = SUPPORT / "interpreted_rope_attention.py"
         self.process = subprocess.Popen(
             [sys.executable, script],
             stdin=subprocess.PIPE,
@@ -71,13 +72,13 @@ CASES = {
     "kv_splits": st.integers(1, 3),
     "block_m": st.sampled_from([16, 32]),
     "block_n": st.sampled_from([16, 32]),
-    "dtype": st.sampled_from(sorted(KERNEL_ERRORS)),
+    "dtype": st.sampled_from(sorted(ROPE_ATTENTION)),
     "spread": st.sampled_from([1.0, 3.0]),
     "seed": st.integers(0, 2**31),
 }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(case=st.fixed_dictionaries(CASES))
 @example(case=CUT_CASES[0])
 @example(case=CUT_CASES[1])
@@ -87,7 +88,7 @@ def test_kernel_against_float64(interpreter, case):
     # Outputs, staging, unfilled rows and padding tokens are NaN beforehand.
     got = interpreter.run(case | {"rank": case["rank"] % case["ranks"]})
     assert got["problems"] == []
-    assert got["error"] <= KERNEL_ERRORS[case["dtype"]], got["worst"]
+    assert got["error"] <= ROPE_ATTENTION[case["dtype"]], got["worst"]
 
 
 @pytest.mark.parametrize("kv_splits", [1, 2])
@@ -99,7 +100,7 @@ def test_small_tiles_against_float64(interpreter, case, kv_splits):
     sizes |= {"block_m": tiles.block_m, "block_n": tiles.block_n, "kv_splits": kv_splits}
     got = interpreter.run(case | sizes)
     assert got["problems"] == []
-    assert got["error"] <= KERNEL_ERRORS[case["dtype"]], got["worst"]
+    assert got["error"] <= ROPE_ATTENTION[case["dtype"]], got["worst"]
 
 
 # ---- the launch plan
@@ -135,7 +136,7 @@ def test_nothing_spills_at_1_3b(capability, rotate, tmp_path):
 
 
 SMALL_SIZES = [
-    (dtype, dim) for dtype in KERNEL_ERRORS for dim in (16, 24, 64, 128) if (dtype, dim) != ("bfloat16", 128)
+    (dtype, dim) for dtype in ROPE_ATTENTION for dim in (16, 24, 64, 128) if (dtype, dim) != ("bfloat16", 128)
 ]
 
 
@@ -280,11 +281,11 @@ def test_a_layer_equals_the_unfused_one(sizes, whole):
             ]
         )
     sent = torch.stack([torch.cat([x.reshape(ranks, -1, dim) for x in shards], dim=1) for shards in outputs])
-    torch.testing.assert_close(fused, sent, rtol=0, atol=2e-6)
+    torch.testing.assert_close(fused, sent, rtol=0, atol=ONE_OP)
     for rank in range(ranks):
         exchange = HeadExchange(layout, dim, lambda _, rank=rank: all_to_all(sent)[rank])
         got = all_to_all(fused)[rank].view(-1, dim)[torch.from_numpy(layout.gather_index())].view(1, rows, -1)
-        torch.testing.assert_close(got, exchange.gather_heads(outputs[rank]), rtol=0, atol=2e-6)
+        torch.testing.assert_close(got, exchange.gather_heads(outputs[rank]), rtol=0, atol=ONE_OP)
 
 
 # ---- its ONNX form
@@ -322,13 +323,13 @@ def assert_equals_the_op(session, inputs, arguments):
     fed = {name: x.numpy() for name, x in zip(inputs, flattened(arguments), strict=True) if name in wanted}
     got = [torch.from_numpy(x) for x in session.run(None, fed)]
     out, *written = rope_attention(*arguments)
-    torch.testing.assert_close(got[0], out, rtol=0, atol=3e-6)
+    torch.testing.assert_close(got[0], out, rtol=0, atol=FUSED_OP)
     assert all(torch.equal(x, y) for x, y in zip(got[1:], written, strict=True))
 
 
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("sizes", LAYOUTS[:5], ids=str)
+@pytest.mark.parametrize("sizes", LAYOUTS[:5:2], ids=str)
 def test_onnx_form(sizes, whole, rotate, tmp_path):
     *layout, history = sizes
     arguments = make_arguments(make_layout(*layout), 8, history, whole=whole, rotate=rotate, spare=4 if whole else 0)

@@ -1,13 +1,14 @@
 import sys
 
 import pytest
-import real_bindings
-import tensorrt_double as double
-from interpreter import run_in_interpreter, run_tests
+from support import SUPPORT, real_bindings
+from support import tensorrt_double as double
+from support.interpreter import run_in_interpreter, run_tests
 
 from causalrt.errors import ExecutorError, KernelError
 from causalrt.plugins import plugin_specs
-from causalrt.plugins.plugin_specs import QK_NORM_ROPE, OutputSpec, PluginSpec
+from causalrt.plugins.plugin_spec import OutputSpec, PluginSpec
+from causalrt.plugins.plugin_specs import QK_NORM_ROPE
 from causalrt.plugins.tensorrt_plugin import register_plugins
 
 TARGET = 80
@@ -26,13 +27,13 @@ def trt(monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["11.4", pytest.param("11.2", marks=pytest.mark.slow)])
-def test_plugins_build_over_the_bindings(version, tmp_path, request):
-    run_tests(request.path.with_name("over_bindings_tensorrt_plugin.py"), real_bindings.environment(tmp_path, version))
+def test_plugins_build_over_the_bindings(version, tmp_path):
+    run_tests(SUPPORT / "over_bindings_tensorrt_plugin.py", real_bindings.environment(tmp_path, version))
 
 
 @pytest.mark.slow
-def test_bindings_older_than_11_2_are_refused(tmp_path, request):
-    run_tests(request.path.with_name("over_old_bindings.py"), real_bindings.environment(tmp_path, "11.0"))
+def test_bindings_older_than_11_2_are_refused(tmp_path):
+    run_tests(SUPPORT / "over_old_bindings.py", real_bindings.environment(tmp_path, "11.0"))
 
 
 def test_order_of_parameters_in_the_interpreter():

@@ -54,7 +54,7 @@ def test_torch_that_does_not_tell(monkeypatch):
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(dist.ProcessGroup, "_get_backend", lambda self, device: object())
     with pytest.raises(
-        ExecutorError, match=r"does not tell its NCCL communicator; install torch 2.9 or newer, or build"
+        ExecutorError, match=r"does not give access to its NCCL communicator; install torch 2.9 or newer, or build"
     ):
         TorchCollectives().communicator()
 

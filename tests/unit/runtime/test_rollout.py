@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from causalrt.config import Config, override
+from causalrt.engines.base import SessionView
 from causalrt.engines.bundle import Bundle, open_bundle
 from causalrt.engines.eager import EagerExecutor
 from causalrt.export.build import build
@@ -45,15 +46,15 @@ class Logged:
 
     def __init__(self, bundle: Bundle, device: torch.device, log: Log) -> None:
         self.device, self.log = device, log
-        self.bound: list[tuple[int, bool]] = []
+        self.bound: list[tuple[int, int]] = []
         self._eager = EagerExecutor(bundle, LocalCollectives(), device=CPU)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._eager, name)
 
-    def bind(self, *args: Any, kv_rows: int, step: int = 0, **options: Any) -> None:
-        self.bound.append((kv_rows, step))
-        self._eager.bind(*args, kv_rows=kv_rows, step=step, **options)
+    def bind(self, view: SessionView) -> None:
+        self.bound.append((view.kv_rows, view.step))
+        self._eager.bind(view)
 
     def step(self, *args: Any) -> torch.Tensor:
         self.log.append("step")
@@ -173,7 +174,7 @@ def begin(
         bundle.layout,
         text=text_of(config, 0),
         noise=LoggedNoise(noise or SeededNoise(5), log),  # type: ignore[arg-type]
-        memory=SessionBufferPool(executor, config, bundle.layout).take(),
+        buffers=SessionBufferPool(executor, config, bundle.layout).take(),
     )
 
 
@@ -186,7 +187,7 @@ def play(rollout: Rollout, index: int, log: Log, **options: Any) -> list[torch.T
         assert len(times.denoise_ms) == 4
         latents.append(rows.clone())
 
-    _, records = rollout.chunk(index, **{"refresh": True, "record": False, **options}, deliver=deliver)
+    _, records = rollout.chunk(index, **{"context_pass": True, "record": False, **options}, deliver=deliver)
     return [*latents, *(record.flow for record in records)]
 
 
@@ -205,7 +206,7 @@ def second_chunk(rollout: Rollout, log: Log, **options: Any) -> list[str]:
 def test_a_gpu_refreshes_while_latents_are_delivered_and_noise_is_drawn(
     bundle_of: Callable[..., Bundle], log: Log
 ) -> None:
-    """Everything is queued before the host waits, for the copy of the latents alone; then the refresh hides the host's work."""
+    """Everything is queued before the host waits, for the copy of the latents alone; then the context pass hides its work."""
     rollout = begin(bundle_of({}), GPU, log)
     assert second_chunk(rollout, log, draw_next=True) == [
         *STEPS,
@@ -222,7 +223,7 @@ def test_a_cpu_delivers_before_it_refreshes(bundle_of: Callable[..., Bundle], lo
 def test_the_last_chunk_draws_for_none(bundle_of: Callable[..., Bundle], log: Log) -> None:
     """On a GPU it waits for its latents, and has nothing more to wait for."""
     rollout = begin(bundle_of({}), GPU, log)
-    assert second_chunk(rollout, log, refresh=False) == [*STEPS, "copy", "wait for the copy", "deliver"]
+    assert second_chunk(rollout, log, context_pass=False) == [*STEPS, "copy", "wait for the copy", "deliver"]
 
 
 def test_a_recorded_last_chunk_is_refreshed_and_draws_for_none(bundle_of: Callable[..., Bundle], log: Log) -> None:
@@ -332,9 +333,9 @@ def test_warming_up_meets_every_length_and_plays_a_chunk_of_each_kind(
 ) -> None:
     bundle, collectives = bundle_of(changes), CountedCollectives()
     config, executor = bundle.config, Logged(bundle, device, log)
-    memories = SessionBufferPool(executor, config, bundle.layout)
+    pool = SessionBufferPool(executor, config, bundle.layout)
     random = torch.get_rng_state()
-    warm_up(executor, collectives, config, bundle.layout, memories)
+    warm_up(executor, collectives, config, bundle.layout, pool)
 
     slots = KVSlots(config, bundle.layout, torch.float32)
     lengths = {(slots.filled_rows(first_frame), 0) for first_frame in history_lengths(config)}
@@ -349,11 +350,11 @@ def test_warming_up_meets_every_length_and_plays_a_chunk_of_each_kind(
     # Nothing is left of it: no traffic, no random state, and on a GPU a memory for the first session.
     assert collectives.traffic == Traffic()
     assert torch.equal(torch.get_rng_state(), random)
-    assert memories.num_free == (device == GPU)
-    memory = memories.take()
-    memory.begin(executor.encode_prompt(text_of(config, 0)))
-    assert memory.number == (device == CPU)
-    assert memory.slots.rows_moved == 0
+    assert pool.num_free == (device == GPU)
+    buffers = pool.take()
+    buffers.begin(executor.encode_prompt(text_of(config, 0)))
+    assert buffers.number == (device == CPU)
+    assert buffers.slots.rows_moved == 0
 
 
 @pytest.mark.parametrize("changes", [{}, TWO_KINDS], ids=["chunks alike", "first chunk of one frame"])
@@ -368,9 +369,9 @@ def test_two_ranks_warm_up_together_and_compute_what_cold_ones_do(
 
         def on_rank(rank: int, warm: bool = warm, ranks: Sequence[ThreadCollectives] = collectives) -> torch.Tensor:
             config, executor = bundle.config, EagerExecutor(bundle, ranks[rank], device=CPU)
-            memories = SessionBufferPool(executor, config, bundle.layout)
+            pool = SessionBufferPool(executor, config, bundle.layout)
             if warm:
-                warm_up(executor, ranks[rank], config, bundle.layout, memories)
+                warm_up(executor, ranks[rank], config, bundle.layout, pool)
             rollout = Rollout(
                 executor,
                 ranks[rank],
@@ -378,7 +379,7 @@ def test_two_ranks_warm_up_together_and_compute_what_cold_ones_do(
                 bundle.layout,
                 text=text_of(config, 0),
                 noise=SeededNoise(5),
-                memory=memories.take(),
+                buffers=pool.take(),
             )
             return torch.cat(
                 [torch.empty(0, 64), *(rows for index in range(3) for rows in play(rollout, index, Log()))]

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -177,7 +178,9 @@ def test_one_gpu_of_several_that_does_not_work(machine):
     found, said = examined()
     assert not found["next"]["gpus_usable"]
     assert "GPU 1 (NVIDIA A100) does not work: CUDA error: uncorrectable ECC error" in said
-    assert "It runs eager and inductor on one rank." in said
+    assert re.search(
+        r"It runs eager(, | and )inductor( and onnxruntime)? on one rank\.", said
+    )  # by what is installed here
 
 
 def test_what_slows_or_stops_several_ranks(machine, monkeypatch):
@@ -206,7 +209,7 @@ def test_no_compiler_on_a_gpu(machine, monkeypatch, tmp_path):
     assert not found["can"]["run fused ops on GPUs"]["ok"]
     assert "compilers C: none, C++: none" in said
     assert "Problem: inductor does not run: Triton needs a C compiler to launch kernels on a GPU" in said
-    assert "It runs eager on one rank" in said
+    assert re.search(r"It runs eager( and onnxruntime)? on one rank", said)
 
 
 def test_no_compiler_on_a_cpu(machine, monkeypatch, tmp_path):

@@ -7,7 +7,8 @@ import torch
 
 from causalrt import override, recipe, write_video
 from causalrt.errors import RequestError
-from causalrt.tools.generate import Request, _read_given
+from causalrt.tools.arguments import GenerateRequest
+from causalrt.tools.generate import _read_clip
 
 pytest.importorskip("av", reason="needs PyAV: pip install 'av>=18.1,<19'")
 
@@ -29,7 +30,7 @@ def clip(config, tmp_path):
 
 
 def numbers(path: Path, config, **options):
-    frames = _read_given(Request(out=Path("out.mp4"), given=path, **options), config)
+    frames = _read_clip(GenerateRequest(Path("bundle"), out=Path("out.mp4"), **options), path, config)
     return [round(level / 4) for level in frames.float().mean((1, 2, 3)).tolist()]
 
 

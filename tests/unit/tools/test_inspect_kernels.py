@@ -19,16 +19,20 @@ from causalrt.plugins.ptx import TARGETS, CompiledKernel
 from causalrt.plugins.qk_norm_rope import write_rows
 from causalrt.plugins.rope_attention import run_kernel
 from causalrt.recipes import recipe
+from causalrt.tools import inspect_kernels
 from causalrt.tools.inspect_kernels import (
     GPUS,
     blocks_per_multiprocessor,
-    describe_kernels,
     gpu_from_target,
     plan_kernels,
     targets_from_names,
 )
 
 pytest.importorskip("triton")
+
+
+def describe_kernels(config, **given):
+    return [report.as_dict() for report in inspect_kernels.describe_kernels(config, **given)]
 
 
 def make_config(name="wan_1_3b_480p", **build):

@@ -1,33 +1,24 @@
 """`causalrt plan` as it is called: JSON that does not change, verdicts, the calibration's file, refusals."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from plan_tables import TABLES, with_tables
 
 from causalrt.cli import main
 from causalrt.config import override
-from causalrt.errors import ConfigError, ExecutorError
+from causalrt.errors import ConfigError, MeasurementError
 from causalrt.recipes import recipe
-from causalrt.tools.plan.calibrate import exchange_of, wait_for
-from causalrt.tools.plan.calibration import (
-    CalibratedMachine,
-    Calibration,
-    Entry,
-    Runtime,
-    Sample,
-    fit_costs,
-    read_calibration,
-)
+from causalrt.tools.ops.micro_ops import PASS_KINDS, OpExecutor, Sample
+from causalrt.tools.ops.rank_processes import RankProcesses
+from causalrt.tools.ops.timing import exchange_of
+from causalrt.tools.plan.calibration import CalibratedMachine, Calibration, Entry, fit_costs, read_calibration
+from causalrt.tools.plan.command import verdict
 from causalrt.tools.plan.hardware import GPUS
-from causalrt.tools.plan.micro_ops import PASS_KINDS
 from causalrt.tools.plan.predict import forecast
 from causalrt.tools.plan.roofline import GpuMachine
-from causalrt.tools.plan.tables import TABLES, with_tables
-from causalrt.tools.plan.verdict import verdict
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -44,7 +35,14 @@ def test_json_is_the_same_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert [each["layout"] for each in found["forecasts"]] == ["balanced", "padded", "grouped", "gathered"]
     assert found["forecasts"][0]["counts"]["all_to_all_calls"] == 5 * 60
     assert found["forecasts"][3]["counts"]["all_to_all_calls"] == 5 * 30
-    assert set(found["simulation"]["chunk_ms"]) == {"p50", "p95", "p99"}
+    assert set(found["timeline"]) == {
+        "world_size",
+        "layout",
+        "first_frame_ms",
+        "last_chunk_ms",
+        "last_interval_ms",
+        "frames_per_second",
+    }
 
 
 @pytest.mark.parametrize(
@@ -66,7 +64,7 @@ def test_the_executor_to_build_is_named(capsys: pytest.CaptureFixture[str], gpu:
 def test_a_table_over_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "--gpu", "h100", "--head-plan", "balanced", "--collectives", "runtime")
     assert "PREDICTED, not measured" in out
-    rows = [line.split()[0] for line in out.splitlines() if " shards " in line and line.strip()[0].isdigit()]
+    rows = [line.split()[0] for line in out.splitlines() if " balanced " in line and line.strip()[0].isdigit()]
     assert rows == ["1", "2", "3", "4", "6", "8", "12", "16"]
 
 
@@ -89,7 +87,7 @@ def test_a_large_model_is_worth_more(capsys: pytest.CaptureFixture[str]) -> None
     assert any("real time" in sentence for sentence in found["verdict"])
 
 
-def calibration(ranks: tuple[int, ...] = (1,), runtimes: tuple[Runtime, ...] = ("onnxruntime",)) -> Calibration:
+def calibration(ranks: tuple[int, ...] = (1,), executors: tuple[OpExecutor, ...] = ("onnxruntime",)) -> Calibration:
     costs = {
         "gemm": {"flop": 1e-11, "element": 0.0, "call": 1e-5},
         "attention": {"flop": 1e-11, "score": 1e-9, "call": 0.0},
@@ -97,8 +95,8 @@ def calibration(ranks: tuple[int, ...] = (1,), runtimes: tuple[Runtime, ...] = (
         **{kind: {"element": 1e-10, "call": 0.0} for kind in PASS_KINDS},
     }
     entries = [
-        Entry(runtime=runtime, ranks=p, threads=1, costs=costs, relative_error=0.05, ceilings={})
-        for runtime in runtimes
+        Entry(executor=executor, ranks=p, threads=1, costs=costs, relative_error=0.05, ceilings={})
+        for executor in executors
         for p in ranks
     ]
     return Calibration(machine="a machine", device="cpu", precision="float32", entries=tuple(entries))
@@ -110,7 +108,7 @@ def test_a_calibration_is_read_as_written(tmp_path: Path) -> None:
     assert read_calibration(path) == calibration((1, 2))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 0}', '{"version": 1, "entries": [{}]}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 0}', '{"version": 2, "entries": [{}]}'])
 def test_what_is_no_calibration(tmp_path: Path, text: str) -> None:
     path = tmp_path / "machine.json"
     path.write_text(text)
@@ -186,7 +184,7 @@ def test_refusals(
     def measured(*_: object, **__: object) -> Calibration:
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr("causalrt.tools.plan.calibrate.calibrate", measured)
+    monkeypatch.setattr("causalrt.tools.plan.command.calibrate", measured)
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -199,27 +197,27 @@ def test_the_tables_of_the_docs_are_what_the_planner_says() -> None:
     )
 
 
-def test_a_calibration_does_not_wait_for_the_ranks_of_one_that_failed(tmp_path: Path) -> None:
-    logs = [tmp_path / "log0", tmp_path / "log1"]
-    programs = ("import time; time.sleep(600)", "raise MemoryError('too much')")
-    processes = []
-    for program, path in zip(programs, logs, strict=True):
-        with path.open("w") as log:
-            processes.append(subprocess.Popen([sys.executable, "-c", program], stderr=log))
-    try:
-        with pytest.raises(ExecutorError, match="too much"):
-            wait_for(processes, logs)
-        assert processes[0].poll() is None
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def test_a_measurement_does_not_wait_for_the_ranks_of_one_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one_fails.py").write_text(
+        "import json, sys, time\n"
+        "if json.loads(sys.argv[1])['rank']:\n"
+        "    raise MemoryError('too much')\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with RankProcesses("one_fails", 2, device="cpu", threads=1, task={}, what="a test") as ranks:
+        with pytest.raises(MeasurementError, match=r"a test could not be measured: rank 1 failed: [^$]*too much"):
+            ranks.wait_ready()
+        assert ranks._processes[0].poll() is None
+    assert all(process.poll() is not None for process in ranks._processes)
 
 
 def test_an_exchange_is_timed_in_the_precision_that_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     exchanged: list[torch.Tensor] = []
     monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda *tensors: exchanged.extend(tensors))
-    exchange_of(8, 2, torch.bfloat16, torch.device("cpu"))()
+    exchange_of(8, 2, 64, torch.bfloat16, torch.device("cpu"))()
     assert [tensor.dtype for tensor in exchanged] == [torch.bfloat16] * 2
 
 
@@ -230,8 +228,8 @@ def test_this_machine_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = said(capsys, "--recipe", "tiny", "--calibrate", str(path), "--head-plan", "balanced", "--json")
     assert [each["world_size"] for each in json.loads(out)["forecasts"]] == [1, 2]
     found = read_calibration(path)
-    assert {(entry.runtime, entry.ranks) for entry in found.entries} == {
-        (runtime, ranks) for runtime in ("eager", "onnxruntime") for ranks in (1, 2)
+    assert {(entry.executor, entry.ranks) for entry in found.entries} == {
+        (executor, ranks) for executor in ("eager", "onnxruntime") for ranks in (1, 2)
     }
     assert all(cost >= 0 for entry in found.entries for costs in entry.costs.values() for cost in costs.values())
     assert "exchange" in found.entry("eager", 2).costs

@@ -17,12 +17,11 @@ from causalrt.plugins.attention import attend, kv_attention_in_place
 from causalrt.plugins.rotate import rotate_pairs
 from causalrt.recipes import recipe
 from causalrt.runtime.kv_slots import KVSlots
+from causalrt.tools.ops.work import LAYOUTS, head_layout, step_work
 from causalrt.tools.plan.decode_work import decode_flops, decode_weights
 from causalrt.tools.plan.hardware import GPUS
-from causalrt.tools.plan.head_layouts import LAYOUTS, head_layout
 from causalrt.tools.plan.predict import forecast
 from causalrt.tools.plan.roofline import GpuMachine
-from causalrt.tools.plan.work import step_work
 
 TWELVE_HEADS = {"model.dim": "96", "model.num_heads": "12"}
 

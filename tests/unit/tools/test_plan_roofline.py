@@ -5,14 +5,13 @@ import pytest
 from causalrt.config import override
 from causalrt.errors import ConfigError
 from causalrt.recipes import recipe
+from causalrt.tools.ops.work import LAYOUTS, Attention, Exchange, Gemm, head_layout, step_work
 from causalrt.tools.plan import assumptions as assumed
+from causalrt.tools.plan.assumptions import BOUNDS, between
 from causalrt.tools.plan.hardware import GPUS, gpu_by_name
-from causalrt.tools.plan.head_layouts import LAYOUTS, head_layout
 from causalrt.tools.plan.predict import forecast
 from causalrt.tools.plan.published import compare_published
 from causalrt.tools.plan.roofline import GpuMachine, decode_fraction, gemm_tiles, waves
-from causalrt.tools.plan.spans import CASES, between
-from causalrt.tools.plan.work import Attention, Exchange, Gemm, step_work
 
 A800 = GpuMachine(gpu=GPUS["a800"])
 CONFIG = override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
@@ -63,11 +62,11 @@ def test_an_exchange_by_hand() -> None:
 @pytest.mark.parametrize("lowering", ["engine", "runtime", "eager"])
 def test_more_work_takes_no_less(gpu: str, lowering: str) -> None:
     machine = GpuMachine(gpu=GPUS[gpu], lowering=lowering)
-    for case in CASES:
+    for bound in BOUNDS:
         last = 0.0
         for frames in range(3, 22, 3):
             work = step_work(CONFIG, head_layout(CONFIG, "balanced"), kv_rows=1560 * frames)
-            seconds = machine.step_time(work, case, slot_rows=CONFIG.slot_rows).total_s
+            seconds = machine.step_time(work, bound, slot_rows=CONFIG.slot_rows).total_s
             assert seconds >= last
             assert seconds > machine.bound_seconds(work)
             last = seconds

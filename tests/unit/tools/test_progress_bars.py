@@ -2,7 +2,7 @@
 
 import re
 
-from causalrt.tools import progress
+from causalrt.tools import progress_bars as progress
 from causalrt.tools.progress_bars import shown_progress
 
 

@@ -1,7 +1,7 @@
-"""Executors and numbers of ranks against each other, side by side in one run.
+"""Executors and numbers of ranks compared with each other, side by side in one run.
 
-    sides (what can run here) -> engines, all loaded -> rollouts, chunk by chunk in turns <-> ceilings, in the same rounds
-          -> report (quantiles, ratios with intervals, checks) -> bench.json, bench.png, a table
+    replicas (what can run here) -> engines, all loaded -> rollouts, chunk by chunk in turns <-> ceilings, in the same rounds
+          -> rows of the report (quantiles, ratios with intervals, checks) -> bench.json, bench.png, a table
 
-No figure stands without its manifest, and no difference without an interval that leaves 1 out.
+Every figure comes with a manifest, and a difference counts only where its interval excludes 1.
 """

@@ -1,57 +1,47 @@
-"""What single ops reach alone, measured in rounds between those of the sides, and what a chunk step would take at that.
+"""Ceilings: rates that single ops reach, measured in rounds between those of the replicas, and steps at these rates.
 
-A way to run is (torch or ONNX Runtime, ranks, threads). Each has processes of its own (`probe.py`), which stay and wait: in a
-round all ranks run the products, attentions, sums and exchanges of the step, at its own sizes, with nothing between them.
+An op backend is (torch or ONNX Runtime, ranks, threads). Each has rank processes of its own (`tools/ops/timing.py`), which wait
+between rounds. In a round all ranks run the products, attentions, sums and exchanges of a step at its own sizes.
 
     ceilings    the highest rate of any product, of any attention, of a sum of two activations, of an exchange
-    roofline    counted work of a step (tools/plan/work.py) / these rates
+    roofline    counted work of a step (`tools/ops/work.py`) / these rates
 """
 
 import contextlib
-import json
 import statistics
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from multiprocessing import connection
-from typing import Any, Self, cast
+from typing import Self
 
-from causalrt.child_python import python_command, python_environment
-from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.errors import MeasurementError
-from causalrt.layout import slots_from_config
-from causalrt.measure.bench.sides import Replica
-from causalrt.owned_paths import TemporaryFolder
-from causalrt.tools.plan.calibration import Runtime
-from causalrt.tools.plan.head_layouts import head_layout
-from causalrt.tools.plan.work import StepWork, step_work
+from causalrt.measure.bench.replicas import Replica
+from causalrt.tools.ops.micro_ops import OpExecutor, rates_of
+from causalrt.tools.ops.timing import OpTimer
+from causalrt.tools.ops.work import StepWork
 
 Rates = Mapping[str, float]
-"""`gemm_gflops`, `attention_gflops`, `memory_gbs`, and with several ranks `exchange_gbs`, of one rank while all are at it."""
-
-ANSWER_S = 600.0
-"""Longest time that the processes may take for a round, or to get ready."""
+"""`gemm_gflops`, `attention_gflops`, `memory_gbs`, on several ranks `exchange_gbs`, of one rank while all ranks compute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpBackend:
-    """A way to run single ops."""
+    """An executor whose single ops can be timed, on a number of ranks."""
 
-    runtime: Runtime
+    executor: OpExecutor
     world_size: int
     threads: int
 
     @property
     def name(self) -> str:
-        """For people."""
-        return f"{self.runtime} {self.world_size}x{self.threads}"
+        """Executor, ranks and threads."""
+        return f"{self.executor} {self.world_size}x{self.threads}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMs:
-    """Milliseconds of a chunk step at the ceilings; `products_ms` is what nothing can do away with."""
+    """Milliseconds of a chunk step at the ceilings, by part."""
 
     gemm: float
     attention: float
@@ -60,45 +50,17 @@ class StepMs:
 
     @property
     def products_ms(self) -> float:
-        """Products and attentions."""
+        """Products and attentions, which no fusion can remove."""
         return self.gemm + self.attention
 
     @property
     def all_ms(self) -> float:
-        """Every part, one after the other, no pass fused with another."""
+        """Every part, one after another, with no pass fused into another op."""
         return self.gemm + self.attention + self.memory + self.exchange
 
 
-def work_of(config: Config, *, kv_frames: int) -> StepWork:
-    """Work of a step on one rank of the bundle's own head plan, attending to so many latent frames."""
-    layout = head_layout(config, config.build.head_plan)
-    return step_work(config, layout, kv_rows=kv_frames * config.tokens_per_frame)
-
-
-def full_work(config: Config) -> StepWork:
-    """That of the last chunk of the horizon: what ops are measured at."""
-    slots, video = slots_from_config(config), config.video
-    return work_of(config, kv_frames=slots.valid_frames(video.first_frame_of(video.horizon_chunks - 1)))
-
-
-def rates_of(samples: Sequence[Mapping[str, Any]], *, element_bytes: int) -> dict[str, float]:
-    """The highest of each kind among `{"kind", "features", "seconds"}`; a sum reads two tensors and writes one."""
-
-    def most(kind: str, feature: str, scale: float) -> float:
-        return max(float(scale * s["features"][feature] / s["seconds"]) for s in samples if s["kind"] == kind) / 1e9
-
-    rates = {
-        "gemm_gflops": most("gemm", "flop", 1),
-        "attention_gflops": most("attention", "flop", 1),
-        "memory_gbs": most("arithmetic", "element", 3 * element_bytes),
-    }
-    if any(sample["kind"] == "exchange" for sample in samples):
-        rates["exchange_gbs"] = most("exchange", "element", element_bytes)
-    return rates
-
-
 def roofline(work: StepWork, rates: Rates, *, element_bytes: int) -> StepMs:
-    """A step at the ceilings."""
+    """The time of a step at the ceilings."""
     others = work.layout.world_size - 1
     sent = others * sum(each.count * each.rows * each.head_dim for each in work.exchanges) * element_bytes
     moved = sum(each.count * 2 * each.elements for each in work.passes) * element_bytes
@@ -110,158 +72,114 @@ def roofline(work: StepWork, rates: Rates, *, element_bytes: int) -> StepMs:
     )
 
 
-class Probe:
-    """The processes of one way."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackendRates:
+    """The rates of one op backend: the best of all rounds, and those of every round."""
 
-    def __init__(self, way: OpBackend, config: Config, device: str) -> None:
-        self.way = way
-        self._bytes = TORCH_DTYPES[config.build.precision].itemsize
-        self._folder = TemporaryFolder("bench")
-        folder = self._folder.path
-        (folder / "config.json").write_text(json.dumps(config.as_dict()))
-        environment = python_environment(GLOO_SOCKET_IFNAME="lo", OMP_WAIT_POLICY="passive")
-        command = [*python_command("causalrt.measure.bench.probe"), "--runtime", way.runtime]
-        command += ["--device", device, "--threads", str(way.threads), "--folder", str(folder)]
-        self._log = (folder / "log").open("w+")
-        # A group of their own: Ctrl-C is for the benchmark, which ends them.
-        self._processes = [
-            subprocess.Popen(
-                [*command, "--rank", str(rank)],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                text=True,
-                start_new_session=True,
-            )
-            for rank in range(way.world_size)
-        ]
-
-    def wait_ready(self) -> None:
-        """Return when every process has what it needs, and is idle.
-
-        Raises:
-            MeasurementError: a process failed.
-        """
-        self._answers()
-
-    def measure(self) -> dict[str, float]:
-        """One round.
-
-        Raises:
-            MeasurementError: a process failed.
-        """
-        for process in self._processes:
-            assert process.stdin is not None
-            with contextlib.suppress(OSError):  # it has ended, which its answer tells
-                process.stdin.write("go\n")
-                process.stdin.flush()
-        return rates_of(self._answers()[0], element_bytes=self._bytes)
-
-    def _answers(self) -> list[Any]:
-        """The next line of every rank, as they come: where one has ended, the others wait for it and write none."""
-        pipes = {process.stdout.fileno(): process.stdout for process in self._processes if process.stdout is not None}
-        answers: dict[int, Any] = {}
-        try:
-            while len(answers) < len(pipes):
-                waiting = [number for number in pipes if number not in answers]
-                if not (found := connection.wait(waiting, timeout=ANSWER_S)):
-                    raise TimeoutError(f"no answer within {ANSWER_S:g} s")
-                for ready in found:
-                    number = cast("int", ready)
-                    answers[number] = json.loads(pipes[number].readline())
-            return [answers[number] for number in pipes]
-        except (OSError, ValueError) as error:
-            self._log.seek(0)
-            raise MeasurementError(
-                f"single ops could not be measured ({self.way.name}): {self._log.read()[-2000:].strip() or error}; "
-                "leave them out with --no-ceilings"
-            ) from error
-
-    def close(self) -> None:
-        """End the processes."""
-        for process in self._processes:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
-        self._log.close()
-        self._folder.remove()
+    way: str
+    executor: str
+    world_size: int
+    threads: int
+    best: Rates
+    rounds: Sequence[Rates]
 
 
 class Ceilings(AbstractContextManager["Ceilings"]):
-    """Every way that sides are compared with, and the rates of each round.
+    """All op backends that replicas are compared with; their processes end with the `with` block.
 
     Attributes:
-        rounds: by way, the rates of each round.
+        rounds: by backend, the rates of each round.
     """
 
-    def __init__(self, sides: Sequence[Replica]) -> None:
+    def __init__(self, replicas: Sequence[Replica]) -> None:
         self.rounds: dict[OpBackend, list[Rates]] = {}
-        self._probes: list[Probe] = []
-        self._sides = sides
+        self._timers: dict[OpBackend, OpTimer] = {}
+        self._replicas = replicas
+        self._element_bytes = TORCH_DTYPES[replicas[0].config.build.precision].itemsize
+        self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         configs = {
-            way: side.config for side in self._sides for way in (self.eager_way(side), self.own_way(side)) if way
+            backend: replica.config
+            for replica in self._replicas
+            for backend in (self.eager_backend(replica), self.own_backend(replica))
+            if backend
         }
-        try:
-            for way, config in configs.items():
-                self._probes.append(Probe(way, config, self._sides[0].device))
-            for probe in self._probes:
-                probe.wait_ready()
-        except BaseException:
-            self.__exit__()
-            raise
+        with contextlib.ExitStack() as started, _hinting():
+            for backend, config in configs.items():
+                self._timers[backend] = started.enter_context(
+                    OpTimer(
+                        backend.executor,
+                        backend.world_size,
+                        threads=backend.threads,
+                        device=self._replicas[0].device,
+                        config=config,
+                    )
+                )
+            for timer in self._timers.values():
+                timer.wait_ready()
+            self._closing = started.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for probe in self._probes:
-            probe.close()
+        self._closing.close()
 
     @staticmethod
-    def eager_way(side: Replica) -> OpBackend:
-        """Eager torch's ops, on as many ranks."""
-        return OpBackend(runtime="eager", world_size=side.world_size, threads=side.threads)
+    def eager_backend(replica: Replica) -> OpBackend:
+        """Eager torch, on as many ranks as the replica."""
+        return OpBackend(executor="eager", world_size=replica.world_size, threads=replica.threads)
 
     @staticmethod
-    def own_way(side: Replica) -> OpBackend | None:
-        """Those of the side's own runtime; None where they cannot be had one by one."""
-        eager = Ceilings.eager_way(side)
-        if side.executor == "eager":
+    def own_backend(replica: Replica) -> OpBackend | None:
+        """The replica's own executor; None where its ops cannot be run one by one."""
+        eager = Ceilings.eager_backend(replica)
+        if replica.executor == "eager":
             return eager
-        if side.executor == "onnxruntime" and side.device == "cpu":
-            return replace(eager, runtime="onnxruntime")
+        if replica.executor == "onnxruntime" and replica.device == "cpu":
+            return replace(eager, executor="onnxruntime")
         return None
 
     def measure(self, *, counts: bool = True) -> None:
-        """A round of each way, one after the other; the first of all warms up."""
-        for probe in self._probes:
-            rates = probe.measure()
-            if counts:
-                self.rounds.setdefault(probe.way, []).append(rates)
+        """Run a round of each backend, one after another; one that does not count warms up.
 
-    def around(self, way: OpBackend, repeat: int) -> Rates:
-        """The mean of the rounds before and after a repeat of the sides, both counted from 0."""
-        before, after = self.rounds[way][repeat : repeat + 2]
+        Raises:
+            MeasurementError: a process failed, or gave no answer in time.
+        """
+        for backend, timer in self._timers.items():
+            with _hinting():
+                rates = rates_of(timer.measure(), element_bytes=self._element_bytes)
+            if counts:
+                self.rounds.setdefault(backend, []).append(rates)
+
+    def around(self, backend: OpBackend, repeat: int) -> Rates:
+        """The mean of the rounds before and after a repeat of the replicas, which is counted from 0."""
+        before, after = self.rounds[backend][repeat : repeat + 2]
         return {name: statistics.mean((before[name], after[name])) for name in before}
 
-    def best(self, way: OpBackend) -> Rates:
-        """Of all rounds."""
-        rounds = self.rounds[way]
+    def best(self, backend: OpBackend) -> Rates:
+        """The highest rates of all rounds."""
+        rounds = self.rounds[backend]
         return {name: max(rates[name] for rates in rounds) for name in rounds[0]}
 
-    def as_list(self) -> list[dict[str, Any]]:
-        """Plain JSON types: the best of all rounds, and every round."""
+    def summary(self) -> list[BackendRates]:
+        """The rates of every backend, for the report."""
         return [
-            {
-                "way": way.name,
-                "runtime": way.runtime,
-                "world_size": way.world_size,
-                "threads": way.threads,
-                "best": self.best(way),
-                "rounds": [dict(rates) for rates in rounds],
-            }
-            for way, rounds in self.rounds.items()
+            BackendRates(
+                way=backend.name,
+                executor=backend.executor,
+                world_size=backend.world_size,
+                threads=backend.threads,
+                best=self.best(backend),
+                rounds=rounds,
+            )
+            for backend, rounds in self.rounds.items()
         ]
+
+
+@contextlib.contextmanager
+def _hinting() -> Iterator[None]:
+    """Say how to do without ceilings when they cannot be measured."""
+    try:
+        yield
+    except MeasurementError as error:
+        raise MeasurementError(f"{error}; leave single ops out with --no-ceilings") from error

@@ -1,25 +1,34 @@
 """`causalrt bench`: choose, build, load, measure, report."""
 
-import argparse
 import contextlib
 import datetime
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from causalrt.config import Config
 from causalrt.engines.bundle import MANIFEST, file_digest
 from causalrt.errors import ConfigError, Faults
+from causalrt.measure.bench.arguments import REPEATS, BenchRequest
 from causalrt.measure.bench.ceilings import Ceilings
 from causalrt.measure.bench.machine import describe_machine, describe_moment
 from causalrt.measure.bench.picture import draw, figure_class
-from causalrt.measure.bench.report import comparisons, row
+from causalrt.measure.bench.replicas import (
+    LeftOut,
+    Replica,
+    Source,
+    build_random,
+    bundles_of,
+    check_all_fit,
+    choose_replicas,
+    sources_of,
+)
+from causalrt.measure.bench.report import Manifest, Report
 from causalrt.measure.bench.rollouts import Rollouts
+from causalrt.measure.bench.rows import comparisons, row
 from causalrt.measure.bench.show import show
-from causalrt.measure.bench.sides import LeftOut, Replica, check_all_fit, choose_sides
-from causalrt.measure.bench.sources import BenchRequest, Source, build_random, bundles_of, sources_of
 from causalrt.owned_paths import TemporaryFolder
 from causalrt.progress import Progress
 from causalrt.runtime.noise import SeededNoise
@@ -27,12 +36,13 @@ from causalrt.runtime.requests import checked_chunks
 from causalrt.tools.doctor import examine
 from causalrt.tools.files import check_writable_in, make_folder, write_whole
 
-SCHEMA = 1
+SCHEMA = 2
+CONTEXT_PASS = "after the latency of its chunk, within frames a second"
 JSON_FILE, PICTURE_FILE = "bench.json", "bench.png"
 
 
 def run(
-    arguments: argparse.Namespace,
+    request: BenchRequest,
     read_config: Callable[[], Config | None],
     *,
     write: Callable[[str], None],
@@ -40,131 +50,114 @@ def run(
 ) -> None:
     """Run the command.
 
-    Args:
-        arguments: of the command line.
-        read_config: the config of the recipe; None where bundles are given.
-        write: takes what is said.
-        on_progress: told of each stage.
-
     Raises:
-        CausalRTError: of the type that fits, or CombinedConfigError if several things are wrong. Whatever is refused is
-            refused before anything is loaded, and no file is half-written.
+        CausalRTError: of the type that fits, or CombinedConfigError for several faults. Requests are refused before anything
+            is loaded, and an earlier report is replaced only when the new one is complete.
     """
-    config, sources, sides, left_out, faults = None, list[Source](), list[Replica](), list[LeftOut](), Faults()
-    with faults:
-        if arguments.repeats < 1:
-            raise ConfigError(
-                f"--repeats must be at least 1, got {arguments.repeats}; 5 are the fewest that can show anything"
-            )
-    with faults:
-        if arguments.threads is not None and arguments.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {arguments.threads}; leave it out for all cores")
-    with faults:
-        SeededNoise(arguments.seed)
-    with faults:
-        _check_out(arguments.out, picture=not arguments.no_picture)
-    wishes = BenchRequest(
-        executors=arguments.executors,
-        world_sizes=arguments.world_sizes,
-        plugins=arguments.plugins,
-        cuda_graphs=arguments.cuda_graphs,
-        device=arguments.device,
-        threads=arguments.threads,
-    )
     with TemporaryFolder("bench") as folder:
-        with faults:
-            config = read_config()
-            sources = bundles_of(arguments.bundles, wishes) if config is None else sources_of(config, wishes, folder)
-        if sources:
-            with faults:
-                checked_chunks(sources[0].config, arguments.chunks)
-            with faults:
-                sides, left_out = choose_sides(sources, wishes, examine()["can"])
-        faults.report()
-        vae = config is None and not arguments.no_vae
-        check_all_fit(sides, vae=vae)
-        make_folder(arguments.out)
+        config, sources, replicas, left_out = _checked(request, read_config, folder)
+        vae = config is None and request.vae
+        check_all_fit(replicas, vae=vae)
+        make_folder(request.out)
         if config is not None:
-            wanted = {s.path: [side.executor for side in sides if side.bundle == s.path] for s in sources}
-            build_random(sources, wanted, folder, seed=arguments.seed, on_progress=on_progress)
-        report = measure(sides, arguments, vae=vae, on_progress=on_progress)
-    report["left_out"] = [
-        {"executor": each.executor, "world_size": each.world_size, "reason": each.reason} for each in left_out
-    ]
-    written = [arguments.out / JSON_FILE]
-    contents = [(json.dumps(report, indent=1) + "\n").encode()]
-    if not arguments.no_picture:
-        written.append(arguments.out / PICTURE_FILE)
-        contents.append(draw(report))
-    for path, content in zip(written, contents, strict=True):
+            build_random(sources, replicas, folder, seed=request.seed, on_progress=on_progress)
+        report = measure(replicas, left_out, request, vae=vae, on_progress=on_progress)
+    plain = asdict(report)
+    written = {request.out / JSON_FILE: (json.dumps(plain, indent=1) + "\n").encode()}
+    if request.picture:
+        written[request.out / PICTURE_FILE] = draw(report)
+    for path, content in written.items():
         write_whole(path, content)
-    if arguments.json:
-        write(json.dumps(report))
+    if request.json:
+        write(json.dumps(plain))
     else:
         show(report, write)
         write(f"written: {', '.join(map(str, written))}")
 
 
+def _checked(
+    request: BenchRequest, read_config: Callable[[], Config | None], folder: Path
+) -> tuple[Config | None, list[Source], list[Replica], list[LeftOut]]:
+    """Check the request and choose what to measure, or raise everything that is wrong with it at once."""
+    config, sources, replicas, left_out, faults = None, list[Source](), list[Replica](), list[LeftOut](), Faults()
+    with faults:
+        if request.repeats < 1:
+            raise ConfigError(
+                f"--repeats must be at least 1, got {request.repeats}; {REPEATS} are the fewest that can show anything"
+            )
+    with faults:
+        if request.threads is not None and request.threads < 1:
+            raise ConfigError(f"--threads must be at least 1, got {request.threads}; leave it out for all cores")
+    with faults:
+        SeededNoise(request.seed)
+    with faults:
+        if request.picture:
+            figure_class()
+        check_writable_in(request.out, (JSON_FILE, PICTURE_FILE) if request.picture else (JSON_FILE,))
+    with faults:
+        config = read_config()
+        sources = bundles_of(request) if config is None else sources_of(config, request, folder)
+    if sources:
+        with faults:
+            checked_chunks(sources[0].config, request.chunks)
+        with faults:
+            replicas, left_out = choose_replicas(sources, request, examine()["can"])
+    faults.report()
+    return config, sources, replicas, left_out
+
+
 def measure(
-    sides: Sequence[Replica], arguments: argparse.Namespace, *, vae: bool, on_progress: Progress
-) -> dict[str, Any]:
-    """All of it, once bundles are there; engines and processes have ended when this returns or raises."""
-    device, repeats = sides[0].device, arguments.repeats
+    replicas: Sequence[Replica],
+    left_out: list[LeftOut],
+    request: BenchRequest,
+    *,
+    vae: bool,
+    on_progress: Progress,
+) -> Report:
+    """Measure replicas whose bundles are built; engines and processes have ended when this returns or raises."""
+    device = replicas[0].device
     before = describe_moment(device)
-    bundles = {
-        side.bundle: {
-            "name": side.bundle.name,
-            "world_size": side.world_size,
-            "sha256": file_digest(side.bundle / MANIFEST),
-        }
-        for side in sides
-    }
+    digests = {replica.bundle: file_digest(replica.bundle / MANIFEST) for replica in replicas}
     with contextlib.ExitStack() as stack:
-        rollouts = stack.enter_context(Rollouts(sides, seed=arguments.seed, num_chunks=arguments.chunks, vae=vae))
+        rollouts = stack.enter_context(Rollouts(replicas, seed=request.seed, num_chunks=request.chunks, vae=vae))
         rollouts.load(on_progress)
-        ceilings = None if arguments.no_ceilings else stack.enter_context(Ceilings(sides))
-        on_progress("rollouts", 0, repeats + 1)
-        for done in range(repeats + 1):
-            rollouts.repeat(done - 1)
-            if ceilings is not None:
-                if done == 0:
-                    ceilings.measure(counts=False)
-                ceilings.measure()
-            on_progress("rollouts", done + 1, repeats + 1)
+        ceilings = stack.enter_context(Ceilings(replicas)) if request.ceilings else None
+        _repeat(rollouts, ceilings, request.repeats, on_progress)
         rollouts.read_memory()
         decodes = rollouts.decodes
-    rows = [row(side, rollouts.measured[side.name], ceilings) for side in sides]
-    config = sides[0].config
-    return {
-        "schema": SCHEMA,
-        "manifest": {
-            "what": arguments.recipe or ", ".join(path.name for path in bundles),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": sys.argv,
-            "machine": describe_machine(device),
-            "before": before,
-            "after": describe_moment(device),
-            "bundles": list(bundles.values()),
-            "random_weights": not arguments.bundles,
-            "seed": arguments.seed,
-            "repeats": repeats,
-            "chunks": rollouts.num_chunks,
-            "config": config.as_dict(),
-            "includes": {
-                "text": False,
-                "vae": decodes,
-                "refresh": "after the latency of its chunk, within frames a second",
-                "build": False,
-            },
-        },
-        "rows": rows,
-        "comparisons": [each.as_dict() for each in comparisons(sides, rollouts.measured)],
-        "ceilings": [] if ceilings is None else ceilings.as_list(),
-    }
+    ranks = {replica.bundle: replica.world_size for replica in replicas}
+    manifest = Manifest(
+        what=request.recipe or ", ".join(path.name for path in digests),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=sys.argv,
+        machine=describe_machine(device),
+        before=before,
+        after=describe_moment(device),
+        bundles=[{"name": path.name, "world_size": ranks[path], "sha256": sha} for path, sha in digests.items()],
+        random_weights=not request.bundles,
+        seed=request.seed,
+        repeats=request.repeats,
+        chunks=rollouts.num_chunks,
+        config=replicas[0].config.as_dict(),
+        includes={"text": False, "vae": decodes, "context pass": CONTEXT_PASS, "build": False},
+    )
+    return Report(
+        schema=SCHEMA,
+        manifest=manifest,
+        rows=[row(replica, rollouts.measured[replica.name], ceilings) for replica in replicas],
+        comparisons=comparisons(replicas, rollouts.measured),
+        ceilings=[] if ceilings is None else ceilings.summary(),
+        left_out=left_out,
+    )
 
 
-def _check_out(folder: Path, *, picture: bool) -> None:
-    """Find out before the work, not after it, that the result cannot be written."""
-    if picture:
-        figure_class()
-    check_writable_in(folder, (JSON_FILE, PICTURE_FILE) if picture else (JSON_FILE,))
+def _repeat(rollouts: Rollouts, ceilings: Ceilings | None, repeats: int, on_progress: Progress) -> None:
+    """Run the warm-up and all repeats, each between two rounds of the ceilings."""
+    on_progress("rollouts", 0, repeats + 1)
+    for done in range(repeats + 1):
+        rollouts.repeat(done - 1)
+        if ceilings is not None:
+            if done == 0:
+                ceilings.measure(counts=False)
+            ceilings.measure()
+        on_progress("rollouts", done + 1, repeats + 1)

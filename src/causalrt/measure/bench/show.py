@@ -1,50 +1,37 @@
-"""The table of a report, and what is said below it."""
+"""The tables of a report, and the sentences below them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from causalrt.measure.bench.report import FirstWarmChunk, Flatness, Fraction, Report, Row
 from causalrt.terminal import PrintableConsole
 
 TABLE_WIDTH, SMALL_MS = 130, 100
-LATENCY = (
-    "",
-    "p50",
-    "p95",
-    "p99",
-    "cold, s",
-    "warm",
-    "frames/s",
-    "MB sent",
-    "MiB",
-    "waits",
-    "of eager",
-    "of own",
-)
+LATENCY = ["", "p50", "p95", "p99", "cold, s", "warm", "frames/s", "MB sent", "MiB", "waits", "of eager", "of own"]
 LATENCY_NOTE = (
-    "ms of chunks by quantile; cold: first chunk from the start of a process; warm: from asking for a session, ms; "
-    "frames/s: of the last chunks that a refresh follows; MB sent: by a rank to others in a chunk; MiB: the most that a "
-    "rank held, mapped files included; waits: of the host for the GPU in a chunk; of eager, of own: time of products and "
-    "attention at the highest rates that eager torch's ops, or the runtime's own, reach alone / time of a step: in the "
-    "median repeat, and fastest over fastest"
+    "p50, p95, p99: latency of chunks, ms; cold: first chunk from the start of a process; warm: from the request for a "
+    "session, ms; frames/s: of the last chunks that a context pass follows; MB sent: by a rank to others in a chunk; MiB: the "
+    "most that a rank held, mapped files included; waits: of the host for the GPU in a chunk; of eager, of own: time of "
+    "products and attention at the highest rates that ops of eager torch, or of the executor itself, reach / time of a step: "
+    "in the median repeat, and fastest over fastest"
 )
 
 
-def show(report: dict[str, Any], write: Callable[[str], None]) -> None:
-    """Print a table of rows; say what differs from what, what was checked, and what was left out."""
-    manifest = report["manifest"]
-    machine = manifest["machine"]
-    where = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cores']} cores"
-    title = f"{manifest['what']}, {manifest['config']['build']['precision']}, on {where}"
+def show(report: Report, write: Callable[[str], None]) -> None:
+    """Print the rows as tables, then differences, checks, and what was left out."""
+    manifest = report.manifest
+    title = f"{manifest.what}, {manifest.config['build']['precision']}, on {manifest.machine.summary}"
     console = PrintableConsole()
     console.width = max(console.width, TABLE_WIDTH)
-    stages = list(dict.fromkeys(name for row in report["rows"] for name in row["stages_ms"]))
-    console.print(_table(title, LATENCY, [_latency(row) for row in report["rows"]], LATENCY_NOTE))
-    console.print(
-        _table("medians of a chunk's stages, ms", ["", *stages], [_stages(row, stages) for row in report["rows"]], None)
-    )
+    stages = list(dict.fromkeys(name for row in report.rows for name in row.stages_ms))
+    console.print(_table(title, LATENCY, [_latency(row) for row in report.rows], LATENCY_NOTE))
+    rows = [
+        [row.name, *(_ms(row.stages_ms[name].p50) if name in row.stages_ms else "-" for name in stages)]
+        for row in report.rows
+    ]
+    console.print(_table("medians of the stages of a chunk, ms", ["", *stages], rows, None))
     for line in sentences(report):
         write(line)
 
@@ -58,72 +45,81 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], no
     return table
 
 
-def _latency(row: dict[str, Any]) -> list[str]:
-    latency, first = row["chunk_latency_ms"], row["first_frame"]
-    rate, roofline, waits = row["frames_per_second"], row["roofline"] or {}, row["host_waits_per_chunk"]
-    peaks = [peak for peak in row["peak_memory"]["device_bytes"] or row["peak_memory"]["rank_bytes"] if peak]
-
-    def fraction(key: str) -> str:
-        found = roofline.get(key)
-        return "-" if found is None else f"{found['products']['median']:.2f}/{found['products_fastest']:.2f}"
-
+def _latency(row: Row) -> list[str]:
+    latency, first, rate = row.chunk_latency_ms, row.first_frame, row.frames_per_second
+    peaks = [peak for peak in row.peak_memory.device_bytes or row.peak_memory.rank_bytes if peak]
     return [
-        row["name"],
-        *(_ms(latency[name]) for name in ("p50", "p95", "p99")),
-        f"{first['cold']['total_ms']['p50'] / 1e3:.2f}",
-        _ms(first["warm"]["total_ms"]["p50"]),
-        "-" if rate is None else f"{rate['median']:.2f}",
-        f"{row['exchange']['bytes_per_chunk'] / 1e6:.1f}",
+        row.name,
+        *map(_ms, (latency.p50, latency.p95, latency.p99)),
+        f"{first.cold.total_ms.p50 / 1e3:.2f}",
+        _ms(first.warm.total_ms.p50),
+        "-" if rate is None else f"{rate.median:.2f}",
+        f"{row.exchange.bytes_per_chunk / 1e6:.1f}",
         f"{max(peaks) / 2**20:.0f}" if peaks else "-",
-        "-" if waits is None else str(waits),
-        fraction("of_eager_ops"),
-        fraction("of_own_ops"),
+        "-" if row.host_waits_per_chunk is None else str(row.host_waits_per_chunk),
+        _fraction(None if row.roofline is None else row.roofline.of_eager_ops),
+        _fraction(None if row.roofline is None else row.roofline.of_own_ops),
     ]
 
 
-def _stages(row: dict[str, Any], stages: Sequence[str]) -> list[str]:
-    found = row["stages_ms"]
-    return [row["name"], *(_ms(found[name]["p50"]) if name in found else "-" for name in stages)]
+def _fraction(found: Fraction | None) -> str:
+    return "-" if found is None else f"{found.products.median:.2f}/{found.products_fastest:.2f}"
 
 
 def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= SMALL_MS else f"{value:.1f}"
 
 
-def sentences(report: dict[str, Any]) -> list[str]:
-    """What the rows say of each other, what single ops reached, what was checked, and what is missing."""
-    executors = {row["name"]: (row["executor"], row["plugins"], row["cuda_graphs"]) for row in report["rows"]}
-    first = report["rows"][0]["name"]
-    lines = [
-        each["says"]
-        for each in report["comparisons"]
-        if each["metric"] == "chunk latency"
-        and (each["against"] == first or executors[each["side"]] == executors[each["against"]])
+def sentences(report: Report) -> list[str]:
+    """Differences between rows, ceilings, checks, rows that are missing, and the load of the machine."""
+    load = [f"{moment.load_average[0]:.1f}" for moment in (report.manifest.before, report.manifest.after)]
+    return [
+        *_differences(report),
+        *(
+            f"ceilings of a rank, {each.way}: "
+            + ", ".join(f"{name.replace('_', ' ')} {rate:.3g}" for name, rate in each.best.items())
+            for each in report.ceilings
+        ),
+        *map(_checks, report.rows),
+        *_missing(report),
+        f"load average before {load[0]}, after {load[1]}",
     ]
-    if len(lines) > 1 and all(each["interval"] for each in report["comparisons"]):
-        missed = sum(1 - each["interval"][2] for each in report["comparisons"])
+
+
+def _differences(report: Report) -> list[str]:
+    """Latencies against the first row, and against rows of the same executor and options."""
+    kinds = {row.name: (row.executor, row.fused_ops, row.cuda_graphs) for row in report.rows}
+    first = next(iter(kinds), None)
+    lines = [
+        each.says
+        for each in report.comparisons
+        if each.metric == "chunk latency" and (each.against == first or kinds[each.side] == kinds[each.against])
+    ]
+    intervals = [each.interval for each in report.comparisons if each.interval is not None]
+    if len(lines) > 1 and len(intervals) == len(report.comparisons):
+        missed = sum(1 - probability for _, _, probability in intervals)
         lines.append(
-            f"of all {len(report['comparisons'])} intervals in the report, about {missed:.1f} miss, as intervals do"
+            f"about {missed:.1f} of all {len(intervals)} intervals in the report do not contain the true median"
         )
-    for way in report["ceilings"]:
-        rates = ", ".join(f"{name.replace('_', ' ')} {rate:.3g}" for name, rate in way["best"].items())
-        lines.append(f"ceilings a rank, {way['way']}: {rates}")
-    for row in report["rows"]:
-        checks = row["checks"]
-        flat, warm = checks["flat_once_full"], checks["first_warm_chunk"]
-        ratio = flat["slowest_over_fastest"]
-        flatness = "too few chunks with a full window" if ratio is None else f"{ratio:.3f} ({_held(flat)})"
-        lines.append(
-            f"{row['name']}: slowest over fastest chunk once the window is full {flatness}; first warm chunk over its like "
-            f"{warm['over_later_sessions']:.3f} (one sample, {_held(warm)})"
-        )
+    return lines
+
+
+def _checks(row: Row) -> str:
+    flat, warm = row.checks.flat_once_full, row.checks.first_warm_chunk
+    ratio = flat.slowest_over_fastest
+    flatness = "too few chunks with a full window" if ratio is None else f"{ratio:.3f} ({_held(flat)})"
+    return (
+        f"{row.name}: slowest over fastest chunk once the window is full: {flatness}; first warm chunk over those of later "
+        f"sessions: {warm.over_later_sessions:.3f} (one sample, {_held(warm)})"
+    )
+
+
+def _missing(report: Report) -> list[str]:
     missing: dict[str, list[int]] = {}
-    for each in report["left_out"]:
-        missing.setdefault(f"{each['executor']}: {each['reason']}", []).append(each["world_size"])
-    lines += [f"not measured, {', '.join(map(str, ranks))} rank(s), {why}" for why, ranks in missing.items()]
-    load = [f"{report['manifest'][when]['load_average'][0]:.1f}" for when in ("before", "after")]
-    return [*lines, f"load average before {load[0]}, after {load[1]}"]
+    for each in report.left_out:
+        missing.setdefault(f"{each.executor}: {each.reason}", []).append(each.world_size)
+    return [f"not measured, {', '.join(map(str, ranks))} rank(s), {why}" for why, ranks in missing.items()]
 
 
-def _held(check: dict[str, Any]) -> str:
-    return f"within {100 * check['within']:.0f} %" if check["held"] else f"NOT within {100 * check['within']:.0f} %"
+def _held(check: Flatness | FirstWarmChunk) -> str:
+    return f"{'' if check.held else 'NOT '}within {100 * check.within:.0f} %"

@@ -1,27 +1,39 @@
-"""The arguments of `causalrt gpu-day`; importing this is cheap, unlike importing what the command runs."""
+"""The request of `causalrt gpu-day`, which is its command line; importing it is cheap, unlike importing what the parts run."""
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from causalrt.measure.gpu_day.parts import PARTS
+from causalrt.options import OUTPUT, Json
 
 FOLDER = "causalrt-gpu-day"
 BUDGET_S = 570.0
+PART_NAMES = tuple(part.name for part in PARTS)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments beside `--json`."""
-    parser.add_argument(
-        "--budget", type=float, default=BUDGET_S, metavar="SECONDS", help=f"time for all parts together ({BUDGET_S:g})"
-    )
-    parser.add_argument("--out", type=Path, default=Path(FOLDER), help=f"folder of the report ({FOLDER})")
-    parser.add_argument(
-        "--parts", nargs="+", choices=[part.name for part in PARTS], metavar="NAME", help="run only these parts"
-    )
-    parser.add_argument("--list", action="store_true", help="list the parts and run nothing")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="run every part on the CPU at the smallest size, to see that it works"
-    )
-    parser.add_argument(
-        "--golden", type=Path, metavar="FOLDER", help="recorded rollouts (tests/data/golden of the source tree)"
-    )
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuDayRequest:
+    """Which parts to run, and where to write the report.
+
+    Attributes:
+        budget: Time for all parts together.
+        parts: Run only these parts.
+        list: List the parts and run nothing.
+        dry_run: Run every part on the CPU at the smallest size, to see that it works.
+        golden: Folder of recorded rollouts; by default tests/data/golden of the source tree.
+        out: Folder of the report.
+        json: see `Json`.
+    """
+
+    budget: Annotated[float, Parameter(metavar="SECONDS")] = BUDGET_S
+    parts: Annotated[Sequence[str] | None, Parameter(consume_multiple=True, choices=PART_NAMES)] = None
+    list: bool = False
+    dry_run: bool = False
+    golden: Annotated[Path | None, Parameter(metavar="FOLDER")] = None
+    out: Annotated[Path, Parameter(group=OUTPUT)] = Path(FOLDER)
+    json: Json = False

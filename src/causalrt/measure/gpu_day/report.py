@@ -1,4 +1,4 @@
-"""The report of a GPU day: `gpu.json` for programs, `gpu.md` for people, and pictures drawn from the parts' figures."""
+"""The report of a GPU day: `gpu.json` for programs, `gpu.md` for people, and pictures of the figures of parts."""
 
 import json
 import time
@@ -7,29 +7,58 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from causalrt.measure.gpu_day.pictures import draw_kernels, draw_steps
+from causalrt.atomic_files import atomic_file
+from causalrt.measure.bench.machine import Machine
 from causalrt.measure.gpu_day.runner import Outcome
 from causalrt.tools.files import write_whole
 
 JSON_FILE, TEXT_FILE = "gpu.json", "gpu.md"
+
+
+def _draw_kernels(data: Mapping[str, Any], path: Path) -> None:
+    from causalrt.measure.kernel_bench.picture import plot
+
+    plot(data, path)
+
+
+def _draw_steps(data: Mapping[str, Any], path: Path) -> None:
+    """Draw the time of a chunk step over the filled KV rows: measured by side, and predicted by the planner."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    times, ratios = figure.subplots(1, 2)
+    for number, (side, rows) in enumerate(data["sides"].items()):
+        keys, colour = [row["KV rows"] for row in rows], f"C{number}"
+        times.plot(keys, [row["ms"] for row in rows], marker="o", color=colour, label=side)
+        ratios.plot(keys, [row["of eager"] for row in rows], marker="o", color=colour, label=side)
+        predicted = [row["predicted ms"] for row in rows]
+        if None not in predicted:
+            times.plot(keys, predicted, linestyle=":", color=colour, label=f"{side}, predicted")
+    times.set(title="a chunk step", xlabel="filled KV rows", ylabel="milliseconds (median)", ylim=(0, None))
+    ratios.set(title="relative to the time of eager, in the same run", xlabel="filled KV rows", ylim=(0, None))
+    for ax in (times, ratios):
+        ax.grid(visible=True, alpha=0.3)
+        ax.legend(fontsize=8)
+    figure.suptitle(data["title"])
+    figure.savefig(path, format="png", dpi=110)
+
+
 PICTURES: Mapping[str, tuple[str, Callable[[Mapping[str, Any], Path], None]]] = {
-    "kernels": ("kernels.png", draw_kernels),
-    "steps": ("steps.png", draw_steps),
+    "kernels": ("kernels.png", _draw_kernels),
+    "steps": ("steps.png", _draw_steps),
 }
-"""By part: the file, and what draws it from the part's data."""
+"""By part, the file of its picture, and the function that draws it from the data of the part."""
 
 
 class Report:
-    """All outcomes, and what was asked for; `write` may be called at any time.
+    """The outcomes of all parts; `write` may be called at any time.
 
     Attributes:
-        outcomes: of every part, in order.
+        outcomes: outcomes of the parts, in order.
         state: `running`, `finished` or `interrupted`.
     """
 
-    def __init__(
-        self, out: Path, outcomes: Sequence[Outcome], *, asked: Mapping[str, Any], machine: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, out: Path, outcomes: Sequence[Outcome], *, asked: Mapping[str, Any], machine: Machine) -> None:
         self._out, self._asked, self._machine = out, asked, machine
         self._start, self._began = time.monotonic(), time.strftime("%Y-%m-%d %H:%M:%S %Z")
         self.outcomes = outcomes
@@ -47,23 +76,24 @@ class Report:
             "began": self._began,
             "seconds": round(time.monotonic() - self._start, 1),
             **self._asked,
-            "machine": dict(self._machine),
+            "machine": asdict(self._machine),
             "parts": [asdict(outcome) for outcome in self.outcomes],
         }
 
     def write(self) -> None:
-        """Write both files, each whole."""
+        """Write both files, each in one step; the text is never behind the JSON."""
         found = self.as_dict()
-        write_whole(self._out / JSON_FILE, json.dumps(found, indent=1).encode())
         write_whole(self._out / TEXT_FILE, as_markdown(found).encode())
+        write_whole(self._out / JSON_FILE, json.dumps(found, indent=1).encode())
 
     def draw(self, outcome: Outcome) -> None:
-        """Draw a part's picture, if it has one and there is something to draw; a failure to do so is noted."""
+        """Draw the picture of a part that has one and has recorded data; a failure is noted in its record."""
         name, draw = PICTURES.get(outcome.name, (None, None))
         if name is None or draw is None or not outcome.record.get("data"):
             return
         try:
-            draw(outcome.record["data"], self._out / name)
+            with atomic_file(self._out / name) as partial:
+                draw(outcome.record["data"], partial)
             outcome.record["files"].append(name)
         except Exception as error:  # a picture is not worth losing the figures for
             outcome.record["notes"].append(f"no picture: {type(error).__name__}: {error}")
@@ -100,7 +130,7 @@ def _summary(parts: Sequence[Mapping[str, Any]]) -> list[str]:
             "part": part["name"],
             "status": part["status"],
             "seconds": part["seconds"],
-            "what it tells": part["summary"],
+            "finds out": part["summary"],
             "remark": part["reason"],
         }
         for part in parts
@@ -126,7 +156,7 @@ def _section(part: Mapping[str, Any]) -> list[str]:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rows as a table; a column for each key, in the order in which keys first occur."""
+    """Rows as a Markdown table with a column for each key, in the order in which keys first occur."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if not columns:
         return []

@@ -1,19 +1,29 @@
-"""A part in a process of its own, which is ended with all that it has started when its time is over."""
+"""Run a part in a process of its own, which is killed with everything that it has started when its time is over.
+
+run_part (in gpu-day)  --- python -m causalrt.measure.gpu_day.runner MODULE RECORD SETTINGS --->  main (in the process)
+"""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from causalrt.child_python import python_command, python_environment
-from causalrt.measure.gpu_day.book import Settings
+from causalrt.engines.streams import own_stream
 from causalrt.measure.gpu_day.parts import Part
+from causalrt.measure.gpu_day.recorder import Recorder, Settings, SkippedError, one_line
 
 POLL_S = 0.05
 REPORT_S = 1.0
@@ -21,24 +31,16 @@ LOG_TAIL_LINES = 40
 LOG_TAIL_BYTES = 2**16
 
 
+Status = Literal["waiting", "running", "done", "failed", "timed out", "skipped", "interrupted"]
+
+
 @dataclass(kw_only=True, slots=True)
 class Outcome:
-    """How a part went.
-
-    Attributes:
-        name: of the part.
-        summary: what it tells.
-        status: `waiting`, `running`, `done`, `failed`, `timed out`, `skipped` or `interrupted`.
-        reason: why it was skipped, or how it ended.
-        seconds: that it took.
-        limit_s: seconds that it was given.
-        log_tail: last lines of what its process wrote, unless the part is done.
-        record: what it found (see `book.Record`).
-    """
+    """The outcome of a part; `record` has its findings (see `recorder.Record`), `log_tail` the end of its log if it failed."""
 
     name: str
     summary: str
-    status: str = "waiting"
+    status: Status = "waiting"
     reason: str = ""
     seconds: float = 0.0
     limit_s: float = 0.0
@@ -49,15 +51,7 @@ class Outcome:
 def run_part(
     part: Part, outcome: Outcome, settings: Settings, *, limit_s: float, on_change: Callable[[], None]
 ) -> None:
-    """Run a part, and write how it went to `outcome`.
-
-    Args:
-        part: what to run.
-        outcome: of the part; its record follows what the part writes down.
-        settings: for the part.
-        limit_s: seconds after which its process and all of the same process group are killed.
-        on_change: called whenever the outcome has changed.
-    """
+    """Run a part, and kill its process group after `limit_s` seconds; `on_change` is called when `outcome` has changed."""
     record, log = settings.work / f"{part.name}.json", settings.work / f"{part.name}.log"
     outcome.status, outcome.limit_s = "running", round(limit_s, 1)
     on_change()
@@ -68,7 +62,7 @@ def run_part(
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*python_command("causalrt.measure.gpu_day.child"), part.module, str(record), settings.as_text()],
+                [*python_command(__name__), part.module, str(record), settings.as_text()],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -94,7 +88,7 @@ def run_part(
 
 
 def _wait(process: "subprocess.Popen[bytes]", until: float, each: Callable[[], None]) -> bool:
-    """Whether the process ends by itself in time. It is not reaped yet, so that its number still names its group."""
+    """Whether the process ends by itself in time. It is not reaped yet, so that its id still names its process group."""
     reported = time.monotonic()
     while (now := time.monotonic()) < until:
         if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None:
@@ -107,7 +101,7 @@ def _wait(process: "subprocess.Popen[bytes]", until: float, each: Callable[[], N
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill what is left of the group; whatever the part has started and left behind is in it."""
+    """Kill what is left of the process group, which includes everything that the part has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -122,7 +116,7 @@ def _follow(outcome: Outcome, record: Path, start: float, on_change: Callable[[]
 
 
 def _read_record(outcome: Outcome, path: Path) -> bool:
-    """Take over what the part has written; whether that is new."""
+    """Take over the record that the part has written, and return whether it has changed."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -157,3 +151,39 @@ def _tail(log: Path) -> str:
     except OSError:
         return ""
     return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
+
+
+# ---- in the process of the part
+
+
+def _end_with_parent() -> None:
+    """Kill this process group when the parent, which holds the other end of stdin, has ended."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> int:
+    """Run the part, and return the exit code; the record says how it went."""
+    module, record, settings = sys.argv[1:]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    recorder = Recorder(Settings.from_text(settings), Path(record))
+    recorder.save()
+    try:
+        if recorder.device.type == "cuda":
+            torch.cuda.set_device(recorder.device)
+        with own_stream(recorder.device):
+            importlib.import_module(module).run(recorder)
+    except SkippedError as reason:
+        recorder.record.skipped = str(reason)
+    except Exception as error:
+        traceback.print_exc()
+        recorder.record.error = one_line(error)
+    recorder.save()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return 1 if recorder.record.error else 0
+
+
+if __name__ == "__main__":
+    os._exit(main())  # unloading CUDA libraries would take seconds of the budget, and may crash

@@ -1,13 +1,12 @@
-"""Chunk steps of several executors side by side in one process, with random weights at a recipe's own size.
+"""Chunk steps of several executors side by side in one process, with random weights at the size of a recipe.
 
-Executors and their sessions take turns chunk by chunk, so that clocks and neighbours hit all of them alike. First their flows
-are compared with the first one's on the same inputs; then come, for every number of filled KV rows, the median milliseconds of
-a step, and how often torch waited for the device in one (TensorRT and NCCL are not watched).
+Executors take turns chunk by chunk, so that clocks and other load affect all of them equally. For every number of filled KV
+rows their flows are compared with that of the first executor on the same inputs; then come the median time of a step, and how
+often torch waited for the device in it (waits inside TensorRT and NCCL are not counted).
 """
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,37 +19,41 @@ from causalrt.engines.base import TORCH_DTYPES, Executor
 from causalrt.engines.bundle import WEIGHTS, Bundle, new_bundle, open_bundle, write_manifest
 from causalrt.engines.eager import EagerExecutor
 from causalrt.engines.inductor import InductorExecutor
+from causalrt.engines.step_record import StepGraphs
 from causalrt.export.random_weights import random_weights
+from causalrt.measure.gpu_day.recorder import Recorder
 from causalrt.runtime.collectives import LocalCollectives
 from causalrt.runtime.kv_slots import KVSlots
+from causalrt.runtime.session_buffers import SessionBuffers
 from causalrt.runtime.usage import WaitCounter
+from causalrt.tools.ops.timing import seconds_of
 
 MakeExecutor = Callable[[Bundle, torch.device], Executor]
 TIME = 500.0
 MOST_ERROR = 0.05
-"""Of a flow, relative to eager's in the same precision; rounding in bfloat16 makes about a hundredth."""
+"""Most difference of a flow from that of eager in the same precision, relative; rounding in bfloat16 causes about 0.01."""
 
 
-def eager(*, plugins: bool = False) -> MakeExecutor:
-    """Eager, by the fused ops or not."""
-    return lambda bundle, device: EagerExecutor(bundle, LocalCollectives(), device=device, plugins=plugins)
+def eager(*, fused_ops: bool = False) -> MakeExecutor:
+    """Makes eager executors, with or without the fused ops."""
+    return lambda bundle, device: EagerExecutor(bundle, LocalCollectives(), device=device, fused_ops=fused_ops)
 
 
-def inductor(*, plugins: bool = False, cuda_graphs: bool = True) -> MakeExecutor:
-    """Inductor, by the fused ops or not, captured or not."""
+def inductor(*, fused_ops: bool = False, cuda_graphs: bool = True) -> MakeExecutor:
+    """Makes inductor executors, with or without the fused ops and CUDA graphs."""
     return lambda bundle, device: InductorExecutor(
-        bundle, LocalCollectives(), device=device, plugins=plugins, cuda_graphs=cuda_graphs
+        bundle, LocalCollectives(), device=device, fused_ops=fused_ops, cuda_graphs=cuda_graphs
     )
 
 
 def random_state(config: Config, *, device: torch.device) -> dict[str, torch.Tensor]:
-    """Random weights by name, in the config's precision, on the CPU; they are drawn on `device`, which may be much faster."""
+    """Random weights by name on the CPU, in the precision of the config; drawing them on a GPU is much faster."""
     dtype = TORCH_DTYPES[config.build.precision]
     return {name: tensor.to("cpu", dtype) for name, tensor in random_weights(config.model, seed=0, device=device)}
 
 
 def random_bundle(config: Config, path: Path, *, device: torch.device) -> Bundle:
-    """A bundle of random weights and nothing else, which is what eager and inductor need; one that is there is taken."""
+    """Make a bundle of random weights and nothing else, as eager and inductor need it, or open the one at `path`."""
     if not path.exists():
         shapes = {"patch_embedding.weight": (config.model.dim, config.model.patch_features)}
         state = random_state(config, device=device)
@@ -58,15 +61,16 @@ def random_bundle(config: Config, path: Path, *, device: torch.device) -> Bundle
         size = sum(tensor.nbytes for tensor in weights.values())
         with new_bundle(path, overwrite=False, needed_bytes=size) as folder:
             save_file(weights, folder / WEIGHTS)
-            write_manifest(folder, config=config, plugins=False, executors=("eager",), graphs={}, engines={})
+            steps = [StepGraphs() for _ in config.video.step_frames]
+            write_manifest(folder, config=config, fused_ops=False, executors=("eager",), steps=steps, engines={})
     return open_bundle(path, verify=False)
 
 
 class StepSession:
-    """One executor with its KV slots; history is what it wrote itself.
+    """One executor with its KV slots, whose history it writes itself.
 
     Attributes:
-        executor: that steps.
+        executor: the executor.
     """
 
     def __init__(self, make: MakeExecutor, bundle: Bundle, device: torch.device) -> None:
@@ -74,32 +78,30 @@ class StepSession:
         self.executor, self._device = make(bundle, device), device
         dtype = TORCH_DTYPES[config.build.precision]
         whole = self.executor.whole_slots
-        self._slots = KVSlots(config, bundle.layout, dtype, whole_slots=whole, device=device)
+        slots = KVSlots(config, bundle.layout, dtype, whole_slots=whole, device=device)
+        self._buffers = SessionBuffers(0, slots)
         generator = torch.Generator().manual_seed(0)
         text = torch.randn(config.model.text_len, config.model.text_dim, generator=generator)
-        self._cross_kv = self.executor.encode_prompt(text)
+        self._buffers.begin(self.executor.encode_prompt(text))
         self._time = self.executor.embed_time(TIME)
 
     def bind(self, first_frame: int) -> int:
-        """Take up the chunk that begins at this frame; the number of filled KV rows."""
-        rows = self._slots.filled_rows(first_frame)
-        self.executor.bind(self._slots.filled(first_frame), self._cross_kv, kv_rows=rows, memory=0)
-        return rows
+        """Begin the chunk that starts at this frame, and return the number of filled KV rows."""
+        view = self._buffers.view(first_frame)
+        self.executor.bind(view)
+        return view.kv_rows
 
     def step(self, x: torch.Tensor, first_frame: int) -> torch.Tensor:
-        """One chunk step."""
-        return self.executor.step(x, *self._time, first_frame)
+        """Run one chunk step, and return its flow."""
+        return self.executor.step(x, self._time, first_frame)
 
     def timed_step(self, x: torch.Tensor, first_frame: int) -> float:
         """Milliseconds of one chunk step, from its first call to an idle device."""
-        self._wait()
-        start = time.perf_counter()
-        self.step(x, first_frame)
-        self._wait()
-        return 1e3 * (time.perf_counter() - start)
+        seconds_of(lambda: None, self._device)  # the device is idle
+        return 1e3 * seconds_of(lambda: self.step(x, first_frame), self._device)
 
     def count_waits(self, x: torch.Tensor, first_frame: int) -> int | None:
-        """How often torch waits for the device in one step; None on a CPU."""
+        """Count how often torch waits for the device in one step; None on a CPU."""
         counter = WaitCounter(self._device)
         counter.begin()
         try:
@@ -109,16 +111,12 @@ class StepSession:
         return waits
 
     def commit(self, first_frame: int) -> None:
-        """Make the chunk history."""
-        self._slots.commit(first_frame)
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        """Commit the chunk to the history."""
+        self._buffers.slots.commit(first_frame)
 
 
 def noise_of(bundle: Bundle, device: torch.device) -> torch.Tensor:
-    """What a step is given: `[S, 64]`."""
+    """Random input of a step, `[S, 64]`."""
     generator = torch.Generator().manual_seed(1)
     shape = bundle.layout.local_tokens, bundle.config.model.patch_features
     return torch.randn(shape, generator=generator).to(device)
@@ -130,14 +128,14 @@ def compare_steps(
     """Step all sessions through the chunks of the horizon.
 
     Args:
-        sessions: by name of the side; the first one is what the others are compared with.
-        config: of all of them.
-        x: `[S, 64]`.
-        repeats: rounds of which medians are taken.
+        sessions: sessions by name of the side; the others are compared with the first one.
+        config: their config.
+        x: input of every step, `[S, 64]`.
+        repeats: rounds over which medians are taken.
 
     Yields:
-        For each number of filled KV rows, a row for each side: `side`, `KV rows`, `ms`, `of eager` (the first side), `error`
-        (of the flow, relative to the first side's), `waits`.
+        For each number of filled KV rows, a row for each side: `side`, `KV rows`, `ms`, `of eager` (time relative to the first
+        side), `error` (of the flow, relative to the first side), `waits`.
     """
     frames = config.video.chunk_frames
     seen: set[int] = set()
@@ -153,6 +151,13 @@ def compare_steps(
             yield _compared(sessions, flows, x, first, rows=rows, repeats=repeats)
         for session in sessions.values():
             session.commit(first)
+
+
+def check_flow(recorder: Recorder, row: Mapping[str, Any]) -> None:
+    """Record a flow that differs too much from that of eager; `row` is one of `compare_steps`."""
+    text = f"{row['side']} over {row['KV rows']} rows: the flow differs from eager's by {row['error']:.2g}"
+    if row["error"] > MOST_ERROR and not any(wrong.startswith(text) for wrong in recorder.record.wrong):
+        recorder.wrong(f"{text}, allowed {MOST_ERROR:g}")
 
 
 def _compared(

@@ -1,1 +1,1 @@
-"""Times of the fused kernels beside what torch has: cases, checks against float64, verdicts and a picture."""
+"""The fused kernels beside what torch has, on one GPU, for `benchmarks/gpu_kernels.py` and `gpu-day`."""

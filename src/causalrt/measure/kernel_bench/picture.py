@@ -1,4 +1,4 @@
-"""The picture of a report: times of rows and of head plans; ratios and rates of attention over the number of keys."""
+"""The picture of a report: times of `qk_norm_rope` and of head plans; ratios and rates of attention over the number of keys."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from causalrt.measure.kernel_bench.sections import SDPA_RATIO
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG; what the run left out is left out."""
+    """Write the picture as a PNG; sections that did not run are left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 10), layout="constrained")

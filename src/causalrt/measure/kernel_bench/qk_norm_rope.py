@@ -1,4 +1,4 @@
-"""Cases of `qk_norm_rope` at a recipe's sizes: the fused op, the ops of the step without it, copies of as many bytes.
+"""Cases of `qk_norm_rope` at the sizes of a recipe: the fused op, the unfused ops, and copies of as many bytes.
 
 All sets of operands of a case hold the same values in other memory, so every output of every call is compared with one
 reference, in float64.
@@ -15,30 +15,30 @@ import torch.nn.functional as F
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import Layout, layout_from_config
-from causalrt.measure.kernel_bench.operands import OTHERS, Random, element_bytes, interpreted, require
+from causalrt.measure.kernel_bench.cases import OTHERS, Random, element_bytes, interpreted, require
 from causalrt.measure.kernel_bench.timing import Call, Captured, Output, Work
 from causalrt.plugins.qk_norm_rope import qk_norm_rope, write_rows
 from causalrt.plugins.rotate import rotate_pairs, rotate_pairs_real
 
 NUM_PARTS = 3  # q, k, v
 PAIR_ERRORS = {torch.float32: 8e-7, torch.float16: 2**-11 + 1e-6, torch.bfloat16: 2**-8 + 1e-6}
-"""Worst error of a value relative to the length of its channel pair."""
+"""Largest allowed error of a value, relative to the length of its channel pair."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """Operands of `qk_norm_rope`, and where the step without it gathers from."""
+    """Operands of `qk_norm_rope`, and the index by which the unfused step gathers."""
 
     tensors: tuple[torch.Tensor, ...]
     scatter_index: torch.Tensor
 
     def clone(self) -> "Rows":
-        """The same values in other memory; what every call shares is shared."""
+        """Copy the tensors to other memory; the index is shared."""
         return Rows(tensors=tuple(x.clone() for x in self.tensors), scatter_index=self.scatter_index)
 
 
 class QkNormRope:
-    """One rank's rows of one layer."""
+    """The rows of one layer on one rank."""
 
     def __init__(self, config: Config) -> None:
         self.layout: Layout = layout_from_config(config)
@@ -50,14 +50,14 @@ class QkNormRope:
 
     @property
     def work(self) -> Work:
-        """Each input read once, each output written once."""
+        """The work if each input is read once and each output is written once."""
         rows, width = self.layout.local_tokens, self.num_heads * self.head_dim
         values = NUM_PARTS * rows * width + 2 * width + self.out_rows * self.head_dim
         tables = 2 * rows * self.head_dim // 2 * element_bytes(torch.float32)
         return Work(num_bytes=values * element_bytes(self.dtype) + tables + self.destinations.nbytes)
 
     def operands(self, random: Random) -> Rows:
-        """q, k, v, both weights, cos, sin, destinations."""
+        """Random q, k, v and norm weights, cos, sin, and destinations."""
         rows, width = self.layout.local_tokens, self.num_heads * self.head_dim
         angle = 100 * random(1, rows, self.head_dim // 2, dtype=torch.float32)
         shapes = [(rows, width)] * NUM_PARTS + [(width,)] * 2
@@ -72,20 +72,20 @@ class QkNormRope:
         )
 
     def reference(self, given: Rows) -> torch.Tensor:
-        """`[P * scatter_rows, D]` float64: the definition, spelled out."""
+        """The result in float64 by the definition, `[P * scatter_rows, D]`."""
         q, k, v, norm_q, norm_k, cos, sin, _ = (x.double() for x in given.tensors)
         cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)  # [S, 1, D / 2]
 
-        def turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        def rotated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             normed = x / (x.square().mean(1, keepdim=True) + self.eps).sqrt() * weight
             even, odd = normed.view(len(x), self.num_heads, -1, 2).unbind(-1)
             return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(1)
 
-        stacked = torch.stack([turned(q, norm_q), turned(k, norm_k), v])
+        stacked = torch.stack([rotated(q, norm_q), rotated(k, norm_k), v])
         return stacked.view(-1, self.head_dim)[given.scatter_index]
 
     def kernel(self, given: Rows) -> Call:
-        """The fused op; in Triton's interpreter, its kernel."""
+        """A call of the fused op, or of its kernel in Triton's interpreter."""
         if not interpreted():
             return lambda: qk_norm_rope(*given.tensors, self.num_heads, self.eps, self.out_rows)
 
@@ -99,7 +99,7 @@ class QkNormRope:
         return call
 
     def unfused(self, rotate: Callable[..., torch.Tensor], *, packed: bool) -> Callable[[Rows], Output]:
-        """What the step does without the op. On one rank nothing is packed, and v stays where it is."""
+        """The ops of the step without the fused op. On one rank nothing is packed, and v stays where it is."""
 
         def norm_rope(given: Rows) -> Output:
             q, k, v, norm_q, norm_k, cos, sin, _ = given.tensors
@@ -113,7 +113,7 @@ class QkNormRope:
         return norm_rope
 
     def sides(self, sets: Sequence[Rows], *, compiled: bool) -> dict[str, list[Call]]:
-        """Who computes it, by name; a call for each set."""
+        """The sides by name, with a call for each set of operands."""
         kinds = {"kernel": [self.kernel(given) for given in sets]}
         for packed in (True, False) if self.world_size == 1 else (True,):
             name = "packed" if packed and self.world_size == 1 else "as the step"
@@ -126,7 +126,7 @@ class QkNormRope:
         return kinds
 
     def copies(self, num_sets: int, num_bytes: int, device: torch.device) -> list[Call]:
-        """`copy_` that moves `num_bytes` in all, reading and writing."""
+        """Calls of `copy_` that read and write `num_bytes` in all."""
 
         def copy() -> Call:
             source = torch.randint(-128, 127, (num_bytes // 2,), dtype=torch.int8, device=device)
@@ -136,7 +136,7 @@ class QkNormRope:
         return [copy() for _ in range(num_sets)]
 
     def check(self, name: str, captured: Captured, reference: torch.Tensor) -> float:
-        """The worst error of all outputs."""
+        """The largest error of all outputs."""
         limit = PAIR_ERRORS[self.dtype] * (1.0 if name == "kernel" else OTHERS)
         worst = 0.0
         for output in captured.outputs:

@@ -1,6 +1,6 @@
-"""Cases of `rope_attention` at a recipe's sizes: the fused op in four forms, and `scaled_dot_product_attention`.
+"""Cases of `rope_attention` at the sizes of a recipe: the fused op in four forms, and `scaled_dot_product_attention`.
 
-Forms: slots `whole` or `prefix`, as `causalrt.plugins.rope_attention` says; `-rotated` where attention rotates. All sets of
+Forms: slots `whole` or `prefix` (see `causalrt.plugins.rope_attention`); `-rotated` where attention rotates. All sets of
 operands of a case hold the same values in other memory, so every output of every call is compared with one reference, in
 float64. Staging, and rows of whole slots past `kv_rows`, are NaN before a kernel is checked.
 """
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from causalrt.config import Config
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.layout import Layout, layout_from_config
-from causalrt.measure.kernel_bench.operands import OTHERS, Random, WrongResultError, element_bytes, interpreted, require
+from causalrt.measure.kernel_bench.cases import OTHERS, Random, WrongResultError, element_bytes, interpreted, require
 from causalrt.measure.kernel_bench.timing import Call, Captured, Facts, Output, Work
 from causalrt.plugins.rope_attention import query_tokens, rope_attention_in_place, run_kernel, shard_parts
 from causalrt.plugins.rope_attention_launch import RopeAttentionPlan, Tiles, plan, tiles_for
@@ -24,10 +24,10 @@ from causalrt.plugins.rotate import rotate_pairs_real
 from causalrt.plugins.shard_blocks import ShardBlocks, blocks_from_shares
 
 OUTPUT_ERRORS = {torch.float32: 6e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Worst error relative to the largest value."""
+"""Largest allowed error, relative to the largest value."""
 
 QUERIES = 1024
-"""Rows at a time, in a reference."""
+"""Query rows that a reference computes at a time."""
 
 FORMS = ("whole", "prefix", "whole-rotated", "prefix-rotated")
 BACKENDS = {
@@ -37,7 +37,7 @@ BACKENDS = {
 }
 
 Parts = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""q, k, v `[1, heads, rows, D]` of each shard."""
+"""q, k, v of each shard, `[1, heads, rows, D]`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,14 +50,14 @@ class Slots:
     rotation: list[torch.Tensor]
 
     def clone(self) -> "Slots":
-        """The same values in other memory."""
+        """Copy the operands to other memory."""
         received, kv_rows = self.received.clone(), self.kv_rows.clone()
         slots, rotation = ([x.clone() for x in part] for part in (self.slots, self.rotation))
         return Slots(received=received, slots=slots, kv_rows=kv_rows, rotation=rotation)
 
 
 class RopeAttention:
-    """One rank's attention of one layer, all shards, over a number of filled slot rows."""
+    """The attention of one layer on one rank, with all shards, over a number of filled slot rows."""
 
     def __init__(self, config: Config, kv_rows: int) -> None:
         self.layout: Layout = layout_from_config(config)
@@ -75,12 +75,12 @@ class RopeAttention:
 
     @property
     def query_rows(self) -> list[int]:
-        """Of each shard, over all source ranks."""
+        """Query rows of each shard, from all source ranks."""
         return [self.world_size * shard.query_rows for shard in self.blocks.shards]
 
     @property
     def work(self) -> Work:
-        """Two products; q, keys, values and output once, staging written."""
+        """Two products; q, keys, values and output are moved once, and staging is written."""
         dim, size = self.blocks.head_dim, element_bytes(self.dtype)
         queries = sum(heads * rows for heads, rows in zip(self.heads, self.query_rows, strict=True))
         keys = sum(self.heads) * (self.kv_rows + self.num_tokens)
@@ -89,7 +89,7 @@ class RopeAttention:
     # -- operands
 
     def operands(self, random: Random) -> dict[str, Slots]:
-        """In every form, of the same values."""
+        """Random operands by form, with the same values in each."""
         dim, rows = self.blocks.head_dim, self.slot_rows
         received = random(self.world_size, self.layout.scatter_rows, dim)
         whole, prefix = [], []
@@ -106,12 +106,12 @@ class RopeAttention:
         made = {}
         for form in FORMS:
             slots = whole if form.startswith("whole") else prefix
-            turned = rotation if form.endswith("rotated") else []
-            made[form] = Slots(received=received, slots=slots, kv_rows=kv_rows, rotation=turned)
+            tables = rotation if form.endswith("rotated") else []
+            made[form] = Slots(received=received, slots=slots, kv_rows=kv_rows, rotation=tables)
         return made
 
     def heads_slow(self, given: Slots) -> Parts:
-        """q, k, v `[1, heads, rows, D]` of each shard, contiguous, rotated where attention rotates; whole slots."""
+        """q, k, v of each shard from whole slots, contiguous, rotated where attention rotates."""
         parts = []
         pairs = zip(self.blocks.shards, given.slots[::2], given.slots[1::2], strict=True)
         for shard, k_slots, v_slots in pairs:
@@ -131,7 +131,7 @@ class RopeAttention:
         return parts
 
     def reference(self, given: Slots) -> list[torch.Tensor]:
-        """`[heads, rows, D]` float64 of each shard, head by head and few queries at a time."""
+        """The output of each shard in float64, `[heads, rows, D]`, head by head and few queries at a time."""
         outputs = []
         for q, k, v in self.heads_slow(given):
             out = torch.empty_like(q[0], dtype=torch.float64)
@@ -147,7 +147,7 @@ class RopeAttention:
     # -- sides
 
     def kernel(self, given: Slots) -> Call:
-        """The fused op in place; in Triton's interpreter, its kernel."""
+        """A call of the fused op in place, or of its kernel in Triton's interpreter."""
         op = run_kernel if interpreted() else rope_attention_in_place
         rest = (self.heads, self.splits, self.num_tokens)
         return lambda: op(given.received, given.slots, given.kv_rows, given.rotation, *rest)
@@ -155,7 +155,7 @@ class RopeAttention:
     def plan(
         self, form: str, facts: Facts, *, tiles: Tiles | None = None, kv_splits: int | None = None
     ) -> RopeAttentionPlan:
-        """The launches of a form, with other tiles or ranges of keys than the op's."""
+        """Plan the launches of a form, with the tiles and ranges of keys of the op or with others."""
         whole, rotate = form.startswith("whole"), form.endswith("rotated")
         default = tiles_for(facts.capability, dtype=self.dtype, head_dim=self.blocks.head_dim, rotate=rotate)
         return plan(
@@ -170,7 +170,7 @@ class RopeAttention:
         )
 
     def planned(self, given: Slots, made: RopeAttentionPlan) -> Call:
-        """The launches of a plan."""
+        """A call that makes the launches of a plan."""
 
         def call() -> Output:
             buffers = made.buffers(given.received.device)
@@ -179,7 +179,7 @@ class RopeAttention:
         return call
 
     def sdpa(self, parts: Parts, backend: SDPBackend) -> Call:
-        """`scaled_dot_product_attention` over what `heads_slow` gave, a call for each shard."""
+        """A call of `scaled_dot_product_attention` for each shard of `heads_slow`."""
 
         def call() -> Output:
             with sdpa_kernel(backend):
@@ -189,8 +189,8 @@ class RopeAttention:
 
     # -- checks
 
-    def by_share(self, out: Output) -> list[torch.Tensor]:
-        """`[heads, rows, D]` of each shard, of a kernel's output or of SDPA's."""
+    def by_shard(self, out: Output) -> list[torch.Tensor]:
+        """Split the output of a kernel or of SDPA by shard, `[heads, rows, D]`."""
         if isinstance(out, tuple):
             return [x[0] for x in out]
         parts = []
@@ -200,23 +200,23 @@ class RopeAttention:
         return parts
 
     def check(self, name: str, captured: Captured, reference: Sequence[torch.Tensor], *, kernel: bool) -> float:
-        """The worst error of all outputs."""
+        """The largest error of all outputs."""
         limit = OUTPUT_ERRORS[self.dtype] * (1.0 if kernel else OTHERS)
         largest = max(float(want.abs().max()) for want in reference)
         worst = 0.0
         for output in captured.outputs:
-            for got, want in zip(self.by_share(output), reference, strict=True):
+            for got, want in zip(self.by_shard(output), reference, strict=True):
                 error = float((got.double() - want).abs().max()) / largest
                 worst = max(worst, require(error, limit, f"rope_attention over {self.kv_rows} rows, {name}"))
         return worst
 
     def poison(self, given: Slots) -> None:
-        """Staging is NaN: nobody may read it before it is written."""
+        """Fill staging with NaN, so that reading it before it is written shows."""
         for tensor in given.slots:
             tensor[..., : self.num_tokens, :] = math.nan
 
     def check_slots(self, name: str, given: Slots, before: Slots) -> None:
-        """Staging holds the chunk, and nothing behind it was written."""
+        """Raise WrongResultError unless staging holds the chunk, and the history behind it is unchanged."""
         for number, (tensor, old) in enumerate(zip(given.slots, before.slots, strict=True)):
             shard = self.blocks.shards[number // 2]
             _, *new = shard_parts(given.received, self.blocks, shard)

@@ -1,11 +1,11 @@
-"""The sections of `gpu_kernels.py`: which sides meet, and which claims are judged.
+"""The sections of `gpu_kernels.py`: the sides of each case, and the claims that are judged.
 
 case -> operands in several sets -> sides -> captured -> checked against float64 -> measured together -> report, claims
 """
 
-import argparse
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,11 +13,22 @@ import torch
 from causalrt.config import Config, override
 from causalrt.engines.base import TORCH_DTYPES
 from causalrt.errors import KernelError
-from causalrt.measure.kernel_bench.operands import Random
+from causalrt.measure.kernel_bench.cases import KernelBenchOptions, Random
 from causalrt.measure.kernel_bench.qk_norm_rope import QkNormRope
 from causalrt.measure.kernel_bench.rope_attention import BACKENDS, RopeAttention, Slots
-from causalrt.measure.kernel_bench.timing import Call, Captured, Samples, Spread, Timer, Work, machine, ratio
-from causalrt.measure.kernel_bench.verdicts import judge, judge_all, progress
+from causalrt.measure.kernel_bench.timing import (
+    Call,
+    Captured,
+    Samples,
+    Spread,
+    Timer,
+    Work,
+    judge,
+    judge_all,
+    machine,
+    progress,
+    ratio,
+)
 from causalrt.plugins.ptx import compile_kernel, default_cache
 from causalrt.plugins.rope_attention_launch import MAX_KV_SPLITS, RopeAttentionPlan, Tiles
 
@@ -46,54 +57,37 @@ TILES = tuple(
 
 Sides = dict[str, list[Call]]
 Checks = dict[str, Callable[[str, Captured], float]]
-"""Replays, compares, and gives the worst error."""
+"""By side, a function that replays it, compares the outputs, and returns the largest error."""
 
 
 def named(tiles: Tiles) -> str:
-    """How a table calls them."""
+    """The name of tiles in tables."""
     return f"{tiles.block_m}x{tiles.block_n}, {tiles.num_warps} warps, {tiles.num_stages} stages"
 
 
 def fastest(samples: Mapping[str, Samples], names: Iterable[str]) -> str | None:
-    """Of the sides that have times."""
+    """The fastest of the sides that have times."""
     there = [name for name in names if name in samples]
     return min(there, key=lambda name: Spread.of(samples[name]).median) if there else None
 
 
-def kv_lengths(args: argparse.Namespace, config: Config) -> list[int]:
-    """Filled rows: those asked for, or one more chunk at a time."""
-    rows, slots = config.tokens_per_chunk, config.slot_rows
-    lengths = list(args.kv_rows or range(rows, slots + 1, rows))
-    for length in lengths:
-        if not rows <= length <= slots:
-            raise SystemExit(f"--kv-rows: {length} is not between a chunk ({rows} rows) and the slots ({slots})")
-    return lengths
-
-
 class Bench:
-    """One run: its report, and a method for each section."""
+    """One run, with a method for each section."""
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        options: KernelBenchOptions,
         config: Config,
         device: torch.device,
         *,
         keep: Callable[[Mapping[str, Any]], None] = lambda report: None,
     ) -> None:
-        """Prepare a run.
-
-        Args:
-            args: the options of `benchmarks/gpu_kernels.py`.
-            config: the recipe.
-            device: where the kernels run.
-            keep: called with the report after each case.
-        """
-        self.args, self.base, self.device, self._keep = args, config, device, keep
-        self.timer = Timer(device, repeats=args.repeats)
+        """Prepare a run for these options; `keep` is called with the report after each case."""
+        self.options, self.base, self.device, self._keep = options, config, device, keep
+        self.timer = Timer(device, repeats=options.repeats)
         self.report: dict[str, Any] = {
             "machine": machine(device),
-            "options": {name: value for name, value in vars(args).items() if name != "out"},
+            "options": asdict(options),
             "clocks": self.timer.clocks,
             "claims": [],
         }
@@ -101,9 +95,9 @@ class Bench:
     # -- sections
 
     def qk_norm_rope(self) -> None:
-        """The fused op, the unfused ones, and copies."""
+        """Measure the fused op, the unfused ops, and copies."""
         self.report["qk_norm_rope"] = entries = []
-        for world_size in self.args.world_sizes:
+        for world_size in self.options.world_sizes:
             entries.append(self._rows_of_a_rank(world_size))
             self._keep(self.report)
 
@@ -119,7 +113,7 @@ class Bench:
             self._poison_and_replay(captured)
             return case.check(name, captured, reference)
 
-        sides: Sides = case.sides(sets, compiled=self.args.compile)
+        sides: Sides = case.sides(sets, compiled=self.options.compile)
         checks: Checks = dict.fromkeys(sides, check)
         sides = {name: self._repeated(calls, work) for name, calls in sides.items()}
         large = min(LARGE_COPY_BYTES, torch.cuda.mem_get_info()[0] // 2) if self.on_gpu else SMALL_COPY_BYTES
@@ -130,7 +124,7 @@ class Bench:
         known["kernel"]["host_us"] = self.timer.host_us(sides["kernel"][0])
         samples = self._measure(ready, known)
         for name in ready:
-            if world_size > 1 or not name.endswith("as the step"):  # who does not pack moves less
+            if world_size > 1 or not name.endswith("as the step"):  # a side that does not pack moves less
                 known[name]["gb_s"] = round(copied.get(name, work.num_bytes) / known[name]["ms"]["median"] / 1e6, 1)
         fractions = {}
         for name, moved in copied.items():
@@ -142,11 +136,11 @@ class Bench:
         return {"P": world_size, "num_bytes": work.num_bytes, "sides": known, "of_copy": fractions}
 
     def rope_attention(self) -> None:
-        """The fused op in every form, and SDPA."""
+        """Measure the fused op in every form, and SDPA."""
         self.report["rope_attention"] = entries = []
-        for world_size in self.args.world_sizes:
+        for world_size in self.options.world_sizes:
             by_form: dict[str, dict[int, Spread]] = {}
-            for kv_rows in kv_lengths(self.args, self.base):
+            for kv_rows in self.options.kv_lengths(self.base):
                 entry, ratios = self._attention_of_a_rank(RopeAttention(self._config(world_size), kv_rows))
                 entries.append(entry)
                 self._keep(self.report)
@@ -163,7 +157,7 @@ class Bench:
 
     def _attention_of_a_rank(self, case: RopeAttention) -> tuple[dict[str, Any], dict[str, Spread]]:
         progress(f"rope_attention, P = {case.world_size}, {case.kv_rows} keys: {case.work.flops / 1e9:.1f} GFLOP")
-        forms = self.args.forms
+        forms = self.options.forms
         sides, checks = self._attention_sides(case, forms)
         ready, known = self._settle(sides, checks, own=forms)
         for form in forms:
@@ -179,8 +173,8 @@ class Bench:
         return entry, ratios
 
     def plans(self) -> None:
-        """Head plans at the most ranks and keys: our kernel and SDPA."""
-        world_size, kv_rows = max(self.args.world_sizes), self.base.slot_rows
+        """Measure all head plans at the most ranks and keys, by our kernel and by SDPA."""
+        world_size, kv_rows = max(self.options.world_sizes), self.base.slot_rows
         if world_size == 1:
             progress("plans: needs more than one rank; name them with --world-sizes")
             return
@@ -220,29 +214,29 @@ class Bench:
         }
 
     def tune(self) -> None:
-        """Tiles of a short list, those that fit."""
+        """Measure the tiles of a short list that fit the device."""
         self.report["tune"] = entries = []
-        for world_size in self.args.world_sizes:
-            for form in self.args.tune or ["whole"]:
+        for world_size in self.options.world_sizes:
+            for form in self.options.tune or ["whole"]:
                 fitting = self._fitting_tiles(RopeAttention(self._config(world_size), self.base.slot_rows), form)
-                for kv_rows in kv_lengths(self.args, self.base):
+                for kv_rows in self.options.kv_lengths(self.base):
                     case = RopeAttention(self._config(world_size), kv_rows)
                     plans = {named(tiles): case.plan(form, self.timer.facts, tiles=tiles) for tiles in fitting}
                     entries.append(self._sweep("tune", case, form, plans))
 
     def kv_splits(self) -> None:
-        """Ranges of keys."""
+        """Measure numbers of ranges of keys."""
         self.report["kv_splits"] = entries = []
-        facts, numbers = self.timer.facts, self.args.kv_splits or range(1, MAX_KV_SPLITS + 1)
-        for world_size in self.args.world_sizes:
-            for kv_rows in kv_lengths(self.args, self.base):
+        facts, numbers = self.timer.facts, self.options.kv_splits or range(1, MAX_KV_SPLITS + 1)
+        for world_size in self.options.world_sizes:
+            for kv_rows in self.options.kv_lengths(self.base):
                 case = RopeAttention(self._config(world_size), kv_rows)
                 plans = {str(number): case.plan("whole", facts, kv_splits=number) for number in numbers}
                 chosen = case.plan("whole", facts).kv_splits
                 entries.append(self._sweep("kv_splits", case, "whole", plans) | {"chosen": chosen})
 
     def _fitting_tiles(self, case: RopeAttention, form: str) -> list[Tiles]:
-        """Those that compile, without spills, in the device's shared memory; two small ones where kernels are interpreted."""
+        """Tiles that compile without spills and fit shared memory; two small ones where kernels are interpreted."""
         if not self.on_gpu:
             return [Tiles(block_m=16, block_n=block_n, num_warps=4, num_stages=2) for block_n in (16, 32)]
         fitting, facts = [], self.timer.facts
@@ -264,7 +258,7 @@ class Bench:
     def _sweep(
         self, section: str, case: RopeAttention, form: str, plans: Mapping[str, RopeAttentionPlan]
     ) -> dict[str, Any]:
-        """Launches of one case side by side."""
+        """Measure several launch plans of one case side by side."""
         given = case.operands(self._random())[form]
         sets = [given, *(given.clone() for _ in range(self._num_sets(case.work) - 1))]
         check = self._kernel_check(case, given, case.reference(given))
@@ -281,7 +275,7 @@ class Bench:
     # -- sides of attention
 
     def _attention_sides(self, case: RopeAttention, forms: Sequence[str]) -> tuple[Sides, Checks]:
-        """The op in these forms, and every back end of SDPA over keys and values that lie ready."""
+        """The fused op in these forms, and every back end of SDPA over prepared keys and values."""
         made, count = case.operands(self._random()), self._num_sets(case.work)
         names = BACKENDS if self.on_gpu else {"flash": BACKENDS["flash"]}
         ready = [case.heads_slow(made["whole"]) for _ in range(count)]
@@ -308,8 +302,8 @@ class Bench:
     def _kernel_check(
         self, case: RopeAttention, given: Slots, reference: Sequence[torch.Tensor]
     ) -> Callable[[str, Captured], float]:
-        """Of outputs, of staging, and of what must not be written."""
-        before = given.clone() if self.args.check else given
+        """A check of outputs, of staging, and of memory that must not be written."""
+        before = given.clone() if self.options.check else given
 
         def check(name: str, captured: Captured) -> float:
             case.poison(given)
@@ -320,7 +314,7 @@ class Bench:
 
         return check
 
-    # -- what every section does
+    # -- common to all sections
 
     @property
     def on_gpu(self) -> bool:
@@ -337,11 +331,11 @@ class Bench:
         return work.num_sets(self.timer.facts)
 
     def _repeated(self, calls: Sequence[Call], work: Work) -> list[Call]:
-        """As many calls as a graph should hold."""
+        """Repeat calls until there are as many as a graph should hold."""
         return list(calls) * (work.num_calls(self.timer.facts) // len(calls) if self.on_gpu else 1)
 
     def _poison_and_replay(self, captured: Captured) -> None:
-        """Outputs are NaN, and then what the calls leave there."""
+        """Fill the outputs with NaN and replay, so that values that are not written show."""
         for tensor in captured.tensors():
             tensor.fill_(math.nan)
         captured.replay()
@@ -349,15 +343,10 @@ class Bench:
     def _settle(
         self, sides: Sides, checks: Checks, own: Collection[str]
     ) -> tuple[dict[str, Captured], dict[str, dict[str, Any]]]:
-        """Capture and check all sides.
-
-        Args:
-            sides: a call for each set, or more.
-            checks: for the sides that have one.
-            own: sides that must be there and right; others are left out, with the reason.
+        """Capture and check all sides; those not in `own` are left out when they fail, with the reason.
 
         Returns:
-            What can be timed, and what is known of each side.
+            The captured sides, and the facts about each side.
         """
         ready: dict[str, Captured] = {}
         known: dict[str, dict[str, Any]] = {name: {} for name in sides}
@@ -366,7 +355,7 @@ class Bench:
         for name, calls in sides.items():
             try:
                 captured = self.timer.capture(calls)
-                if self.args.check and name in checks:
+                if self.options.check and name in checks:
                     known[name]["error"] = float(f"{checks[name](name, captured):.3g}")
                 ready[name] = captured
             except Exception as error:
@@ -377,7 +366,7 @@ class Bench:
         return ready, known
 
     def _measure(self, ready: Mapping[str, Captured], known: dict[str, dict[str, Any]]) -> dict[str, Samples]:
-        """Times of all sides, kept in `known` too."""
+        """Measure all sides, and add their times to `known`."""
         samples = self.timer.measure(ready)
         for name, times in samples.items():
             known[name]["ms"] = Spread.of(times).as_json()

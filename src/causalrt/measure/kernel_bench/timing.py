@@ -1,23 +1,23 @@
-"""Times of work on a GPU that are fair between sides.
+"""Times of kernels on a GPU that are fair between the sides of a case, and verdicts by their ratios.
 
     side     its calls, over several sets of operands  --capture-->  one CUDA graph
     round    for every side, in turns: flush L2, event, replay, event          sample: milliseconds of one call
     case     many rounds; medians with p10 and p90, and ratios of two sides round by round
 
 A graph holds many calls where they are short, so that neither Python nor the start of a graph is measured. Operands are taken
-from several sets that together exceed L2. On a CPU, to try things out, calls are just run and wall time is taken.
+from several sets that together exceed L2. On a CPU, for trials, calls just run and wall time is taken.
 """
 
 import contextlib
 import math
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 Output = torch.Tensor | tuple[torch.Tensor, ...]
@@ -27,14 +27,14 @@ WARM_UPS = 3
 GRAPH_MS = 0.5
 MAX_CALLS = 128
 FLUSH_BYTES = 2**30
-"""Also the time in which the host queues a replay: a flush of this size takes some 300 us."""
+"""A flush of this size takes some 300 us, in which the host queues a replay."""
 NOMINAL_BYTES_S, NOMINAL_FLOPS_S = 4.8e12, 990e12
-"""Of an H200's data sheet, bfloat16: what a case must at least take, for a plan and never for a verdict."""
+"""Figures of an H200's data sheet in bfloat16, for the least time of a case in a dry run and never for a verdict."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What cases need to know of a device; the defaults are an H200's, for a plan without one."""
+    """The properties of a device that cases depend on; by default those of an H200, for dry runs."""
 
     capability: int = 90
     multiprocessors: int = 132
@@ -43,7 +43,7 @@ class Facts:
 
     @classmethod
     def of(cls, device: torch.device) -> "Facts":
-        """Of a CUDA device; of a CPU, small ones."""
+        """The properties of a CUDA device, or small ones for a CPU."""
         if device.type != "cuda":
             return cls(capability=80, multiprocessors=2, l2_bytes=1, shared_bytes=163 * 1024)
         found = torch.cuda.get_device_properties(device)
@@ -57,22 +57,22 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What one call must at least move and compute."""
+    """The least bytes that one call must move, and its operations."""
 
     num_bytes: int
     flops: int = 0
 
     @property
     def floor_ms(self) -> float:
-        """Milliseconds at nominal rates."""
+        """Milliseconds at the nominal rates."""
         return 1e3 * max(self.num_bytes / NOMINAL_BYTES_S, self.flops / NOMINAL_FLOPS_S)
 
     def num_sets(self, facts: Facts) -> int:
-        """Sets of operands that together are twice L2."""
+        """Number of sets of operands that together are twice as large as L2."""
         return max(1, math.ceil(2 * facts.l2_bytes / self.num_bytes))
 
     def num_calls(self, facts: Facts) -> int:
-        """Calls in a graph: each set equally often, until there is half a millisecond of work."""
+        """Number of calls in a graph: each set equally often, up to half a millisecond of work."""
         sets = self.num_sets(facts)
         rounds = max(1, math.ceil(GRAPH_MS / (sets * self.floor_ms)))
         return sets * max(1, min(rounds, MAX_CALLS // sets))
@@ -88,14 +88,12 @@ class Spread:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Spread":
-        """Of samples."""
-        if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0])
-        tenths = statistics.quantiles(samples, n=10, method="inclusive")
-        return cls(statistics.median(samples), tenths[0], tenths[-1])
+        """The spread of some samples."""
+        median, p10, p90 = (float(np.percentile(samples, percent)) for percent in (50, 10, 90))
+        return cls(median, p10, p90)
 
     def as_json(self) -> dict[str, float]:
-        """Six digits."""
+        """The values, rounded to six digits."""
         return {name: float(f"{getattr(self, name):.6g}") for name in ("median", "p10", "p90")}
 
     def __str__(self) -> str:
@@ -113,24 +111,19 @@ def ratio(ours: Samples, other: Samples, scale: float = 1.0) -> Spread:
 
 @dataclass(kw_only=True)
 class Captured:
-    """Calls that can be repeated as one.
-
-    Attributes:
-        replay: repeats them.
-        outputs: of the last replay, a call each.
-    """
+    """Calls that are repeated as one by `replay`; `outputs` are those of the last replay, one for each call."""
 
     replay: Callable[[], None]
     outputs: list[Output] = field(default_factory=list)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """All outputs."""
+        """The tensors of all outputs."""
         for output in self.outputs:
             yield from output if isinstance(output, tuple) else (output,)
 
 
 class Timer:
-    """Captures sides and takes their times on one device."""
+    """Captures sides, and measures them on one device."""
 
     def __init__(self, device: torch.device, *, repeats: int) -> None:
         self.device, self.repeats = device, repeats
@@ -140,7 +133,7 @@ class Timer:
         self._flush = torch.empty(size, dtype=torch.uint8, device=device)
 
     def capture(self, calls: Sequence[Call]) -> Captured:
-        """Run them until all is compiled, then capture them in a CUDA graph."""
+        """Run calls until everything is compiled, then capture them in a CUDA graph."""
         captured = Captured(replay=lambda: captured.outputs.__setitem__(slice(None), [call() for call in calls]))
         if self.device.type != "cuda":
             captured.replay()
@@ -158,7 +151,7 @@ class Timer:
         return captured
 
     def measure(self, sides: Mapping[str, Captured]) -> dict[str, Samples]:
-        """Samples of every side; all sides take their turn in every round, the order turning round."""
+        """Measure all sides in every round, in an order that alternates, and return the samples of each."""
         samples: dict[str, list[float]] = {name: [] for name in sides}
         with self._watched_clocks():
             for number in range(self.repeats):
@@ -196,7 +189,7 @@ class Timer:
 
     @contextlib.contextmanager
     def _watched_clocks(self) -> Iterator[None]:
-        """Ask for the clocks while it works."""
+        """Ask for the clocks while the block runs."""
         asked = _ask_nvidia_smi(self.device, "clocks.sm,clocks.mem,temperature.gpu,power.draw")
         yield
         if asked is not None:
@@ -204,7 +197,7 @@ class Timer:
 
 
 def _ask_nvidia_smi(device: torch.device, fields: str) -> "subprocess.Popen[str] | None":
-    """A question under way; it changes nothing on the device."""
+    """Start nvidia-smi, which only reads; its answer is collected later."""
     if device.type != "cuda":
         return None
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={_uuid(device)}"]
@@ -219,14 +212,14 @@ def _uuid(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Names and versions of what is measured."""
+    """The device, and versions of what runs on it."""
     found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
     with contextlib.suppress(ImportError):
         import triton
 
         found["triton"] = triton.__version__
     if device.type != "cuda":
-        return found | {"device": "CPU: wall time of calls, to try it out"}
+        return found | {"device": "CPU: wall time of calls, for a trial"}
     properties = torch.cuda.get_device_properties(device)
     asked = _ask_nvidia_smi(device, "driver_version,clocks.max.sm,clocks.max.mem,power.limit")
     found |= {
@@ -239,3 +232,26 @@ def machine(device: torch.device) -> dict[str, Any]:
         "driver, most MHz of SM and memory, most watts": asked.communicate()[0].strip() if asked else None,
     }
     return found
+
+
+# ---- verdicts
+
+
+def judge(limit: Spread) -> str:
+    """Judge the claim that a ratio to its limit is at most 1: `met`, `not met`, or `none` where the spread is larger.
+
+    The distance from 1 is logarithmic: 2 is as far from 1 as 1/2 is.
+    """
+    if abs(math.log(limit.median)) <= math.log(limit.p90 / limit.p10):
+        return "none"
+    return "met" if limit.median < 1 else "not met"
+
+
+def judge_all(verdicts: Collection[str]) -> str:
+    """Judge a claim about several cases, which is met if it is met in each."""
+    return next((verdict for verdict in ("not met", "none") if verdict in verdicts), "met")
+
+
+def progress(line: str) -> None:
+    """Write a line to stderr at once."""
+    print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -23,13 +23,13 @@ from safetensors.torch import save
 from torch import nn
 
 from causalrt.atomic_files import atomic_file
+from causalrt.codec_geometry import WAN21
 from causalrt.errors import CheckpointError
-from causalrt.model.codecs.decode_state import DecodeState
+from causalrt.model.codecs.decode_state import CONFIG_KEY, DecodeState
+from causalrt.model.codecs.protocol import CacheSlot
 from causalrt.model.stored_tensors import check_tensors
 
 CLASS_NAME = "BlockDct"
-CONFIG_KEY = "vae_config"
-"""Where the header of a weight file has the config, as JSON; the same for every VAE of a bundle."""
 
 CHANNELS = (
     *((0, 0, 0, 0), (1, 0, 0, 0), (2, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 1)),
@@ -76,6 +76,11 @@ class BlockDctConfig:
                 raise CheckpointError(f"{CLASS_NAME} has {name} of {self.z_dim} finite values, got {list(values)}")
         if not all(value > 0 for value in self.latents_std):
             raise CheckpointError(f"{CLASS_NAME} has latents_std that are positive, got {list(self.latents_std)}")
+
+    @property
+    def class_name(self) -> str:
+        """See `CodecConfig.class_name`."""
+        return CLASS_NAME
 
     @property
     def z_dim(self) -> int:
@@ -238,6 +243,60 @@ def block_dct_from_tensors(
     if not basis.isfinite().all():
         raise CheckpointError(f"{path} has values that are not finite in {dtype}: basis")
     return BlockDct(config, basis).eval()
+
+
+class BlockDctCodec:
+    """The cosine transform as a registered codec."""
+
+    geometry = WAN21
+
+    def config(self, plain: Mapping[str, Any]) -> BlockDctConfig:
+        """See `VideoCodec.config`."""
+        return BlockDctConfig.from_mapping(plain)
+
+    def recognises(self, stored: Mapping[str, torch.Tensor]) -> bool:
+        """See `VideoCodec.recognises`: its files always have a config."""
+        return False
+
+    def from_release(
+        self, path: Path, stored: Mapping[str, torch.Tensor]
+    ) -> tuple[Mapping[str, torch.Tensor], BlockDctConfig]:
+        """See `VideoCodec.from_release`."""
+        raise CheckpointError(
+            f"{path} has no config in its header, and a {CLASS_NAME} needs one; train the demo model again"
+        )
+
+    def load(
+        self,
+        path: Path,
+        stored: Mapping[str, torch.Tensor],
+        config: BlockDctConfig,
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device,
+    ) -> BlockDct:
+        """See `VideoCodec.load`."""
+        return block_dct_from_tensors(path, stored, config, dtype=dtype, device=device)
+
+    def cache_slots(self, config: BlockDctConfig, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
+        """See `VideoCodec.cache_slots`: a block has no past."""
+        return []
+
+    def first_step(self, vae: BlockDct) -> nn.Module:
+        """See `VideoCodec.first_step`."""
+        return FirstBlock(vae)
+
+    def next_step(self, vae: BlockDct) -> nn.Module:
+        """See `VideoCodec.next_step`."""
+        return NextBlock(vae)
+
+    def decoder(self, vae: BlockDct) -> BlockDecoder:
+        """See `VideoCodec.decoder`."""
+        return BlockDecoder(vae)
+
+    def encode(self, vae: BlockDct, signal: torch.Tensor) -> torch.Tensor:
+        """See `VideoCodec.encode`."""
+        return encode_blocks(signal, vae.basis)
 
 
 def write_block_dct(path: Path, *, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -15,6 +15,8 @@ import torch
 
 from causalrt.errors import RequestError
 
+CONFIG_KEY = "vae_config"
+"""Where the header of a weight file has the config as JSON, for every codec."""
 LATENT_FRAMES = "latent_frames"
 """Key of a snapshot: how many latents were decoded."""
 

@@ -1,13 +1,12 @@
-"""Wan's video VAE from local files, as diffusers' module; or the cosine transform of `block_dct.py`, where a file holds that.
+"""The weights of Wan's video VAE from local files, as diffusers' module.
 
     folder/vae/config.json, diffusion_pytorch_model.safetensors    layout diffusers
     folder/Wan2.1_VAE.pth                                          layout wan: no sizes, no constants; tensors tell the sizes
     vae.safetensors of a bundle                                    layout bundle: diffusers' names, the config in its header
-    codec.safetensors                                              the same for a cosine transform, as its header says
+    codec.safetensors                                              the same for another codec, which its header names
 
-This module owns sizes, names and shapes; what is decoded with the weights is `vae.py`'s affair. The module is built without
-memory and given its tensors: on the CPU, those of the wanted type stay views of the mapped file. Nothing is downloaded, and no
-code in a file is run.
+The module is built on the meta device and then given its tensors; on the CPU, those of the wanted type stay views of the mapped
+file. Nothing is downloaded, and no code in a file is run.
 """
 
 import dataclasses
@@ -24,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 
 from causalrt.errors import CheckpointError, ExecutorError
 from causalrt.install_hint import install_extra
-from causalrt.model.codecs.block_dct import CLASS_NAME, CONFIG_KEY, BlockDctConfig, block_dct_from_tensors
-from causalrt.model.stored_tensors import check_tensors, map_tensors
+from causalrt.model.codecs.decode_state import CONFIG_KEY
+from causalrt.model.stored_tensors import check_tensors
 
 VaeLayout = Literal["diffusers", "wan", "bundle"]
 
+CLASS_NAME = "AutoencoderKLWan"
 WAN_FILE = "Wan2.1_VAE.pth"
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 _LARGEST = 4096
@@ -55,8 +55,8 @@ class VaeConfig:
         dim_mult: multiples of the base at full, half, quarter and eighth resolution.
         num_res_blocks: residual blocks of an encoder stage; a decoder stage has one more.
         temperal_downsample: which of the three steps down halve the frames, too (spelled as diffusers does).
-        latents_mean: of each latent channel, which normalised latents lack.
-        latents_std: likewise.
+        latents_mean: mean of each latent channel; normalised latents have mean 0 and standard deviation 1.
+        latents_std: standard deviation of each latent channel.
     """
 
     base_dim: int = 96
@@ -86,6 +86,11 @@ class VaeConfig:
             raise CheckpointError(f"no VAE of Wan2.1's kind has {'; '.join(wrong)}")
 
     @property
+    def class_name(self) -> str:
+        """See `CodecConfig.class_name`."""
+        return CLASS_NAME
+
+    @property
     def decoder_dim(self) -> int:
         """Channels at full resolution in the decoder."""
         return self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
@@ -99,7 +104,7 @@ class VaeConfig:
         """
         if not isinstance(plain, Mapping):
             raise CheckpointError(f"a VAE's config must be a JSON object, got {type(plain).__name__}")
-        only = {"_class_name": "AutoencoderKLWan", "is_residual": False, "patch_size": None, "attn_scales": []}
+        only = {"_class_name": CLASS_NAME, "is_residual": False, "patch_size": None, "attn_scales": []}
         only |= {"in_channels": 3, "out_channels": 3, "scale_factor_temporal": 4, "scale_factor_spatial": 8}
         wrong = [f"{key} {plain[key]!r}, wanted {want!r}" for key, want in only.items() if plain.get(key, want) != want]
         values: dict[str, Any] = {}
@@ -117,20 +122,6 @@ class VaeConfig:
         """For JSON, and for diffusers' constructor."""
         plain = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
-
-
-AnyVaeConfig = VaeConfig | BlockDctConfig
-
-
-def vae_config_from_mapping(plain: object) -> AnyVaeConfig:
-    """The config of either kind, which its class name tells.
-
-    Raises:
-        CheckpointError: another kind of VAE, or a value that cannot be.
-    """
-    if isinstance(plain, Mapping) and plain.get("_class_name") == CLASS_NAME:
-        return BlockDctConfig.from_mapping(plain)
-    return VaeConfig.from_mapping(plain)
 
 
 def _is_a(value: object, hint: Any) -> bool:
@@ -177,41 +168,15 @@ def find_vae_files(path: Path) -> VaeFiles:
     raise CheckpointError(f"no VAE at {path}; looked for:\n  " + "\n  ".join([*looked, str(path / WAN_FILE)]))
 
 
-def load_vae(path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
-    """A `diffusers.AutoencoderKLWan`, or a `BlockDct`, in eval mode with the weights of local files; nothing is downloaded.
-
-    On the CPU, weights of type `dtype` stay in the mapped file: leave it alone while the VAE lives.
-
-    Args:
-        path: a folder of a release, in either layout, its `vae/` folder, the weight file, a bundle's `vae.safetensors`, or the
-            file of a cosine transform.
-        dtype: type of every parameter.
-        device: where they go.
-
-    Raises:
-        CheckpointError: missing, damaged, holding code, not the VAE of Wan2.1, or not finite; every bad tensor is listed.
-        ExecutorError: diffusers is not installed, and it is Wan's.
-    """
-    files = find_vae_files(path)
-    stored = map_tensors(files.weights)
-    config: AnyVaeConfig
-    if files.layout == "wan":
-        stored = _diffusers_from_wan(files.weights, stored)
-        config = _config_from_tensors(files.weights, stored)
-    else:
-        config = vae_config_from_mapping(_read_config(files))
-    return vae_from_tensors(files.weights, stored, config, dtype=dtype, device=device)
-
-
-def vae_from_tensors(
+def wan_vae_from_tensors(
     path: Path,
     stored: Mapping[str, torch.Tensor],
-    config: AnyVaeConfig,
+    config: VaeConfig,
     *,
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> Any:
-    """Make the VAE that `load_vae` returns from tensors that are mapped already.
+    """Make diffusers' module from tensors that are mapped already.
 
     Args:
         path: where they come from, for messages.
@@ -222,10 +187,8 @@ def vae_from_tensors(
 
     Raises:
         CheckpointError: a tensor is missing, left over, of a wrong shape or not finite.
-        ExecutorError: it is Wan's VAE, and diffusers is not installed.
+        ExecutorError: diffusers is not installed.
     """
-    if isinstance(config, BlockDctConfig):
-        return block_dct_from_tensors(path, stored, config, dtype=dtype, device=device)
     vae = empty_vae(config)
     wanted = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
     check_tensors(path, stored, wanted, fault="is not the VAE that its sizes say")
@@ -256,7 +219,7 @@ def _diffusers(module: str) -> Any:
         ) from error
 
 
-def _read_config(files: VaeFiles) -> object:
+def read_config(files: VaeFiles) -> object:
     """What stands beside the weights, or in their header."""
     where = files.config or files.weights
     try:
@@ -272,7 +235,7 @@ def _read_config(files: VaeFiles) -> object:
         raise CheckpointError(f"{where} has no readable config: {error}") from None
 
 
-def _diffusers_from_wan(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def diffusers_from_wan(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Diffusers' own conversion; names that it does not know stay, to be reported as extra."""
     convert = _diffusers("diffusers.loaders.single_file_utils").convert_wan_vae_to_diffusers
     try:
@@ -286,7 +249,7 @@ def _diffusers_from_wan(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[
     return converted
 
 
-def _config_from_tensors(path: Path, stored: Mapping[str, torch.Tensor]) -> VaeConfig:
+def config_from_tensors(path: Path, stored: Mapping[str, torch.Tensor]) -> VaeConfig:
     """Wan's file has no config: widths as its tensors show them, the topology and the constants are Wan2.1's.
 
     A size whose tensor is missing or no kernel is Wan2.1's: the check of every tensor follows, and names it with all else.

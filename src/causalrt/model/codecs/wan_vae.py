@@ -8,44 +8,37 @@ so a first chunk of 3 latents is 9 frames, and a later one 12: to the bit what d
 A cache is the last two inputs of a causal convolution, `[1, C, 2, h, w]`, and zeros before there were two. The decoder of
 diffusers takes its caches as an argument, so no state lies in the module, and any number of sessions share one.
 
-This module owns what a step computes, its state in eager, and encoding. Loading is `vae_checkpoint.py`'s affair, what a
-session sees `decode_state.py`'s; `engines/vae.py` runs the same two steps as exported graphs.
+This module computes the steps, keeps their state in eager, and encodes. `vae_checkpoint.py` reads weights, `decode_state.py`
+is what a session sees, and `engines/vae.py` runs the same two steps as exported graphs.
 
 Shapes: F latents, T frames, H and W sizes of a latent; a frame has 8H x 8W pixels.
 """
 
 import contextlib
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from causalrt.errors import RequestError
-from causalrt.model.codecs.block_dct import BlockDct, encode_blocks
+from causalrt.codec_geometry import WAN21
 from causalrt.model.codecs.decode_state import DecodeState
-from causalrt.model.codecs.vae_checkpoint import AnyVaeConfig, VaeConfig, vae_config_from_mapping
+from causalrt.model.codecs.protocol import CacheSlot
+from causalrt.model.codecs.vae_checkpoint import (
+    VaeConfig,
+    config_from_tensors,
+    diffusers_from_wan,
+    wan_vae_from_tensors,
+)
 
-SPATIAL_SCALE, TEMPORAL_SCALE = 8, 4
 CACHED_FRAMES = 2
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheSlot:
-    """A cache of the decoder: its shape, and whether it is a time convolution's, which the first frame leaves zero."""
-
-    shape: tuple[int, ...]
-    skips_first: bool
-
-
-def cache_slots(config: AnyVaeConfig, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
-    """The decoder's caches, in the order in which it fills them; none of a cosine transform."""
-    if not isinstance(config, VaeConfig):
-        return []
+def cache_slots(config: VaeConfig, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
+    """The decoder's caches, in the order in which it fills them."""
     height, width = latent_height, latent_width
 
     def slot(channels: int, *, skips_first: bool = False) -> CacheSlot:
@@ -63,15 +56,6 @@ def cache_slots(config: AnyVaeConfig, *, latent_height: int, latent_width: int) 
                 slots.append(slot(out, skips_first=True))
             height, width, channels = 2 * height, 2 * width, out // 2
     return [*slots, slot(channels)]
-
-
-def cache_bytes(config: AnyVaeConfig, *, latent_height: int, latent_width: int, dtype: torch.dtype) -> int:
-    """Bytes of one session's caches: 1801 MiB for Wan2.1 at 832x480 pixels in bfloat16.
-
-    While a frame is decoded, each in turn exists twice; `engines/vae.py` keeps two sets of them.
-    """
-    slots = cache_slots(config, latent_height=latent_height, latent_width=latent_width)
-    return sum(prod(slot.shape) for slot in slots) * dtype.itemsize
 
 
 class Doubled(nn.Module):
@@ -218,59 +202,66 @@ class EagerDecodeState(DecodeState):
         self._cache = []
 
 
-@torch.no_grad()
-def encode(vae: Any, frames: torch.Tensor) -> torch.Tensor:
-    """Frames -> the latents that the transformer is given for them: the posterior's mode, normalised.
-
-    Args:
-        vae: of `load_vae`. Its state is not touched: calls from several threads do not meet.
-        frames: an image or a clip of 1 + 4k frames: uint8 `[T, height, width, 3]`, or floating `[T, 3, height, width]`
-            in [-1, 1].
-
-    Returns:
-        float32 `[1 + k, C, height / 8, width / 8]`.
-
-    Raises:
-        RequestError: wrong shape, type, number of frames, or values.
-    """
-    config = vae_config_from_mapping(vae.config)
-    signal = _signal_from_frames(frames).to(vae.device, vae.dtype)
-    mode = (encode_blocks(signal, vae.basis) if isinstance(vae, BlockDct) else _posterior_mode(vae, signal)).float()
-    mean, std = (mode.new_tensor(values).view(-1, 1, 1) for values in (config.latents_mean, config.latents_std))
-    return (mode - mean) / std
-
-
 def _posterior_mode(vae: Any, signal_T3HW: torch.Tensor) -> torch.Tensor:
     """What Wan's encoder makes of checked frames, `[1 + k, C, height / 8, width / 8]`."""
     signal = signal_T3HW.transpose(0, 1).unsqueeze(0)
     cache: list[Any] = [None] * sum(isinstance(module, nn.Conv3d) for module in vae.encoder.modules())
-    starts = [0, *range(1, signal.shape[2], TEMPORAL_SCALE)]
-    steps = [signal[:, :, start : start + (TEMPORAL_SCALE if start else 1)] for start in starts]
+    starts = [0, *range(1, signal.shape[2], WAN21.frames_per_latent)]
+    steps = [signal[:, :, start : start + (WAN21.frames_per_latent if start else 1)] for start in starts]
     with exact_convolutions():
         hidden = torch.cat([vae.encoder(step, feat_cache=cache, feat_idx=[0]) for step in steps], dim=2)
         mode: torch.Tensor = vae.quant_conv(hidden)[0, : vae.config["z_dim"]]
     return mode.transpose(0, 1)
 
 
-def _signal_from_frames(frames: torch.Tensor) -> torch.Tensor:
-    """Checked frames, as floating `[T, 3, height, width]` in [-1, 1]."""
-    pixels = frames.dtype == torch.uint8
-    channels = 3 if pixels else 1
-    if frames.dim() != 4 or frames.shape[channels] != 3 or not (pixels or frames.is_floating_point()):
-        raise RequestError(
-            "frames to encode must be uint8 [T, height, width, 3] or floating [T, 3, height, width], "
-            f"got {frames.dtype} {list(frames.shape)}"
-        )
-    signal = frames.float().permute(0, 3, 1, 2) / 127.5 - 1.0 if pixels else frames
-    num_frames, _, height, width = signal.shape
-    if num_frames % TEMPORAL_SCALE != 1:
-        raise RequestError(f"a clip to encode must have 1 + 4k frames (1, 5, 9, ...), got {num_frames}; leave some out")
-    if not height or not width or height % SPATIAL_SCALE or width % SPATIAL_SCALE:
-        raise RequestError(
-            f"frames to encode must have multiples of {SPATIAL_SCALE} pixels, got {height}x{width}; resize them"
-        )
-    if not pixels and not ((signal >= -1.0) & (signal <= 1.0)).all():
-        raise RequestError(
-            "floating frames to encode must lie in [-1, 1], got others or NaN; divide pixels by 127.5, less 1"
-        )
-    return signal
+class WanCodec:
+    """Wan2.1's VAE as a registered codec."""
+
+    geometry = WAN21
+
+    def config(self, plain: Mapping[str, Any]) -> VaeConfig:
+        """See `VideoCodec.config`."""
+        return VaeConfig.from_mapping(plain)
+
+    def recognises(self, stored: Mapping[str, torch.Tensor]) -> bool:
+        """See `VideoCodec.recognises`."""
+        return "decoder.conv1.weight" in stored
+
+    def from_release(
+        self, path: Path, stored: Mapping[str, torch.Tensor]
+    ) -> tuple[Mapping[str, torch.Tensor], VaeConfig]:
+        """See `VideoCodec.from_release`."""
+        converted = diffusers_from_wan(path, stored)
+        return converted, config_from_tensors(path, converted)
+
+    def load(
+        self,
+        path: Path,
+        stored: Mapping[str, torch.Tensor],
+        config: VaeConfig,
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device,
+    ) -> Any:
+        """See `VideoCodec.load`."""
+        return wan_vae_from_tensors(path, stored, config, dtype=dtype, device=device)
+
+    def cache_slots(self, config: VaeConfig, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
+        """See `VideoCodec.cache_slots`."""
+        return cache_slots(config, latent_height=latent_height, latent_width=latent_width)
+
+    def first_step(self, vae: Any) -> nn.Module:
+        """See `VideoCodec.first_step`."""
+        return FirstFrame(vae)
+
+    def next_step(self, vae: Any) -> nn.Module:
+        """See `VideoCodec.next_step`."""
+        return NextFrame(vae)
+
+    def decoder(self, vae: Any) -> StreamingDecoder:
+        """See `VideoCodec.decoder`."""
+        return StreamingDecoder(vae)
+
+    def encode(self, vae: Any, signal: torch.Tensor) -> torch.Tensor:
+        """See `VideoCodec.encode`: the mode of the posterior."""
+        return _posterior_mode(vae, signal)

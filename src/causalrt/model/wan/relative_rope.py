@@ -1,16 +1,17 @@
-"""Rotary tables by KV slot, in time relative to the current chunk: for attention that turns keys when it reads them.
+"""Rotary tables by KV slot, in time relative to the current chunk: for attention that rotates keys when it reads them.
 
-Attention sees differences of positions alone, so time may count from anywhere, as long as queries and keys agree. Counted from
-the current chunk it stays small however long the rollout is, and keys keep no angle in the slots::
+Attention sees only differences of positions, so time may count from anywhere, as long as queries and keys agree. Counted from
+the current chunk it stays small however long the rollout is, and keys in the slots keep no angle::
 
     slot         | staging: the chunk | sink frames              | ring of clean frames   |
-    frame        | f, f+1 .. f+F-1    | 0, 1 ..                  | the newest before f    |      f = first_frame
+    frame        | f, f+1 .. f+F-1    | 0, 1 ..                  | the newest before f    |      f = history_frames
     time         | 0, 1 .. F-1        | 0 - min(f, reach), 1 - . | -1, -2 .. in any order |      reach = horizon - F
 
-Sinks alone would move away without end. They stop where they are in the last chunk of the horizon, so no query sees one from
-further than the model was made for; their distances to each other are kept. Up to there, attention is that of `rope_tables`.
+The distance of the sink would grow without end. It stops at what it is in the last chunk of the horizon, so no query sees a
+sink from further away than the model was made for; sink frames keep their distances to each other. Up to there, attention is
+that of `rope_tables`.
 
-What lies in a slot follows from `first_frame` and the slot plan, so the tables are made inside the step graph, once a step.
+What lies in a slot follows from `history_frames` and the slot plan, so the tables are made inside the step graph, once a step.
 """
 
 import numpy as np
@@ -23,10 +24,10 @@ from causalrt.model.wan.rope import angles, axis_pairs
 
 
 class RelativeRope(nn.Module):
-    """Constants, and the lookup that a step makes in them; W slots of T rows, pairs per axis pt, py, px.
+    """The constants, and the lookup that a step makes in them. There are W slots of T rows; pairs per axis are pt, py, px.
 
     `temporal_*` are `[times, pt]` from time -reach on, `spatial_*` `[W, T, py + px]`, the same for each slot; angles are
-    float64 up to the cosine. The time of a slot is worked out from `staging_time`, `sink_frame` and `ring_phase`.
+    float64 up to the cosine. The time of a slot is computed from `staging_time`, `sink_frame` and `ring_phase`.
     """
 
     temporal_cos: torch.Tensor
@@ -56,13 +57,13 @@ class RelativeRope(nn.Module):
         for name, constant in constants.items():
             self.register_buffer(name, constant, persistent=False)
 
-    def forward(self, first_frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), `[W * T, D / 2]` float32, by slot row; slots that are not filled yet have some angle.
+    def forward(self, history_frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), `[W * T, D / 2]` float32, by slot row; the angles of slots that are not filled yet mean nothing.
 
         Args:
-            first_frame: `[1]` int64, global time index of the chunk's first frame.
+            history_frames: `[1]` int64, frames that the slots have taken in before the current chunk.
         """
-        place = self.slot_times(first_frame) + self.reach
+        place = self.slot_times(history_frames) + self.reach
         cos, sin = (
             torch.cat(
                 [temporal.index_select(0, place)[:, None].expand(-1, spatial.shape[1], -1), spatial], dim=-1
@@ -74,11 +75,11 @@ class RelativeRope(nn.Module):
         )
         return cos, sin
 
-    def slot_times(self, first_frame: torch.Tensor) -> torch.Tensor:
+    def slot_times(self, history_frames: torch.Tensor) -> torch.Tensor:
         """`[W]` int64: time of the frame in each slot; within the table for slots that are not filled yet too."""
         times = [self.staging_time]
         if self.plan.sink_frames:
-            times.append(self.sink_frame - first_frame.clamp(max=self.reach))
+            times.append(self.sink_frame - history_frames.clamp(max=self.reach))
         if self.plan.ring_frames:
-            times.append(-1 - (first_frame + self.ring_phase) % self.plan.ring_frames)
+            times.append(-1 - (history_frames + self.ring_phase) % self.plan.ring_frames)
         return torch.cat(times)

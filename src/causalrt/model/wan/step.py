@@ -197,7 +197,8 @@ class ChunkStep(nn.Module):
             e: `[C]`, time embedding.
             e0: `[6, C]`, its projection.
             rank: `[1]` int64.
-            first_frame: `[1]` int64, global time index of the chunk's first frame.
+            first_frame: `[1]` int64, frame of the video at which the chunk begins; with `video.time_index=relative`, frames of
+                history.
             kv: filled prefix of the KV slots; its first N rows are staging, and are written.
             cross_kv: per layer (k, v), `[1, text_len, C]`.
             kv_rows: `[1]` int64, filled rows: where `kv` holds the slots whole, `[1, heads, W * T, D]`, and for fused ops.

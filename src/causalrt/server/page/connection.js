@@ -1,4 +1,4 @@
-// One WebSocket to the server, opened again with growing pauses when it is lost. It carries messages and judges none of them.
+// One WebSocket to the server, reopened with growing pauses when it is lost. It passes messages on without interpreting them.
 
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 15_000;
@@ -24,7 +24,7 @@ export class Connection {
     addEventListener("online", () => this.#timer && this.open());
   }
 
-  /** Connects anew; with a token, sends it first. */
+  /** Reconnects; sends the token first, if there is one. */
   open(token = this.#token) {
     this.#token = token;
     this.close();
@@ -53,21 +53,21 @@ export class Connection {
     socket.onclose = ({ code, reason }) => {
       clearTimeout(this.#silence);
       this.#socket = null;
-      const tokenWanted = code === 4401 || (code === 4408 && !this.#ready); // refused, or waited for in vain
+      const tokenWanted = code === 4401 || (code === 4408 && !this.#ready); // refused, or not sent in time
       const retryInMs = tokenWanted ? null : this.#nextPause();
       if (retryInMs !== null) this.#timer = setTimeout(() => this.open(), retryInMs);
       this.#handlers.lost({ code, reason, opened, retryInMs });
     };
   }
 
-  /** Whether the message went out. */
+  /** Sends a message; returns whether it was sent. */
   send(message) {
     if (this.#socket?.readyState !== WebSocket.OPEN) return false;
     this.#socket.send(JSON.stringify(message));
     return true;
   }
 
-  /** If the connection is lost now, it is not opened again within this time. */
+  /** Sets the least time before a lost connection is reopened. */
   notWithin(ms) {
     this.#notWithinMs = ms;
   }

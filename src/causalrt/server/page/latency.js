@@ -22,7 +22,7 @@ export const ms = (value) => (value >= 9_995 ? `${(value / 1000).toFixed(1)} s` 
 /**
  * The chunk's milliseconds by stage, parts that do not overlap. Exchange is inside denoising, so it is taken out of it;
  * `latency_ms` ends when the frames are there, so the prompt's text before and H.264 after are not in it. Where chunks are
- * made ahead, stages ran before the request: what nobody waited for is left out.
+ * made ahead, stages ran before the request: time that nobody waited for is excluded.
  */
 export function partsOf(chunk) {
   const parts = Object.fromEntries(STAGES.map(([stage]) => [stage, chunk.stages[stage] ?? 0]));

@@ -1,4 +1,4 @@
-// Makes a plain MP4 of a fragmented one: many players find no duration in fragments, and cannot seek in them.
+// Turns a fragmented MP4 into a plain one: many players find no duration in fragments, and cannot seek in them.
 // The boxes are those of ISO 14496-12; the fragments are as the server makes them (`mp4_boxes.py`): one track, frames in order.
 
 const NOT_A_KEY_FRAME = 0x00010000; // sample_is_non_sync_sample

@@ -1,4 +1,4 @@
-// The page: one prompt box, one video, one connection. The state below says all; `render` makes the page show it.
+// The page: one prompt box, one video, one connection. `state` below holds everything; `render` shows it.
 
 import { Connection, whyNotAccepted } from "./connection.js";
 import { LatencyView, ms } from "./latency.js";
@@ -40,7 +40,7 @@ const state = {
   chunks: 0,
   frames: 0, // received
   wanted: null,
-  next: null, // the start that waits until the video that was stopped has ended
+  next: null, // the start request that waits until the stopped video has ended
   playable: true,
   cause: "", // why the last connection that had been ready ended, in words
   arrivals: [], // [time, frames] of recent chunks
@@ -48,7 +48,7 @@ const state = {
 };
 const player = new Player($.video, (words) => {
   complain(words);
-  if (isUsable($.stop)) $.stop.click(); // nobody watches what would still be generated
+  if (isUsable($.stop)) $.stop.click(); // nobody would watch the rest
 });
 const latency = new LatencyView($);
 const connection = new Connection({ message: receive, media: (data) => player.append(data), lost, silent, trying });
@@ -98,13 +98,13 @@ function finish(words) {
   render();
 }
 
-function begin(wish) {
-  if (!connection.send({ type: "start", ...wish })) return;
+function begin(request) {
+  if (!connection.send({ type: "start", ...request })) return;
   state.phase = "asking";
   say("Asking for a video.");
 }
 
-// ---- what the server says ----
+// ---- messages from the server ----
 
 function receive(message) {
   const handle = {
@@ -254,10 +254,10 @@ function silent() {
 
 function askForToken() {
   $["token-form"].hidden = false;
-  if (!$.prompt.value) $.token.focus(); // but not away from under somebody's hands
+  if (!$.prompt.value) $.token.focus(); // unless the user is typing
 }
 
-// ---- what the user does ----
+// ---- actions of the user ----
 
 $["token-form"].addEventListener("submit", (event) => {
   event.preventDefault();
@@ -276,11 +276,11 @@ $["prompt-form"].addEventListener("submit", (event) => {
     const policy = new FormData($["prompt-form"]).get("policy");
     if (connection.send({ type: "switch", prompt, policy })) say("Switching the prompt.");
   } else {
-    const wish = { prompt, seed: Number($.seed.value), chunks: $.chunks.value ? Number($.chunks.value) : null };
+    const request = { prompt, seed: Number($.seed.value), chunks: $.chunks.value ? Number($.chunks.value) : null };
     state.askedAt = performance.now();
-    if (state.phase === "idle") begin(wish);
+    if (state.phase === "idle") begin(request);
     else {
-      state.next = wish;
+      state.next = request;
       say("The new video begins after this chunk.");
     }
   }
@@ -328,7 +328,7 @@ $.download.addEventListener("click", () => {
 
 $.retry.addEventListener("click", () => {
   complain("");
-  $.prompt.focus(); // this button goes
+  $.prompt.focus(); // this button disappears
   connection.open();
 });
 

@@ -4,10 +4,10 @@ import { Mp4File } from "./mp4.js";
 
 const KEEP_S = 30; // behind the playhead, when the browser's buffer is full
 const KEPT_BYTES = 1 << 30; // of a generation, for download
-const LOW_S = 0.5; // so little ahead, and playback is slowed rather than stopped
+const LOW_S = 0.5; // with less ahead than this, playback is slowed down rather than stopped
 const SLOWEST = 0.75;
 
-const Source = globalThis.MediaSource ?? globalThis.ManagedMediaSource; // an iPhone has the second alone
+const Source = globalThis.MediaSource ?? globalThis.ManagedMediaSource; // iPhones have only the second
 
 /** Why this browser cannot play `mime` (in words for the user), or null if it can. */
 export function whyUnplayable(mime) {
@@ -21,13 +21,13 @@ export class Player {
   #failed;
   #source = null;
   #buffer = null;
-  #waiting = []; // fragments not appended yet
+  #waiting = []; // fragments that are not yet appended
   #kept = new Mp4File();
   #keptBytes = 0;
   #complete = true;
   #ended = true;
 
-  /** @param failed is told in words what keeps the video from playing. */
+  /** @param failed is called with the reason, for the user, if the video cannot be played. */
   constructor(video, failed) {
     this.#video = video;
     this.#failed = failed;
@@ -67,7 +67,7 @@ export class Player {
     this.#pump();
   }
 
-  /** No more fragments come: what is there plays to its end, and can then be played again. */
+  /** Ends the stream: the video plays to its end, and can then be replayed. */
   end() {
     if (this.#ended) return;
     this.#ended = true;
@@ -95,7 +95,7 @@ export class Player {
     return this.#kept.numFrames > 0;
   }
 
-  /** What was generated so far, as a plain MP4: {blob, complete}; only where `hasFile`. */
+  /** The video so far as a plain MP4: {blob, complete}; call it only if `hasFile`. */
   file() {
     return { blob: this.#kept.blob(), complete: this.#complete };
   }

@@ -1,7 +1,7 @@
-"""What a machine would take for a recipe, before there is such a machine or such a bundle.
+"""Predictions for a recipe on a machine, before there is such a machine or a bundle.
 
-    config, head layout --> work (counts) --> machine (roofline of a GPU, or measured costs) --> forecast --> simulation
+    config, head layout --> work (counts) --> machine (roofline of a GPU, or measured costs) --> forecast --> timeline
 
-Nothing here loads weights or opens a bundle. Counts are exact and tested against what the runtime counts; times are
-predictions, and carry the spread of the assumptions that they rest on.
+Nothing here loads weights or opens a bundle. Counts are exact and tested against what the runtime counts. Times are
+predictions, with the spread of the assumptions that they rest on.
 """

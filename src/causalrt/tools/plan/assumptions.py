@@ -1,26 +1,62 @@
-"""How much of what the makers say is reached: published spreads, fixed before any prediction was compared with anything.
+"""How much of their makers' figures GPUs reach: published spreads, fixed before any prediction was compared with anything.
 
-The rule is the same everywhere: best and worst are the ends of what others have published, nominal is the middle. Where only
-one end is published, the other is our own guess and says so. None of it comes from the figures in `published.py`.
+The rule is the same everywhere: best and worst are the ends of what others have published, and nominal is the middle. Where
+only one end is published, the other is our own guess and says so. None of it comes from the figures in `published.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from causalrt.tools.plan.hardware import Architecture, LinkKind
-from causalrt.tools.plan.spans import Estimate, between
+
+Bound = Literal["best", "nominal", "worst"]
+BOUNDS: tuple[Bound, ...] = ("best", "nominal", "worst")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A quantity under the best, the nominal and the worst assumptions; best makes the machine fast."""
+
+    best: float
+    nominal: float
+    worst: float
+
+    def at(self, bound: Bound) -> float:
+        """The value under one kind of assumptions."""
+        value: float = getattr(self, bound)
+        return value
+
+    def scaled(self, factor: float) -> "Estimate":
+        """The estimate times `factor`."""
+        return Estimate(best=self.best * factor, nominal=self.nominal * factor, worst=self.worst * factor)
+
+    def text(self, factor: float = 1.0, digits: int = 0, to: str = "-") -> str:
+        """The nominal value and the range, times `factor`."""
+        low, high = sorted((factor * self.best, factor * self.worst))
+        return f"{factor * self.nominal:.{digits}f} ({low:.{digits}f}{to}{high:.{digits}f})"
+
+
+def between(best: float, worst: float) -> Estimate:
+    """The estimate for a published spread: nominal is the middle."""
+    return Estimate(best=best, nominal=(best + worst) / 2, worst=worst)
+
+
+def over_bounds(compute: Callable[[Bound], float]) -> Estimate:
+    """A quantity that is computed with every assumption at one end, in the middle, and at the other end."""
+    return Estimate(best=compute("best"), nominal=compute("nominal"), worst=compute("worst"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Efficiency:
-    """Fractions of a GPU's peaks.
+    """Fractions of a GPU's tensor rate that are reached.
 
     Attributes:
-        gemm: of the tensor rate, by matrix products whose tiles fill the GPU. Best is the "maximum achievable matmul" of
-            stas00/ml-engineering (compute/accelerator); worst, a fifth less, is our guess for depths of 1536 and epilogues.
-        attention: of the tensor rate, by the best library's forward at heads of 128 channels and long sequences.
-        attention_source: where that is from.
-        gemm_source: likewise.
+        gemm: by matrix products whose tiles fill the GPU. Best is the "maximum achievable matmul" of stas00/ml-engineering
+            (compute/accelerator); worst, a fifth less, is our guess for depths of 1536 and epilogues.
+        attention: by the forward of the best library, at heads of 128 channels and long sequences.
+        gemm_source: source of `gemm`.
+        attention_source: source of `attention`.
     """
 
     gemm: Estimate
@@ -61,7 +97,7 @@ REACHED: Mapping[Architecture, Efficiency] = {
 }
 
 MEMORY = between(0.90, 0.75)
-"""Of the memory's bandwidth: Calculon's A100 model (systems/a100_80g.json), transfers of 100 MB and of 10 MB."""
+"""Fraction of the memory's bandwidth: Calculon's A100 model (systems/a100_80g.json), transfers of 100 MB and of 10 MB."""
 
 LINK_FRACTION: Mapping[LinkKind, Estimate] = {
     # NCCL's maintainers: 370 of 450 GB/s (NVIDIA/nccl-tests issue 212); Calculon's A100 model: 0.65.
@@ -79,13 +115,13 @@ LINK_LATENCY_S: Mapping[LinkKind, Estimate] = {
 NETWORK_FRACTION = between(0.92, 0.65)
 """Best: 46 of 50 GB/s over two servers (deepseek-ai/DeepEP issue 3); worst as within a server."""
 NETWORK_LATENCY_S = between(30e-6, 60e-6)
-"""Best: the same issue; worst our guess."""
+"""Best: deepseek-ai/DeepEP issue 3; worst is our guess."""
 
 KERNEL_GAP_S = between(0.5e-6, 2.0e-6)
-"""Between two kernels of a CUDA graph, ramp up and down included: our guess, around NVIDIA's figures for CUDA graphs (3.4 us a
-kernel of 2.9 us)."""
+"""Gap between two kernels of a CUDA graph, ramp up and down included: our guess, around NVIDIA's figures for CUDA graphs
+(3.4 us for a kernel of 2.9 us)."""
 HOST_LAUNCH_S = between(4e-6, 10e-6)
-"""Host time of one op in eager torch: our guess; hidden as long as the GPU is slower."""
+"""Host time of one op in eager torch, which is hidden as long as the GPU is slower: our guess."""
 
 TILE_EFFICIENCY: Mapping[tuple[int, int], float] = {
     (256, 128): 1.0,
@@ -96,29 +132,18 @@ TILE_EFFICIENCY: Mapping[tuple[int, int], float] = {
     (64, 128): 0.80,
     (64, 64): 0.65,
 }
-"""Tiles that a library chooses from: smaller ones reuse less. NVIDIA's guide to matrix products gives this order; the numbers
-are our guess."""
+"""Tiles that a library chooses from, and the fraction that each reaches: smaller tiles reuse less. NVIDIA's guide to matrix
+products gives this order; the numbers are our guess."""
 MOST_K_SPLITS = 4
 """Ranges of the inner dimension that a library may give to different multiprocessors."""
 
 DECODE_SPREAD = 0.3
-"""What the VAE's rate is allowed to be off, either way: one measurement for each architecture is all there is."""
-RANK_SPREAD = 0.05
-"""Differences of speed between GPUs of one server: stas00/ml-engineering, "5% and higher"."""
+"""Fraction by which the rate of the VAE may be off, either way: there is one measurement for each architecture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredDecode:
-    """A published time of Wan2.1's VAE decoder in bfloat16.
-
-    Attributes:
-        gpu: in the table of GPUs.
-        seconds: for the whole video.
-        latent_height: of the video's latents.
-        latent_width: likewise.
-        latent_frames: of which the first gives one frame, the others four.
-        source: where it is from.
-    """
+    """A published time of Wan2.1's VAE decoder in bfloat16."""
 
     gpu: str
     seconds: float
@@ -143,9 +168,9 @@ MEASURED_DECODES: Mapping[Architecture, MeasuredDecode] = {
         latent_height=60,
         latent_width=104,
         latent_frames=120,
-        source="NVlabs/LongLive issue 26: 477 frames on an H100; what is not diffusion of 56.6 s is taken for decoding",
+        source="NVlabs/LongLive issue 26: 477 frames on an H100; all of 56.6 s but diffusion is taken for decoding",
     ),
 }
-"""Architectures that are not here take the fraction of the newest that is."""
+"""Architectures without an entry take the fraction of the newest that has one."""
 SPLIT_DECODE_SPEEDUP: Mapping[int, float] = {1: 1.0, 2: 10.336 / 6.158, 4: 10.336 / 3.561, 8: 10.336 / 2.240}
-"""Of the decoder split over ranks by rows, by ranks: nono-Sang/FastVAE on A800. The runtime cannot do it yet."""
+"""By ranks, the speedup of a decoder split over them by rows: nono-Sang/FastVAE on A800. The runtime cannot do it yet."""

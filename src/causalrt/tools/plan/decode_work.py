@@ -1,4 +1,4 @@
-"""What decoding one latent frame makes the VAE do: multiplications of its convolutions, and elements that pass through them."""
+"""The work of decoding one latent frame: the convolutions of Wan's VAE decoder, and their multiplications."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from causalrt.model.codecs.vae_checkpoint import VaeConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Convolution:
-    """`frames x height x width` outputs of `out_channels`, each from `taps` places of `in_channels`."""
+    """A convolution with `frames x height x width` outputs of `out_channels`, each from `taps` positions of `in_channels`."""
 
     in_channels: int
     out_channels: int
@@ -25,18 +25,11 @@ class Convolution:
 
 
 CUBE, SQUARE, COLUMN = 27, 9, 3
-"""Taps of the kernels: 3 x 3 x 3, 3 x 3 of one frame, 3 frames of one pixel."""
+"""Taps of the kernels: 3 x 3 x 3; 3 x 3 in one frame; 3 frames of one pixel."""
 
 
 def decode_convolutions(vae: VaeConfig, *, latent_height: int, latent_width: int, first: bool) -> list[Convolution]:
-    """The decoder's convolutions for one latent frame, attention's products among them as convolutions of one tap.
-
-    Args:
-        vae: sizes.
-        latent_height: of the latent.
-        latent_width: likewise.
-        first: the video's first latent becomes one frame, a later one four.
-    """
+    """List the convolutions for one latent frame; the products of attention are listed as convolutions of one tap."""
     return list(_convolutions(vae, latent_height, latent_width, first=first))
 
 
@@ -77,7 +70,7 @@ def _convolutions(vae: VaeConfig, height: int, width: int, *, first: bool) -> It
 
 
 def decode_flops(vae: VaeConfig, *, latent_height: int, latent_width: int, first: bool = False) -> int:
-    """Of one latent frame."""
+    """Multiplications and additions for one latent frame."""
     convolutions = decode_convolutions(vae, latent_height=latent_height, latent_width=latent_width, first=first)
     return sum(conv.flops for conv in convolutions)
 
@@ -85,7 +78,7 @@ def decode_flops(vae: VaeConfig, *, latent_height: int, latent_width: int, first
 def chunk_decode_flops(
     vae: VaeConfig, *, latent_height: int, latent_width: int, latent_frames: int, first_chunk: bool
 ) -> int:
-    """Of a chunk of latents; the first chunk of a video begins with its first frame."""
+    """Multiplications and additions for a chunk of latents; the first chunk of a video begins with its first latent."""
     first, later = (
         decode_flops(vae, latent_height=latent_height, latent_width=latent_width, first=first)
         for first in (True, False)
@@ -94,6 +87,6 @@ def chunk_decode_flops(
 
 
 def decode_weights(vae: VaeConfig) -> int:
-    """Weights of the decoder's convolutions (and 2 x channels too many: attention's products over a single pixel)."""
+    """Number of weights of the decoder's convolutions (2 x channels too many, for products of attention over one pixel)."""
     convolutions = decode_convolutions(vae, latent_height=1, latent_width=1, first=False)
     return sum(conv.in_channels * conv.out_channels * conv.taps for conv in convolutions)

@@ -1,7 +1,7 @@
-"""The GPUs that a plan can be made for: what their makers say of them, and where.
+"""The table of GPUs: figures of their makers, with their sources.
 
-Rates are dense, for bfloat16 and float16 with float32 sums; bandwidths are decimal; a link's is for one direction. What of it
-is reached is in `assumptions.py`.
+Rates are dense, for bfloat16 and float16 with float32 sums. Bandwidths are decimal, and those of links count one direction. How
+much of these figures is reached is in `assumptions.py`.
 """
 
 from collections.abc import Mapping
@@ -13,27 +13,12 @@ from causalrt.errors import ConfigError
 Architecture = Literal["ampere", "hopper", "blackwell", "blackwell_rtx"]
 LinkKind = Literal["nvlink", "pcie"]
 VaePlace = Literal["none", "own", "shared", "split"]
-"""Where the VAE decodes, see `predict.py`."""
+"""Where the VAE decodes (see `predict.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One GPU in the server that it is usually found in.
-
-    Attributes:
-        name: as it is sold.
-        architecture: picks the assumptions.
-        capability: compute capability, as 80.
-        num_multiprocessors: streaming multiprocessors.
-        tensor_tflops: dense bfloat16.
-        memory_gbs: bandwidth of its memory, GB/s.
-        memory_gb: capacity, GB.
-        link: what joins the GPUs of a server.
-        link_gbs: one direction, GB/s a GPU.
-        gpus_per_server: GPUs that this link joins.
-        network_gbs: between servers, one direction, GB/s a GPU.
-        source: of the figures.
-    """
+    """One GPU in the server that it is usually found in; `link_gbs` and `network_gbs` are GB/s of one GPU in one direction."""
 
     name: str
     architecture: Architecture
@@ -42,15 +27,15 @@ class Gpu:
     tensor_tflops: float
     memory_gbs: float
     memory_gb: float
-    link: LinkKind
     link_gbs: float
-    gpus_per_server: int
     network_gbs: float
     source: str
+    link: LinkKind = "nvlink"
+    gpus_per_server: int = 8
 
     @property
     def target(self) -> str:
-        """Its architecture, as `sm80`."""
+        """Its architecture as a build target, for example `sm80`."""
         return f"sm{self.capability}"
 
 
@@ -63,9 +48,7 @@ GPUS: Mapping[str, Gpu] = {
         tensor_tflops=312,
         memory_gbs=2039,
         memory_gb=80,
-        link="nvlink",
         link_gbs=200,
-        gpus_per_server=8,
         network_gbs=25,
         source="NVIDIA A800 80GB data sheet: an A100 with NVLink at 400 GB/s, both ways; 200 Gbit/s network a GPU, as DGX A100",
     ),
@@ -77,9 +60,7 @@ GPUS: Mapping[str, Gpu] = {
         tensor_tflops=312,
         memory_gbs=2039,
         memory_gb=80,
-        link="nvlink",
         link_gbs=300,
-        gpus_per_server=8,
         network_gbs=25,
         source="NVIDIA A100 80GB data sheet and Ampere white paper; one 200 Gbit/s port a GPU as in DGX A100",
     ),
@@ -91,9 +72,7 @@ GPUS: Mapping[str, Gpu] = {
         tensor_tflops=989.4,
         memory_gbs=3350,
         memory_gb=80,
-        link="nvlink",
         link_gbs=450,
-        gpus_per_server=8,
         network_gbs=50,
         source="NVIDIA H100 data sheet and Hopper white paper; one 400 Gbit/s port a GPU as in DGX H100",
     ),
@@ -105,9 +84,7 @@ GPUS: Mapping[str, Gpu] = {
         tensor_tflops=989.4,
         memory_gbs=4800,
         memory_gb=141,
-        link="nvlink",
         link_gbs=450,
-        gpus_per_server=8,
         network_gbs=50,
         source="NVIDIA H200 data sheet; one 400 Gbit/s port a GPU as in DGX H200",
     ),
@@ -119,9 +96,7 @@ GPUS: Mapping[str, Gpu] = {
         tensor_tflops=2250,
         memory_gbs=8000,
         memory_gb=180,
-        link="nvlink",
         link_gbs=900,
-        gpus_per_server=8,
         network_gbs=50,
         source="NVIDIA HGX B200 data sheet (1,000 W); multiprocessors as its driver reports them",
     ),
@@ -135,7 +110,6 @@ GPUS: Mapping[str, Gpu] = {
         memory_gb=32,
         link="pcie",
         link_gbs=64,
-        gpus_per_server=8,
         network_gbs=25,
         source="NVIDIA RTX Blackwell white paper; PCIe 5.0 x16, and no direct access from GPU to GPU",
     ),
@@ -146,10 +120,16 @@ def gpu_by_name(name: str) -> Gpu:
     """The GPU of that name in the table.
 
     Raises:
-        ConfigError: there is none; the known ones are listed.
+        ConfigError: the table has no such GPU; the message lists those that it has.
     """
     if name not in GPUS:
         raise ConfigError(
-            f"no GPU {name!r} in the table, which has {', '.join(GPUS)}; on a machine that has it, measure: `--calibrate FILE`"
+            f"no GPU {name!r} in the table, which has {', '.join(GPUS)}; measure a machine that has one: `--calibrate FILE`"
         )
     return GPUS[name]
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """The GPU that torch or the driver calls `name`; None if the table does not have it."""
+    plain = name.lower().replace(" ", "").replace("-", "")
+    return next((gpu for key, gpu in GPUS.items() if key in plain), None)

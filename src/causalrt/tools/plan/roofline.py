@@ -1,10 +1,10 @@
-"""Seconds of a chunk step on a GPU of the table: a roofline that knows tiles, waves, launches and the exchange.
+"""Seconds of a chunk step on a GPU of the table: a roofline that includes tiles, waves, launches and the exchange.
 
-product      tiles [tm, tn] x ranges of k, one a multiprocessor at a time: waves x the time of a tile; or its bytes
+product      tiles [tm, tn] x ranges of k, one at a time on a multiprocessor: waves x the time of a tile; or its bytes
 attention    query tiles of all groups in one launch (fused op), or a launch for each group; then waves x key blocks
 pass         bytes over bandwidth
-exchange     latency + bytes a rank sends others over the link (over the network, beyond one server)
-kernel       a gap for each, or the host's launches where these take longer and no CUDA graph hides them
+exchange     latency + bytes that a rank sends to others over the link (over the network, beyond one server)
+kernel       a gap for each, or the launches of the host where these take longer and no CUDA graph hides them
 """
 
 import functools
@@ -17,22 +17,23 @@ import torch
 
 from causalrt.model.codecs.vae_checkpoint import VaeConfig
 from causalrt.plugins.rope_attention_launch import SPLIT_COST_BLOCKS, choose_kv_splits, tiles_for
+from causalrt.tools.ops.work import Attention, Exchange, Gemm, StepWork
 from causalrt.tools.plan import assumptions as assumed
+from causalrt.tools.plan.assumptions import Bound, Estimate
 from causalrt.tools.plan.decode_work import chunk_decode_flops
 from causalrt.tools.plan.hardware import GPUS, Gpu
-from causalrt.tools.plan.spans import Case, Estimate
-from causalrt.tools.plan.work import Attention, Exchange, Gemm, StepWork
 
 Lowering = Literal["engine", "runtime", "eager"]
-"""Who exchanges: the engine, inside one CUDA graph; the runtime, between segments; torch, op by op, without a graph."""
+"""How a step runs: an engine that exchanges inside one CUDA graph; segments of an engine, between which the runtime exchanges;
+torch op by op, without a graph."""
 ELEMENT_BYTES = 2
 SEGMENTS_A_LAYER = 3
-"""Cuts at two all-to-alls and a cache write (docs/internal/chunk-walkthrough.md)."""
+"""A layer is cut at two all-to-alls and a cache write (docs/internal/chunk-walkthrough.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Seconds of one chunk step by where they go; `idle_s` is gaps between kernels, or waiting for the host."""
+    """Seconds of one chunk step by part; `idle_s` is the gaps between kernels, or the wait for the host."""
 
     gemm_s: float
     attention_s: float
@@ -47,23 +48,23 @@ class StepTime:
 
 
 def waves(num_tiles: int, num_multiprocessors: int) -> int:
-    """Rounds in which all tiles are done, one tile a multiprocessor at a time."""
+    """Rounds in which all tiles are done if a multiprocessor does one tile at a time."""
     return math.ceil(num_tiles / num_multiprocessors)
 
 
 def gemm_tiles(gemm: Gemm, tile: tuple[int, int]) -> int:
-    """Tiles of the output."""
+    """Number of tiles of the output."""
     return math.ceil(gemm.m / tile[0]) * math.ceil(gemm.n / tile[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuMachine:
-    """A GPU of the table, and how a step is put on it.
+    """A GPU of the table, and how a step runs on it.
 
     Attributes:
-        gpu: it.
-        lowering: see `Lowering`.
-        fused_ops: self-attention is one launch for all groups, its keys split where tiles are few.
+        gpu: the GPU.
+        lowering: how the step runs (see `Lowering`).
+        fused_ops: whether self-attention is one launch for all groups, its keys split where there are few tiles.
         vae: sizes of the VAE.
     """
 
@@ -74,27 +75,27 @@ class GpuMachine:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name of the GPU."""
         return self.gpu.name
 
-    def step_time(self, work: StepWork, case: Case, *, slot_rows: int) -> StepTime:
+    def step_time(self, work: StepWork, bound: Bound, *, slot_rows: int) -> StepTime:
         """Seconds of one chunk step.
 
         Args:
-            work: of one rank.
-            case: which end of the assumptions.
-            slot_rows: rows of the KV slots as they are bound. Whether an engine over whole slots skips what is not filled is
-                not known: in the worst case it does not.
+            work: work of one rank.
+            bound: kind of assumptions.
+            slot_rows: rows of the KV slots as they are bound. It is not known whether an engine over whole slots skips rows
+                that are not filled; the worst assumptions are that it does not.
         """
-        whole = self.lowering == "engine" and case == "worst"
+        whole = self.lowering == "engine" and bound == "worst"
         attentions = [replace(a, keys=slot_rows) if whole and a.over_slots else a for a in work.attentions]
         inner = [a for a in attentions if a.over_slots]
         launches = [tuple(inner)] if self.fused_ops else [(a,) for a in inner]
         launches += [(a,) for a in attentions if not a.over_slots]
-        attention_s = sum(launch[0].count * self.attention_seconds(launch, case) for launch in launches)
+        attention_s = sum(launch[0].count * self.attention_seconds(launch, bound) for launch in launches)
         kernels = sum(gemm.count for gemm in work.gemms) + work.calls + sum(launch[0].count for launch in launches)
-        exchange_s = sum(e.count * self.exchange_seconds(e, work.layout.world_size, case) for e in work.exchanges)
-        bandwidth = self._memory_rate(case)
+        exchange_s = sum(e.count * self.exchange_seconds(e, work.layout.world_size, bound) for e in work.exchanges)
+        bandwidth = self._memory_rate(bound)
         eager = self.lowering == "eager"
         moved = [(op.count, 2 * op.elements if eager else op.fused_elements) for op in work.passes]
         kernels += sum(count for count, elements in moved if elements)
@@ -105,38 +106,38 @@ class GpuMachine:
             kernels += cuts
             pass_s += work.exchanges[0].count * 2 * received * ELEMENT_BYTES / bandwidth
         parts = {
-            "gemm_s": sum(gemm.count * self.gemm_seconds(gemm, case) for gemm in work.gemms),
+            "gemm_s": sum(gemm.count * self.gemm_seconds(gemm, bound) for gemm in work.gemms),
             "attention_s": attention_s,
             "pass_s": pass_s,
             "exchange_s": exchange_s,
         }
-        idle_s = kernels * assumed.KERNEL_GAP_S.at(case)
+        idle_s = kernels * assumed.KERNEL_GAP_S.at(bound)
         if eager:
-            host_s = (work.ops + work.calls) * assumed.HOST_LAUNCH_S.at(case)
+            host_s = (work.ops + work.calls) * assumed.HOST_LAUNCH_S.at(bound)
             idle_s = max(idle_s, host_s - sum(parts.values()))
         return StepTime(**parts, idle_s=idle_s)
 
-    def gemm_seconds(self, gemm: Gemm, case: Case) -> float:
-        """Of one product, with the tiles that are fastest, as a library that is asked for them chooses."""
-        rate = self.gpu.tensor_tflops * 1e12 * assumed.REACHED[self.gpu.architecture].gemm.at(case)
+    def gemm_seconds(self, gemm: Gemm, bound: Bound) -> float:
+        """Seconds of one product with its fastest tiles."""
+        rate = self.gpu.tensor_tflops * 1e12 * assumed.REACHED[self.gpu.architecture].gemm.at(bound)
         rate /= self.gpu.num_multiprocessors
-        bandwidth = self._memory_rate(case)
+        bandwidth = self._memory_rate(bound)
         times = []
         for (tile, reached), splits in itertools.product(
             assumed.TILE_EFFICIENCY.items(), range(1, assumed.MOST_K_SPLITS + 1)
         ):
             rounds = waves(gemm_tiles(gemm, tile) * splits, self.gpu.num_multiprocessors)
             compute_s = rounds * 2 * tile[0] * tile[1] * math.ceil(gemm.k / splits) / (rate * reached)
-            # Ranges of k leave partial sums in float32, which are written and read.
+            # Ranges of k leave partial sums in float32 that are written and read.
             sums_s = 0.0 if splits == 1 else 8 * gemm.m * gemm.n * splits / bandwidth
             times.append(compute_s + sums_s)
         return max(min(times), gemm.elements * ELEMENT_BYTES / bandwidth)
 
-    def attention_seconds(self, launch: tuple[Attention, ...], case: Case) -> float:
-        """Of one launch for these heads and rows, which have their number of keys in common."""
+    def attention_seconds(self, launch: tuple[Attention, ...], bound: Bound) -> float:
+        """Seconds of one launch for these heads and rows, all of which have the same number of keys."""
         first = launch[0]
         tiles = tiles_for(self.gpu.capability, dtype=torch.bfloat16, head_dim=first.head_dim, rotate=False)
-        rate = self.gpu.tensor_tflops * 1e12 * assumed.REACHED[self.gpu.architecture].attention.at(case)
+        rate = self.gpu.tensor_tflops * 1e12 * assumed.REACHED[self.gpu.architecture].attention.at(bound)
         rate /= self.gpu.num_multiprocessors
         num_tiles = sum(a.num_heads * math.ceil(a.rows / tiles.block_m) for a in launch)
         blocks = math.ceil(first.keys / tiles.block_n)
@@ -149,24 +150,24 @@ class GpuMachine:
         block_flops = 4 * tiles.block_m * tiles.block_n * first.head_dim
         depth = math.ceil(blocks / splits) + (SPLIT_COST_BLOCKS if splits > 1 else 0)
         moved = sum(2 * (a.rows + a.keys) * a.num_heads * a.head_dim for a in launch) * ELEMENT_BYTES
-        return max(rounds * depth * block_flops / rate, moved / self._memory_rate(case))
+        return max(rounds * depth * block_flops / rate, moved / self._memory_rate(bound))
 
-    def exchange_seconds(self, exchange: Exchange, world_size: int, case: Case) -> float:
-        """Of one collective call."""
+    def exchange_seconds(self, exchange: Exchange, world_size: int, bound: Bound) -> float:
+        """Seconds of one collective call."""
         gpu = self.gpu
         block = exchange.rows * exchange.head_dim * ELEMENT_BYTES
         near = min(world_size, gpu.gpus_per_server) - 1
-        seconds = near * block / (gpu.link_gbs * 1e9 * assumed.LINK_FRACTION[gpu.link].at(case))
-        latency = assumed.LINK_LATENCY_S[gpu.link].at(case)
+        seconds = near * block / (gpu.link_gbs * 1e9 * assumed.LINK_FRACTION[gpu.link].at(bound))
+        latency = assumed.LINK_LATENCY_S[gpu.link].at(bound)
         if far := world_size - 1 - near:
-            latency = max(latency, assumed.NETWORK_LATENCY_S.at(case))
-            seconds = max(seconds, far * block / (gpu.network_gbs * 1e9 * assumed.NETWORK_FRACTION.at(case)))
+            latency = max(latency, assumed.NETWORK_LATENCY_S.at(bound))
+            seconds = max(seconds, far * block / (gpu.network_gbs * 1e9 * assumed.NETWORK_FRACTION.at(bound)))
         return latency + seconds
 
     def decode_seconds(
-        self, case: Case, *, latent_size: tuple[int, int], latent_frames: int, first_chunk: bool
+        self, bound: Bound, *, latent_size: tuple[int, int], latent_frames: int, first_chunk: bool
     ) -> float:
-        """Of decoding one chunk on one GPU."""
+        """Seconds to decode one chunk on one GPU."""
         flops = chunk_decode_flops(
             self.vae,
             latent_height=latent_size[0],
@@ -174,10 +175,10 @@ class GpuMachine:
             latent_frames=latent_frames,
             first_chunk=first_chunk,
         )
-        return flops / (self.gpu.tensor_tflops * 1e12 * decode_fraction(self.gpu).at(case))
+        return flops / (self.gpu.tensor_tflops * 1e12 * decode_fraction(self.gpu).at(bound))
 
     def bound_seconds(self, work: StepWork) -> float:
-        """What no software can go below: the busiest of tensor cores, memory and link, at their makers' figures."""
+        """Lower bound for any software: seconds of the busiest of tensor cores, memory and link at the makers' figures."""
         block = sum(e.count * e.rows * e.head_dim for e in work.exchanges) * ELEMENT_BYTES
         weights = sum(gemm.count * gemm.n * gemm.k for gemm in work.gemms)
         cache = sum(2 * a.count * a.num_heads * a.keys * a.head_dim for a in work.attentions)
@@ -190,13 +191,13 @@ class GpuMachine:
             far * block / (self.gpu.network_gbs * 1e9),
         )
 
-    def _memory_rate(self, case: Case) -> float:
-        return self.gpu.memory_gbs * 1e9 * assumed.MEMORY.at(case)
+    def _memory_rate(self, bound: Bound) -> float:
+        return self.gpu.memory_gbs * 1e9 * assumed.MEMORY.at(bound)
 
 
 @functools.cache
 def decode_fraction(gpu: Gpu) -> Estimate:
-    """Of the tensor rate that the VAE's decoder reaches, from one published time for the architecture."""
+    """Fraction of the tensor rate that the VAE decoder reaches, from one published time for the architecture."""
     measured = assumed.MEASURED_DECODES.get(gpu.architecture)
     if measured is None:
         measured = assumed.MEASURED_DECODES["ampere" if gpu.architecture == "blackwell_rtx" else "hopper"]

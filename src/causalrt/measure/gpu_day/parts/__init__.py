@@ -1,33 +1,25 @@
-"""The parts of a GPU day, the most telling first. Each is a module here with a function `run(book)`."""
+"""The parts of a GPU day, the most important first. Each is a module here with a function `run(recorder)`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One part.
-
-    Attributes:
-        name: for `--parts` and the report.
-        module: dotted name of the module whose `run` is called.
-        summary: what it tells.
-        wish_s: seconds that it may take.
-        least_s: seconds below which it is not started.
-        dry_environment: tells the environment variables of its process in a dry run.
-    """
+    """One part of a GPU day: it may take `limit_s` seconds, and is not started when fewer than `least_s` are left."""
 
     name: str
     module: str
     summary: str
-    wish_s: float
+    limit_s: float
     least_s: float
     dry_environment: Callable[[], Mapping[str, str]] = dict
 
 
 def interpreting() -> Mapping[str, str]:
-    """The environment in which Triton interprets kernels; empty where its interpreter does not work."""
+    """The environment in which Triton interprets kernels; empty where its interpreter does not work with this numpy."""
+    from importlib import metadata  # slow to import, and every command line imports this module
+
     try:
         triton, numpy = (tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
     except metadata.PackageNotFoundError:
@@ -35,57 +27,57 @@ def interpreting() -> Mapping[str, str]:
     return {} if triton < (3, 7) and numpy >= (2, 4) else {"TRITON_INTERPRET": "1"}
 
 
-def _part(name: str, summary: str, *, wish_s: float, least_s: float) -> Part:
+def _part(name: str, summary: str, *, limit_s: float, least_s: float) -> Part:
     return Part(
         name=name,
         module=f"{__name__}.{name}",
         summary=summary,
-        wish_s=wish_s,
+        limit_s=limit_s,
         least_s=least_s,
         dry_environment=interpreting if name == "kernels" else dict,
     )
 
 
 PARTS = (
-    _part("doctor", "what the machine is, and what can be built and run on it", wish_s=30, least_s=5),
+    _part("doctor", "what the machine is, and what can be built and run on it", limit_s=30, least_s=5),
     _part(
         "golden",
         "recorded rollouts B, J and R in eager and inductor, with the fused ops and without, captured and not: largest errors",
-        wish_s=130,
+        limit_s=130,
         least_s=20,
     ),
     _part(
         "demo",
         "the shipped demo model on the GPU: its frames against the CPU's, and a contact sheet",
-        wish_s=70,
+        limit_s=70,
         least_s=20,
     ),
     _part(
         "ranks",
         "2, 3 and 8 ranks as threads on one GPU: the recorded rollouts, and the exchange's self-test",
-        wish_s=70,
+        limit_s=70,
         least_s=10,
     ),
     _part(
         "kernels",
         "the fused kernels: errors against float64, times beside SDPA and copies",
-        wish_s=90,
+        limit_s=90,
         least_s=20,
     ),
     _part(
         "steps",
         "a chunk step of the 1.3B model with random weights at every KV length: eager, inductor, fused ops; host waits",
-        wish_s=240,
+        limit_s=240,
         least_s=40,
     ),
-    _part("decoder", "a chunk through the small decoder and through Wan's", wish_s=45, least_s=10),
-    _part("trace", "a profile of one chunk step, and the kernels that take its time", wish_s=60, least_s=15),
-    _part("exchange", "all-to-alls between the GPUs: latency and self-test", wish_s=60, least_s=15),
+    _part("decoder", "a chunk through the small decoder and through Wan's", limit_s=45, least_s=10),
+    _part("trace", "a profile of one chunk step, and the kernels that take its time", limit_s=60, least_s=15),
+    _part("exchange", "all-to-alls between the GPUs: latency and self-test", limit_s=60, least_s=15),
     _part(
         "engines",
         "TensorRT of either flavour: small engines, captured and not, then two layers of the 1.3B model",
-        wish_s=200,
+        limit_s=200,
         least_s=30,
     ),
 )
-"""In the order in which they run. With the usual budget, the first five leave the sixth almost three minutes at the least."""
+"""In the order in which they run. With the usual budget, the first five leave almost three minutes or more for the sixth."""

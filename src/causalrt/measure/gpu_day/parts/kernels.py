@@ -1,6 +1,5 @@
-"""The fused kernels at the 1.3B model's sizes: right against float64 first, then timed beside SDPA and copies."""
+"""The fused kernels at the sizes of the 1.3B model: compared with float64 first, then timed beside SDPA and copies."""
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 
 from causalrt.config import Config, override
 from causalrt.errors import KernelError
-from causalrt.measure.gpu_day.book import Book, SkippedError
 from causalrt.measure.gpu_day.predictions import Planner, columns, planner_for
+from causalrt.measure.gpu_day.recorder import Recorder, SkippedError
 from causalrt.plugins.kernel_launch import require_triton
 from causalrt.recipes import recipe
 
@@ -17,8 +16,8 @@ SECTIONS = ("qk_norm_rope", "rope_attention")
 ROWS, ATTENTION = SECTIONS
 
 
-def run(book: Book) -> None:
-    """Measure section by section and number of ranks by number of ranks; a kernel that is wrong ends its own section only.
+def run(recorder: Recorder) -> None:
+    """Measure each section on each number of ranks; a wrong kernel ends only its own section.
 
     Raises:
         SkippedError: Triton is missing.
@@ -27,59 +26,56 @@ def run(book: Book) -> None:
         require_triton()
     except KernelError as error:
         raise SkippedError(str(error)) from error
-    from causalrt.measure.kernel_bench.operands import interpreted  # these import Triton
+    from causalrt.measure.kernel_bench.cases import KernelBenchOptions, interpreted  # these import Triton
     from causalrt.measure.kernel_bench.sections import Bench
 
     subject = "The fused kernels"
-    if book.dry_run and interpreted():
-        book.note("The kernels are interpreted by Triton, over as few rows as there can be.")
-    elif book.dry_run:
+    if recorder.dry_run and interpreted():
+        recorder.note("The kernels are interpreted by Triton, over as few rows as there can be.")
+    elif recorder.dry_run:
         subject = "The references of the fused kernels"
-        book.note("References stand in for the kernels: Triton 3.6's interpreter fails with numpy 2.4 and newer.")
+        recorder.note("References stand in for the kernels: Triton 3.6's interpreter fails with numpy 2.4 and newer.")
 
-    planner, config = planner_for(book), _config(book)
+    planner, config = planner_for(recorder), _config(recorder)
     merged: dict[str, Any] = {"claims": [], **{section: [] for section in SECTIONS}}
     with torch.no_grad():
         for section in SECTIONS:
-            for world_size in (2,) if book.dry_run else (1, 8):
+            for world_size in (2,) if recorder.dry_run else (1, 8):
                 before = list(merged[section])
 
                 def keep(report: Mapping[str, Any], section: str = section, before: list[Any] = before) -> None:
                     merged.update(machine=report["machine"], options=report["options"])
                     merged[section] = [*before, *report[section]]
-                    _write(book, merged, config, planner, subject)
+                    _write(recorder, merged, config, planner, subject)
 
-                with book.attempt(f"{section}, {world_size} rank(s)"):
-                    bench = Bench(_options(book, config, section, world_size), config, book.device, keep=keep)
+                with recorder.attempt(f"{section}, {world_size} rank(s)"):
+                    options = KernelBenchOptions(
+                        **_options(recorder, config), world_sizes=[world_size], sections=[section]
+                    )
+                    bench = Bench(options, config, recorder.device, keep=keep)
                     getattr(bench, section)()
                     merged["claims"] += bench.report["claims"]
-                    _write(book, merged, config, planner, subject)
+                    _write(recorder, merged, config, planner, subject)
 
 
-def _config(book: Book) -> Config:
-    return recipe("tiny") if book.dry_run else override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
+def _config(recorder: Recorder) -> Config:
+    return recipe("tiny") if recorder.dry_run else override(recipe("wan_1_3b_480p"), {"build.precision": "bfloat16"})
 
 
-def _options(book: Book, config: Config, section: str, world_size: int) -> argparse.Namespace:
-    """Those of `benchmarks/gpu_kernels.py`."""
-    chunk, slots = config.tokens_per_chunk, config.slot_rows
-    return argparse.Namespace(
-        recipe="tiny" if book.dry_run else "wan_1_3b_480p",
-        dtype="fp32" if book.dry_run else "bf16",
-        world_sizes=[world_size],
-        sections=[section],
-        forms=["whole", "prefix"],
-        kv_rows=[2 * chunk] if book.dry_run else [chunk, 4 * chunk, slots],
-        repeats=2 if book.dry_run else 20,
-        check=True,
-        compile=not book.dry_run,
-        tune=None,
-        kv_splits=None,
-    )
+def _options(recorder: Recorder, config: Config) -> dict[str, Any]:
+    chunk, dry_run = config.tokens_per_chunk, recorder.dry_run
+    return {
+        "recipe": "tiny" if dry_run else "wan_1_3b_480p",
+        "dtype": "fp32" if dry_run else "bf16",
+        "forms": ["whole", "prefix"],
+        "kv_rows": [2 * chunk] if dry_run else [chunk, 4 * chunk, config.slot_rows],
+        "repeats": 2 if dry_run else 20,
+        "compile": not dry_run,
+    }
 
 
-def _write(book: Book, merged: Mapping[str, Any], config: Config, planner: Planner, subject: str) -> None:
-    """All tables anew, and what the picture is drawn from."""
+def _write(recorder: Recorder, merged: Mapping[str, Any], config: Config, planner: Planner, subject: str) -> None:
+    """Record all tables again, and the data of the picture."""
     rows = [
         {
             "ranks": entry["P"],
@@ -104,17 +100,17 @@ def _write(book: Book, merged: Mapping[str, Any], config: Config, planner: Plann
         for entry in merged[ATTENTION]
         for name, side in entry["sides"].items()
     ]
-    claims = [] if book.dry_run else merged["claims"]  # those of an interpreter's times mean nothing
+    claims = [] if recorder.dry_run else merged["claims"]  # times of an interpreter mean nothing
     tables = {ROWS: rows, ATTENTION: attention, "claims": claims}
-    book.record.tables = {title: found for title, found in tables.items() if found}
+    recorder.record.tables = {title: found for title, found in tables.items() if found}
     for name, value in merged.items():
-        book.record.data[name] = value
+        recorder.record.data[name] = value
     errors = [row["error"] for row in (*rows, *attention) if row["side"] in ("kernel", "whole", "prefix")]
     ratios = [row["of fastest SDPA"] for row in attention if row["side"] == "whole" and row["of fastest SDPA"]]
     said = f"{subject} agree with float64 (largest relative error {max(errors):.1e})"
-    if ratios and not book.dry_run:
+    if ratios and not recorder.dry_run:
         said += f" and take {min(ratios):.2f} to {max(ratios):.2f} of the time of the fastest SDPA"
-    book.headline("kernels", f"{said}.")
+    recorder.headline("kernels", f"{said}.")
 
 
 def _figures(side: Mapping[str, Any]) -> dict[str, Any]:
