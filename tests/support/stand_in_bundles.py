@@ -25,7 +25,7 @@ from support import tensorrt_stand_in
 
 TARGET, CAPABILITY = "sm80", (8, 0)
 GPU = SimpleNamespace(multi_processor_count=108)
-STAND_INS = {name: dataclasses.replace(made, module="tensorrt_stand_in") for name, made in FLAVOURS.items()}
+STAND_INS = {name: dataclasses.replace(made, module="support.tensorrt_stand_in") for name, made in FLAVOURS.items()}
 
 
 def build_stand_in(
