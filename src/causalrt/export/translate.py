@@ -75,9 +75,7 @@ def onnx_from_program(program: ExportedProgram, *, input_names: Sequence[str], o
 def _translate(
     program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str], *, fused_as_nodes: bool
 ) -> ir.Model:
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
-        logging.ERROR
-    )  # it warns that torchvision is missing
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # silence: no torchvision
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         translated = torch.onnx.export(
@@ -93,5 +91,5 @@ def _translate(
     for node in translated.model.graph:
         node.metadata_props.pop(
             "pkg.torch.onnx.stack_trace", None
-        )  # contains this package's install path, which would make builds differ
+        )  # contains install paths, which would make builds differ
     return translated.model
