@@ -1,1 +1,1 @@
-"""Offline: checkpoint -> model -> step graph -> passes -> ONNX -> segments -> bundle. The runtime never imports it."""
+"""The offline build: checkpoint -> model -> step graph -> passes -> ONNX -> segments -> bundle; never imported at runtime."""

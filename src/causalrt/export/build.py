@@ -1,4 +1,4 @@
-"""`build`: a checkpoint and a config in, a bundle out."""
+"""`build`: compiles a checkpoint and a config into a bundle."""
 
 import gc
 import logging
@@ -30,15 +30,15 @@ from causalrt.progress import Progress
 logger = logging.getLogger(__name__)
 
 GRAPH_BYTES = 64 * 2**20
-"""Disk that the graph files may take beside the weights; they hold tables and structure only."""
+"""Bytes of disk reserved for the graph files, which contain only tables and structure, not the weights."""
 
 
 class EnginePlan(NamedTuple):
-    """What engines of a flavour are to be built for, and where.
+    """The targets of a flavour's engines, and whether they are built now or later.
 
     Attributes:
-        targets: GPU architectures; of engines that are built later, none means any.
-        later: they are left to `finish_build`, on another machine.
+        targets: GPU architectures; for engines that are built later, an empty tuple means any architecture.
+        later: whether the engines are left to `finish_build` on another machine.
     """
 
     targets: tuple[str, ...]
@@ -63,35 +63,35 @@ def build(
 ) -> Path:
     """Compile a checkpoint into a bundle.
 
-    `tensorrt` builds its engines on the GPU that runs them. Without a GPU the bundle is written with everything but these
-    engines, with a warning, and `finish_build` adds them on the machine that has the GPU. Other executors run it as it is.
+    `tensorrt` builds its engines on the GPU that will run them. Without a GPU, the bundle is written without these engines, with
+    a warning, and `finish_build` adds them on the machine that has the GPU. Other executors can run the bundle as it is.
 
     Args:
-        config: a recipe's config, overrides applied.
-        checkpoint: Self-Forcing `.pt`, the bare Wan layout, or the diffusers layout (file or folder).
-        out: the bundle's folder; it appears only once it is complete.
-        executors: what the bundle shall run on, among `EXECUTORS`; eager and inductor are always possible.
-        targets: GPU architectures (`sm80`) to build TensorRT engines for; none is the GPU at hand.
-        collectives: in TensorRT engines, whether the engine or the runtime exchanges between ranks.
-        frontend: what makes TensorRT's network of the traced step.
-        timing_cache: file with TensorRT's measured kernel times, read and written; by default one in the user's cache.
-        fused_ops: whether self-attention is made of the fused ops: plugins for TensorRT, functions of standard ops for
-            onnxruntime, and what eager and inductor run unless `load` is given another choice. `auto` is off, for no GPU has
-            measured them yet, and on where `video.time_index` is relative (for TensorRT then as standard ops).
-        vae: Wan2.1's VAE, in its own layout or diffusers' (file or folder), or the file of a cosine transform
-            (`model/codecs/block_dct.py`), so that the bundle makes pixels; None for latents.
-        prepare: leave all TensorRT engines to `finish_build`, although there is a GPU here: of another kind, say.
-        overwrite: replace a bundle that is there already.
+        config: config of a recipe, with overrides applied.
+        checkpoint: a Self-Forcing `.pt`, the bare Wan layout, or the diffusers layout (file or folder).
+        out: folder of the bundle; it appears only once the bundle is complete.
+        executors: executors to build for, from `EXECUTORS`; eager and inductor can always run the bundle.
+        targets: GPU architectures (such as `sm80`) to build TensorRT engines for; by default that of the local GPU.
+        collectives: whether the `engine` or the `runtime` runs the all-to-alls of TensorRT engines.
+        frontend: the front end that turns the traced step into a TensorRT network.
+        timing_cache: file with TensorRT's measured kernel times, read and written; by default a file in the user's cache.
+        fused_ops: whether self-attention uses the fused ops: plugins for TensorRT, functions of standard ops for onnxruntime,
+            and the default of eager and inductor, which `load` can override. `auto` is on if `video.time_index` is relative (for
+            TensorRT as standard ops), and otherwise off, because they have not been measured on any GPU yet.
+        vae: Wan2.1's VAE, in its own or the diffusers layout (file or folder), or the file of a cosine transform
+            (`model/codecs/block_dct.py`), for a bundle that outputs pixels; None for latents.
+        prepare: whether to leave all TensorRT engines to `finish_build` even if this machine has a GPU (such as a different one).
+        overwrite: whether to replace an existing bundle.
         on_progress: called at the start and the end of each stage.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        CheckpointError: the checkpoint or the VAE cannot be read, is not of this config, or holds values that are not finite.
-        ConfigError: a combination of options cannot work.
-        ExecutorError: an executor is unknown, or what it needs to build is missing here.
-        BuildError: the bundle cannot be written, or a compiler refuses the graph.
+        CheckpointError: the checkpoint or the VAE cannot be read, does not match the config, or has values that are not finite.
+        ConfigError: the options cannot be combined.
+        ExecutorError: an executor is unknown, or software or hardware that its build requires is missing.
+        BuildError: the bundle cannot be written, or a compiler rejects the graph.
     """
     faults = Faults()
     with faults:
@@ -199,23 +199,23 @@ def check_options(
     timing_cache: str | Path | None,
     prepare: bool = False,
 ) -> dict[str, EnginePlan]:
-    """Check the options of a build; one error names everything that is wrong with them.
+    """Check the options of a build and report all problems in one error.
 
     Args:
-        precision: of weights and activations; None if it is not known yet.
+        precision: type of weights and activations; None if it is not known yet.
         executors: executors to build for.
         targets: GPU architectures of TensorRT engines.
         collectives: whether the `engine` or the `runtime` exchanges data between ranks.
-        frontend: what makes TensorRT's network, `onnx` or `torch-tensorrt`.
+        frontend: the front end that creates the TensorRT network, `onnx` or `torch-tensorrt`.
         timing_cache: file of measured kernel times.
-        prepare: leave all engines to `finish_build`.
+        prepare: whether to leave all engines to `finish_build`.
 
     Returns:
-        What to build engines for, by TensorRT flavour.
+        The plan of the engines to build, by TensorRT flavour.
 
     Raises:
-        ConfigError: options do not go together, or several things are wrong.
-        ExecutorError: an executor or a target is unknown, or TensorRT is missing here.
+        ConfigError: the options cannot be combined, or there are several problems.
+        ExecutorError: an executor or a target is unknown, or TensorRT is not installed.
     """
     faults = Faults()
     for name in executors:
@@ -270,16 +270,16 @@ def check_options(
 
 
 def fused_ops_wanted(mode: str, config: Config, flavours: Sequence[str], frontend: str) -> bool:
-    """Whether the step is made with the fused ops.
+    """Whether the step uses the fused ops.
 
     Args:
         mode: `on`, `off` or `auto`.
-        config: of the bundle.
-        flavours: of TensorRT, that engines are built with.
-        frontend: of TensorRT.
+        config: the bundle's config.
+        flavours: TensorRT flavours that engines are built for.
+        frontend: the front end that creates the TensorRT network.
 
     Raises:
-        ConfigError: the mode is unknown, or something else that was asked for cannot be had with it.
+        ConfigError: the mode is unknown, or cannot be combined with the other options.
     """
     relative = config.video.time_index == "relative"
     if mode not in get_args(FusedOpsMode):
@@ -321,7 +321,7 @@ def _write_graphs(
     collectives: CollectivesMode,
     fused: bool,
 ) -> list[StepGraphs]:
-    """Write the ONNX files of every executor that needs some; the traced model is freed when this returns."""
+    """Write the ONNX files that the chosen executors need; the traced model is freed before this returns."""
     from causalrt.export.engine_files import write_engine_graphs
     from causalrt.export.onnx import runtime_graph, step_graph, step_prefix, write_segments, write_small_graphs
     from causalrt.export.trace import wan_from_file

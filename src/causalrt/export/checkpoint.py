@@ -1,10 +1,9 @@
-"""Released checkpoints in, one plain weight file out.
+"""Converts released checkpoints to one plain weight file.
 
     .pt / .safetensors / folder -> open_checkpoint -> Checkpoint (lazy, reference names) -> write_weights -> one file
 
-This module owns the names, the shapes and the values of weights. Resident memory is that of the target, because the pages
-of each source tensor are given back once it is converted. How files are opened is `checkpoint_source.py`'s affair, how an
-executor loads the written file is none of export's.
+This module is responsible for the names, shapes and values of the weights; `checkpoint_source.py` opens the files. Resident
+memory stays at the size of the converted weights, because the pages of each source tensor are released after its conversion.
 
 Reference names are those of the released Self-Forcing file without `model.` (model_spec section 8).
 """
@@ -28,7 +27,7 @@ from causalrt.errors import BuildError, CheckpointError
 from causalrt.export.checkpoint_source import StoredTensor, stored_tensors
 
 DIGESTS = "causalrt-weights"
-"""The one key of the weight file's metadata (several would be written in any order): JSON, the sha256 of each tensor."""
+"""The only metadata key of the weight file (several would be written in arbitrary order): JSON, the sha256 per tensor."""
 KeyLayout = Literal["self_forcing", "wan", "diffusers"]
 
 _log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ _log = logging.getLogger(__name__)
 _WRAPPER_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 _DIFFUSERS_MARK = "condition_embedder."
 
-# Diffusers module -> reference module; block modules without their `blocks.<i>.`.
+# Maps diffusers modules to reference modules; names of block modules omit `blocks.<i>.`.
 _DIFFUSERS_MODULES = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
@@ -60,7 +59,7 @@ _DIFFUSERS_BLOCK_MODULES = {
     )
 }
 
-# Field of ModelConfig -> where it shows: tensor, rank of the tensor, dimension.
+# Maps fields of ModelConfig to the tensor that shows them, its rank and the dimension.
 _SIZE_SOURCES = {
     "dim": ("patch_embedding.weight", 5, 0),
     "ffn_dim": ("blocks.0.ffn.0.weight", 2, 0),
@@ -73,7 +72,7 @@ _SIZE_SOURCES = {
 
 
 class Checkpoint:
-    """Tensors of an opened checkpoint under reference names, each read when it is asked for.
+    """Tensors of an opened checkpoint under reference names, read on demand.
 
     Attributes:
         path: file or folder that was opened.
@@ -90,27 +89,27 @@ class Checkpoint:
         self._stored = stored
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored, to be read only: it is a view of the mapped file."""
+        """The tensor as stored; callers must not modify it, because it is a view of the mapped file."""
         return self._stored[name].read()
 
     def release(self, name: str) -> None:
-        """Give the resident pages of a tensor back; reading it again brings them back from the file.
+        """Release the resident pages of a tensor; reading it again loads them from the file.
 
-        A safetensors source is mapped for each `tensor` call and leaves with the last reference to what that returned.
-        A legacy `.pt` is held in memory as long as the checkpoint is: for it this does nothing.
+        A safetensors file is mapped anew for each `tensor` call, and unmapped with the last reference to the returned tensor.
+        A legacy `.pt` stays in memory as long as the checkpoint does, so this method does nothing for it.
         """
         self._stored[name].release()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a released checkpoint lazily and name its tensors as the reference does.
+    """Open a released checkpoint lazily and give its tensors their reference names.
 
     Args:
-        path: a Self-Forcing or Wan `.pt`/`.pth`, a `.safetensors` file, a `.safetensors.index.json`, or a folder with
-            either of the last two, in itself or in its `transformer/`.
+        path: a Self-Forcing or Wan `.pt`/`.pth`, a `.safetensors` file, a `.safetensors.index.json`, or a folder that contains
+            either of the last two directly or in `transformer/`.
 
     Raises:
-        CheckpointError: not a checkpoint, damaged, incomplete, ambiguous, or holding code.
+        CheckpointError: the path is not a checkpoint, is damaged, incomplete or ambiguous, or contains code.
     """
     stored, generator = stored_tensors(path)
     diffusers = any(_DIFFUSERS_MARK in key for key in stored)
@@ -130,7 +129,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _reference_from_diffusers(name: str) -> str:
-    """The reference name; a name that the table does not know stays, to be reported as extra."""
+    """Convert a diffusers name to the reference name; unknown names stay unchanged and are later reported as extra."""
     match = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name, flags=re.DOTALL)
     if match is None:
         return name
@@ -140,7 +139,7 @@ def _reference_from_diffusers(name: str) -> str:
 
 
 def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Reference name -> shape of every tensor of the model (model_spec section 8)."""
+    """Shape of every tensor of the model, by reference name (model_spec section 8)."""
     d = model.dim
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -171,9 +170,9 @@ def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def infer_sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Fields of `ModelConfig` as the tensors show them; `num_heads` and `text_len` leave no trace in the weights.
+    """Infer fields of `ModelConfig` from the tensor shapes; `num_heads` and `text_len` cannot be inferred.
 
-    A field whose tensor is missing or has another rank is left out.
+    A field is omitted if its tensor is missing or does not have the expected rank.
     """
     sizes = {
         field: checkpoint.shapes[name][dim]
@@ -187,11 +186,11 @@ def infer_sizes(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def check_checkpoint(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    """Hold the checkpoint against the config: sizes first, then every tensor.
+    """Check the checkpoint against the config: the model sizes first, then every tensor.
 
     Raises:
-        CheckpointError: one that lists every size that differs, with the flag that sets it; or, if none does, one that
-            lists every missing, extra and misshapen tensor.
+        CheckpointError: sizes differ (the error lists them all, with the flags that set them), or tensors are missing, extra or
+            misshapen (the error lists them all).
     """
     differing = [
         f"  {field}: checkpoint {size}, recipe {getattr(model, field)}; --set model.{field}={size}"
@@ -231,21 +230,23 @@ def write_weights(
     out: Path,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Convert the checkpoint to one safetensors file of one type, in the order and shape that the step reads.
+    """Convert the checkpoint to a single safetensors file of one type, in the order and shapes that the step reads.
 
-    Names and shapes are the reference's, but for two: `patch_embedding.weight` is flattened to [dim, patch_features],
-    and the rows of `head.head`, in the reference (dy, dx, channel) with channel fastest, are stored (channel, dy, dx)
-    with dx fastest, so that a token's features leave the model in the order in which they enter it.
+    Names and shapes are those of the reference, with two exceptions. `patch_embedding.weight` is flattened to
+    [dim, patch_features]. The rows of `head.head`, which the reference orders (dy, dx, channel) with channel fastest, are
+    stored as (channel, dy, dx) with dx fastest, so that a token's features have the same order at the model's output as at its
+    input.
 
     Args:
-        checkpoint: where the tensors are.
-        model: sizes that they must have.
-        dtype: type of every tensor written, norms and modulations included.
-        out: file to write, by way of a temporary name beside it.
-        on_progress: called with (tensors done, tensors in all).
+        checkpoint: the opened checkpoint.
+        model: sizes that its tensors must have.
+        dtype: type of every tensor written, including norms and modulations.
+        out: file to write; it is written under a temporary name beside it first.
+        on_progress: called with (tensors done, total number of tensors).
 
     Raises:
-        CheckpointError: not this model, or values that are not finite or do not fit `dtype`, with every bad tensor.
+        CheckpointError: the checkpoint is not of this model, or has values that are not finite or do not fit `dtype` (the error
+            lists every bad tensor).
         BuildError: the file cannot be written.
     """
     check_checkpoint(checkpoint, model)
@@ -278,10 +279,10 @@ def write_weights(
 def converted_tensors(
     checkpoint: Checkpoint, model: ModelConfig, *, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of everything that `write_weights` writes of a checkpoint, one at a time.
+    """Yield (name, tensor) for every tensor that `write_weights` writes, one at a time.
 
     Raises:
-        CheckpointError: not this model.
+        CheckpointError: the checkpoint is not of this model.
     """
     check_checkpoint(checkpoint, model)
     for name in model_shapes(model):
@@ -290,14 +291,14 @@ def converted_tensors(
 
 
 def _convert(source: torch.Tensor, name: str, model: ModelConfig, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
-    """The tensor in storage of its own as it is written, and what is wrong with its values (or nothing)."""
+    """Convert a tensor, in new storage, to the form that is written; also return what is wrong with its values, or ""."""
     if name == "patch_embedding.weight":
         source = source.flatten(1)
     elif name in ("head.head.weight", "head.head.bias"):
         rows = source.reshape(model.patch_height, model.patch_width, model.latent_channels, *source.shape[1:])
         source = rows.movedim(2, 0).flatten(0, 2)
     tensor = torch.empty(source.shape, dtype=dtype).copy_(source)
-    # A conversion keeps NaN and Inf and turns overflow into Inf, so that one pass without temporaries sees all three.
+    # The conversion keeps NaN and Inf and turns overflow into Inf, so one pass without temporaries detects all three.
     if all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist()):
         return tensor, ""
     num_bad = int((~source.isfinite()).sum())

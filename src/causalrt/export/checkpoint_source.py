@@ -1,7 +1,7 @@
-"""Checkpoint files as hostile input: tensors lazily, by the keys that stand in the file.
+"""Opens checkpoint files, which are treated as untrusted input, and reads their tensors lazily by the keys in the file.
 
-No code in a file is ever run, an index names only files beside it, and tensors stay on disk until they are read. What the
-keys mean is `checkpoint.py`'s affair.
+Code in a file is never executed, an index may name only files in its own folder, and tensors stay on disk until they are read.
+`checkpoint.py` interprets the keys.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """One tensor where it lies: `read` maps it, `release` unmaps what `read` made resident."""
+    """A tensor in its file: `read` maps it into memory, and `release` drops the pages that became resident."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -41,10 +41,10 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], bool]:
-    """Every tensor of a file or folder under its own key, and whether the keys stood under a generator key.
+    """All tensors of a file or folder by their keys, and whether the tensors were nested under a generator key.
 
     Raises:
-        CheckpointError: not a checkpoint, damaged, incomplete, ambiguous, or holding code.
+        CheckpointError: the path is not a checkpoint, is damaged, incomplete or ambiguous, or contains code.
     """
     if path.is_dir():
         return _open_folder(path), False
@@ -58,14 +58,14 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], bool]:
 
 
 def _open_torch(path: Path) -> tuple[dict[str, StoredTensor], bool]:
-    """Tensors of a torch file by their own keys, and whether they stood under a generator key."""
+    """All tensors of a torch file by their keys, and whether the tensors were nested under a generator key."""
     with path.open("rb") as file:
         mapped = file.read(4) == b"PK\x03\x04"
     if not mapped:
         _log.warning("%s is a legacy torch file, which cannot be mapped: all of it is read into memory", path)
     try:
         top: Any = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
-    except Exception as error:  # whatever a hostile or damaged file makes the unpickler raise
+    except Exception as error:  # a malicious or damaged file can make the unpickler raise anything
         code = re.search(r"GLOBAL (\S+)|unrecognized function (.+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code is not None:
             raise CheckpointError(
@@ -98,7 +98,7 @@ def _is_dense(value: object) -> bool:
 def _stored_from_torch(
     tensor: torch.Tensor, ranges: list[tuple[int, int, int]], archive: TorchArchive | None
 ) -> StoredTensor:
-    """An entry that releases only what lies in a mapping of the file: anonymous pages, once dropped, read as zeros."""
+    """Create an entry that releases only pages mapped from the file; dropped anonymous pages would read as zeros."""
     start = tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = start + (last + 1) * tensor.element_size()
@@ -121,7 +121,7 @@ def _stored_from_torch(
 
 
 def _mapped_ranges(path: Path) -> Iterator[tuple[int, int, int]]:
-    """(first address, end, offset in the file) where this process maps the file; none where /proc is not Linux's."""
+    """Yield (first address, end, offset in the file) for each mapping of the file in this process; none except on Linux."""
     if sys.platform != "linux":
         return
     target = str(path.resolve())
@@ -133,7 +133,7 @@ def _mapped_ranges(path: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def _drop_pages(start: int, end: int) -> None:
-    """Unmap the pages that touch [start, end); clean pages of a file come back when they are read again."""
+    """Drop the resident pages that overlap [start, end); clean file pages are reloaded when they are read again."""
     libc = ctypes.CDLL(None, use_errno=True)
     first = start - start % mmap.PAGESIZE
     if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), ctypes.c_int(mmap.MADV_DONTNEED)) != 0:
@@ -141,7 +141,7 @@ def _drop_pages(start: int, end: int) -> None:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By the suffix, or by the bytes: eight of header length, then the JSON header."""
+    """Whether the suffix is .safetensors, or a JSON header follows 8 bytes of header length."""
     with path.open("rb") as file:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
@@ -164,7 +164,7 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_safetensors(path: Path, key: str) -> torch.Tensor:
-    """A view of a mapping of its own, so that the resident pages leave with the view."""
+    """Read a tensor as a view of its own mapping, so that its resident pages are freed with the view."""
     try:
         with safe_open(path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(key)
@@ -191,7 +191,7 @@ def _open_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _shards_from_index(index: Path) -> dict[str, str]:
-    """Tensor key -> shard file name, every one of them a plain name in the folder of the index."""
+    """Map tensor keys to shard file names, which must be plain names of files in the folder of the index."""
     try:
         plain = json.loads(regular_file(index).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

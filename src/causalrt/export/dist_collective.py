@@ -1,4 +1,4 @@
-"""This pass turns all-to-alls into TensorRT's own collective, so that one engine holds the whole step."""
+"""Turns all-to-alls into TensorRT's DistCollective, so that a single engine contains the whole step."""
 
 import onnx
 from onnx import helper

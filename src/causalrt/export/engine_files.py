@@ -1,13 +1,13 @@
-"""TensorRT engines of a bundle: graphs in the form that TensorRT wants, one child process a target that builds them.
+"""Writes the graphs that TensorRT parses and builds a bundle's engines, in one child process per target.
 
-| collectives | the step is | KV slots |
+| collectives | form of the step | KV slots |
 |---|---|---|
-| `engine` | one engine, DistCollective all-to-alls inside | whole, updated in place; every size is static |
-| `runtime` | segments, cut at all-to-alls and cache writes | filled prefix; an optimisation profile for each length |
+| `engine` | one engine with DistCollective all-to-alls inside | whole, updated in place; every size is static |
+| `runtime` | segments, cut at all-to-alls and cache writes | filled prefix; one optimisation profile per length |
 | `runtime`, fused ops | segments, cut at all-to-alls | whole, updated in place; every size is static |
 
-Fused ops are plugins. There is none that rotates what it reads (`video.time_index=relative`): those are expanded to the
-standard ops that their ONNX functions are made of, which any TensorRT builds.
+Fused ops become plugins. No plugin rotates cached keys when it reads them (`video.time_index=relative`), so those ops are
+expanded into the standard ops of their ONNX functions, which every TensorRT can build.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 WHOLE_STEP = "whole-step.onnx"
 END_S = 10.0
-"""How long the child may take to end once it has answered."""
+"""Seconds that the child process may take to exit after it has answered."""
 LOG_TAIL_BYTES = 2000
 
 
@@ -61,17 +61,17 @@ def write_engine_graphs(
     fused: bool = False,
     step: int = 0,
 ) -> tuple[StepPart, ...]:
-    """Write the step in the lowering that TensorRT parses.
+    """Write the step graph, lowered to the form that TensorRT parses.
 
     Args:
         wan: the model over the bundle's weights.
-        config: of the bundle.
-        folder: of the bundle.
+        config: the bundle's config.
+        folder: the bundle's folder.
         on_progress: called at the start and the end of each stage.
-        collectives: who exchanges.
-        segmented: the step graph over the filled prefix, if it is at hand.
-        fused: self-attention is made of the fused ops.
-        step: number of the kind of step.
+        collectives: whether the engine or the runtime runs the all-to-alls.
+        segmented: the step graph over the filled prefix, if the caller already has it.
+        fused: whether self-attention uses the fused ops.
+        step: index of the kind of step.
 
     Returns:
         The step's parts in order.
@@ -95,12 +95,12 @@ def write_engine_graphs(
 
 
 def wants_plugins(config: Config, *, fused: bool) -> bool:
-    """Whether the fused ops of a step are plugins to TensorRT."""
+    """Whether TensorRT runs the fused ops of a step as plugins."""
     return fused and config.video.time_index == "global"
 
 
 def kv_lengths(config: Config) -> tuple[int, ...]:
-    """Numbers of rows that the filled prefix has in step 0, in rising order."""
+    """Row counts that the filled prefix can have in step 0, in ascending order."""
     plan = slots_from_config(config)
     return tuple(sorted({plan.valid_frames(frames) * config.tokens_per_frame for frames in history_lengths(config)}))
 
@@ -119,7 +119,7 @@ def build_engines(
     """Build the engines of one target in a child process, and return their record in the manifest.
 
     Raises:
-        BuildError: TensorRT refused a graph, or the child died.
+        BuildError: TensorRT rejected a graph, or the child process died.
         ExecutorError: TensorRT is not installed.
     """
     prefix = f"{flavour.name}-{target}"
@@ -140,7 +140,7 @@ def build_engines(
 
 
 def plugin_device(target: str) -> PluginDevice:
-    """The GPU at hand, for which plugins are compiled."""
+    """The local GPU, for which plugins are compiled."""
     found = torch.cuda.get_device_properties(0)
     return PluginDevice(capability=int(target.removeprefix("sm")), num_multiprocessors=found.multi_processor_count)
 
@@ -164,10 +164,10 @@ def _request(config: Config, folder: Path, name: str, engine: str) -> EngineRequ
 
 
 def run_child(request: str, target: str, on_progress: Progress) -> dict[str, Any]:
-    """Have a child process build engines; its answer (`engine_worker`).
+    """Build engines in a child process (`engine_worker`) and return its answer.
 
     Raises:
-        BuildError: TensorRT refused a graph, or the child died.
+        BuildError: TensorRT rejected a graph, or the child process died.
         ExecutorError: TensorRT is not installed.
     """
     with TemporaryFolder("engines") as scratch:
@@ -192,7 +192,7 @@ def run_child(request: str, target: str, on_progress: Progress) -> dict[str, Any
                 f"-9 is a lack of memory, most often); its last words:\n{_tail(log)}"
             )
     if answer["kind"] == "error":
-        kind = getattr(errors, answer["error"], OSError)  # the disk is full, say: `new_bundle` tells
+        kind = getattr(errors, answer["error"], OSError)  # for example a full disk, which `new_bundle` reports
         raise kind(answer["message"])
     return answer
 
@@ -204,7 +204,7 @@ def _tail(log: Path) -> str:
 
 
 def _message(line: bytes) -> dict[str, Any] | None:
-    """What the child says; None for a line that something else has printed."""
+    """Parse a message of the child process; None for a line that was printed by something else."""
     try:
         message = json.loads(line)
     except ValueError:
@@ -213,7 +213,7 @@ def _message(line: bytes) -> dict[str, Any] | None:
 
 
 def _follow(child: "subprocess.Popen[bytes]", target: str, on_progress: Progress) -> dict[str, Any] | None:
-    """Pass progress on until the child has said what came of it."""
+    """Forward progress until the child process sends its result or its error; None if it sends neither."""
     assert child.stdout is not None
     engines, stem = 0, target
     warnings = set[str]()
@@ -227,7 +227,7 @@ def _follow(child: "subprocess.Popen[bytes]", target: str, on_progress: Progress
             stem = Path(message["name"]).stem.removeprefix("tensorrt_rtx-").removeprefix("tensorrt-")
         elif message["kind"] == "phase" and engines <= 4:
             on_progress(f"{stem}: {message['phase']}", message["done"], message["total"])
-        elif message["kind"] == "warning" and message["text"] not in warnings:  # each engine has the same to say
+        elif message["kind"] == "warning" and message["text"] not in warnings:  # engines repeat the same warnings
             warnings.add(message["text"])
             logger.warning("%s", message["text"])
         elif message["kind"] in ("done", "error"):
@@ -236,8 +236,8 @@ def _follow(child: "subprocess.Popen[bytes]", target: str, on_progress: Progress
 
 
 def default_timing_cache(flavour: Flavour, target: str) -> Path | None:
-    """Where kernel times measured on the GPU at hand are kept between builds; None for a flavour that measures nothing."""
+    """File that keeps kernel times measured on the local GPU between builds; None for a flavour that measures nothing."""
     if not flavour.timing_cache:
         return None
-    gpu = device_file_name(torch.device("cuda", 0))  # TensorRT refuses times that were measured on another model
+    gpu = device_file_name(torch.device("cuda", 0))  # TensorRT rejects times from another GPU model
     return cache_file("timing", f"{flavour.name}-{flavour.load().__version__}-{gpu}-{target}.cache")

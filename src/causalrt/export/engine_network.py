@@ -1,6 +1,6 @@
-"""A TensorRT network after the parse: what the parser leaves to be done, and what there is to say of the network.
+"""Completes a parsed TensorRT network, describes its contents and checks them.
 
-Everything is read from the network itself, before the build: an engine can be opened only on a GPU.
+Everything is read from the network before the build, because an engine can be opened only on a GPU.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from causalrt.errors import BuildError
 
 
 def finish_attentions(trt: Any, network: Any) -> None:
-    """Set what the parser leaves to be set.
+    """Set the attention inputs that the parser drops, and remove the multiplications that it adds.
 
-    Every attention over KV slots is given the number of filled rows (`nonpad_kv_seqlen`, which the parser drops). And every
-    attention reads its queries and keys directly: the parser multiplies both by the root of Attention's scale, which is 1 by
-    now (`scale_queries_pass`), and the product with all cached keys would be a pass over them at every step.
+    Every attention over KV slots gets the number of filled rows (`nonpad_kv_seqlen`, which the parser drops). Every attention
+    also reads its queries and keys directly: the parser multiplies both by the square root of Attention's scale, which is 1 at
+    this point (`scale_queries_pass`), and multiplying all cached keys would cost a pass over them at every step.
     """
     producers = {layer.get_output(i).name: layer for layer in layers(network) for i in range(layer.num_outputs)}
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
@@ -36,7 +36,7 @@ def finish_attentions(trt: Any, network: Any) -> None:
                 attention.set_input(index, product.get_input(0))
         keys = producers.get(attention.get_input(1).name)
         while keys is not None and keys.type in (trt.LayerType.CAST, trt.LayerType.ROTARY_EMBEDDING):
-            keys = producers.get(keys.get_input(0).name)  # keys that are rotated when they are read
+            keys = producers.get(keys.get_input(0).name)  # skip the rotation of cached keys when they are read
         if keys is not None and keys.type == trt.LayerType.KV_CACHE_UPDATE:
             rows = rows or network.add_cast(inputs[KV_ROWS], trt.int32).get_output(0)
             attention.key_value_lengths = rows
@@ -53,12 +53,12 @@ def _is_one(trt: Any, tensor: Any, producers: dict[str, Any]) -> bool:
 
 
 def layers(network: Any) -> Iterator[Any]:
-    """The layers, in order."""
+    """Iterate over the layers of a network in order."""
     return (network.get_layer(i) for i in range(network.num_layers))
 
 
 def attentions(trt: Any, network: Any) -> Iterator[Any]:
-    """The attentions; each is a boundary layer in the list, with the object that has the settings behind it."""
+    """Iterate over the attentions of a network; the layer list holds only their input layers, which refer to them."""
     for layer in layers(network):
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
@@ -66,9 +66,9 @@ def attentions(trt: Any, network: Any) -> Iterator[Any]:
 
 
 def describe_network(trt: Any, network: Any) -> dict[str, Any]:
-    """What is in a network, in plain JSON types: layers by kind, attentions, collectives, constants, inputs and outputs.
+    """Describe a network in plain JSON types: layers by kind, attentions, collectives, constants, inputs and outputs.
 
-    Which plugins it has, by name, a network does not tell: whoever put them in adds that.
+    The names of plugins cannot be read from a network; the caller that inserted them adds them to the description.
     """
     constants, weight_bytes = [], 0
     collectives, cache_updates = [], 0
@@ -138,10 +138,10 @@ def _describe_attentions(trt: Any, network: Any) -> list[dict[str, Any]]:
 
 
 def check_network(description: dict[str, Any], *, expected: dict[str, int], onnx_file: str) -> None:
-    """Refuse a network that is not what the step graph says; it says nothing of plugins where there are none.
+    """Reject a network that does not match the step graph; `expected` may omit plugins if there are none.
 
     Raises:
-        BuildError: an attention may be decomposed (and so run without a fused kernel), or something is missing.
+        BuildError: an attention may be decomposed (and thus run without a fused kernel), or the layer counts differ.
     """
     loose = [attention["name"] for attention in description["attentions"] if attention["decomposable"]]
     found = {

@@ -1,7 +1,7 @@
-"""`python -m causalrt.export.engine_worker REQUEST`: parse saved ONNX files and build their engines, in a process of its own.
+"""`python -m causalrt.export.engine_worker REQUEST`: parses saved ONNX files and builds their engines in a separate process.
 
-The parent's traced model and this build then never lie in memory together. Reads a request (JSON, see `EngineRequest`),
-answers in JSON lines on stdout: progress, then what the networks hold, or the error.
+This way the parent's traced model and the engine build are never in memory at the same time. The worker reads a request (JSON,
+see `EngineRequest`) and answers with JSON lines on stdout: progress, then the contents of the networks, or the error.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ class EngineRequest:
     """One engine to build.
 
     Attributes:
-        onnx: the graph's file.
-        engine: the file to write.
-        profiles: for a network with a dynamic size, its values, one optimisation profile each.
-        expected: what the network must hold (see `check_network`).
+        onnx: file name of the graph.
+        engine: file name of the engine to write.
+        profiles: the values of the network's dynamic size, if it has one; each gets its own optimisation profile.
+        expected: layer counts that the network must have (see `check_network`).
     """
 
     onnx: str
@@ -56,7 +56,7 @@ class PluginDevice:
 
     Attributes:
         capability: compute capability, such as 80.
-        num_multiprocessors: how many it has.
+        num_multiprocessors: number of multiprocessors of the GPU.
     """
 
     capability: int
@@ -69,7 +69,7 @@ def _say(kind: str, **content: Any) -> None:
 
 
 def _keep_answers_apart() -> None:
-    """What libraries print goes to stderr, answers alone to stdout."""
+    """Redirect the output of libraries to stderr, so that stdout carries only answers."""
     answers = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = os.fdopen(answers, "w")
@@ -77,12 +77,12 @@ def _keep_answers_apart() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildLog:
-    """What is kept of TensorRT's messages during one build.
+    """The part of TensorRT's messages that is kept during one build.
 
     Attributes:
-        logger: the `ILogger` to hand to the builder.
-        errors: the last error messages.
-        memory: the memory figures of the builder's INFO lines, in bytes; with several optimisation profiles, the largest.
+        logger: the `ILogger` to pass to the builder.
+        errors: the most recent error messages.
+        memory: memory figures from the builder's INFO lines, in bytes; the largest over all optimisation profiles.
     """
 
     logger: Any
@@ -107,7 +107,7 @@ def _make_log(trt: Any) -> BuildLog:
 
 
 def _make_monitor(trt: Any) -> Any:
-    """TensorRT's progress monitor, which reports outermost phases only. The build is cancelled when the parent has ended."""
+    """Create a TensorRT progress monitor that reports only outermost phases, and cancels the build if the parent has exited."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -137,10 +137,13 @@ def _make_monitor(trt: Any) -> Any:
 
 
 def parse(trt: Any, logger: Any, file: Path, graph: bytes | None = None) -> Any:
-    """A strongly typed network from an ONNX file, or from `graph` over the file's weights, and its builder (to outlive it).
+    """Parse an ONNX file, or `graph` with the file's weights, into a strongly typed network.
+
+    Returns:
+        The builder (which must outlive the network), the network and the parser.
 
     Raises:
-        BuildError: the parser refuses a node; it is named, with what to do.
+        BuildError: the parser rejects a node; the error names the node and a remedy.
     """
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -162,11 +165,14 @@ def parse(trt: Any, logger: Any, file: Path, graph: bytes | None = None) -> Any:
 
 
 def graph_with_plugins(trt: Any, file: Path, device: PluginDevice) -> tuple[bytes | None, dict[str, int]]:
-    """The graph with plugins, which this registers, in the place of its fused nodes, and how many of each; None if it has none.
+    """Register the plugins and replace the fused nodes of a graph by plugin nodes.
+
+    Returns:
+        The serialised graph, or None if it has no fused nodes; and the number of nodes of each plugin.
 
     Raises:
-        ExecutorError: this TensorRT has no plugins.
-        KernelError: Triton is missing, or plugins of these names are there already.
+        ExecutorError: this TensorRT does not support plugins.
+        KernelError: Triton is missing, or plugins of these names are already registered.
         BuildError: a fused node has no plugin.
     """
     model = onnx.load(file, load_external_data=False)
@@ -186,7 +192,7 @@ def build_engine(
     cache: Path | None,
     plugins: PluginDevice | None = None,
 ) -> dict[str, Any]:
-    """Build one engine; returns the description of its network."""
+    """Build one engine and return the description of its network."""
     trt = flavour.load()
     log = _make_log(trt)
     graph, counts = None, dict[str, int]()
@@ -250,9 +256,9 @@ def _keep_timing_cache(config: Any, cache: Path) -> None:
 
 
 def main() -> int:
-    """Build what the request asks for."""
+    """Build the requested engines."""
     _keep_answers_apart()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would read the answer
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the parent, which alone reads the answer
     plain = json.loads(Path(sys.argv[1]).read_text())
     flavour, folder = FLAVOURS[plain["flavour"]], Path(plain["folder"])
     cache = Path(plain["timing_cache"]) if plain["timing_cache"] else None
@@ -265,7 +271,7 @@ def main() -> int:
             networks[request.engine] = build_engine(flavour, plain["target"], request, folder, cache, plugins)
         _say("engine", name="", done=len(requests), total=len(requests))
     except (CausalRTError, OSError) as error:
-        with contextlib.suppress(BrokenPipeError):  # the parent has gone
+        with contextlib.suppress(BrokenPipeError):  # the parent has exited
             _say("error", error=type(error).__name__, message=str(error))
         return 1
     version = flavour.load().__version__
@@ -281,7 +287,7 @@ def request_json(
     engines: list[EngineRequest],
     plugins: PluginDevice | None = None,
 ) -> str:
-    """The request as the file that `main` reads."""
+    """Serialise a request to the JSON that `main` reads."""
     return json.dumps(
         {
             "flavour": flavour.name,

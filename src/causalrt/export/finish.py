@@ -1,10 +1,10 @@
-"""`finish_build`: the engines of a bundle that was prepared where they could not be built, from its graphs and weights alone.
+"""`finish_build`: builds the engines of a bundle that was prepared on another machine, from its graphs and weights alone.
 
     build    checkpoint -> weights, graphs -> engines              on a machine with the GPU
     build    checkpoint -> weights, graphs                         on any machine
     finish                 weights, graphs -> engines              on the machine with the GPU, without the checkpoint
 
-Both ways build engines by `build_flavour`.
+Both functions build engines with `build_flavour`.
 """
 
 import logging
@@ -37,19 +37,19 @@ from causalrt.progress import Progress
 logger = logging.getLogger(__name__)
 
 BUILDERS = ("tensorrt-rtx", "tensorrt")
-"""Packages of the toolchain that build engines; all others have done their work when a bundle is prepared."""
+"""Packages of the toolchain that build engines; all others are used only to prepare a bundle."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """What engines are built from.
+    """A prepared bundle, from which engines are built.
 
     Attributes:
-        folder: holds the weights and the graphs.
-        config: of the bundle.
+        folder: folder with the weights and the graphs.
+        config: the bundle's config.
         steps: the graphs of each kind of step.
-        fused: self-attention is made of the fused ops.
-        has_vae: there are graphs of a VAE too.
+        fused: whether self-attention uses the fused ops.
+        has_vae: whether the bundle also has graphs of a VAE.
     """
 
     folder: Path
@@ -67,25 +67,25 @@ def finish_build(
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> Path:
-    """Build the engines that a bundle lacks; the checkpoint is not needed.
+    """Build the engines that a bundle lacks, without the checkpoint.
 
     Args:
-        bundle: folder of a bundle that `build` has left unfinished.
-        out: folder of the finished bundle; by default it takes the place of the unfinished one, in one step. If anything goes
-            wrong, the unfinished one stays as it is and can be finished again.
-        timing_cache: file with TensorRT's measured kernel times, read and written; by default one in the user's cache.
-        overwrite: replace another bundle that is at `out`.
-        on_progress: called with each stage.
+        bundle: folder of a bundle that `build` left unfinished.
+        out: folder of the finished bundle; by default it replaces the unfinished one atomically. If anything fails, the
+            unfinished bundle is left unchanged and can be finished later.
+        timing_cache: file with TensorRT's measured kernel times, read and written; by default a file in the user's cache.
+        overwrite: whether to replace another bundle at `out`.
+        on_progress: called at the start and the end of each stage.
 
     Returns:
         The finished bundle's folder.
 
     Raises:
         BundleError: the bundle is damaged or complete, has no engines to build, was prepared by another version of CausalRT, or
-            was replaced meanwhile.
-        ConfigError: the timing cache is for another TensorRT.
-        ExecutorError: TensorRT or a GPU is missing, or the GPU is not one that the bundle was prepared for.
-        BuildError: the bundle cannot be written, or TensorRT refuses a graph.
+            was replaced during the build.
+        ConfigError: a timing cache was given, but none of the bundle's TensorRT flavours uses one.
+        ExecutorError: TensorRT or a GPU is missing, or the bundle was not prepared for this GPU.
+        BuildError: the bundle cannot be written, or TensorRT rejects a graph.
     """
     progress = on_progress or (lambda stage, done, total: None)
     source = open_bundle(Path(bundle))
@@ -100,7 +100,7 @@ def finish_build(
     needed_bytes = sum(source.sizes.values()) + engine_sets * weight_bytes
     with new_bundle(target, overwrite=in_place or overwrite, needed_bytes=needed_bytes) as folder, unchanged(source):
         for name in source.sizes:
-            # Copied and not linked: onnx reads no weights from a file that has a second hard link.
+            # Copied rather than linked: onnx does not read weights from a file with more than one hard link.
             shutil.copyfile(source.path / name, folder / name)
         prepared = Prepared(
             folder=folder,
@@ -131,7 +131,7 @@ def finish_build(
 
 
 def _targets_here(source: Bundle, timing_cache: str | Path | None) -> dict[str, tuple[str, ...]]:
-    """The architectures to build for, by flavour, everything having been refused that would fail later."""
+    """Architectures to build for, by flavour; anything that would make the build fail later is rejected first."""
     if not source.unfinished:
         built = [f"{name} for {', '.join(record.targets)}" for name, record in source.engines.items()]
         raise BundleError(
@@ -173,24 +173,24 @@ def _targets_of(source: Bundle, name: str) -> tuple[str, ...]:
 
 
 def torch_tensorrt_frontend() -> ModuleType:
-    """The front end `torch-tensorrt`; no other line of the build imports it."""
+    """Import the `torch-tensorrt` front end; the build imports it nowhere else."""
     from causalrt.export import torch_tensorrt
 
     return torch_tensorrt
 
 
 def check_timing_cache(timing_cache: str | Path | None, names: tuple[str, ...]) -> None:
-    """Refuse a timing cache where nothing is measured.
+    """Reject a timing cache for flavours that measure nothing.
 
     Raises:
-        ConfigError: no flavour among `names` has one.
+        ConfigError: a timing cache is given, and no flavour among `names` uses one.
     """
     if timing_cache is not None and not any(FLAVOURS[name].timing_cache for name in names):
         raise ConfigError("--timing-cache is for `--executor tensorrt`: tensorrt_rtx measures nothing while it builds")
 
 
 def warn_of_unlisted(targets: Mapping[str, tuple[str, ...]]) -> None:
-    """Log a warning for each architecture, by flavour, that NVIDIA does not list for it."""
+    """Log a warning for each architecture that NVIDIA does not list for its TensorRT flavour."""
     for name, found in targets.items():
         for target in found:
             if (said := FLAVOURS[name].unlisted(target)) is not None:
@@ -198,7 +198,7 @@ def warn_of_unlisted(targets: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def _check_nothing_else(source: Bundle) -> None:
-    """The finished folder takes the place of this one, so it must hold nothing that would be lost."""
+    """Reject a bundle folder with other files, which would be lost when the finished folder replaces it."""
     others = sorted(path.name for path in source.path.iterdir() if path.name not in (MANIFEST, *source.sizes))
     if others:
         raise BundleError(
@@ -215,10 +215,10 @@ def build_flavour(
     timing_cache: str | Path | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Build the engines of a flavour for `targets` into a prepared folder; what the manifest says of them.
+    """Build the engines of a flavour for `targets` in the prepared folder, and return their record for the manifest.
 
     Raises:
-        BuildError: TensorRT refused a graph, or its process died.
+        BuildError: TensorRT rejected a graph, or its process died.
         ExecutorError: TensorRT is not installed.
     """
     return {

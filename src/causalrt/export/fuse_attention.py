@@ -1,9 +1,9 @@
-"""This pass replaces the standard Attention, which keeps a matrix of all scores, by ONNX Runtime's own MultiHeadAttention.
+"""Replaces the standard Attention op, which materialises the full score matrix, with ONNX Runtime's MultiHeadAttention.
 
     Attention (q, k, v) {q_num_heads, kv_num_heads}  ->  com.microsoft.MultiHeadAttention (q, k, v) {num_heads}
 
-Tensors are `[1, rows, heads * D]`. On a CPU, MultiHeadAttention goes over the keys in blocks that fit the cache, and it has
-float32 kernels only; a score matrix would be 7.3 GiB for the 1.3B model on one rank. TensorRT has no such op.
+Tensors are `[1, rows, heads * D]`. On a CPU, MultiHeadAttention processes the keys in blocks that fit the cache, and it has
+float32 kernels only. The score matrix of the 1.3B model on one rank would take 7.3 GiB. TensorRT does not have this op.
 """
 
 import onnx
@@ -16,10 +16,10 @@ RUNTIME_OP = "MultiHeadAttention"
 
 
 def fuse_attention_pass(model: onnx.ModelProto, context: PassContext) -> int:
-    """Replace every Attention that computes just softmax(q k^T / sqrt(D)) v, in the graph and in its functions.
+    """Replace every Attention that computes plain softmax(q k^T / sqrt(D)) v, in the graph and in its functions.
 
     Returns:
-        The number of attentions that were replaced. Their last bits change, since sums are made in another order.
+        The number of attentions replaced. Their results differ in the last bits because the order of summation changes.
     """
     hits = 0
     for body in (model.graph, *model.functions):

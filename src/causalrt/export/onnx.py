@@ -1,4 +1,4 @@
-"""The bundle's ONNX files: prompt, time, and the step in one of its lowerings, all referring to one weight file."""
+"""Writes the bundle's ONNX files: the prompt, time and step graphs, which all refer to one weight file."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def step_names(config: Config, *, whole_slots: bool = False, fused: bool = False
 
 
 def write_small_graphs(wan: Wan, config: Config, folder: Path, on_progress: Progress) -> None:
-    """Trace, translate and write the prompt's and the time's graph; `folder` already holds the weights."""
+    """Trace, translate and write the prompt graph and the time graph; `folder` must already contain the weights."""
     small = (
         (PROMPT_GRAPH, trace_prompt, ["text"], prompt_names(config.model.num_layers)),
         (TIME_GRAPH, trace_time, ["sinusoid"], TIME_NAMES),
@@ -43,13 +43,13 @@ def write_small_graphs(wan: Wan, config: Config, folder: Path, on_progress: Prog
 
 
 def with_shared_weights(translated: ir.Model, weights: Path) -> onnx.ModelProto:
-    """The graph as it is saved: it refers to the file `weights`, which lies in the same folder."""
+    """Convert a translated graph to the form that is saved, which refers to the file `weights` in the same folder."""
     apply(SHARE_WEIGHTS, translated, PassContext(weights=weights))
     return ir.to_proto(translated)
 
 
 def step_prefix(config: Config, step: int) -> str:
-    """What the names of a step's files begin with: nothing for step 0, `1-frame-` for a step of one frame."""
+    """Prefix of the names of a step's files: empty for step 0, `1-frame-` for a step of one frame."""
     return f"{config.video.step_frames[step]}-frame-" if step else ""
 
 
@@ -63,10 +63,10 @@ def step_graph(
     fused: bool = False,
     step: int = 0,
 ) -> onnx.ModelProto:
-    """Trace and translate one kind of step, over the filled KV slots or over the slots whole.
+    """Trace and translate one kind of step, over the filled prefix of the KV slots or over the whole slots.
 
     Raises:
-        RuntimeError: fused ops were asked for, and not every layer has them.
+        RuntimeError: fused ops were requested, but not every layer has them.
     """
     stage = f"{step_prefix(config, step)}step graph ({'whole slots' if whole_slots else 'segments'})"
     on_progress(stage, 0, 2)
@@ -82,12 +82,12 @@ def step_graph(
 
 
 def runtime_graph(step: onnx.ModelProto, config: Config) -> onnx.ModelProto:
-    """The graph that ONNX Runtime runs for a step over the filled prefix; `step` itself is not changed.
+    """Create the graph that ONNX Runtime runs for a step over the filled prefix; `step` itself is not modified.
 
     Raises:
-        RuntimeError: not every layer has its attentions in the form that `fuse_attention_pass` looks for.
+        RuntimeError: some layers do not have their attentions in the form that `fuse_attention_pass` expects.
     """
-    if config.build.precision != "float32":  # MultiHeadAttention has no other kernels on a CPU
+    if config.build.precision != "float32":  # on a CPU, MultiHeadAttention has float32 kernels only
         return step
     fused = onnx.ModelProto()
     fused.CopyFrom(step)
@@ -98,7 +98,7 @@ def runtime_graph(step: onnx.ModelProto, config: Config) -> onnx.ModelProto:
 def write_segments(
     step: onnx.ModelProto, folder: Path, name: str, on_progress: Progress, *, at_cache_writes: bool
 ) -> tuple[StepPart, ...]:
-    """Cut a step graph and write its segments, in order."""
+    """Cut a step graph into segments, write them, and return their records in execution order."""
     parts = []
     cut = cut_at_exchanges(step, at_cache_writes=at_cache_writes)
     for index, segment in enumerate(cut):

@@ -3,10 +3,10 @@
 from typing import Literal
 
 CollectivesMode = Literal["engine", "runtime"]
-"""Who exchanges between ranks under TensorRT: one engine for the whole step, or the runtime between segments."""
+"""Where all-to-alls run under TensorRT: inside one engine for the whole step, or in the runtime between segments."""
 
 FrontEnd = Literal["onnx", "torch-tensorrt"]
-"""What makes TensorRT's network of the traced step."""
+"""The front end that turns the traced step into a TensorRT network."""
 
 FusedOpsMode = Literal["on", "off", "auto"]
-"""Whether self-attention is made of the fused ops; `auto` is what has been measured to be faster, and so far nothing has."""
+"""Whether self-attention uses the fused ops; `auto` enables them where measured to be faster, so far nowhere."""

@@ -1,4 +1,4 @@
-"""What passes over exported graphs share: the context that each of them is given, and the replacement of a graph's nodes."""
+"""Code shared by the passes over exported graphs: the context passed to each of them, and replacing a graph's nodes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ class PassContext:
     """Facts about a graph and its target that a pass cannot read from the graph.
 
     Attributes:
-        weights: the weight file that will lie beside the graph.
+        weights: the weight file, which will be in the same folder as the graph.
         head_dim: channels of an attention head.
         num_layers: layers of the model.
         num_shards: head shards of a layer.
         world_size: number of ranks.
-        plugins: self-attention stays in fused nodes, which become plugins.
+        plugins: whether self-attention stays in fused nodes, which become plugins.
         capability: compute capability of the GPU that plugins are compiled for, such as 80.
         num_multiprocessors: number of multiprocessors of that GPU.
     """
@@ -36,7 +36,7 @@ class PassContext:
 
 
 def step_context(config: Config, *, plugins: bool = False) -> PassContext:
-    """The context of passes over a step graph of `config`."""
+    """Create the context for passes over a step graph of `config`."""
     return PassContext(
         head_dim=config.model.head_dim,
         num_layers=config.model.num_layers,
@@ -47,7 +47,7 @@ def step_context(config: Config, *, plugins: bool = False) -> PassContext:
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
-    """Make `nodes`, some of which may be the graph's own, the nodes of `graph`."""
+    """Replace the nodes of `graph` by `nodes`, which may include nodes of the graph itself."""
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)

@@ -1,18 +1,17 @@
-"""The passes of every lowering, in the order in which they run.
+"""The pass pipelines of all lowerings, in execution order.
 
 | pipeline | applied to | numerics-preserving | numerics-changing |
 |---|---|---|---|
 | `SHARE_WEIGHTS` | every translated graph (`onnx_ir`) | `share_weights_pass` | |
 | `ONNXRUNTIME_FLOAT32` | a step for ONNX Runtime in float32, before it is cut | | `fuse_attention_pass` |
-| `STANDARD_OPS` | a step with fused ops that are not plugins | `expand_functions_pass` | |
+| `STANDARD_OPS` | a step whose fused ops do not become plugins | `expand_functions_pass` | |
 | `TENSORRT_SEGMENTS` | a step for TensorRT, before it is cut | `split_single_heads_pass` | `scale_queries_pass` |
 | `TENSORRT_ENGINE` | a step in one engine | `split_single_heads_pass`, `lower_exchanges_pass` | `scale_queries_pass` |
 | `TENSORRT_PLUGINS` | a saved part of a step with fused ops, on the GPU that it is built for | | `use_plugins_pass` |
 
-Every pass has the signature `(graph, PassContext) -> hits`, changes the graph in place and returns the number of places that
-it changed. Passes that preserve numerics leave every value as it was to the last bit; the others change the order or the
-rounding of sums. Cutting a step into segments (`segment.py`) comes last and is not a pass, since it makes several graphs of
-one.
+Every pass has the signature `(graph, PassContext) -> hits`, modifies the graph in place and returns the number of places that
+it changed. Passes that preserve numerics leave every value bit-identical; the others change the order or the rounding of
+sums. Cutting a step into segments (`segment.py`) comes last and is not a pass, because it turns one graph into several.
 """
 
 import logging
@@ -37,7 +36,7 @@ Pass = Callable[[Any, PassContext], int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pipeline:
-    """Passes of one lowering; those that preserve numerics run first."""
+    """The passes of one lowering; those that preserve numerics run first."""
 
     preserving: tuple[Pass, ...] = ()
     changing: tuple[Pass, ...] = ()
@@ -52,11 +51,11 @@ TENSORRT_PLUGINS = Pipeline(changing=(use_plugins_pass,))
 
 
 def apply(pipeline: Pipeline, model: Any, context: PassContext) -> None:
-    """Run all passes of a pipeline over `model`, in place, and log the hits of each.
+    """Run all passes of a pipeline over `model`, in place, and log the number of hits of each.
 
     Raises:
-        RuntimeError: a pass had another number of hits than this graph must have.
-        BuildError: a fused node has no plugin, or not the form that its plugin declares.
+        RuntimeError: a pass did not have the number of hits required for this graph.
+        BuildError: a fused node has no plugin, or does not match the declaration of its plugin.
     """
     for run in (*pipeline.preserving, *pipeline.changing):
         due = _hits_due(run, model, context)
@@ -72,7 +71,7 @@ def apply(pipeline: Pipeline, model: Any, context: PassContext) -> None:
 
 def _hits_due(run: Pass, model: Any, context: PassContext) -> range:
     layers, shards = context.num_layers, context.num_shards
-    if run is fuse_attention_pass:  # a function stands for the self-attentions of all layers
+    if run is fuse_attention_pass:  # one function holds the self-attention of all layers
         return _exactly(layers + shards * (1 if model.functions else layers))
     if run is scale_queries_pass:
         return _exactly(layers * (1 if context.plugins else 1 + shards))

@@ -1,13 +1,13 @@
-"""The fused ops in ONNX: a node of our own domain for each call, and one function of standard ops that says what it means.
+"""Represents the fused ops in ONNX: a node of our own domain per call, and one function of standard ops that defines it.
 
     causalrt::qk_norm_rope     ->  qk_norm_rope (q, k, v, ..., destinations) {num_heads, eps, out_rows}     node, each call
                                    = RMSNormalization, RotaryEmbedding, Gather ...                          function, once
     causalrt::rope_attention   ->  rope_attention_2 (received, k_slots_0, ..., kv_rows) {num_tokens, ...}   for 2 shards
                                    = Slice, TensorScatter, Attention ...
 
-A runtime that has no plugins expands the functions; for one that has, `plugin_nodes` takes them away. Names of nodes, inputs
-and attributes are those of the plugins (`plugins/plugin_specs.py`). A function holds for the sizes of its calls, which are
-the same in all layers.
+A runtime without plugins expands the functions; for a runtime with plugins, `plugin_nodes` removes them. The names of nodes,
+inputs and attributes are those of the plugins (`plugins/plugin_specs.py`). A function is valid only for the sizes of its calls,
+which are the same in all layers.
 """
 
 from collections import Counter
@@ -33,26 +33,26 @@ from causalrt.plugins.shard_blocks import MAX_SHARDS, blocks_from_shares
 
 ROTATION = ("rank", "cos", "sin")
 ROTATED = "_rotated"
-"""Ending of a `rope_attention` that rotates what it reads; there is no plugin of that name."""
+"""Suffix of a `rope_attention` that rotates cached keys when it reads them; no plugin has such a name."""
 
 FIXED_TYPES = {"kv_rows": "tensor(int64)", "rank": "tensor(int64)", "destinations": "tensor(int32)"}
 FIXED_TYPES |= {"cos": "tensor(float)", "sin": "tensor(float)"}
-"""Inputs whose type is not that of the rows."""
+"""Types of the inputs that do not have the type of the rows."""
 
 OWN_OPSET = 1
 Translations = Mapping[Callable[..., Any], Callable[..., Any]]
 Translate = Callable[[ExportedProgram, Sequence[str], Sequence[str]], ir.Model]
-"""(program, names of inputs, names of outputs) -> its translation, fused ops in standard ops."""
+"""Translates (program, input names, output names) to ONNX, with fused ops expanded into standard ops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeForm:
-    """What a node of a fused op looks like.
+    """The signature of a fused op's node.
 
     Attributes:
-        inputs: their names.
-        num_outputs: how many it has.
-        attributes: names and types.
+        inputs: names of the inputs.
+        num_outputs: number of outputs.
+        attributes: types of the attributes, by name.
     """
 
     inputs: tuple[str, ...]
@@ -69,11 +69,11 @@ def _node_forms() -> Iterator[tuple[str, NodeForm]]:
 
 
 NODE_FORMS: Mapping[str, NodeForm] = dict(_node_forms())
-"""By the name of a node."""
+"""Node signatures by op type."""
 
 
 def fused_translations(opset: int, *, as_nodes: bool) -> Translations:
-    """ONNX forms of the fused ops: nodes of our own domain, or the standard ops that such a node stands for."""
+    """ONNX forms of the fused ops: nodes of our own domain, or the standard ops that such a node represents."""
     _register_schemas()
     op, own = Opset("", opset), Opset(ONNX_DOMAIN, OWN_OPSET)
 
@@ -118,15 +118,15 @@ def fused_translations(opset: int, *, as_nodes: bool) -> Translations:
 
 
 def add_functions(model: ir.Model, program: ExportedProgram, translate: Translate) -> int:
-    """Give `model` a function for each kind of fused node that it has.
+    """Add a function to `model` for each kind of fused node that it contains.
 
     Args:
-        model: the translation of `program`, fused ops as nodes.
-        program: with calls of the fused ops.
-        translate: for the one call that a function is made of.
+        model: the translation of `program`, with fused ops as nodes.
+        program: a program that calls the fused ops.
+        translate: translates the single call from which a function is made.
 
     Returns:
-        The number of functions; none for a program without fused ops.
+        The number of functions; 0 for a program without fused ops.
     """
     first: dict[str, fx.Node] = {}
     for node in program.graph.nodes:
@@ -139,10 +139,10 @@ def add_functions(model: ir.Model, program: ExportedProgram, translate: Translat
 
 
 def check_fused_nodes(model: onnx.ModelProto, *, num_layers: int) -> None:
-    """Refuse a step whose layers do not all have both fused ops.
+    """Check that every layer of a step has both fused ops.
 
     Raises:
-        RuntimeError: with what was found.
+        RuntimeError: a layer lacks a fused op; the error lists the nodes found.
     """
     counts = Counter(node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN)
     found = {name: counts[name] for name in NODE_FORMS if counts[name]}
@@ -154,7 +154,7 @@ def expand_functions_pass(model: onnx.ModelProto, context: PassContext) -> int:
     """Replace calls of the graph's functions by the functions' bodies, and infer the types of the new values.
 
     Returns:
-        The number of functions, which may be 0.
+        The number of functions, possibly 0.
     """
     hits = len(model.functions)
     if hits:
@@ -177,7 +177,7 @@ def _rope_attention_name(num_shards: int, rotation: Sequence[Any]) -> str:
 
 
 class _OneCall(nn.Module):
-    """One call of an op, its tensors as inputs."""
+    """Module that makes a single call of an op, with the op's tensors as inputs."""
 
     def __init__(self, node: fx.Node) -> None:
         super().__init__()
@@ -195,14 +195,14 @@ def _function(name: str, node: fx.Node, translate: Translate) -> ir.Function:
     program = torch.export.export(_OneCall(node), tuple(tensors))
     outputs = [f"output_{number}" for number in range(form.num_outputs)]
     graph = translate(program, form.inputs, outputs).graph
-    for value in tuple(graph.initializers.values()):  # functions have none
+    for value in tuple(graph.initializers.values()):  # ONNX functions have no initializers
         constant = ir.node("Constant", [], {"value": value.const_value}, name=value.name)
         graph.insert_before(graph[0], constant)
         value.replace_all_uses_with(constant.outputs[0])
     graph.initializers.clear()
     for made in graph:
         for value in made.outputs:
-            value.shape = None  # slots have as many rows as each call gives them
+            value.shape = None  # the number of slot rows can differ between calls
     attributes = [ir.Attr(key, ir.AttributeType.UNDEFINED, None) for key in form.attributes]
     return ir.Function(ONNX_DOMAIN, name, "", graph=graph, attributes=attributes)
 
@@ -214,7 +214,7 @@ def _example(node: fx.Node) -> torch.Tensor:
 
 
 def _register_schemas() -> None:
-    """The exporter asks onnx for the form of a node that it is to write."""
+    """Register schemas of the fused nodes with onnx; the exporter looks up the schema of every node that it writes."""
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     kinds = {int: onnx.defs.OpSchema.AttrType.INT, float: onnx.defs.OpSchema.AttrType.FLOAT}
     values = ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "Any float")

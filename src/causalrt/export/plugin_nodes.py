@@ -1,10 +1,10 @@
-"""This pass turns the fused nodes of a step into TensorRT plugins and splits keys into ranges where that fills the GPU better.
+"""Turns the fused nodes of a step into TensorRT plugins and splits the keys into ranges where that uses the GPU better.
 
     rope_attention_2 (received, slots, kv_rows)  ->  rope_attention_split_2 {kv_splits}  ->  parts, log_sums
                                                      combine_splits (parts, log_sums)    ->  the output
 
-TensorRT's parser prefers a function in the file to a plugin of the same name, so the functions are removed. It also ignores
-missing attributes of a plugin node silently, so nodes are checked here against what the plugins declare.
+TensorRT's parser prefers a function in the file to a plugin of the same name, so the functions are removed. The parser also
+silently ignores missing attributes of a plugin node, so nodes are checked here against the plugins' declarations.
 """
 
 from collections import Counter
@@ -26,13 +26,13 @@ SPEC_BY_NAME = {spec.name: spec for spec in SPECS}
 
 
 def use_plugins_pass(model: onnx.ModelProto, context: PassContext) -> int:
-    """Replace the fused nodes of a step graph, whose shapes are all static, by nodes for which TensorRT finds plugins.
+    """Replace the fused nodes of a step graph with static shapes by nodes for which TensorRT finds plugins.
 
     Returns:
         The number of fused nodes.
 
     Raises:
-        BuildError: a fused node has no plugin, or not the form that its plugin declares.
+        BuildError: a fused node has no plugin, or does not match the declaration of its plugin.
     """
     types = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.value_info)}
     types |= {tensor.name: _type_of(tensor) for tensor in model.graph.initializer}
@@ -51,7 +51,7 @@ def use_plugins_pass(model: onnx.ModelProto, context: PassContext) -> int:
 
 
 def count_plugins(model: onnx.ModelProto) -> dict[str, int]:
-    """Number of plugin nodes in a graph, by the name of the plugin."""
+    """Number of plugin nodes in a graph, by plugin name."""
     return dict(
         Counter(node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN and node.op_type != ONNX_OP)
     )
@@ -82,7 +82,7 @@ def _plugins_of(
     types: Mapping[str, onnx.TypeProto.Tensor],
     context: PassContext,
 ) -> Iterator[onnx.NodeProto]:
-    """Yield the node itself, or the two nodes that replace it where keys are split."""
+    """Yield the node itself, or the two nodes that replace it if the keys are split."""
     kv_splits = 1
     if node.op_type.startswith("rope_attention"):
         kv_splits = _kv_splits(node, types, context)

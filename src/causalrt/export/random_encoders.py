@@ -1,4 +1,4 @@
-"""A VAE and a text encoder with random weights, in released layouts: for tests, trials and benchmarks."""
+"""A VAE and a text encoder with random weights in the released layouts, for tests, experiments and benchmarks."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?
 
 
 def random_vae(config: VaeConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    """A `diffusers.AutoencoderKLWan` with random weights, whose activations neither die nor grow.
+    """Create a `diffusers.AutoencoderKLWan` with random weights, whose activations neither vanish nor explode.
 
     Raises:
         ExecutorError: diffusers is not installed.
@@ -35,7 +35,7 @@ def random_vae(config: VaeConfig, *, seed: int, dtype: torch.dtype = torch.float
 
 
 def write_text_encoder(folder: Path, *, text_dim: int, words: tuple[str, ...] = (), seed: int = 0) -> Path:
-    """A small umT5 in the layout of a diffusers folder, whose tokens are letters and some words.
+    """Write a small umT5 in the layout of a diffusers folder; its vocabulary consists of letters and `words`.
 
     Raises:
         ExecutorError: transformers or tokenizers is not installed.

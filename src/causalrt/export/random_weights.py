@@ -1,7 +1,7 @@
 """Random weights in the layout of a released checkpoint, for tests, the demo and benchmarks.
 
-Values are alive: activations keep their order of magnitude through the blocks, attention is neither uniform nor
-one-hot, and every parameter moves the result, so that a wrong transpose or a lost bias shows.
+The distributions are chosen such that activations keep their order of magnitude through the blocks, attention is neither
+uniform nor one-hot, and every parameter affects the result, so that a wrong transpose or a missing bias is detected.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ def random_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (reference name, float32 tensor) for every tensor of the model.
 
-    Each tensor has a generator of its own, seeded from `seed` and its name, so that its values depend on neither the
-    order of the tensors nor the number of layers. They do depend on the kind of `device` that they are drawn on.
+    Each tensor has its own generator, seeded from `seed` and the tensor's name, so that its values depend on neither the order
+    of the tensors nor the number of layers. They do depend on the kind of `device` on which they are generated.
     """
     for name, shape in model_shapes(model).items():
         mean, std = _mean_and_std(name, shape)

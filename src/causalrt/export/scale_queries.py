@@ -1,7 +1,7 @@
-"""This pass moves the factor 1 / sqrt(D) from Attention to its queries.
+"""Moves the factor 1 / sqrt(D) from Attention to its queries.
 
 TensorRT's parser multiplies both queries and keys by the square root of the scale, which costs a pass over all cached keys
-at every step, and two roundings. Here only the queries are multiplied, in float32, and the scale of Attention is set to 1.
+at every step, and rounds twice. This pass multiplies only the queries, in float32, and sets the scale of Attention to 1.
 """
 
 import math
@@ -17,7 +17,7 @@ def scale_queries_pass(model: onnx.ModelProto, context: PassContext) -> int:
     """Multiply the queries of every Attention by 1 / sqrt(head_dim).
 
     Returns:
-        The number of attentions. The last bit of a query may change.
+        The number of attentions. The last bit of a query element may change.
     """
     graph = model.graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}

@@ -1,15 +1,15 @@
-"""Cut a step graph into segments: the lowering for runtime collectives.
+"""Cuts a step graph into segments, between which the runtime runs the collectives.
 
     step graph:  embed . qkv . pack -> AllToAll -> unpack -> TensorScatter -> attend . pack -> AllToAll -> o . ffn . qkv ...
     segments:    [ 0              ]            [ 1                                       ]            [ 2
     at writes:   [ 0              ]            [ 1      ]                 [ 2             ]            [ 3
 
-The cut is at the all-to-alls, and, for a runtime that cannot write the KV slots in place (TensorRT, whose cache update wants
-static shapes), at the cache writes too: there a segment puts the chunk's keys and values straight into staging, its output
-being bound to it, and the next one reads the filled prefix.
+The graph is cut at the all-to-alls. For a runtime that cannot write the KV slots in place (TensorRT, whose cache update
+requires static shapes), it is also cut at the cache writes: the segment before such a cut writes the chunk's keys and values
+directly into the staging buffer, to which its output is bound, and the next segment reads the filled prefix.
 
-A value that a later segment reads is carried in memory that the runtime owns. Work that only graph inputs feed (a layer's
-modulation, say) goes to the segment that reads it, not to the first one that could.
+A value that a later segment reads is kept in memory owned by the runtime. Work that depends only on graph inputs (such as a
+layer's modulation) goes to the segment that reads its result, not to the first segment that could compute it.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,14 @@ from causalrt.plugins.all_to_all import ONNX_DOMAIN, ONNX_OP
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """A piece of the step graph, and what follows it.
+    """A piece of the step graph, and the exchange or cache writes that follow it.
 
     Attributes:
-        model: its graph; inputs and outputs keep their names in the step graph.
-        sent: the output to exchange when it has run, or None if no exchange follows.
-        received: the name under which later segments read what the exchange brought.
-        writes: outputs that go to staging, and the name under which later segments read the slots that hold it.
+        model: the segment's graph; inputs and outputs keep their names from the step graph.
+        sent: the output to exchange after the segment has run, or None if no exchange follows.
+        received: the name under which later segments read the result of the exchange.
+        writes: maps each output that is written to the staging buffer to the name under which later segments read the slots
+            that contain it.
     """
 
     model: onnx.ModelProto
@@ -44,12 +45,12 @@ def is_exchange(node: onnx.NodeProto) -> bool:
 
 
 def is_cache_write(node: onnx.NodeProto) -> bool:
-    """Whether a node writes KV slots."""
+    """Whether a node writes to the KV slots."""
     return node.domain == "" and node.op_type == "TensorScatter"
 
 
 def cut_at_exchanges(model: onnx.ModelProto, *, at_cache_writes: bool = False) -> list[Segment]:
-    """Cut a graph into segments, in the order in which they run; a graph without all-to-alls or cache writes is one segment."""
+    """Cut a graph into segments, in execution order; a graph without a place to cut becomes a single segment."""
 
     def is_border(node: onnx.NodeProto) -> bool:
         return is_exchange(node) or (at_cache_writes and is_cache_write(node))
@@ -88,9 +89,9 @@ def cut_at_exchanges(model: onnx.ModelProto, *, at_cache_writes: bool = False) -
 
 
 def _assign_segments(graph: onnx.GraphProto, is_border: Callable[[onnx.NodeProto], bool]) -> dict[str, int]:
-    """Segment of every value, by name: after the borders that feed it, and no sooner than its first reader needs it.
+    """Map every value, by name, to its segment: after the borders it depends on, and in the segment of its first reader.
 
-    A border belongs to the segment that it follows.
+    A border belongs to the segment that it ends.
     """
     earliest: dict[str, int] = {}
     for node in graph.node:

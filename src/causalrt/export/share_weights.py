@@ -1,4 +1,4 @@
-"""This pass turns initializers that are weights into references to the bundle's weight file, which stores them once."""
+"""Turns initializers that are weights into references to the bundle's weight file, which stores each weight once."""
 
 import json
 import struct
@@ -9,11 +9,14 @@ import onnx_ir as ir
 from causalrt.export.passes import PassContext
 
 PREFIX = "wan."
-"""Attribute of the traced modules that holds the model; the rest of an initializer's name is the weight's name in the file."""
+"""Prefix of weight initializers (the traced module's model attribute); the rest is the weight's name in the file."""
 
 
 def weight_offsets(weights: Path) -> dict[str, tuple[int, int]]:
-    """(offset, bytes) of each tensor in a safetensors file: 8 bytes of header length, the JSON header, the data."""
+    """Offset and length in bytes of each tensor in a safetensors file.
+
+    The file consists of 8 bytes of header length, the JSON header and the data.
+    """
     with weights.open("rb") as file:
         (header_bytes,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(header_bytes))
@@ -25,13 +28,13 @@ def weight_offsets(weights: Path) -> dict[str, tuple[int, int]]:
 
 
 def share_weights_pass(model: ir.Model, context: PassContext) -> int:
-    """Make every initializer that is a weight a reference to `context.weights`, which will lie beside the graph.
+    """Turn every initializer that is a weight into a reference to `context.weights`, in the same folder as the graph.
 
     Returns:
         The number of weights.
 
     Raises:
-        RuntimeError: an initializer with the model's prefix is not in the file; an earlier pass has renamed it.
+        RuntimeError: an initializer with the model's prefix is not in the file, because an earlier pass renamed it.
     """
     weights = context.weights
     assert weights is not None

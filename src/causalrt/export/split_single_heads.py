@@ -1,10 +1,10 @@
-"""This pass splits the query rows of a single-head attention into several heads, which share the one head of keys.
+"""Splits the query rows of a single-head attention into several heads, which share the one key head.
 
-    q [1, 1, R, D], k [1, 1, L, D]  ->  q [1, g, R / g, D], k [1, 1, L, D]          g: smallest divisor of R, 2 as a rule
+    q [1, 1, R, D], k [1, 1, L, D]  ->  q [1, g, R / g, D], k [1, 1, L, D]          g: smallest divisor of R above 1, usually 2
 
-TensorRT-RTX 1.7 has a fused kernel for a single head only where R x L is large (found by trial: 2344 x 4680 is refused, 4680 x
-4680 taken; two heads are taken at any size), and on P ranks a shard often is one head. The rows stay where they are: both
-reshapes are views.
+TensorRT-RTX 1.7 has a fused kernel for a single head only if R x L is large (found by experiment: 2344 x 4680 is rejected and
+4680 x 4680 is accepted; two heads are accepted at any size), and on P ranks a shard often has a single head. Both reshapes are
+views that move no data.
 """
 
 import numpy as np
@@ -15,10 +15,10 @@ from causalrt.export.passes import PassContext, replace_nodes
 
 
 def split_single_heads_pass(model: onnx.ModelProto, context: PassContext) -> int:
-    """Split the query rows of every Attention with one head of queries.
+    """Split the query rows of every Attention with a single query head.
 
     Returns:
-        The number of attentions that were split, which may be 0.
+        The number of attentions that were split, possibly 0.
     """
     graph = model.graph
     types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}

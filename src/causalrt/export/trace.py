@@ -1,10 +1,15 @@
-"""The step graph: one trace of `ChunkStep` by torch.export, with our ops kept whole.
+"""Traces `ChunkStep` with torch.export into the step graph; our custom ops stay single nodes.
 
-Weights are the tensors of the written weight file, mapped and not copied. One graph serves every chunk, in one of two
-forms: over the filled prefix of the KV slots `[1, rows, heads * D]`, whose rows are the only dynamic size (segments), or
-over the slots whole, `[1, heads, W * T, D]`, with the filled rows as a tensor and every size static (one engine). With
-fused ops, self-attention is two of them, and the filled rows are a tensor in either form. Each kind of step has a trace of its
-own. A step other than 0 makes a video's first chunk, without history, so its filled prefix is its own rows.
+The weights are the tensors of the written weight file, memory-mapped rather than copied. One graph serves every chunk, in one
+of two forms:
+
+- over the filled prefix of the KV slots, `[1, rows, heads * D]`, with rows as the only dynamic size (segments);
+- over the whole KV slots, `[1, heads, W * T, D]`, with the number of filled rows as an input tensor and every size static (one
+  engine).
+
+With fused ops, self-attention consists of two of them, and the number of filled rows is an input tensor in both forms. Each
+kind of step is traced separately. A step other than 0 generates a video's first chunk, which has no history, so its filled
+prefix consists of its own rows.
 """
 
 from dataclasses import replace
@@ -44,7 +49,7 @@ def wan_from_file(config: Config, weights: Path) -> Wan:
 
 
 def step_arguments(config: Config, *, whole_slots: bool = False, fused: bool = False, step: int = 0) -> tuple[Any, ...]:
-    """Example arguments of `ChunkStep.forward`, all distinct tensors: torch.export merges inputs that are one object."""
+    """Example arguments of `ChunkStep.forward`; all tensors are distinct because torch.export merges identical objects."""
     layout, m = layouts_from_config(config)[step], config.model
     dtype = TORCH_DTYPES[config.build.precision]
     rows = layout.num_tokens if step and not whole_slots else config.slot_rows
@@ -71,7 +76,7 @@ def step_arguments(config: Config, *, whole_slots: bool = False, fused: bool = F
 def trace_step(
     wan: Wan, config: Config, *, whole_slots: bool = False, fused: bool = False, step: int = 0
 ) -> ExportedProgram:
-    """Trace one chunk step of one rank, over the filled prefix of the KV slots or over the slots whole."""
+    """Trace one chunk step of one rank, over the filled prefix of the KV slots or over the whole slots."""
     video = config.video
     arguments = step_arguments(config, whole_slots=whole_slots, fused=fused, step=step)
     dynamic = None

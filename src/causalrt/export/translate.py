@@ -1,4 +1,4 @@
-"""ExportedProgram -> ONNX, opset 24: torch's own exporter, with the ONNX forms of our ops."""
+"""Translates an ExportedProgram to ONNX, opset 24, with torch's exporter and the ONNX forms of our custom ops."""
 
 import functools
 import logging
@@ -21,7 +21,7 @@ OPSET = 24
 
 
 def _translations(*, fused_as_nodes: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Our ops' ONNX forms as the exporter wants them: plain functions of the op's own arguments."""
+    """ONNX forms of our ops in the form that the exporter expects: plain functions of the op's arguments."""
     if not onnx.defs.has(ONNX_OP, domain=ONNX_DOMAIN):
         parameter = onnx.defs.OpSchema.FormalParameter
         kinds = ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "Any float")
@@ -66,7 +66,7 @@ def _translations(*, fused_as_nodes: bool) -> dict[Callable[..., Any], Callable[
 
 
 def onnx_from_program(program: ExportedProgram, *, input_names: Sequence[str], output_names: Sequence[str]) -> ir.Model:
-    """Translate a traced program; tensors are referred to, not copied. Fused ops are nodes with a function each."""
+    """Translate a traced program without copying tensors. Each fused op becomes a node with an ONNX function."""
     model = _translate(program, input_names, output_names, fused_as_nodes=True)
     add_functions(model, program, functools.partial(_translate, fused_as_nodes=False))
     return model
@@ -75,7 +75,7 @@ def onnx_from_program(program: ExportedProgram, *, input_names: Sequence[str], o
 def _translate(
     program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str], *, fused_as_nodes: bool
 ) -> ir.Model:
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # it misses torchvision
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # silence: no torchvision
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         translated = torch.onnx.export(
@@ -84,12 +84,12 @@ def _translate(
             input_names=input_names,
             output_names=output_names,
             custom_translation_table=_translations(fused_as_nodes=fused_as_nodes),
-            optimize=fused_as_nodes,  # a function keeps its few constants as they are, and is written once
+            optimize=fused_as_nodes,  # functions are small and written once, so they are not optimized
             verbose=False,
         )
     assert translated is not None
     for node in translated.model.graph:
         node.metadata_props.pop(
             "pkg.torch.onnx.stack_trace", None
-        )  # where this package lies, which makes builds differ
+        )  # contains install paths, which would make builds differ
     return translated.model

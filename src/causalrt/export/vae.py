@@ -1,12 +1,13 @@
-"""The streaming decoder as two ONNX graphs, and the weight file that both refer to.
+"""Writes the streaming decoder as two ONNX graphs, with the weight file that both refer to.
 
-    vae.safetensors   the whole VAE under diffusers' names, its config in the header: `load_vae` reads it, to encode
-    vae-first.onnx    latent                  -> frames, cache.*.made, but of those that stay zero
+    vae.safetensors   the whole VAE under diffusers' names, config in the header; `load_vae` reads it for encoding
+    vae-first.onnx    latent                  -> frames, cache.*.made (except the caches that stay zero)
     vae-next.onnx     latent, cache.00 ...    -> frames, cache.00.made ...
 
-`model/codecs/wan_vae.py` has the modules that are traced; `model/codecs/block_dct.py` has those of a cosine transform, which
-has no caches. Every size is static. The weights keep their precision; latents are always float32. The decoder's one attention
-is decomposed into matrix products, because its head has 384 channels and TensorRT's fused kernels end at 256.
+The traced modules are in `model/codecs/wan_vae.py`, and for a cosine transform, which has no caches, in
+`model/codecs/block_dct.py`. Every size is static. The weights keep their precision; latents are always float32. The decoder's
+only attention is decomposed into matrix products, because its head has 384 channels and TensorRT's fused kernels support at
+most 256.
 """
 
 import json
@@ -39,10 +40,10 @@ STAGE = "VAE graphs"
 
 
 def check_vae(vae: Any, config: Config) -> None:
-    """Refuse a VAE whose latents are not the transformer's.
+    """Reject a VAE whose latents do not match the transformer's.
 
     Raises:
-        ConfigError: they have other channels.
+        ConfigError: the numbers of latent channels differ.
     """
     channels = vae_config_from_mapping(vae.config).z_dim
     if channels != config.model.latent_channels:
@@ -58,12 +59,12 @@ def write_vae(
     """Write the VAE into a bundle's folder.
 
     Args:
-        vae: of `load_vae`, on the CPU, in the precision that the graphs shall have.
-        folder: of the bundle.
-        on_progress: told of each stage.
+        vae: the VAE from `load_vae`, on the CPU, in the precision that the graphs should have.
+        folder: the bundle's folder.
+        on_progress: called at the start and the end of each stage.
         latent_height: rows of a latent; a frame has 8 times as many.
-        latent_width: columns.
-        graphs: write the two graphs, and not the weights alone.
+        latent_width: columns of a latent.
+        graphs: whether to write the two graphs in addition to the weights.
 
     Raises:
         BuildError: the weights cannot be written.
@@ -91,7 +92,7 @@ def write_vae(
 
 
 def write_vae_weights(vae: Any, path: Path) -> None:
-    """Write all weights and the config, as `load_vae` reads them again.
+    """Write all weights and the config in the form that `load_vae` reads.
 
     Raises:
         BuildError: the file cannot be written.
@@ -107,14 +108,14 @@ def write_vae_weights(vae: Any, path: Path) -> None:
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention as products and a softmax, in float32: rounded scores would be wrong by percents in a 16-bit type."""
+    """Attention as matrix products and a softmax in float32; scores rounded to 16 bits would cause errors of percents."""
     scores = (q.float() / math.sqrt(q.shape[-1])) @ k.float().transpose(-2, -1)
     return (scores.softmax(-1) @ v.float()).to(q.dtype)
 
 
 def _write_graph(program: ExportedProgram, folder: Path, name: str, *, inputs: list[str], written: list[str]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch, about itself
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
         plain = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: _attention})
     outputs = [FRAMES, *(cache + MADE for cache in written)]
     translated = onnx_from_program(plain, input_names=inputs, output_names=outputs)
@@ -124,10 +125,10 @@ def _write_graph(program: ExportedProgram, folder: Path, name: str, *, inputs: l
 def build_vae_engines(
     folder: Path, on_progress: Progress, *, flavour: Flavour, target: str, timing_cache: Path | None
 ) -> list[str]:
-    """Build the two graphs as TensorRT engines for one target, in a child process; their files.
+    """Build the two graphs as TensorRT engines for one target in a child process, and return the engines' file names.
 
     Raises:
-        BuildError: TensorRT refused a graph, or the child died.
+        BuildError: TensorRT rejected a graph, or the child process died.
         ExecutorError: TensorRT is not installed.
     """
     requests = vae_engine_requests(f"{flavour.name}-{target}")
@@ -136,7 +137,7 @@ def build_vae_engines(
 
 
 def vae_engine_requests(prefix: str) -> list[EngineRequest]:
-    """What `engine_worker` is asked for, to build the two graphs as TensorRT engines `<prefix>-vae-first.engine` and so on."""
+    """Requests to `engine_worker` to build the two graphs as TensorRT engines, such as `<prefix>-vae-first.engine`."""
     expected = {"attentions": 0, "lengths": 0, "collectives": 0, "cache_updates": 0, "plugins": 0}
     return [
         EngineRequest(onnx=name, engine=f"{prefix}-{Path(name).stem}.engine", profiles=(), expected=expected)

@@ -1,10 +1,11 @@
-"""The other way to an engine: the traced program through torch_tensorrt's converters, with no ONNX between.
+"""The `torch-tensorrt` front end: converts the traced program to an engine with torch_tensorrt's converters, without ONNX.
 
     torch.export -> torch_tensorrt's decompositions and passes -> its aten converters + ours (`op_layers`) -> engine
 
-It makes what the `engine` lowering makes: three engines, the step whole, KV slots updated in place. Weights stay on the CPU,
-where TensorRT reads them; torch_tensorrt and TensorRT's builder want the GPU that the engines are for. torch_tensorrt names an
-engine's tensors after the graph's placeholders and `output0`, `output1`...; the record says which of our names each one is.
+The result is equivalent to that of the `engine` lowering: three engines, with the whole step in one of them and KV slots
+updated in place. The weights stay on the CPU, where TensorRT reads them; torch_tensorrt and TensorRT's builder require the GPU
+that the engines are built for. torch_tensorrt names an engine's tensors after the graph's placeholders and `output0`,
+`output1`...; the record maps these names to ours.
 """
 
 import functools
@@ -43,11 +44,11 @@ def load_torch_tensorrt() -> Any:
     """Import torch_tensorrt.
 
     Raises:
-        ExecutorError: it is not installed, or does not load; it needs CUDA even to be imported.
+        ExecutorError: it is not installed or cannot be imported; importing it requires CUDA.
     """
     try:
         return importlib.import_module("torch_tensorrt")
-    except Exception as error:  # whatever its libraries, or a torch without CUDA, make of it
+    except Exception as error:  # its libraries, or a torch without CUDA, can raise anything
         raise ExecutorError(
             f"--frontend torch-tensorrt needs the Python module torch_tensorrt, which does not import here "
             f"({type(error).__name__}: {error}); install it with `{install_extra('torch-tensorrt')}` on a machine with a GPU "
@@ -56,20 +57,20 @@ def load_torch_tensorrt() -> Any:
 
 
 def driven_flavour(torch_tensorrt: Any) -> str:
-    """The TensorRT that an installed torch_tensorrt drives; it is built for one of them."""
+    """Name of the TensorRT flavour that the installed torch_tensorrt is built for."""
     return "tensorrt_rtx" if torch_tensorrt.ENABLED_FEATURES.tensorrt_rtx else "tensorrt"
 
 
 def check_torch_tensorrt(flavours: tuple[str, ...], collectives: str) -> None:
-    """Refuse what this front end cannot build, before work begins.
+    """Reject options that this front end does not support, before the build starts.
 
     Args:
-        flavours: of the engines that are built on this machine; for others nothing needs to be installed here.
-        collectives: who exchanges between ranks.
+        flavours: TensorRT flavours of the engines to build on this machine; engines built elsewhere need no installation here.
+        collectives: whether the `engine` or the `runtime` runs the all-to-alls.
 
     Raises:
-        ConfigError: all-to-alls at runtime are asked for.
-        ExecutorError: torch_tensorrt cannot be imported, or drives another TensorRT than the one asked for.
+        ConfigError: runtime collectives are requested.
+        ExecutorError: torch_tensorrt cannot be imported, or is built for another TensorRT flavour than the requested one.
     """
     if collectives != "engine":
         raise ConfigError(
@@ -90,22 +91,23 @@ def check_torch_tensorrt(flavours: tuple[str, ...], collectives: str) -> None:
 def build_with_torch_tensorrt(
     config: Config, folder: Path, on_progress: Progress, *, flavour: Flavour, target: str, timing_cache: Path | None
 ) -> dict[str, Any]:
-    """Build the engines of the GPU at hand, in this process.
+    """Build the engines for the local GPU, in this process.
 
     Args:
-        config: of the bundle.
-        folder: of the bundle, with the weights in it.
+        config: the bundle's config.
+        folder: the bundle's folder, which contains the weights.
         on_progress: called at the start and the end of each engine.
-        flavour: the TensorRT that torch_tensorrt drives here.
-        target: the architecture of the GPU at hand.
-        timing_cache: measured kernel times, read and written; unread by a flavour that measures nothing.
+        flavour: the TensorRT flavour that the installed torch_tensorrt is built for.
+        target: architecture of the local GPU.
+        timing_cache: file of measured kernel times, read and written; ignored by a flavour that measures nothing.
 
     Returns:
-        What the manifest says of them: as from `build_engines`, and `names`, by engine file our name of each of its tensors.
+        The engines' record for the manifest: that of `build_engines` plus `names`, which maps each engine file to our names of
+        its tensors.
 
     Raises:
-        BuildError: torch_tensorrt or TensorRT refused a graph, or made something else of it.
-        ExecutorError: torch_tensorrt is not installed, or the target is another GPU.
+        BuildError: torch_tensorrt or TensorRT rejected a graph, or the resulting network does not match it.
+        ExecutorError: torch_tensorrt is not installed, or the target is not the local GPU.
     """
     torch_tensorrt, trt = load_torch_tensorrt(), flavour.load()
     here = device_target(DEVICE)
@@ -138,9 +140,14 @@ def build_with_torch_tensorrt(
             on_progress(f"engines for {target}", done, len(graphs))
             file, program = f"{prefix}-{stem}.engine", trace()
             names[file] = tensor_names(program, inputs, outputs)
-            expected, known = expected_layers(program), describe_program(program)  # the conversion changes the program
+            expected, known = (
+                expected_layers(program),
+                describe_program(program),
+            )  # before the conversion modifies the program
             (folder / file).write_bytes(_convert(torch_tensorrt, program, stem, cache))
-            network = describe_network(trt, contexts[0].net) if contexts else known  # the context keeps constants alive
+            network = (
+                describe_network(trt, contexts[0].net) if contexts else known
+            )  # the context keeps the constants alive
             contexts.clear()
             check_network(network, expected=expected, onnx_file=f"the traced {stem}")
             networks[file] = rename_tensors(network, names[file])
@@ -160,7 +167,7 @@ def build_with_torch_tensorrt(
 
 
 def tensor_names(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
-    """torch_tensorrt's name of each tensor of the engine that it makes of a program -> ours, given in the program's order."""
+    """Map torch_tensorrt's name of each engine tensor to ours; `inputs` and `outputs` are in the program's order."""
     signature = program.graph_signature
     made = [f"output{index}" for index in range(len(signature.user_outputs))]
     return dict(zip([*signature.user_inputs, *made], [*inputs, *outputs], strict=True))
@@ -168,13 +175,14 @@ def tensor_names(program: ExportedProgram, inputs: Sequence[str], outputs: Seque
 
 @contextmanager
 def registered_converters(trt: Any) -> Iterator[list[Any]]:
-    """Have torch_tensorrt convert our ops by `op_layers`.
+    """Register the functions of `op_layers` as torch_tensorrt's converters for our ops.
 
-    Its registry is the process's and takes nothing back, so every call goes before the last one's converters.
+    The registry is global to the process and converters cannot be removed, so the converters of each call take precedence over
+    those of earlier calls.
 
     Yields:
-        The context of the conversion at hand, once it has met one of our ops: it holds the network, and the memory that the
-        network's constants point to.
+        A list with the context of the current conversion, empty until the conversion reaches one of our ops. The context owns
+        the network and the memory of the network's constants.
     """
     conversion = importlib.import_module("torch_tensorrt.dynamo.conversion")
     contexts: list[Any] = []
@@ -205,7 +213,7 @@ def registered_converters(trt: Any) -> Iterator[list[Any]]:
 
 @contextmanager
 def _scratch_cache(kept: Path | None) -> Iterator[Path]:
-    """A copy of the kept timing cache for torch_tensorrt to write to as it goes; it replaces the kept one if all went well."""
+    """Copy the kept timing cache to a file that torch_tensorrt may write to; on success the copy replaces the original."""
     with TemporaryFolder("timing") as scratch:
         cache = scratch / "timing.cache"
         if kept is not None and kept.exists():
@@ -216,17 +224,17 @@ def _scratch_cache(kept: Path | None) -> Iterator[Path]:
 
 
 def _convert(torch_tensorrt: Any, program: ExportedProgram, stem: str, cache: Path) -> bytes:
-    """One engine; every size is static, so that the arguments of the trace say all that there is to know of the inputs."""
+    """Build one engine; every size is static, so the arguments of the trace fully describe the inputs."""
     arguments, _ = program.example_inputs
     try:
         engine = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
             program,
             arg_inputs=arguments,
             device=DEVICE,
-            offload_module_to_cpu=True,  # where it is already: no copy of the weights is looked for on the GPU
+            offload_module_to_cpu=True,  # the weights are on the CPU already, not on the GPU
             timing_cache_path=str(cache),
         )
-    except Exception as error:  # torch_tensorrt raises RuntimeError, AssertionError, ValueError, each for a refusal
+    except Exception as error:  # torch_tensorrt raises RuntimeError, AssertionError or ValueError
         raise BuildError(
             f"torch_tensorrt {torch_tensorrt.__version__} cannot make an engine of the traced {stem}: "
             f"{type(error).__name__}: {error}\nBuild with `--frontend onnx`, and report what it refused"
@@ -235,7 +243,7 @@ def _convert(torch_tensorrt: Any, program: ExportedProgram, stem: str, cache: Pa
 
 
 def expected_layers(program: ExportedProgram) -> dict[str, int]:
-    """What a network made of a program must hold (see `check_network`)."""
+    """Layer counts that the network of a program must have (see `check_network`)."""
     found = Counter(node.target for node in program.graph.nodes)
     ops = torch.ops.causalrt
     over_slots = found[ops.kv_attention_whole.default]
@@ -248,7 +256,7 @@ def expected_layers(program: ExportedProgram) -> dict[str, int]:
 
 
 def describe_program(program: ExportedProgram) -> dict[str, Any]:
-    """What can be said of a network without having seen it, in the form of `describe_network`: none of our ops is in it."""
+    """Describe, in the form of `describe_network`, the network of a program without our ops from the program alone."""
     nodes = {node.name: node for node in program.graph.nodes}
     signature = program.graph_signature
     weights = [
@@ -274,10 +282,10 @@ def describe_program(program: ExportedProgram) -> dict[str, Any]:
 
 
 def rename_tensors(network: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A network's description under our names.
+    """Replace torch_tensorrt's tensor names in the description of a network by ours.
 
     Raises:
-        BuildError: the network has other tensors than were thought of.
+        BuildError: the network does not have the expected tensors.
     """
     found = [tensor["name"] for kind in ("inputs", "outputs") for tensor in network[kind]]
     if sorted(found) != sorted(names):

@@ -1,7 +1,7 @@
-"""Our ops as layers of a TensorRT network: what the ONNX parser, with the passes around it, makes of their ONNX forms.
+"""Adds our custom ops as layers of a TensorRT network, equivalent to what the ONNX parser and our passes produce.
 
-Plain functions of a TensorRT module, a network being built, a name for the layers and the op's own arguments as ITensors
-(shapes: `causalrt.plugins`); every size is static. The front end that goes through ONNX has no use for them.
+The arguments are the TensorRT module, the network being built, a name for the layers and the op's own arguments as ITensors
+(shapes: `causalrt.plugins`). Every size is static. The ONNX front end does not use this module.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def add_rotate(trt: Any, network: Any, name: str, x: Any, cos: Any, sin: Any, num_heads: int) -> Any:
-    """`causalrt::rotate`: adjacent pairs, in float32 between casts."""
+    """Add `causalrt::rotate`, which rotates adjacent pairs of channels in float32, between casts."""
     wide = _cast(trt, network, f"{name}.wide", _heads_first(network, f"{name}.heads", x, num_heads), trt.float32)
     layer = network.add_rotary_embedding(wide, cos, sin, True, 0)  # 0: all channels of a head rotate
     layer.name = name
@@ -20,7 +20,7 @@ def add_rotate(trt: Any, network: Any, name: str, x: Any, cos: Any, sin: Any, nu
 
 
 def add_attention(trt: Any, network: Any, name: str, q: Any, k: Any, v: Any, num_heads: int) -> Any:
-    """`causalrt::attention`: rows token by token."""
+    """Add `causalrt::attention`; its rows are tokens."""
     keys, values = (_heads_first(network, f"{name}.{kind}", x, num_heads) for kind, x in (("k", k), ("v", v)))
     return _attend(trt, network, name, q, keys, values, num_heads, None)
 
@@ -37,7 +37,7 @@ def add_kv_attention_whole(
     kv_rows: Any,
     num_heads: int,
 ) -> tuple[Any, Any, Any]:
-    """`causalrt::kv_attention_whole`: one linear write at row 0 a cache, in place, then attention over the filled rows."""
+    """Add `causalrt::kv_attention_whole`: one in-place linear write per cache at row 0, then attention over the filled rows."""
     start = _constant(network, f"{name}.start", np.zeros(1, dtype=np.int32))
     written = []
     for kind, slots, new in (("k", k_slots, k_new), ("v", v_slots, v_new)):
@@ -51,7 +51,7 @@ def add_kv_attention_whole(
 
 
 def add_all_to_all(trt: Any, network: Any, name: str, blocks: Any) -> Any:
-    """`causalrt::all_to_all`: one block a rank, so that their number is the world size."""
+    """Add `causalrt::all_to_all`; it has one block per rank, so the number of blocks is the world size."""
     ranks = blocks.shape[0]
     layer = network.add_dist_collective(
         blocks, trt.CollectiveOperation.ALL_TO_ALL, trt.ReduceOperation.NONE, -1, np.arange(ranks, dtype=np.int64)
@@ -64,10 +64,10 @@ def add_all_to_all(trt: Any, network: Any, name: str, blocks: Any) -> Any:
 def _attend(
     trt: Any, network: Any, name: str, q: Any, keys: Any, values: Any, num_heads: int, lengths: Any | None
 ) -> Any:
-    """Attention with a fused kernel or none; queries `[1, R, heads * D]`, keys and values `[1, heads, L, D]`.
+    """Add an attention that must run as a fused kernel; queries `[1, R, heads * D]`, keys and values `[1, heads, L, D]`.
 
-    As the ONNX passes do: 1 / sqrt(D) goes to the queries, in float32 (`scale_queries`), and the rows of a single head
-    are split into several heads (`split_single_heads`).
+    Like the ONNX passes, this multiplies the queries by 1 / sqrt(D) in float32 (`scale_queries`), and splits the rows of a
+    single head into several heads (`split_single_heads`).
     """
     queries = _heads_first(network, f"{name}.q", q, num_heads)
     shape = tuple(queries.shape)
@@ -127,6 +127,6 @@ def _cast(trt: Any, network: Any, name: str, x: Any, dtype: Any) -> Any:
 
 
 def _constant(network: Any, name: str, values: Any) -> Any:
-    layer = network.add_constant(values.shape, values)  # the binding keeps the array for as long as the network lives
+    layer = network.add_constant(values.shape, values)  # the binding keeps the array alive as long as the network
     layer.name = name
     return layer.get_output(0)
