@@ -1,8 +1,6 @@
 """A cache of the embeddings of recent prompts, bounded in bytes.
 
-
 Encoding a prompt takes seconds on a CPU, whereas keeping its embeddings takes megabytes.
-
 """
 
 import sys

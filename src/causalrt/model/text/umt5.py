@@ -131,8 +131,6 @@ class TextEncoder:
 
         The caller may keep the tensor. A truncated prompt is logged as a warning; `tokenize` reports it beforehand.
 
-
-
         Raises:
             PromptError: the prompt is not a usable text.
         """
