@@ -113,6 +113,7 @@ class HeadExchange(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Exchange `[1, S, H*D]` x 3 in one collective.
+
         Returns for each shard q `[1, P*query_rows, h*D]`, and k and v `[1, N, h*D]`.
 
         Every rank calls it, in layer order. All blocks have the same size.
