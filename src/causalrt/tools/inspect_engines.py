@@ -130,10 +130,10 @@ def describe_step(bundle: Bundle, step: int, networks: list[NetworkRecord]) -> S
 
 
 def expected_constants(bundle: Bundle, step: int = 0) -> dict[str, np.ndarray[Any, Any]]:
-    """The tables that a step folds in, by name: rotary angles of the global time index, and the exchange's packing."""
+    """The constant tables of a step, by name: rotary angles of the global time index, and the exchange's packing."""
     layout, config = layouts_from_config(bundle.config)[step], bundle.config
     if config.video.time_index == "relative" and config.slot_rows == config.tokens_per_chunk:
-        # Nothing but staging: no table depends on `first_frame`, and the exporter looks them up once and for all.
+        # A step that has only staging uses no table that depends on `first_frame`, so the exporter evaluates the lookup once.
         slots = RelativeRope(config)(torch.zeros(1, dtype=torch.int64))
         rotary = dict(zip(("slot_cos", "slot_sin"), slots, strict=True))
     elif config.video.time_index == "relative":
