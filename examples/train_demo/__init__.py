@@ -1,8 +1,8 @@
-"""How the demo's model came about: `python -m train_demo` (docs/demo.md).
+"""Trains the demo's model: `python -m train_demo` (docs/demo.md).
 
-world, clips      what is shown, drawn from formulas; as the model sees it
+world, clips      the content of clips, drawn from formulas; clips in the form that the model takes
 vocabulary        the words of its prompts
-forward, train    all chunks of a batch at once, by the model's own parameters; the loop
-judge             what a clip shows, told from its pixels
+forward, train    the forward pass over all chunks of a batch, with the model's own parameters; the training loop
+judge             recognises from the pixels of a clip what it shows
 command           arguments, progress, files
 """

@@ -1,4 +1,4 @@
-"""See `command.py`."""
+"""Runs `command.py`."""
 
 import sys
 

@@ -1,12 +1,12 @@
-"""Clips as the model sees them: tokens of chunks, the caption of each chunk, and where each chunk lies in time.
+"""Clips in the form that the model takes: tokens of chunks, the caption of each chunk, and the time of each chunk.
 
-A clip is its video's first chunk, the sink, and five chunks in a row, that follow at once or after a gap of up to `MAX_GAP`
-chunks: so a model that is trained on six chunks knows a sink that is far away. In some clips the motion changes at a chunk's
-start, as it does when a user switches the prompt.
+A clip consists of its video's first chunk, which is the sink, and five consecutive chunks, which follow at once or after a gap
+of up to `MAX_GAP` chunks: so a model that is trained on six chunks has seen a sink that is far away. In some clips the motion
+changes at the start of a chunk, as it does when a user switches the prompt.
 
-Where exactly a first chunk lies nothing says, and the mean of all places is no picture. So a clip whose first chunk the model
-is to make from noise alone is given that noise as a wish, and begins where its first chunk is most like it. Then noise does say
-where.
+Nothing determines the exact position in a first chunk, and the mean over all positions is no sensible picture. Where the model
+is to generate the first chunk from pure noise, that noise is therefore passed as a wish, and the clip begins at the position
+whose first chunk is nearest to it. Thus the noise determines the position.
 """
 
 import random
@@ -24,21 +24,21 @@ CHUNKS = 6
 MAX_GAP = 36
 GAP_SHARE, SWITCH_SHARE = 0.35, 0.4
 TURNS_AGAIN = 1
-"""How much more often than others a clip is drawn that turns: its way depends on where it is, and is the hardest to learn."""
+"""Additional weight of clips with a turning shape: its heading depends on its position, which is the hardest to learn."""
 STARTS = 64
-"""Starts that are drawn for each way of moving."""
+"""Number of starts that are drawn for each kind of motion."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clips:
-    """A batch; K chunks of N tokens.
+    """A batch of clips of K chunks of N tokens.
 
     Attributes:
-        tokens: `[B, K, N, 64]`, of latents that are not normalised.
-        captions: before and after the switch, by clip; the same two where there is none.
-        switched: `[B, K]`, whether a chunk goes by the second one.
-        starts: `[B, K]`, time index of each chunk's first latent frame.
-        counts: `[B, K]`, whether a chunk's history is whole, so that it can be learnt from.
+        tokens: tokens `[B, K, N, 64]` of latents that are not normalised.
+        captions: captions before and after the switch, by clip; they are equal in a clip without a switch.
+        switched: whether a chunk follows the second caption, `[B, K]`.
+        starts: time index of each chunk's first latent frame, `[B, K]`.
+        counts: whether a chunk contributes to the loss, since its history is complete, `[B, K]`.
     """
 
     tokens: torch.Tensor
@@ -48,7 +48,7 @@ class Clips:
     counts: torch.Tensor
 
     def first(self, count: int) -> "Clips":
-        """The first so many."""
+        """Return the first `count` clips."""
         return Clips(
             tokens=self.tokens[:count],
             captions=self.captions[:count],
@@ -59,12 +59,12 @@ class Clips:
 
 
 def frames_of(config: Config, chunk: int) -> int:
-    """Pixel frames of a chunk of a video."""
+    """Return the number of pixel frames of a chunk of a video."""
     return FRAMES * config.video.chunk_frames - (FRAMES - 1) * (chunk == 0)
 
 
 class Starts:
-    """How clips may start: for each shape and way of moving some movers, and the first chunk that each makes."""
+    """Possible starts of clips: for each shape and kind of motion some movers, and the first chunk that each produces."""
 
     def __init__(
         self, config: Config, every: Sequence[Caption], *, normal: tuple[torch.Tensor, torch.Tensor], seed: int = 0
@@ -80,7 +80,7 @@ class Starts:
             self._movers[kind] = [Mover.start(rng, caption) for _ in range(STARTS)]
             videos = []
             for mover in self._movers[kind]:
-                mover.step(caption)  # heads where the caption says
+                mover.step(caption)  # sets the heading that the caption asks for
                 mask = masks(caption.shape, track([caption] * count, replace(mover)))
                 videos.append(torch.einsum("ij,thw->itjhw", torch.eye(3), mask))
             encoded = [encode_blocks(video) for each in videos for video in each]
@@ -90,17 +90,17 @@ class Starts:
         self._empty = encode_blocks(empty.expand(count, 3, SIZE, SIZE))
 
     def firsts(self, caption: Caption) -> torch.Tensor:
-        """`[STARTS, F, C, H, W]`: the first chunks that there are, not normalised."""
+        """Return the available first chunks, `[STARTS, F, C, H, W]`, not normalised."""
         difference = 2 * (torch.tensor(COLOURS[caption.colour]) - torch.tensor(BACKGROUND))
         shapes: torch.Tensor = torch.tensordot(difference, self._masks[_kind(caption)], dims=1)
         return self._empty + shapes
 
     def mover(self, caption: Caption, number: int) -> Mover:
-        """A new one, that makes the first chunk of this number."""
+        """Return a new mover, which produces the first chunk of this number."""
         return replace(self._movers[_kind(caption)][number])
 
     def nearest(self, firsts: torch.Tensor, wish: torch.Tensor) -> int:
-        """The number of that of `firsts` that is nearest to `wish`, which is normalised."""
+        """Return the index of the chunk in `firsts` that is nearest to `wish`, which is normalised."""
         apart = (firsts - self.mean) / self.std - wish
         return int(apart.square().sum((1, 2, 3, 4)).argmin())
 
@@ -121,7 +121,7 @@ def draw_firsts(
     rng: random.Random,
     wishes: Sequence[torch.Tensor | None],
 ) -> Clips:
-    """Clips of one chunk, the first; arguments as in `draw_clips`."""
+    """Draw clips that consist of the first chunk alone; arguments as in `draw_clips`."""
     captions, tokens = [], []
     for wish in wishes:
         caption = _draw_caption(every, rng)
@@ -138,7 +138,7 @@ def draw_firsts(
 def _clip(
     config: Config, starts: Starts | None, every: Sequence[Caption], rng: random.Random, wish: torch.Tensor | None
 ) -> tuple[torch.Tensor, tuple[Caption, Caption], int, int]:
-    """Latents `[K * F, C, H, W]` not normalised, the two captions, the chunk of the switch (or K), the gap."""
+    """Return latents `[K * F, C, H, W]`, not normalised, the two captions, the chunk of the switch (or K), and the gap."""
     caption = _draw_caption(every, rng)
     alike = [c for c in every if (c.colour, c.shape) == (caption.colour, caption.shape)]
     other = _draw_caption(alike, rng) if rng.random() < SWITCH_SHARE else caption
@@ -146,7 +146,7 @@ def _clip(
     gap = rng.randrange(1, MAX_GAP + 1) if rng.random() < GAP_SHARE else 0
     if wish is None or starts is None:
         mover = Mover.start(rng, caption)
-        mover.step(caption)  # heads where the caption says
+        mover.step(caption)  # sets the heading that the caption asks for
     else:
         mover = starts.mover(caption, starts.nearest(starts.firsts(caption), wish))
     parts = []
@@ -167,14 +167,14 @@ def draw_clips(
     rng: random.Random,
     wishes: Sequence[torch.Tensor | None],
 ) -> Clips:
-    """Clips of captions drawn from `every`.
+    """Draw clips of captions from `every`.
 
     Args:
-        config: of the model.
-        starts: that `every` may have; None where there are no wishes.
-        every: captions.
-        rng: where chance comes from.
-        wishes: for each clip, normalised latents `[F, C, H, W]` that its first chunk shall be like; None: it may lie anywhere.
+        config: config of the model.
+        starts: possible starts for the captions of `every`; None if there are no wishes.
+        every: captions to draw from.
+        rng: source of randomness.
+        wishes: for each clip, normalised latents `[F, C, H, W]` that its first chunk is to resemble, or None for any position.
     """
     tokens, captions, switched, indices, counts = [], [], [], [], []
     chunk_numbers = torch.arange(CHUNKS)
@@ -185,7 +185,7 @@ def draw_clips(
         captions.append(both)
         switched.append(chunk_numbers >= switch)
         indices.append(config.video.chunk_frames * (chunk_numbers + gap * (chunk_numbers > 0)))
-        # After a gap the next two chunks lack the history that a window would hold.
+        # After a gap, the next two chunks lack the history that a window would hold.
         counts.append((chunk_numbers == 0) | (chunk_numbers > 2) if gap else torch.ones(CHUNKS, dtype=torch.bool))
     return Clips(
         tokens=torch.stack(tokens),

@@ -1,4 +1,4 @@
-"""`python -m train_demo`: train, show progress and loss, keep the state, write what is shipped."""
+"""`python -m train_demo`: trains, shows progress and loss, saves the state, and writes the files that are shipped."""
 
 import argparse
 import hashlib
@@ -30,11 +30,11 @@ MEASURED_CLIPS = 200
 FIRSTS_PER_CLIP = 4
 SAVE_EVERY_S = 120.0
 SHOWN = 50
-"""Steps whose mean loss is shown."""
+"""Number of steps whose mean loss is shown."""
 
 
 def normal_values(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, spread) `[16]` of the latent channels, over clips of the captions that are trained."""
+    """Return (mean, spread) `[16]` of the latent channels, over clips of the training captions."""
     train, _ = split_captions()
     clips = draw_clips(config, None, train, rng=random.Random(0), wishes=[None] * MEASURED_CLIPS)
     latents = torch.cat([latents_from_tokens(chunk, config) for clip in clips.tokens for chunk in clip])
@@ -42,7 +42,7 @@ def normal_values(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def released_layout(config: Config, average: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters under the names and in the shapes of a Self-Forcing checkpoint: what `write_weights` reads."""
+    """Return the parameters with the names and shapes of a Self-Forcing checkpoint, which `write_weights` reads."""
     model = config.model
     found = {}
     for name, tensor in average.items():
@@ -57,7 +57,7 @@ def released_layout(config: Config, average: dict[str, torch.Tensor]) -> dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m train_demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-model"), help="folder of the state and of what is made")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of the optimiser")
@@ -146,7 +146,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _resume(trainer: Trainer, out: Path) -> list[float]:
-    """Go to where an earlier run stopped; the losses so far."""
+    """Resume where an earlier run stopped, and return the losses so far."""
     if not (out / STATE).exists():
         return []
     trainer.resume(out / STATE)

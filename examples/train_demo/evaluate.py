@@ -1,8 +1,8 @@
-"""How well the demo model does what captions say: `python -m train_demo.evaluate [FOLDER]`.
+"""Measures how well the demo model follows captions: `python -m train_demo.evaluate [FOLDER]`.
 
-Videos are made as users make them, from captions held back in training, and judged from their pixels alone (`judge.py`).
-FOLDER has what `demo_train` writes, by default the shipped files; the report says how many captions were shown right, and what
-went wrong.
+Videos are generated as users generate them, from captions held back from training, and judged by their pixels alone
+(`judge.py`). FOLDER holds what `demo_train` writes, and defaults to the shipped files. The report gives the number of captions
+that were shown correctly, and what went wrong with the others.
 """
 
 import argparse
@@ -29,28 +29,28 @@ from train_demo.world import Caption, split_captions
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
-    """One video, judged.
+    """A generated video, to be judged.
 
     Attributes:
-        frames: uint8 `[T, 64, 64, 3]`.
-        borders: frames at which a chunk begins, the first one left out.
+        frames: frames of the video, uint8 `[T, 64, 64, 3]`.
+        borders: frames at which a chunk begins, except the first.
     """
 
     frames: torch.Tensor
     borders: list[int]
 
     def seen(self, first_chunk: int = 0, end_chunk: int | None = None) -> Seen:
-        """What some of its chunks show."""
+        """Judge some of the video's chunks."""
         starts = [0, *self.borders, len(self.frames)]
         return look(self.frames[starts[first_chunk] : starts[-1 if end_chunk is None else end_chunk]])
 
     def jumps(self) -> tuple[float, float]:
-        """(longest step of the shape's centre from a chunk to the next, what few elsewhere exceed), in pixels."""
+        """Return (longest step of the shape's centre between chunks, step that few others exceed), in pixels."""
         return border_jump(self.frames, self.borders)
 
     @property
     def smooth(self) -> bool:
-        """Whether no chunk begins with a jump."""
+        """Return whether no chunk begins with a jump."""
         at_borders, within = self.jumps()
         return at_borders <= within + JUMP
 
@@ -58,7 +58,7 @@ class Shown:
 def show(
     engine: Engine, caption: Caption, *, seed: int, num_chunks: int = 7, switches: Mapping[int, Caption] | None = None
 ) -> Shown:
-    """A video by a caption, and by others from the chunks on that `switches` names."""
+    """Generate a video for a caption, which changes at the chunks that `switches` names."""
     parts = []
     with engine.session(str(caption), seed=seed, num_chunks=num_chunks) as session:
         for chunk in range(num_chunks):
@@ -71,7 +71,7 @@ def show(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m train_demo.evaluate", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=demo_files().words)
     parser.add_argument("--count", type=int, default=100, help="held-back captions to try")

@@ -1,10 +1,10 @@
-"""The chunk step for training: all chunks of a batch of clips at once, by the parameters of `model/wan/transformer.py`.
+"""The chunk step for training: all chunks of a batch of clips at once, with the parameters of `model/wan/transformer.py`.
 
-    stream 0: clean chunks at the context timestep; their keys and values are what a session's slots would hold
-    stream 1: the same chunks with noise, at the timestep of one denoising step each
+    stream 0: clean chunks at the context timestep; a session's slots would hold their keys and values
+    stream 1: the same chunks with noise, each at the timestep of one denoising step
 
-A chunk of either stream attends to itself and to the clean chunks of its window: the sink and the two before it. The meaning is
-that of `model/wan/step.py`, which a test holds it to.
+A chunk of either stream attends to itself and to the clean chunks of its window: the sink and the two before it. The result
+equals that of `model/wan/step.py`, as a test checks.
 
 Shapes: A streams, B clips, K chunks, N tokens of a chunk, C channels, H heads, D channels of a head, W chunks of a window.
 """
@@ -21,14 +21,14 @@ from causalrt.model.wan.transformer import Block, Wan, sinusoid
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """What one pass takes.
+    """The inputs of one forward pass.
 
     Attributes:
-        tokens: `[A, B, K, N, 64]`.
-        times: `[A, B, K]`, index into the timesteps of `forward`.
-        text: `[X, text_len, text_dim]`, prompts padded with zeros.
-        prompts: `[B, K]`, index into `text`.
-        starts: `[B, K]`, time index of each chunk's first frame.
+        tokens: tokens of all streams, `[A, B, K, N, 64]`.
+        times: index into the timesteps of `TrainingForward`, `[A, B, K]`.
+        text: prompts padded with zeros, `[X, text_len, text_dim]`.
+        prompts: index into `text`, `[B, K]`.
+        starts: time index of each chunk's first frame, `[B, K]`.
     """
 
     tokens: torch.Tensor
@@ -39,7 +39,7 @@ class Inputs:
 
 
 def window_chunks(config: Config, chunk: int) -> list[int]:
-    """The clean chunks that chunk number `chunk` of a clip attends to: those of the sink, and as many as the ring holds."""
+    """Return the clean chunks that a chunk of a clip attends to: those of the sink, and as many as the ring holds."""
     video = config.video
     sinks = video.sink_frames // video.chunk_frames
     ring = (video.capacity_frames - video.sink_frames - video.chunk_frames) // video.chunk_frames
@@ -47,7 +47,7 @@ def window_chunks(config: Config, chunk: int) -> list[int]:
 
 
 class TrainingForward:
-    """The passes over a model; tables are made once."""
+    """Forward passes of a model; constant tables are computed once."""
 
     def __init__(
         self, wan: Wan, config: Config, *, timesteps: tuple[float, ...], num_chunks: int, device: torch.device
@@ -73,7 +73,7 @@ class TrainingForward:
         self.frame = frame.to(device)
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
-        """Flow `[A, B, K, N, 64]`."""
+        """Return the flow `[A, B, K, N, 64]`."""
         wan, (_, clips, chunks) = self.wan, inputs.times.shape
         e_TC = wan.time_embedding(self.sinusoids)
         e0_T6C = wan.time_projection(e_TC).unflatten(-1, (6, -1))
@@ -120,7 +120,7 @@ class TrainingForward:
         return projected
 
     def _of_window(self, each: torch.Tensor) -> torch.Tensor:
-        """`[A, B, K, N, H, D]` -> `[A, B, K, W, N, H, D]`: what the clean stream's chunks of each window have."""
+        """Gather the clean stream's rows of each window: `[A, B, K, N, H, D]` -> `[A, B, K, W, N, H, D]`."""
         clean = each[0][:, self.windows]
         return clean.expand(len(each), *clean.shape)
 
@@ -132,7 +132,7 @@ class TrainingForward:
             each.unflatten(-1, heads)[prompts] for each in (weights.norm_k(weights.k(text).float()), weights.v(text))
         )
         q = weights.norm_q(weights.q(y).float()).unflatten(-1, heads)
-        # Streams beside tokens: one attention for each clip and chunk.
+        # Tokens of all streams are concatenated: one attention for each clip and chunk.
         queries = q.movedim(0, 2).flatten(2, 3).flatten(0, 1).transpose(1, 2)
         keys, values = (each.flatten(0, 1).transpose(1, 2) for each in (k, v))
         out = _attend(queries, keys, values).transpose(1, 2)
@@ -142,19 +142,19 @@ class TrainingForward:
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """In float32 whatever autocast says: in bfloat16 a CPU takes ten times as long for the gradient."""
+    """Compute attention in float32 even under autocast: in bfloat16, the gradient takes ten times as long on a CPU."""
     with torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`[..., N, H, D]`, neighbours in pairs, by `[..., N, 1, D / 2]`."""
+    """Rotate `[..., N, H, D]`, with neighbouring channels as pairs, by `[..., N, 1, D / 2]`."""
     even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 def initialise(wan: Wan, *, seed: int) -> None:
-    """The reference's initial values: Xavier for matrices, small text and time embeddings, a head of zeros."""
+    """Set the reference's initial values: Xavier for matrices, small text and time embeddings, and zeros for the head."""
     torch.manual_seed(seed)
     for name, parameter in wan.named_parameters():
         with torch.no_grad():

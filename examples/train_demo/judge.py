@@ -1,8 +1,8 @@
-"""What a clip shows, told from its pixels alone: the colour, and which of the motions the centre's track is most like.
+"""Recognises from the pixels of a clip the colour, and the motion and speed that are nearest to the track of the centre.
 
-    frames [T, 64, 64, 3] -> centres [T, 2] -> way in STRIDE frames -> for each motion and speed, how far from it
+    frames [T, 64, 64, 3] -> centres [T, 2] -> displacement over STRIDE frames -> distance from each motion and speed
 
-The canvas goes round, so centres are circular means, and displacements the shortest way round.
+The canvas wraps around, so centres are circular means, and displacements are the shortest ones across its edges.
 """
 
 import itertools
@@ -25,21 +25,24 @@ from train_demo.world import (
 )
 
 STRIDE, SMOOTHED = 8, 4
-"""Frames over which a displacement is taken, and a place averaged: fewer show the codec's own roughness, more cut corners."""
+"""Number of frames over which displacements are taken and positions averaged.
+
+With fewer, the codec's own noise shows; with more, corners of the track are cut.
+"""
 FARTHEST = 0.5
-"""A motion is none of those known if it is farther than this from the nearest, in units of its speed."""
+"""Distance from the nearest motion, in units of its speed, above which a clip shows none of the known motions."""
 TIE = 0.15
-"""In a short clip, motions that are so close to each other cannot be told apart."""
+"""Difference of distance below which motions cannot be told apart in a short clip."""
 BESIDE = 4.0
-"""Pixels past a wall at which a shape no longer bounces."""
+"""Distance past a wall, in pixels, at which a shape no longer bounces."""
 LEAST_COLOUR = 0.9
-"""Share of frames that have the colour."""
+"""Smallest share of the frames that must have the colour."""
 LEAST_AREA, MOST_AREA = 0.5, 1.6
-"""Of the shape's own: less is no whole shape, more is no single one."""
+"""Limits of the area as a share of the shape's own: below is no complete shape, above is more than one."""
 USUAL = 0.95
-"""Share of the steps within chunks that a step from one to the next is held against: a single jump excuses no others."""
+"""Quantile of the steps within chunks with which steps between chunks are compared: a single jump excuses no others."""
 JUMP = 1.0
-"""Pixels by which a step has to be longer than those to be a jump; the codec alone is 0.6 of a pixel rough."""
+"""Pixels by which a step must exceed those to count as a jump; the codec alone causes 0.6 of a pixel of noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +50,12 @@ class Seen:
     """What a clip shows.
 
     Attributes:
-        colour: the one of the palette that most frames are nearest to.
-        colour_share: of the frames, how many.
-        motion: the nearest one; None if none is near.
-        speed: likewise.
-        distances: of every (motion, speed), root mean square over time, in units of the speed.
-        area: (least, most) of any frame, as a share of the shape's own.
+        colour: colour of the palette to which most frames are nearest.
+        colour_share: share of the frames that have this colour.
+        motion: nearest motion; None if none is near.
+        speed: speed of the nearest motion; None if none is near.
+        distances: distance from every (motion, speed), root mean square over time, in units of the speed.
+        area: (smallest, largest) area in any frame, as a share of the shape's own.
     """
 
     colour: str
@@ -63,30 +66,30 @@ class Seen:
     area: tuple[float, float]
 
     def agrees(self, caption: Caption) -> bool:
-        """Colour, motion and speed are the caption's, and one shape was there all the time."""
+        """Return whether colour, motion and speed are the caption's, and a single shape was visible all the time."""
         return self.shows(caption.colour) and (self.motion, self.speed) == (caption.motion, caption.speed)
 
     def fits(self, caption: Caption) -> bool:
-        """Nothing of a short clip speaks against the caption: a shape that has met no wall may move on or bounce."""
+        """Return whether a short clip is consistent with the caption: a shape that met no wall may move on or bounce."""
         own, nearest = self.distances[caption.motion, caption.speed], min(self.distances.values())
         return self.shows(caption.colour) and own <= min(FARTHEST, nearest + TIE)
 
     def shows(self, colour: str) -> bool:
-        """One shape of this colour, all the time."""
+        """Return whether a single shape of this colour was visible all the time."""
         least, most = self.area
         whole = least > LEAST_AREA and most < MOST_AREA
         return self.colour == colour and self.colour_share >= LEAST_COLOUR and whole
 
 
 def weights_of(frames_THW3: torch.Tensor) -> torch.Tensor:
-    """`[T, H, W]`: how far each pixel is from the background."""
+    """Return how far each pixel is from the background, `[T, H, W]`."""
     background = torch.tensor(BACKGROUND)
     weights: torch.Tensor = (frames_THW3.float() / 255 - background).abs().amax(-1)
     return torch.where(weights > 0.12, weights, torch.zeros(()))
 
 
 def centres(frames_THW3: torch.Tensor) -> torch.Tensor:
-    """`[T, 2]`: x and y of the shape in each frame, on a canvas that goes round."""
+    """Return x and y of the shape's centre in each frame, `[T, 2]`, on a canvas that wraps around."""
     weights = weights_of(frames_THW3)
     turn = 2 * math.pi / SIZE * (torch.arange(SIZE) + 0.5)
     found = []
@@ -98,7 +101,7 @@ def centres(frames_THW3: torch.Tensor) -> torch.Tensor:
 
 
 def steps(centres_T2: torch.Tensor) -> torch.Tensor:
-    """`[T - 1, 2]`: from each frame to the next, the shortest way round, in pixels."""
+    """Return the shortest displacement from each frame to the next, `[T - 1, 2]`, in pixels, on a canvas that wraps around."""
     return (centres_T2.diff(dim=0) + SIZE / 2) % SIZE - SIZE / 2
 
 
@@ -123,7 +126,7 @@ def look(frames_THW3: torch.Tensor) -> Seen:
 
 
 def colours(frames_THW3: torch.Tensor, weights: torch.Tensor) -> list[str]:
-    """Of each frame, the one of the palette that its shape is nearest to."""
+    """Return the colour of the palette that is nearest to the shape, for each frame."""
     inside = (weights > 0.7 * weights.amax((1, 2), keepdim=True))[..., None]
     rgb = (frames_THW3.float() / 255 * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
     names = list(COLOURS)
@@ -132,9 +135,9 @@ def colours(frames_THW3: torch.Tensor, weights: torch.Tensor) -> list[str]:
 
 
 def border_jump(frames_THW3: torch.Tensor, borders: list[int]) -> tuple[float, float]:
-    """(longest step of the centre from the frame before a border to that at it, what `USUAL` steps elsewhere do not exceed).
+    """Return the longest step of the centre across a border, and the `USUAL` quantile of all other steps, in pixels.
 
-    In pixels.
+    A border is the first frame of a chunk; the step is the one from the frame before it.
     """
     lengths = steps(centres(frames_THW3)).norm(dim=1)
     at = torch.zeros(len(lengths), dtype=torch.bool)
@@ -155,7 +158,7 @@ def _distance(places: torch.Tensor, motion: str, speed: float) -> float:
     else:
         along = 0 if how == "sideways" else 1
         before = places[0, along] + walked[: -2 * STRIDE, along]
-        # A stride after another, on one heading: who stands still beside a wall is where a stride would have taken him.
+        # Compare one stride and two, on one heading: a shape that stands still beside a wall may be where one stride leads.
         apart = []
         for frames in (STRIDE, 2 * STRIDE):
             there = places[0, along] + walked[frames : len(before) + frames, along]
@@ -168,6 +171,6 @@ def _distance(places: torch.Tensor, motion: str, speed: float) -> float:
 
 
 def _between_walls(way: torch.Tensor) -> torch.Tensor:
-    """Where a shape is that would be there if no walls threw it back."""
+    """Return the positions that a shape between reflecting walls has, given its path without walls."""
     span = WALLS[1] - WALLS[0]
     return WALLS[0] + span - ((way - WALLS[0]) % (2 * span) - span).abs()

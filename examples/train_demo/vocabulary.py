@@ -1,4 +1,4 @@
-"""The words of the demo model: those of its captions, and some that people would use in their place."""
+"""The vocabulary of the demo model: the words of its captions, and common synonyms."""
 
 import torch
 
@@ -27,7 +27,7 @@ SYNONYMS = {
 
 
 def word_encoder(*, text_dim: int, text_len: int, seed: int = 0) -> WordEncoder:
-    """The encoder with random rows, the same for the same seed; they are not trained, as umT5 is not."""
+    """Make the encoder with random rows, which the seed determines; they are not trained, just as UMT5 is not."""
     said = " ".join((*COLOURS, *SHAPES, *MOTIONS, *SPEEDS)).split()
     plain = [word for word in dict.fromkeys(said) if word not in FILLERS]
     words: dict[str, tuple[int, ...]] = {word: (row,) for row, word in enumerate(plain)}

@@ -1,11 +1,11 @@
-"""What the demo model is trained on: clips of one coloured shape that moves as a caption says, drawn from formulas.
+"""The world that the demo model is trained on: clips of one coloured shape that moves as a caption says, drawn by formulas.
 
     "a red circle bounces sideways quickly"  ->  Caption  ->  track [T, 2] of the centre  ->  frames [T, 64, 64, 3]
 
-What moves leaves the canvas on one side and comes in on the other; what bounces turns back at walls; what turns goes round the
-middle, on a circle that it first has to reach if the prompt was another one before. Videos begin near the middle, or at the
-circle's top. Positions are (x, y) in pixels, y downwards; a frame is a sixteenth of a second. Everything is a function of a
-generator's seed.
+A shape that moves leaves the canvas on one side and enters on the other. A shape that bounces reverses at the walls. A shape
+that turns circles around the middle; it first has to reach the circle if the previous prompt was another one. Videos begin near
+the middle, or at the top of the circle. Positions are (x, y) in pixels, with y downwards; a frame lasts a sixteenth of a
+second. Everything is a function of a generator's seed.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 SIZE = 64
-"""Pixels of a frame, either way."""
+"""Width and height of a frame in pixels."""
 BACKGROUND = (0.10, 0.10, 0.13)
 COLOURS = {
     "red": (0.90, 0.15, 0.15),
@@ -41,24 +41,24 @@ MOTIONS = (
     "turns counterclockwise",
 )
 SPEEDS = {"slowly": 0.75, "quickly": 1.5}
-"""Pixels a frame."""
+"""Speeds in pixels per frame."""
 RADIUS = 9.0
-"""Of a shape: its area is that of a circle of this radius."""
+"""Radius that determines the size of a shape: its area is that of a circle of this radius."""
 WALLS = (RADIUS + 2.0, SIZE - RADIUS - 2.0)
 TURN_RADIUS, TURN_PULL = 18.0, 8.0
-"""Of the circle round the middle; and how far from it a shape heads halfway towards it."""
+"""Radius of the circle around the middle, and distance from it at which a shape heads towards it at 45 degrees, in pixels."""
 NEAR, TURN_START = 8.0, 0.3
-"""Where videos begin: pixels from the middle, or, for what turns, radians from the top of the circle.
+"""Spread of the start of videos: pixels from the middle or, for shapes that turn, radians from the top of the circle.
 
-A first chunk has no history. Were its place and heading left open, noise would have to say both, and a small model's mean of
-what may be is no picture; were a start anywhere on the circle, its heading would hang on the place, which rotary positions,
-relative as they are, say only by the canvas's edges."""
+A first chunk has no history. If its position and heading were free, the noise would have to determine both, and a small model
+predicts the mean of all possibilities, which is no sensible picture. If a video could start anywhere on the circle, its heading
+would depend on the position, which rotary positions, being relative, reveal only by the canvas's edges."""
 DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caption:
-    """What a clip shows."""
+    """The colour, shape and motion of a clip."""
 
     colour: str
     shape: str
@@ -70,18 +70,18 @@ class Caption:
 
     @property
     def pixels_per_frame(self) -> float:
-        """How fast it moves."""
+        """Speed in pixels per frame."""
         return SPEEDS[self.speed]
 
 
 def captions() -> list[Caption]:
-    """Every caption that there is."""
+    """Return all possible captions."""
     every = itertools.product(COLOURS, SHAPES, MOTIONS, SPEEDS)
     return [Caption(colour=colour, shape=shape, motion=motion, speed=speed) for colour, shape, motion, speed in every]
 
 
 def split_captions(*, held_back: int = 100, seed: int = 0) -> tuple[list[Caption], list[Caption]]:
-    """(for training, held back), the same every time."""
+    """Return (captions for training, captions held back), always the same for a seed."""
     every = captions()
     random.Random(seed).shuffle(every)
     return every[held_back:], every[:held_back]
@@ -89,7 +89,7 @@ def split_captions(*, held_back: int = 100, seed: int = 0) -> tuple[list[Caption
 
 @dataclass(slots=True)
 class Mover:
-    """Where a shape is, and where it heads; `step` moves it on by a frame."""
+    """Position and heading of a shape; `step` advances it by a frame."""
 
     x: float
     y: float
@@ -98,7 +98,7 @@ class Mover:
 
     @classmethod
     def start(cls, rng: random.Random, caption: Caption) -> "Mover":
-        """Near the middle; what turns near the top of its circle. What bounces goes right first, or up."""
+        """Start near the middle or, if the shape turns, near the top of its circle; bouncing begins to the right or upwards."""
         angle = rng.uniform(-TURN_START, TURN_START)
         x, y = (SIZE / 2 + rng.uniform(-NEAR, NEAR) for _ in range(2))
         if caption.motion.startswith("turns"):
@@ -106,7 +106,7 @@ class Mover:
         return cls(x, y, 1.0, -1.0)
 
     def step(self, caption: Caption) -> None:
-        """One frame on, as the caption says."""
+        """Advance by one frame, as the caption says."""
         kind, _, how = caption.motion.partition(" ")
         speed = caption.pixels_per_frame
         if kind == "moves":
@@ -121,7 +121,7 @@ class Mover:
 
 
 def turn_heading(x: float, y: float, *, clockwise: bool) -> tuple[float, float]:
-    """Unit vector: along the circle round the middle, and towards it."""
+    """Return the heading as a unit vector: along the circle around the middle, and towards that circle."""
     out_x, out_y = x - SIZE / 2, y - SIZE / 2
     far = math.hypot(out_x, out_y) or 1.0
     out_x, out_y = out_x / far, out_y / far
@@ -133,7 +133,7 @@ def turn_heading(x: float, y: float, *, clockwise: bool) -> tuple[float, float]:
 
 
 def _bounce(position: float, heading: float) -> float:
-    """Back from a wall; on as it was between them."""
+    """Return the heading after a possible reflection at a wall; between walls it is unchanged."""
     if position <= WALLS[0]:
         return 1.0
     if position >= WALLS[1]:
@@ -142,7 +142,7 @@ def _bounce(position: float, heading: float) -> float:
 
 
 def track(captions_of_frames: Sequence[Caption], mover: Mover) -> torch.Tensor:
-    """`[T, 2]`: the centre in each frame, the first one as `mover` is, which is moved along."""
+    """Return the centre in each frame, `[T, 2]`, beginning at `mover`, which is advanced."""
     places = []
     for caption in captions_of_frames:
         places.append((mover.x, mover.y))
@@ -151,7 +151,7 @@ def track(captions_of_frames: Sequence[Caption], mover: Mover) -> torch.Tensor:
 
 
 def masks(shape: str, centres_T2: torch.Tensor) -> torch.Tensor:
-    """`[T, 64, 64]`, 1 inside the shape and 0 outside, its edge two pixels soft; the canvas goes round."""
+    """Return masks `[T, 64, 64]`, 1 inside the shape and 0 outside, with a soft edge of two pixels; the canvas wraps around."""
     grid = torch.arange(SIZE) + 0.5
     dx, dy = ((grid - centre[:, None] + SIZE / 2) % SIZE - SIZE / 2 for centre in centres_T2.unbind(1))
     dx, dy = dx[:, None, :], dy[:, :, None]
@@ -167,7 +167,7 @@ def masks(shape: str, centres_T2: torch.Tensor) -> torch.Tensor:
 
 
 def draw(caption: Caption, centres_T2: torch.Tensor) -> torch.Tensor:
-    """`[T, 3, 64, 64]` in [-1, 1]."""
+    """Draw frames `[T, 3, 64, 64]` in [-1, 1]."""
     mask = masks(caption.shape, centres_T2)[:, None]
     colour, background = (torch.tensor(rgb).view(3, 1, 1) for rgb in (COLOURS[caption.colour], BACKGROUND))
     return 2 * (background + mask * (colour - background)) - 1

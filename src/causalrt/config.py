@@ -63,12 +63,12 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head."""
+        """Number of channels of one attention head."""
         return self.dim // self.num_heads
 
     @property
     def patch_features(self) -> int:
-        """Features of one token: latent_channels x patch_height x patch_width (64 for Wan)."""
+        """Number of features of one token: latent_channels x patch_height x patch_width (64 for Wan)."""
         return self.latent_channels * self.patch_height * self.patch_width
 
 
@@ -185,7 +185,7 @@ class VideoConfig:
 
     @property
     def fps(self) -> int:
-        """Decoded frames a second at which the model's videos play."""
+        """Frame rate of the model's videos, in decoded frames per second."""
         return self.codec.fps
 
     @property
@@ -222,7 +222,7 @@ class SamplerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildConfig:
-    """How the step is compiled: ranks, who holds which heads, and the precision of weights and activations."""
+    """How the step is compiled: number of ranks, division of heads among them, and precision of weights and activations."""
 
     world_size: int = 1
     head_plan: HeadPlanName = "balanced"

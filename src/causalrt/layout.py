@@ -1,4 +1,4 @@
-"""Who holds what: token shards, head shards, exchange blocks, KV slots. Index arithmetic only, no tensors.
+"""How tokens, heads, exchange blocks and KV slots are divided among ranks. Index arithmetic only, no tensors.
 
 One self-attention on P ranks, S = ceil(N / P) local tokens, H heads of D channels (the example: 12 heads, 8 ranks)::
 
@@ -194,7 +194,7 @@ def layout_from_config(config: Config) -> Layout:
 
 
 def layouts_from_config(config: Config) -> tuple[Layout, ...]:
-    """The layout of each kind of step (`video.step_frames`)."""
+    """Return the layout of each kind of step (`video.step_frames`)."""
     layout = layout_from_config(config)
     return tuple(layout.with_tokens(frames * config.tokens_per_frame) for frames in config.video.step_frames)
 

@@ -1,4 +1,4 @@
-"""What an executor is, and what it is given.
+"""The interface of an executor, and of what it is given.
 
 An executor runs the three graphs of one rank (prompt, time, step). It owns no KV memory and knows no session: the caller
 binds a view of a session's buffers once a chunk, then steps. Collectives are handed in, so that executors and the runtime that
@@ -24,7 +24,7 @@ class Collectives(Protocol):
 
     @property
     def rank(self) -> int:
-        """This rank."""
+        """Number of this rank."""
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """Block p of `sent` `[P, rows, D]` goes to rank p; block p of `received` comes from rank p."""
@@ -82,27 +82,28 @@ class StepBuffers(dict[str, torch.Tensor]):
 
 
 class Executor(Protocol):
-    """Runs the graphs of one rank. Executors derive from it, and so need not say that they keep nothing.
+    """Runs the graphs of one rank. Executors derive from it to inherit the methods that do nothing by default.
 
     Attributes:
-        device: where the executor computes, and where the tensors that it is given lie.
-        whole_slots: it wants KV slots whole, `[1, heads, W * T, D]`, and not the filled prefix `[1, rows, heads * D]`.
+        device: device on which the executor computes, and which holds the tensors that it is given.
+        whole_slots: whether it needs whole KV slots, `[1, heads, W * T, D]`, instead of the filled prefix
+            `[1, rows, heads * D]`.
     """
 
     device: torch.device
     whole_slots: bool = False
 
     def encode_prompt(self, text: torch.Tensor) -> Conditioning:
-        """Turn text embeddings `[text_len, text_dim]` into what steps take of a prompt; the caller keeps it for the session."""
+        """Compute a prompt's conditioning from text embeddings `[text_len, text_dim]`; the caller keeps it for the session."""
 
     def embed_time(self, timestep: float) -> Conditioning:
-        """Turn a timestep into what steps take of it; the caller keeps it."""
+        """Compute a timestep's conditioning; the caller keeps it."""
 
     def bind(self, view: SessionView) -> None:
-        """Step on this part of a session's buffers until bound again."""
+        """Use this part of a session's buffers in all steps until the next call."""
 
     def warmed_up(self) -> None:
-        """Learn that every kind of step has been run once, and that there is time to keep what was compiled."""
+        """Take note that every kind of step has run once, and that there is time to save what was compiled."""
         return
 
     def graph_bytes(self) -> int:
@@ -113,7 +114,7 @@ class Executor(Protocol):
         """Predict the flow `[S, 64]` of the rank's noisy rows `[S, 64]`, and write the staging slots.
 
         Args:
-            x: `[S, 64]`.
+            x: noisy rows, `[S, 64]`.
             time: what `embed_time` returned.
             first_frame: where rotary angles count time from: the chunk's first frame in the video, or, where
                 `video.time_index` is relative, the frames of history.

@@ -57,11 +57,11 @@ class Bundle:
         path: its folder.
         config: what it was built from.
         layout: layout of step 0, derived from `config`.
-        fused_ops: self-attention is made of the fused ops.
+        fused_ops: whether self-attention consists of the fused ops.
         vae: sizes of the VAE (or the constants of a cosine transform), or None if the bundle was built without one.
         executors: names of the executors that can run it.
-        steps: the graphs of each kind of step, numbered as in `config.video.step_frames`.
-        engines: TensorRT's engines by flavour, those that are still to be built among them (`unfinished`).
+        steps: graphs of each kind of step, numbered as in `config.video.step_frames`.
+        engines: TensorRT's engines by flavour, including those that are still to be built (`unfinished`).
         digest: sha256 of the manifest, which lists every file with its sha256; bundles with equal digests are the same.
         hashes: sha256 of every file.
         sizes: bytes of every file.
@@ -89,7 +89,7 @@ class Bundle:
         return tuple(name for name, record in self.engines.items() if not record.targets)
 
     def why_not(self, executor: str) -> str | None:
-        """Why the bundle does not hold what `executor` runs, and what to do about it; None if it does."""
+        """Return why `executor` cannot run the bundle, and what to do about it; None if it can."""
         if not executor_kind(executor).compiled or executor in self.executors:
             return None
         if executor in self.unfinished:
@@ -148,7 +148,7 @@ def new_bundle(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[
 
 
 def _bundle_from_manifest(path: Path, manifest: Mapping[str, Any]) -> Bundle:
-    """Check what the digest cannot tell: types, layouts that this version would not plan, files that no hash covers.
+    """Check what the digest cannot show: types, layouts that this version would not plan, and files that no hash covers.
 
     Raises:
         CheckpointError, ConfigError, KeyError, TypeError: the manifest is not one that a build writes.

@@ -22,18 +22,18 @@ DTYPE_OPTIONS: Mapping[Precision, str] = {"float32": "fp32", "bfloat16": "bf16",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutorKind:
-    """What is known of an executor before it is made.
+    """Properties of an executor that are known before it is made.
 
     Attributes:
         devices: kinds of device that it runs on, the preferred one first.
         graphs: the graphs of each kind of step that it runs, a field of `StepGraphs`; None if it needs the weights alone.
-        precisions: by kind of device, what it computes in, where that is not every precision.
+        precisions: precisions that it supports, by kind of device; a missing entry means all of them.
         copies_weights: kinds of device on which it holds a copy of the weights for each kind of step.
         attention_scratch: it holds queries, keys and values, or all scores, of an attention beside the other activations.
         decoder_activations: activations of the VAE's decoder alive at once, in units of its widest one. In eager on a CPU 14 to
             18 were seen, which others are taken to need, and in ONNX Runtime 41 to 52, since it unfolds each input of a
             convolution in three dimensions.
-        warms_up: it compiles or captures what it meets first, and so runs every kind of step before it serves, on a CPU too.
+        warms_up: whether it compiles or captures on first use, and so runs every kind of step before it serves, even on a CPU.
     """
 
     devices: tuple[str, ...] = ("cuda", "cpu")

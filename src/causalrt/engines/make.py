@@ -1,4 +1,4 @@
-"""Makes the executor of a bundle that has a given name; each executor's library is imported only when it is wanted."""
+"""Makes the executor of a bundle by name; the library of an executor is imported only when it is needed."""
 
 import torch
 
@@ -20,13 +20,13 @@ def make_executor(
     """Load the weights or graphs of a bundle into an executor.
 
     Args:
-        name: of the executor.
-        bundle: opened.
+        name: name of the executor.
+        bundle: opened bundle.
         collectives: exchange between the ranks.
-        num_threads: for a rank on a CPU.
-        device: of this rank.
+        num_threads: number of threads of a rank on a CPU.
+        device: device of this rank.
         fused_ops: eager and inductor run self-attention by the fused ops of `causalrt.plugins`; the others run what was built.
-        cuda_graphs: inductor and TensorRT capture a step on a GPU.
+        cuda_graphs: whether inductor and TensorRT capture a step on a GPU.
 
     Raises:
         ExecutorError: the name is unknown, or something that the executor needs is missing here or in the bundle.

@@ -38,7 +38,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionRecord:
-    """An attention: where its keys come from, whether TensorRT may decompose it, whether it is given their number."""
+    """An attention: where its keys come from, whether TensorRT may decompose it, and whether it takes their number as input."""
 
     key_source: str
     decomposable: bool
@@ -74,7 +74,7 @@ class CollectiveRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConstantRecord:
-    """A constant of a network that is no weight."""
+    """A constant of a network that is not a weight."""
 
     sha256: str
     bytes: int
@@ -88,7 +88,7 @@ class NetworkRecord:
         layers: number of layers by kind.
         attentions: each of them.
         collectives: each of them.
-        constants: those that are no weights.
+        constants: those that are not weights.
         weight_bytes: bytes of the weights.
         cache_updates: in-place writes of KV slots.
         plugins: number of plugins by name.

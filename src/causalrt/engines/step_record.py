@@ -1,4 +1,4 @@
-"""What a manifest says of the step graphs and of TensorRT's engines, as types, checked once when a bundle is opened.
+"""The manifest's records of the step graphs and of TensorRT's engines, as types, checked once when a bundle is opened.
 
 steps[i]    {frames, layout, segments, tensorrt} of each kind of step, numbered as in `video.step_frames`:
             segments are ONNX Runtime's parts of the step, and tensorrt are the parts that TensorRT's engines are built from,
@@ -43,7 +43,7 @@ class StepPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepGraphs:
-    """The graphs of one kind of step; either tuple is empty in a bundle that was not built for those who run it.
+    """The graphs of one kind of step; either tuple is empty in a bundle that was not built for the executors that need it.
 
     Attributes:
         segments: ONNX Runtime's parts of the step, in order.
@@ -65,7 +65,7 @@ class TargetEngines:
         steps: for each kind of step, the files of its engines in order.
         vae: files of the VAE's two engines, for the first latent and for the next ones; empty without a VAE.
         networks: file that describes the networks the engines were built from.
-        names: by file, our name of each tensor that the engine calls something else.
+        names: by file, our name of each tensor that has another name in the engine.
     """
 
     version: str

@@ -62,7 +62,7 @@ class TensorRTExecutor(Executor):
         config = bundle.config
         self.device = device
         exchanges = record.collectives == "engine"
-        self.whole_slots = exchanges or bundle.fused_ops  # a plugin takes the slots whole too
+        self.whole_slots = exchanges or bundle.fused_ops  # a plugin takes whole slots too
         self._config = config
         self._dtype = TORCH_DTYPES[config.build.precision]
         self._collectives = collectives
@@ -96,7 +96,7 @@ class TensorRTExecutor(Executor):
         check_one_nccl(MAPS.read_text())
         for engine in engines:
             engine.set_communicator(communicator)
-        check_one_nccl(MAPS.read_text())  # in case TensorRT has looked elsewhere
+        check_one_nccl(MAPS.read_text())  # in case TensorRT has loaded another one
 
     def _make_step(
         self, engines: list[LoadedEngine], parts: tuple[StepPart, ...], files: tuple[str, ...], staged: int

@@ -1,4 +1,7 @@
-"""Embeddings of the prompts used last, bounded in bytes: encoding a prompt takes seconds on a CPU, remembering it megabytes."""
+"""A cache of the embeddings of recent prompts, bounded in bytes.
+
+Encoding a prompt takes seconds on a CPU, whereas keeping its embeddings takes megabytes.
+"""
 
 import sys
 import threading
@@ -10,7 +13,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheInfo:
-    """Prompts answered from the cache (`hits`), prompts encoded (`misses`), and what the cache holds."""
+    """Number of prompts served from the cache (`hits`) and of prompts encoded (`misses`), and what the cache holds."""
 
     hits: int
     misses: int
@@ -20,7 +23,7 @@ class CacheInfo:
 
 
 class PromptCache:
-    """Embeddings of the prompts used last, at most `max_bytes` of them with their texts. Safe between threads."""
+    """Embeddings of recent prompts, which with their texts take at most `max_bytes`. It is thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -29,7 +32,7 @@ class PromptCache:
         self._lock = threading.Lock()
 
     def get(self, text: str) -> torch.Tensor | None:
-        """What was put under `text`, or None; it is then the one used last."""
+        """Return the embeddings stored under `text`, or None, and mark them as most recently used."""
         with self._lock:
             if text not in self._entries:
                 return None
@@ -38,7 +41,7 @@ class PromptCache:
             return self._entries[text]
 
     def put(self, text: str, embeds: torch.Tensor) -> None:
-        """Hold `embeds`, dropping those that were not used for longest; what is larger than the cache is not held."""
+        """Store `embeds`, and drop those least recently used; embeddings larger than the cache are not stored."""
         with self._lock:
             self._misses += 1
             if text in self._entries:
@@ -49,13 +52,13 @@ class PromptCache:
                 self._held_bytes -= _entry_bytes(*self._entries.popitem(last=False))
 
     def clear(self) -> None:
-        """Hold nothing; the counts stay."""
+        """Empty the cache; the counts are kept."""
         with self._lock:
             self._entries.clear()
             self._held_bytes = 0
 
     def info(self) -> CacheInfo:
-        """Counts so far."""
+        """Return the counts so far."""
         with self._lock:
             return CacheInfo(
                 hits=self._hits,

@@ -1,7 +1,7 @@
-"""The few-step schedule: the timesteps that the model sees, the noise level of each, and the sampler's algebra.
+"""The few-step schedule: the timesteps given to the model, the noise level of each, and the sampler's arithmetic.
 
-The reference's tables are float32 (model_spec section 7). They are followed operation by operation, so they come out bit for
-bit. With x = (1 - sigma) x0 + sigma noise the model predicts the flow noise - x0, from which each step takes its x0.
+The reference's tables are float32 (model_spec section 7). Its operations are repeated one by one, so the tables are equal bit
+for bit. With x = (1 - sigma) x0 + sigma noise, the model predicts the flow noise - x0, from which each step computes x0.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """The denoising steps of a chunk, and the context pass after them.
+    """The denoising steps of a chunk, and the context pass that follows them.
 
     Attributes:
-        timesteps: of each denoising step.
+        timesteps: timestep of each denoising step.
         sigmas: noise level of each denoising step.
         context_timestep: timestep of the context pass.
     """
@@ -30,26 +30,29 @@ class Schedule:
     context_timestep: float
 
     def clean(self, step: int, x: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-        """The x0, float32, that a step predicts by the flow of its noisy rows `x`."""
+        """Return the float32 x0 of a step, given its noisy rows `x` and the predicted flow."""
         return (x.double() - self.sigmas[step] * flow.double()).float()
 
     def add_noise(self, step: int, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The noisy rows that a step starts from."""
+        """Return the noisy rows from which a step starts."""
         return (1 - self.sigmas[step]) * x0 + self.sigmas[step] * noise
 
 
 def scheduler_tables(shift: float) -> tuple[Float32Array, Float32Array]:
-    """(sigmas, timesteps), `[1000]` each, float32: sigma = s u / (1 + (s - 1) u), tau = 1000 sigma, u from 1 towards 0."""
+    """Return (sigmas, timesteps), `[1000]` float32 each.
+
+    sigma = s u / (1 + (s - 1) u) and tau = 1000 sigma, for u from 1 towards 0.
+    """
     step, s = np.float32(-0.001), np.float32(shift)
     i = np.arange(1000)
-    # The first half is rounded once (a fused multiply-add there), the second half counts from the other end.
+    # The first half is rounded once (a fused multiply-add there), and the second half counts from the other end.
     u = np.where(i < 500, 1.0 + np.float64(step) * i, -np.float64(step) * (1000 - i)).astype(np.float32)
     sigmas = (s * u) / (np.float32(1) + (s - np.float32(1)) * u)
     return sigmas, np.float32(1000) * sigmas
 
 
 def schedule_from_config(sampler: SamplerConfig) -> Schedule:
-    """Look the step list up in the tables: warped steps by index 1000 - step, unwarped ones by the nearest timestep."""
+    """Look up the steps in the tables: warped steps by index 1000 - step, unwarped ones by the nearest timestep."""
     sigmas, timesteps = scheduler_tables(sampler.shift)
     if sampler.warp:
         used = [float(np.append(timesteps, np.float32(0))[1000 - step]) for step in sampler.steps]

@@ -1,6 +1,6 @@
-"""Tensors in released files, as hostile input: mapped, never run as code, and held against what a model wants.
+"""Tensors in released files, which are untrusted: they are mapped, never run as code, and checked against the model.
 
-What their names mean is the affair of `umt5_checkpoint.py` and `vae_checkpoint.py`.
+`umt5_checkpoint.py` and `vae_checkpoint.py` interpret the names of the tensors.
 """
 
 import pickle
@@ -21,26 +21,26 @@ _FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Stored(Protocol):
-    """A tensor, or where one lies."""
+    """A tensor, or a reference to one in a file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
+        """Shape of the tensor."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its element type."""
+        """Element type of the tensor."""
 
 
 def map_tensors(path: Path, *, verify: bool = True) -> dict[str, torch.Tensor]:
-    """Views of a new mapping of a file, which lasts as long as the last of them.
+    """Map a file and return views of its tensors; the mapping lasts as long as any of them.
 
     Args:
-        path: a safetensors file, or a torch file.
-        verify: read all of a torch file to compare it with its checksums; safetensors files have none.
+        path: a safetensors file or a torch file.
+        verify: whether to read all of a torch file and compare it with its checksums; safetensors files have none.
 
     Raises:
-        CheckpointError: not a regular file, damaged, or holding code or anything else but tensors.
+        CheckpointError: the file is not a regular one, is damaged, or contains code or anything else but tensors.
     """
     if path.suffix == ".safetensors":
         try:
@@ -49,7 +49,7 @@ def map_tensors(path: Path, *, verify: bool = True) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
     try:
         state: Any = torch.load(regular_file(path), weights_only=True, mmap=True, map_location="cpu")
-    except Exception as error:  # whatever a hostile or damaged file makes the unpickler raise
+    except Exception as error:  # a malicious or damaged file can make the unpickler raise anything
         code = re.search(r"GLOBAL (\S+)|unrecognized function (.+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code is not None:
             raise CheckpointError(
@@ -75,10 +75,10 @@ def _is_dense(value: object) -> bool:
 def check_tensors(
     path: Path, stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], *, fault: str
 ) -> None:
-    """Refuse a file whose tensors are not those of these names and shapes, floating ones.
+    """Check that a file has exactly the tensors of these names and shapes, and that all are floating-point.
 
     Raises:
-        CheckpointError: `path` and `fault`, and every name that is missing, extra or misshapen.
+        CheckpointError: the message has `path` and `fault`, and lists every missing, unexpected or misshapen tensor.
     """
     groups = {
         "missing": sorted(wanted.keys() - stored.keys()),

@@ -25,17 +25,17 @@ class TorchArchive:
     """The members of a torch file, each checked at most once."""
 
     def __init__(self, path: Path) -> None:
-        """Read the table of members, and check those that hold no storage, the pickle above all.
+        """Read the archive's directory, and check those members that hold no storage, above all the pickle.
 
         Raises:
-            CheckpointError: not an archive as torch writes it, or a checksum is wrong.
+            CheckpointError: the file is not an archive as torch writes it, or a checksum is wrong.
         """
         self._path = path
         self._checked: set[int] = set()
         try:
             self._archive = zipfile.ZipFile(path)
             self._members = sorted((self._data_offset(info), info) for info in self._archive.infolist())
-        except Exception as error:  # whatever a damaged or hostile table makes the parser raise
+        except Exception as error:  # a damaged or malicious table can make the parser raise anything
             raise CheckpointError(f"{path} is damaged: its table of members cannot be read: {error}") from None
         self._has_checksums = any(info.CRC for _, info in self._members)
         if not self._has_checksums:
@@ -45,7 +45,7 @@ class TorchArchive:
                 self._check(offset, info)
 
     def check_at(self, offset: int) -> None:
-        """Check the member that holds a byte of the file.
+        """Check the member that contains the byte at an offset of the file.
 
         Raises:
             CheckpointError: its contents have changed since it was written, or no member is there.
@@ -54,10 +54,10 @@ class TorchArchive:
         self._check(*self._members[max(index, 0)])
 
     def check_all(self) -> None:
-        """Check every member, several at a time.
+        """Check every member, several in parallel.
 
         Raises:
-            CheckpointError: the contents of one have changed since it was written.
+            CheckpointError: the contents of a member have changed since it was written.
         """
         with ThreadPoolExecutor(min(_MAX_THREADS, available_cpus())) as pool:
             list(pool.map(lambda member: self._check(*member), self._members))
@@ -79,7 +79,7 @@ class TorchArchive:
             with self._archive.open(info) as member:
                 while member.read(_PIECE_BYTES):
                     pass
-        except Exception as error:  # as in `__init__`
+        except Exception as error:  # for the same reason as in `__init__`
             raise CheckpointError(
                 f"{self._path} is damaged: {info.filename} in it is not what was written ({error}); download or copy it again"
             ) from None

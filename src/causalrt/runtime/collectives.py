@@ -45,7 +45,7 @@ class CountingCollectives(Collectives, Protocol):
 
 
 class LocalCollectives:
-    """The collectives of a single rank, which has nobody to exchange with."""
+    """The collectives of a single rank, which has no other to exchange with."""
 
     rank = 0
 
@@ -62,7 +62,7 @@ class LocalCollectives:
         return rows
 
     def take_traffic(self) -> Traffic:
-        """Always empty."""
+        """Return the traffic, which is always zero."""
         return Traffic()
 
 
@@ -79,10 +79,10 @@ def join_ranks(
     Args:
         rendezvous: path of an empty or missing file, the same for every rank. Unlike the URL of an `init_method`, it may have
             any characters.
-        rank: of this process.
+        rank: number of this process.
         world_size: number of ranks.
-        device: the rank's own.
-        timeout: for the ranks to find each other, and for every collective after that.
+        device: device of this rank.
+        timeout: time limit for the ranks to find each other, and for every collective after that.
     """
     store = dist.FileStore(os.fspath(rendezvous), world_size)  # type: ignore[attr-defined]
     store.set_timeout(timeout)

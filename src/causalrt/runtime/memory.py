@@ -37,10 +37,10 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Bytes of one rank with one session.
+    """Memory of one rank with one session, in bytes.
 
     Attributes:
-        weights_bytes: the parameters.
+        weights_bytes: parameters of the model.
         kv_bytes: KV slots of the session.
         cross_kv_bytes: keys and values of the session's prompt.
         activation_bytes: the largest set of activations alive at once, exchange buffers included (an estimate).
@@ -61,18 +61,18 @@ class MemoryEstimate:
 
     @property
     def session_bytes(self) -> int:
-        """What each further session adds."""
+        """Memory that each further session adds."""
         return self.kv_bytes + self.cross_kv_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderMemory:
-    """Bytes of the decoder's process with one session.
+    """Memory of the decoder's process with one session, in bytes.
 
     Attributes:
         weights_bytes: weights of the VAE.
-        cache_bytes: what a session keeps of the frames before; graphs hold it twice.
-        activation_bytes: the activations alive at once (an estimate from measurements of eager).
+        cache_bytes: caches of a session; graphs hold them twice.
+        activation_bytes: activations alive at once (an estimate from measurements of eager).
     """
 
     weights_bytes: int
@@ -88,7 +88,7 @@ class DecoderMemory:
 def decoder_memory(bundle: Bundle, executor: str) -> DecoderMemory:
     """Bytes that the decoder of a bundle with a VAE will hold, with one session open."""
     assert bundle.vae is not None
-    weights = 2 * bundle.sizes[VAE_WEIGHTS]  # the second copy is that of graphs, or of the encoder
+    weights = 2 * bundle.sizes[VAE_WEIGHTS]  # graphs, or the encoder, hold a second copy
     return predict_decoder_memory(bundle.vae, bundle.config, executor, weights_bytes=weights)
 
 

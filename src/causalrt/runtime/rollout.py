@@ -1,12 +1,12 @@
-"""One session on one rank: denoise a chunk, hand its latents over, run the context pass, commit.
+"""One session on one rank: denoise a chunk, deliver its latents, run the context pass, commit.
 
     noise -> steps x { flow = step(x); x0 = clean(x, flow); x = add_noise(x0, noise) } -> latents
     context pass:    step(x0) at the context timestep leaves clean keys and values in staging; commit moves them to history
-    initial latents: step(rows) at timestep 0, commit: latents that the caller brings become history like generated ones
+    initial latents: step(rows) at timestep 0, commit: given latents become history like generated ones
 
-Two counts: `_frame` is where the next chunk lies in the video, `_history` is how many frames the slots have taken in. They
-differ after a prompt switch that drops or rebuilds history. The video's first chunk may be shorter (`video.step_frames`); then
-it has a layout, and an executor's step, of its own.
+Two counters: `_frame` is the position of the next chunk in the video, `_history` is the number of frames that the slots have
+received. They differ after a prompt switch that drops or rebuilds history. The video's first chunk may be shorter
+(`video.step_frames`); it then has its own layout and its own step of the executor.
 
 Elementwise work is on local rows; the only communication is the step's own and the gather of what leaves the ranks.
 
@@ -38,12 +38,12 @@ from causalrt.runtime.snapshot import check_tensors, load_tensors, save_tensors
 from causalrt.runtime.stopwatch import Stopwatch, stopwatch_for
 
 SwitchPolicy = Literal["keep", "recache", "flush"]
-"""What happens to history when the prompt changes: it stays, it is computed again under the new prompt, or it is dropped."""
+"""What happens to history when the prompt changes: it is kept, recomputed under the new prompt, or dropped."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ChunkTimes:
-    """Where the time of one chunk went on one rank, in milliseconds.
+    """Times of one chunk on one rank, in milliseconds.
 
     Attributes:
         denoise_ms: each denoising step, exchange included.
@@ -66,7 +66,7 @@ class ChunkTimes:
 
 @dataclass(kw_only=True, slots=True)
 class StepRecord:
-    """What one forward computed, on rank 0: `[N, 64]` each; x0 is None for the context pass."""
+    """Results of one forward, on rank 0: `[N, 64]` each; x0 is None for the context pass."""
 
     flow: torch.Tensor
     x0: torch.Tensor | None
@@ -164,7 +164,7 @@ class Rollout:
     def _denoise(
         self, index: int, watch: Stopwatch, times: ChunkTimes, records: list[StepRecord] | None
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """The chunk's clean rows, and the marks of the watch around each step."""
+        """Return the chunk's clean rows, and the marks of the stopwatch around each step."""
         self._collectives.take_traffic()
         x, marks = self._first_noise(index), []
         for k, time in enumerate(self._times):

@@ -1,7 +1,7 @@
-"""The decoder's process: the VAE of a bundle, and for each session its place in its video.
+"""The decoder's process: it holds the VAE of a bundle, and the decoder state of each session.
 
-A process of its own, so that frames are decoded while the ranks refresh (or go on with another session), on whatever device is
-free for it, and so that what goes wrong in it is told and ended like a rank's failure.
+Decoding has its own process so that frames are decoded on any free device while the ranks run the context pass or serve another
+session, and so that its failures are reported and handled like those of a rank.
 """
 
 import logging
@@ -43,7 +43,7 @@ logger = logging.getLogger("causalrt.vae")
 
 
 class VaeServer:
-    """Executes the commands that the decoder gets."""
+    """Executes the commands sent to the decoder."""
 
     def __init__(self, channel: "Connection[Any, Any]") -> None:
         self._channel = channel
@@ -55,7 +55,7 @@ class VaeServer:
         self._whole_vae: Any = None
 
     def run(self, command: VaeCommand) -> Done:
-        """Do it; what is answered last."""
+        """Execute a command, and return its last reply."""
         match command:
             case LoadVaeCommand():
                 return self._load(command)
@@ -68,7 +68,7 @@ class VaeServer:
         return Done()
 
     def _warm_up(self) -> None:
-        """Both graphs once: what is compiled, or chosen by trial, when it first runs."""
+        """Run both graphs once, since some kernels are compiled, or chosen by trial, on the first run."""
         config = self._bundle.config
         size = config.video.latent_height, config.video.latent_width
         self._vae.open().decode(torch.zeros(2, config.model.latent_channels, *size))
@@ -122,7 +122,7 @@ class VaeServer:
         return Done(free_bytes=device_free_bytes(self._device))
 
     def _state(self, session: int) -> DecodeState:
-        """A session's place in its video, which begins when it is first asked for."""
+        """Return the decoder state of a session, which is created on first use."""
         if session not in self._states:
             self._states[session] = self._vae.open()
         return self._states[session]
@@ -137,7 +137,8 @@ class VaeServer:
             dtype = TORCH_DTYPES[self._bundle.config.build.precision]
             path, config = self._bundle.path / VAE_WEIGHTS, self._bundle.vae
             assert config is not None
-            # Mapped when the bundle was loaded: by now the file may be gone, or another bundle's.
+            # Use the tensors that were mapped when the bundle was loaded: by now the file may be gone, or belong to another
+            # bundle.
             self._whole_vae = vae_from_tensors(path, self._weights, config, dtype=dtype, device=self._device)
             self._weights = {}
         return Encoded(latents=encode(self._whole_vae, command.frames).cpu())

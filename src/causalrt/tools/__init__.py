@@ -1,1 +1,1 @@
-"""Commands' insides: compare, demo, doctor, inspect."""
+"""Implementations of commands: compare, demo, doctor, inspect."""

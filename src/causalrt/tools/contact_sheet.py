@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 LABEL_WIDTH, VERDICT_WIDTH, HEADER, GAP = 100, 190, 28, 6
 CELL, WIDEST = 128, 2_200
-"""Pixels: small frames are enlarged to about `CELL`, and a picture that would be wider than `WIDEST` leaves chunks out."""
+"""Sizes in pixels: small frames are enlarged to about `CELL`, and chunks are left out to keep the picture within `WIDEST`."""
 INK, QUIET, GOOD, BAD = "#1a1a1f", "#6b6b76", "#1b7a3d", "#b3261e"
 
 

@@ -1,4 +1,4 @@
-"""`causalrt demo`: make the video of the shipped model with several executors and numbers of ranks, and compare.
+"""`causalrt demo`: generate a video with the shipped model, several executors and numbers of ranks, and compare them.
 
     prompt -> a bundle for each number of ranks -> the same video from every row -> demo.mp4, contact-sheet.png, a table
 

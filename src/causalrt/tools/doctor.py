@@ -1,4 +1,4 @@
-"""What this machine can build and run, what is missing, and what to do next.
+"""Examines what this machine can build and run, what is missing, and what to do next.
 
 No probe ends the examination: a library that does not import, a driver that is too old and a GPU that fails are findings.
 """

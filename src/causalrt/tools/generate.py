@@ -1,4 +1,4 @@
-"""`causalrt generate`: make a video from a prompt as a file, and measure the first frame by stage, cold and warm."""
+"""`causalrt generate`: generate a video file from a prompt, and measure the first frame by stage, cold and warm."""
 
 import contextlib
 import logging
@@ -37,7 +37,7 @@ Prompt = str | torch.Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FirstFrame:
-    """How long the first chunk took.
+    """The time that the first chunk took.
 
     Attributes:
         total_ms: milliseconds from the start of the process (cold) or from the request (warm).
@@ -50,7 +50,7 @@ class FirstFrame:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkReport:
-    """Where the time of a chunk went, in milliseconds; `switch_ms` is None where the prompt stayed the same."""
+    """The times of a chunk by stage, in milliseconds; `switch_ms` is None where the prompt stayed the same."""
 
     chunk: int
     latency_ms: float
@@ -66,12 +66,12 @@ class ChunkReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateReport:
-    """What was made, and how long it took.
+    """The generated file, and how long it took.
 
     Attributes:
-        out: the file.
+        out: path of the file.
         unit: what the file holds, `frames` or `latents`.
-        shape: shape of all of them together.
+        shape: shape of all contents together.
         executor: the executor that the ranks used.
         text_s: seconds that encoding the first prompt took.
         load_s: seconds until ranks, decoder and text encoder were ready.
@@ -152,7 +152,7 @@ def _run(
     before: Mapping[str, float],
     on_progress: Progress,
 ) -> tuple[FirstFrame, list[int], list[ChunkReport]]:
-    """Make and write every chunk; returns how long the first took, the shape of the file's contents, and the reports."""
+    """Generate and write every chunk; return the time of the first, the shape of the file's contents, and the reports."""
     reports = []
     on_progress("chunks", 0, session.num_chunks)
     for index in range(session.num_chunks):
@@ -307,7 +307,7 @@ def _prompts(request: GenerateRequest) -> tuple[Prompt, dict[int, Prompt]]:
 
 
 def _read_given(request: GenerateRequest, config: Config) -> tuple[torch.Tensor | None, int]:
-    """What the video begins with, and how many chunks that is: latents, or frames to be encoded."""
+    """Read the initial latents, or frames to be encoded to them, and return them with their number of chunks."""
     if request.given is None:
         return None, 0
     if not _is_picture(request.given):

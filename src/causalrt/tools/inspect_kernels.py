@@ -101,7 +101,7 @@ class PlannedKernel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompiledFacts:
-    """What a kernel compiled to: a launch, the resources of a thread and of a block, and the PTX."""
+    """A compiled kernel: its launch, the resources of a thread and of a block, and the PTX."""
 
     grid: Sequence[int]
     warps: int

@@ -1,13 +1,13 @@
-"""Latents by formula: a truncated cosine transform of blocks of 3 colours x 4 frames x 8 x 8 pixels, 16 numbers each.
+"""A codec without learnt weights: a truncated cosine transform of blocks of 3 colours x 4 frames x 8 x 8 pixels.
 
-It stands in the place of a VAE in the demo model: the same scales (a latent is 8 x 8 pixels, the first one frame, each later
-one four), the same streaming (9 frames for the first chunk of three latents, 12 for the others), and nothing learnt but the
-mean and spread of each number. The transform is orthonormal; of its 768 numbers the 16 are kept in which clips of the demo
-differ most.
+It replaces the VAE in the demo model. Its scales are those of the VAE (a latent covers 8 x 8 pixels; the first latent is one
+frame, each later one four), and so is its streaming (9 frames for the first chunk of three latents, 12 for the others), but
+only the mean and spread of each channel are learnt. The transform is orthonormal; of the 768 coefficients of a block, it keeps
+the 16 in which the clips of the demo differ most.
 
-    codec.safetensors   tensor `basis` [16, 3, 4, 8, 8]; in the header the class, and the mean and spread of each channel
+    codec.safetensors   tensor `basis` [16, 3, 4, 8, 8]; the header holds the class, and the mean and spread of each channel
 
-A block has no past: the only state of a decoder is whether the first latent, which is one frame, was there.
+Blocks are independent of each other: the only state of a decoder is whether the first latent, which is one frame, was decoded.
 """
 
 import functools
@@ -35,12 +35,12 @@ CHANNELS = (
     *((0, 0, 0, 0), (1, 0, 0, 0), (2, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 1)),
     *((0, 0, 1, 1), (0, 0, 2, 0), (0, 0, 0, 2), (2, 0, 0, 1), (2, 0, 1, 0), (0, 1, 0, 1), (0, 1, 1, 0), (1, 1, 0, 0)),
 )
-"""Frequencies over colours, frames, rows and columns, by latent channel."""
+"""Frequencies over colours, frames, rows and columns of each latent channel."""
 COLOURS, FRAMES, PIXELS = 3, 4, 8
 
 
 def cosines(size: int) -> torch.Tensor:
-    """`[size, size]` float64: the orthonormal DCT-II, a frequency a row."""
+    """The orthonormal DCT-II as `[size, size]` float64, with one frequency per row."""
     frequency, place = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size) + 0.5
     scale = torch.full((size, 1), math.sqrt(2 / size), dtype=torch.float64)
     scale[0] = math.sqrt(1 / size)
@@ -49,14 +49,17 @@ def cosines(size: int) -> torch.Tensor:
 
 @functools.cache
 def block_basis() -> torch.Tensor:
-    """`[16, 3, 4, 8, 8]` float32: what each latent channel stands for, orthonormal."""
+    """The basis functions of the latent channels, `[16, 3, 4, 8, 8]` float32, orthonormal."""
     colours, frames, pixels = cosines(COLOURS), cosines(FRAMES), cosines(PIXELS)
     blocks = [torch.einsum("c,t,y,x->ctyx", colours[c], frames[t], pixels[y], pixels[x]) for c, t, y, x in CHANNELS]
     return torch.stack(blocks).float()
 
 
 def encode_blocks(frames_T3HW: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
-    """Frames in [-1, 1], 1 + 4k of them, to latents `[1 + k, 16, H / 8, W / 8]`, not normalised; the first fills four."""
+    """Encode 1 + 4k frames in [-1, 1] to latents `[1 + k, 16, H / 8, W / 8]`, not normalised.
+
+    The first frame is repeated to fill a block of four.
+    """
     first = frames_T3HW[:1].expand(FRAMES, -1, -1, -1)
     rows, columns = (size // PIXELS for size in frames_T3HW.shape[2:])
     blocks = torch.cat([first, frames_T3HW[1:]]).reshape(-1, FRAMES, COLOURS, rows, PIXELS, columns, PIXELS)
@@ -65,7 +68,7 @@ def encode_blocks(frames_T3HW: torch.Tensor, basis: torch.Tensor | None = None) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockDctConfig:
-    """Mean and spread of each channel, which normalised latents lack."""
+    """Mean and spread of each channel, by which latents are normalised."""
 
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
@@ -84,20 +87,20 @@ class BlockDctConfig:
 
     @property
     def z_dim(self) -> int:
-        """Channels of a latent."""
+        """Number of channels of a latent."""
         return len(CHANNELS)
 
     @property
     def decoder_dim(self) -> int:
-        """Channels at full resolution in the decoder: the colours themselves."""
+        """Number of channels at full resolution in the decoder, which are the colours themselves."""
         return COLOURS
 
     @classmethod
     def from_mapping(cls, plain: Mapping[str, Any]) -> Self:
-        """From the header of a weight file as parsed.
+        """Make the config from the parsed header of a weight file.
 
         Raises:
-            CheckpointError: a value is missing, or cannot be.
+            CheckpointError: a value is missing or impossible.
         """
         values = {}
         for name in ("latents_mean", "latents_std"):
@@ -110,16 +113,16 @@ class BlockDctConfig:
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the config as JSON values."""
         constants = {"latents_mean": list(self.latents_mean), "latents_std": list(self.latents_std)}
         return {"_class_name": CLASS_NAME, **constants}
 
 
 class BlockDct(nn.Module):
-    """The transform in a type and on a device; what `load_vae` returns for its file.
+    """The transform in a given type and on a given device, as `load_vae` returns it.
 
     Attributes:
-        config: mean and spread, as a mapping.
+        config: mean and spread of the channels, as a mapping.
     """
 
     def __init__(self, config: BlockDctConfig, basis: torch.Tensor) -> None:
@@ -129,16 +132,16 @@ class BlockDct(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """Type in which the transform computes."""
         return self.basis.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where."""
+        """Device on which the transform computes."""
         return self.basis.device
 
     def decode(self, blocks: torch.Tensor) -> torch.Tensor:
-        """`[1, 16, H, W]`, as they were before normalisation -> `[1, 3, 4, 8H, 8W]`, not clamped."""
+        """Map `[1, 16, H, W]`, not normalised, to frames `[1, 3, 4, 8H, 8W]`, not clamped."""
         _, _, height, width = blocks.shape
         rows = blocks.permute(0, 2, 3, 1) @ self.basis.flatten(1)  # TensorRT has no transposed convolution in bfloat16
         frames = rows.view(1, height, width, COLOURS, FRAMES, PIXELS, PIXELS).permute(0, 3, 4, 1, 5, 2, 6)
@@ -146,7 +149,7 @@ class BlockDct(nn.Module):
 
 
 class _BlockDecoder(nn.Module):
-    """What the two steps share."""
+    """The part that both steps share."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -154,53 +157,53 @@ class _BlockDecoder(nn.Module):
     def __init__(self, codec: BlockDct) -> None:
         super().__init__()
         config = BlockDctConfig.from_mapping(codec.config)
-        self.wan = codec  # the name in front of all weights, that of `share_weights_pass`
+        self.wan = codec  # the prefix of all weights, which `share_weights_pass` expects
         for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
             self.register_buffer(name, torch.tensor(values, device=codec.device).view(1, -1, 1, 1))
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """A normalised latent -> its four frames in float32."""
+        """Decode a normalised latent to its four frames in float32."""
         return self.wan.decode((latent.float() * self.std + self.mean).to(self.wan.dtype)).float()
 
 
 class FirstBlock(_BlockDecoder):
-    """The first latent of a video: one frame, the mean of the block's four."""
+    """The step of a video's first latent: one frame, the mean of the four frames of its block."""
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """`[1, 16, H, W]` -> `[1, 3, 1, 8H, 8W]` in [-1, 1]."""
+        """Map `[1, 16, H, W]` to `[1, 3, 1, 8H, 8W]` in [-1, 1]."""
         return self.decode(latent).mean(2, keepdim=True).clamp(-1.0, 1.0).to(self.wan.dtype)
 
 
 class NextBlock(_BlockDecoder):
-    """A later latent of a video."""
+    """The step of every later latent of a video."""
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """`[1, 16, H, W]` -> `[1, 3, 4, 8H, 8W]` in [-1, 1]."""
+        """Map `[1, 16, H, W]` to `[1, 3, 4, 8H, 8W]` in [-1, 1]."""
         return self.decode(latent).clamp(-1.0, 1.0).to(self.wan.dtype)
 
 
 class BlockDecoder:
-    """The decoder for any number of sessions, in eager.
+    """The decoder in eager PyTorch, shared by any number of sessions.
 
     Attributes:
         codec: the transform.
-        first: the step of a video's first latent.
-        next: that of each later one.
+        first: step of a video's first latent.
+        next: step of each later latent.
     """
 
     def __init__(self, codec: BlockDct) -> None:
         self.codec, self.first, self.next = codec, FirstBlock(codec).eval(), NextBlock(codec).eval()
 
     def warmed_up(self) -> None:
-        """Nothing to keep."""
+        """See `Decoder.warmed_up`; there is nothing to keep."""
 
     def open(self) -> DecodeState:
-        """The start of a video; its first latents settle its size."""
+        """Start a video; its size is taken from the first latents."""
         return BlockDecodeState(self)
 
 
 class BlockDecodeState(DecodeState):
-    """How many latents there were: there is nothing else to remember."""
+    """A session's number of decoded latents, which is all the state that this codec has."""
 
     def __init__(self, decoder: BlockDecoder) -> None:
         super().__init__(channels=len(CHANNELS), dtype=decoder.codec.dtype, latent_size=None)
@@ -233,10 +236,10 @@ def block_dct_from_tensors(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> BlockDct:
-    """The transform of a file whose tensors and header were read.
+    """Make the transform from the tensors and the config of a file.
 
     Raises:
-        CheckpointError: other tensors, or not finite.
+        CheckpointError: the tensors are not those of this codec, or not finite.
     """
     check_tensors(path, stored, {"basis": tuple(block_basis().shape)}, fault=f"is no {CLASS_NAME}")
     basis = stored["basis"].to(device=device, dtype=dtype)
@@ -255,7 +258,7 @@ class BlockDctCodec:
         return BlockDctConfig.from_mapping(plain)
 
     def recognises(self, stored: Mapping[str, torch.Tensor]) -> bool:
-        """See `VideoCodec.recognises`: its files always have a config."""
+        """See `VideoCodec.recognises`. Files of this codec always have a config."""
         return False
 
     def from_release(
@@ -279,7 +282,7 @@ class BlockDctCodec:
         return block_dct_from_tensors(path, stored, config, dtype=dtype, device=device)
 
     def cache_slots(self, config: BlockDctConfig, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
-        """See `VideoCodec.cache_slots`: a block has no past."""
+        """See `VideoCodec.cache_slots`; this codec has none."""
         return []
 
     def first_step(self, vae: BlockDct) -> nn.Module:
@@ -300,15 +303,15 @@ class BlockDctCodec:
 
 
 def write_block_dct(path: Path, *, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Write the file that `load_vae` reads, whole or not at all.
+    """Atomically write the file that `load_vae` reads.
 
     Args:
-        path: of the file, which should end in `.safetensors`.
-        mean: of each of the 16 channels of latents that are not normalised.
-        std: their spread.
+        path: path of the file, which should end in `.safetensors`.
+        mean: mean of each of the 16 channels of latents that are not normalised.
+        std: standard deviation of each of these channels.
 
     Raises:
-        CheckpointError: not 16 finite values, or a spread that is not positive; or the file cannot be written.
+        CheckpointError: there are not 16 finite values, a spread is not positive, or the file cannot be written.
     """
     config = BlockDctConfig(latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std)))
     try:

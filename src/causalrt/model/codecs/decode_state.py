@@ -1,11 +1,11 @@
-"""A session's place in the video that it decodes: what its caller sees, whatever computes the frames.
+"""The state of a session's video decoder: the interface that its caller sees, whatever computes the frames.
 
     open() -> decode(latents of chunk 0) -> decode(latents of chunk 1) -> ...
                        |                              ^
                        +-> snapshot() ... restore() --+
 
-This module owns the checks, the count of latents, the form of snapshots, and pixels; `vae.py` and `engines/vae.py` own the
-caches and what fills them.
+This module owns the checks, the count of latents, the format of snapshots, and the conversion to pixels; `wan_vae.py` and
+`engines/vae.py` own the caches and the computation.
 """
 
 from abc import ABC, abstractmethod
@@ -16,21 +16,21 @@ import torch
 from causalrt.errors import RequestError
 
 CONFIG_KEY = "vae_config"
-"""Where the header of a weight file has the config as JSON, for every codec."""
+"""Key in the header of a weight file that holds the config as JSON, for every codec."""
 LATENT_FRAMES = "latent_frames"
-"""Key of a snapshot: how many latents were decoded."""
+"""Key of a snapshot that holds the number of decoded latents."""
 
 
 def cache_name(index: int) -> str:
-    """Name of a cache: in snapshots, and of the exported graphs' inputs."""
+    """Return the name of a cache, in snapshots and as an input of the exported graphs."""
     return f"cache.{index:02d}"
 
 
 class DecodeState(ABC):
-    """One session's place in its video. A call at a time; different sessions are independent of each other.
+    """The decoder state of one session. Calls must not overlap; different sessions are independent of each other.
 
     Attributes:
-        latent_frames: latents decoded so far.
+        latent_frames: number of latents decoded so far.
     """
 
     def __init__(self, *, channels: int, dtype: torch.dtype, latent_size: tuple[int, int] | None) -> None:
@@ -40,35 +40,38 @@ class DecodeState(ABC):
         self._failed = False
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The next frames of the video, uint8 `[T, 8H, 8W, 3]`, on the device of the decoder.
+        """Decode the next frames of the video, uint8 `[T, 8H, 8W, 3]`, on the device of the decoder.
 
         Args:
-            latents: `[F, C, H, W]`, normalised as the transformer makes them; any F, and H and W as before.
+            latents: `[F, C, H, W]`, normalised, as the transformer returns them. F is free; H and W must not change within a
+                video.
 
         Raises:
-            RequestError: wrong shape or type, or values that are not finite (the state is as it was); or an earlier call
-                broke down half way, and no snapshot was restored.
+            RequestError: the latents have the wrong shape or type or are not finite (the state is then unchanged); or an
+                earlier call failed half way, and no snapshot has been restored since.
         """
         return torch.cat([pixels_from_signal(frames) for frames in self._decode(latents)])
 
     def decode_float(self, latents: torch.Tensor) -> torch.Tensor:
-        """Like `decode`, but float32 `[T, 3, 8H, 8W]` in [-1, 1]."""
+        """Like `decode`, but return float32 `[T, 3, 8H, 8W]` in [-1, 1]."""
         return torch.cat([frames.to(torch.float32, copy=True) for frames in self._decode(latents)])
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """The state as tensors that a safetensors file can hold: `latent_frames`, and the caches unless there was no latent.
+        """Return the state as tensors for a safetensors file: `latent_frames`, and the caches if a latent was decoded.
 
-        They may be the state's own: keep them as they are.
+        The tensors may be those of the state itself: do not write to them.
         """
         self._check_whole()
         caches = self._caches() if self.latent_frames else []
         return {LATENT_FRAMES: torch.tensor([self.latent_frames]), **{cache_name(i): c for i, c in enumerate(caches)}}
 
     def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:
-        """Go to where a snapshot was taken, by this state or another one of the same VAE; the tensors may be kept.
+        """Return to the point where a snapshot was taken, by this state or by another one of the same VAE.
+
+        The state may keep the tensors: do not write to them afterwards.
 
         Raises:
-            RequestError: it is of another VAE, size or precision; the state is as it was.
+            RequestError: the snapshot is of another VAE, size or precision; the state is unchanged.
         """
         latent_frames, caches = self._check_snapshot(dict(snapshot))
         self._failed = True
@@ -82,29 +85,32 @@ class DecodeState(ABC):
 
     @abstractmethod
     def _decode_each(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        """For each latent its frames `[T, 3, 8H, 8W]` in [-1, 1], which last until the next; `latent_frames` counts them."""
+        """Yield the frames `[T, 3, 8H, 8W]` in [-1, 1] of each latent, and count it in `latent_frames`.
+
+        The frames are valid until the next are requested.
+        """
 
     @abstractmethod
     def _cache_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
-        """What the caches look like at this size of a latent."""
+        """Return the shapes of the caches for this size of a latent."""
 
     @abstractmethod
     def _caches(self) -> list[torch.Tensor]:
-        """The caches, contiguous, in tensors that will not be written to."""
+        """Return the caches as contiguous tensors that will not be written to."""
 
     @abstractmethod
     def _set_caches(self, caches: list[torch.Tensor]) -> None:
-        """Take checked caches from any device, without ever writing to them."""
+        """Take over checked caches from any device, without ever writing to them."""
 
     @abstractmethod
     def _clear_caches(self) -> None:
-        """Go to before the first latent."""
+        """Return to the state before the first latent."""
 
     @torch.no_grad()
     def _decode(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         self._check_latents(latents)
         self._check_whole()
-        self._failed = True  # until all frames are made
+        self._failed = True  # until all frames have been computed
         self._latent_size = (latents.shape[2], latents.shape[3])
         yield from self._decode_each(latents)
         self._failed = False
@@ -144,5 +150,5 @@ class DecodeState(ABC):
 
 
 def pixels_from_signal(signal: torch.Tensor) -> torch.Tensor:
-    """`[T, 3, height, width]` in [-1, 1] -> uint8 `[T, height, width, 3]`, rounded to the nearest."""
+    """Convert `[T, 3, height, width]` in [-1, 1] to uint8 `[T, height, width, 3]`, rounding to nearest."""
     return ((signal.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,6 +1,6 @@
-"""What a video codec provides to the builder, the executors and the decoder process.
+"""The interface that a video codec provides to the builder, the executors and the decoder process.
 
-A codec is one module of this folder and one entry in `registry.CODECS`. It never sees sessions, files of a bundle or executors.
+A codec is one module of this folder and one entry in `registry.CODECS`. It knows nothing of sessions, bundles or executors.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class CacheSlot:
 
     Attributes:
         shape: its shape.
-        skips_first: the step of the first latent does not write it, so it starts as zeros.
+        skips_first: whether the step of the first latent leaves it unwritten, so that it starts as zeros.
     """
 
     shape: tuple[int, ...]
@@ -37,11 +37,11 @@ class CodecConfig(Protocol):
 
     @property
     def z_dim(self) -> int:
-        """Channels of a latent."""
+        """Number of channels of a latent."""
 
     @property
     def decoder_dim(self) -> int:
-        """Channels at full resolution in the decoder, which its memory is estimated from."""
+        """Number of channels at full resolution in the decoder, from which its memory use is estimated."""
 
     @property
     def latents_mean(self) -> tuple[float, ...]:
@@ -52,28 +52,28 @@ class CodecConfig(Protocol):
         """Standard deviation of each latent channel, by which encoded latents are divided."""
 
     def to_mapping(self) -> dict[str, Any]:
-        """The config as JSON values."""
+        """Return the config as JSON values."""
 
 
 class Decoder(Protocol):
-    """A loaded streaming decoder, for any number of sessions."""
+    """A loaded streaming decoder, shared by any number of sessions."""
 
     def open(self) -> DecodeState:
-        """The start of a video."""
+        """Start a video."""
 
     def warmed_up(self) -> None:
-        """Called once both kinds of step have run, so that compiled kernels can be kept."""
+        """Take note that both kinds of step have run, so that compiled kernels can be kept."""
 
 
 class VideoCodec(Protocol):
-    """A kind of codec. `vae` is always the module that `load` has returned.
+    """A kind of codec. In its methods, `vae` is always the module that `load` returned.
 
     The module has a `config` (a mapping that `config` parses), a `dtype` and a `device`.
     """
 
     @property
     def geometry(self) -> CodecGeometry:
-        """Scales, frames of the first latent, and frame rate."""
+        """Scales, number of frames of the first latent, and frame rate."""
 
     def config(self, plain: Mapping[str, Any]) -> CodecConfig:
         """Parse a config.
@@ -83,15 +83,15 @@ class VideoCodec(Protocol):
         """
 
     def recognises(self, stored: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a file without a config holds this codec, judged by the names of its tensors."""
+        """Return whether a file without a config holds this codec, judging by the names of its tensors."""
 
     def from_release(
         self, path: Path, stored: Mapping[str, torch.Tensor]
     ) -> tuple[Mapping[str, torch.Tensor], CodecConfig]:
-        """The tensors under the names that `load` wants, and the config that their shapes show.
+        """Return the tensors under the names that `load` expects, and the config inferred from their shapes.
 
         Raises:
-            CheckpointError: they are not this codec's.
+            CheckpointError: the tensors do not belong to this codec.
         """
 
     def load(
@@ -103,27 +103,27 @@ class VideoCodec(Protocol):
         dtype: torch.dtype,
         device: str | torch.device,
     ) -> Any:
-        """The module with these tensors; `path` is for messages.
+        """Make the module from these tensors; `path` is for error messages.
 
         Raises:
-            CheckpointError: a tensor is missing, left over, of a wrong shape or not finite.
+            CheckpointError: a tensor is missing, unexpected, of a wrong shape or not finite.
             ExecutorError: a library that the codec needs is not installed.
         """
 
     def cache_slots(self, config: Any, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
-        """The state tensors of one session, in the order in which the steps take and return them."""
+        """Return the state tensors of one session, in the order in which the steps take and return them."""
 
     def first_step(self, vae: Any) -> nn.Module:
-        """Module to trace: the first latent -> frames, and the state tensors that it writes."""
+        """Return the module to trace for the first latent: latent -> frames, and the state tensors that it writes."""
 
     def next_step(self, vae: Any) -> nn.Module:
-        """Module to trace: a later latent and the state tensors -> frames and the new state tensors."""
+        """Return the module to trace for a later latent: latent and state tensors -> frames and new state tensors."""
 
     def decoder(self, vae: Any) -> Decoder:
-        """The decoder in eager PyTorch."""
+        """Return the decoder in eager PyTorch."""
 
     def encode(self, vae: Any, signal: torch.Tensor) -> torch.Tensor:
-        """Frames `[T, 3, height, width]` in [-1, 1] -> latents `[F, C, H, W]` that are not normalised.
+        """Encode frames `[T, 3, height, width]` in [-1, 1] to latents `[F, C, H, W]` that are not normalised.
 
         Raises:
             RequestError: the codec has no encoder.

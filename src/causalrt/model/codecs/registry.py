@@ -1,6 +1,6 @@
-"""The codecs by name, and what is the same for all of them: loading, encoding, and the size of a session's state.
+"""The registered codecs by name, and what they have in common: loading, encoding, and the size of a session's state.
 
-The name is `_class_name` of the config in a weight file's header; a file without a config is recognised by its tensors.
+The name is the `_class_name` of the config in a weight file's header; a file without a config is recognised by its tensors.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ CODECS: dict[str, VideoCodec] = {
 
 
 def _codec_of_mapping(plain: Mapping[str, Any]) -> VideoCodec:
-    """The codec that a config names; Wan's, which refuses what it does not know, for every other name or none."""
+    """Return the codec that a config names, or else Wan's, which reports an unknown or missing name."""
     return CODECS.get(str(plain.get("_class_name")), CODECS[vae_checkpoint.CLASS_NAME])
 
 
 def codec_of(vae: Any) -> VideoCodec:
-    """The codec of a module that `load_vae` has returned."""
+    """Return the codec of a module that `load_vae` returned."""
     return _codec_of_mapping(vae.config)
 
 
@@ -37,7 +37,7 @@ def vae_config_from_mapping(plain: object) -> CodecConfig:
     """Parse the config of any registered codec.
 
     Raises:
-        CheckpointError: another kind of VAE, or an impossible value.
+        CheckpointError: the config is of an unknown kind of VAE, or has an impossible value.
     """
     if not isinstance(plain, Mapping):
         raise CheckpointError(f"a VAE's config must be a JSON object, got {type(plain).__name__}")
@@ -45,17 +45,18 @@ def vae_config_from_mapping(plain: object) -> CodecConfig:
 
 
 def load_vae(path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
-    """Load a codec from local files, in eval mode; nothing is downloaded.
+    """Load a codec from local files, in eval mode. Nothing is downloaded.
 
-    On the CPU, weights of type `dtype` stay in the mapped file: leave it alone while the VAE lives.
+    On the CPU, weights of type `dtype` stay in the mapped file, which must not be modified as long as the VAE exists.
 
     Args:
-        path: a folder of a release, in either layout, its `vae/` folder, the weight file, or a bundle's `vae.safetensors`.
+        path: a folder of a release in either layout, its `vae/` folder, the weight file, or a bundle's `vae.safetensors`.
         dtype: type of every parameter.
-        device: where they go.
+        device: device of the parameters.
 
     Raises:
-        CheckpointError: missing, damaged, holding code, of no registered codec, or not finite; every bad tensor is listed.
+        CheckpointError: the file is missing or damaged, contains code, or is of no registered codec; or tensors are wrong or
+            not finite, in which case every bad tensor is listed.
         ExecutorError: a library that the codec needs is not installed.
     """
     files = find_vae_files(path)
@@ -77,19 +78,19 @@ def vae_from_tensors(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> Any:
-    """Make the module that `load_vae` returns from tensors that are mapped already; see `VideoCodec.load`."""
+    """Make the module that `load_vae` returns from tensors that are already mapped; see `VideoCodec.load`."""
     return CODECS[config.class_name].load(path, stored, config, dtype=dtype, device=device)
 
 
 def eager_decoder(vae: Any) -> Decoder:
-    """The streaming decoder of a loaded codec, in eager PyTorch."""
+    """Return the streaming decoder of a loaded codec, in eager PyTorch."""
     return codec_of(vae).decoder(vae)
 
 
 def cache_bytes(config: CodecConfig, *, latent_height: int, latent_width: int, dtype: torch.dtype) -> int:
-    """Bytes of one session's state: 1801 MiB for Wan2.1 at 832x480 pixels in bfloat16.
+    """Return the size in bytes of one session's state: 1801 MiB for Wan2.1 at 832x480 pixels in bfloat16.
 
-    While a frame is decoded, each state tensor in turn exists twice; `engines/vae.py` keeps two sets of them.
+    While a frame is decoded, each state tensor in turn exists twice; `engines/vae.py` keeps two sets of the state tensors.
     """
     slots = CODECS[config.class_name].cache_slots(config, latent_height=latent_height, latent_width=latent_width)
     return sum(prod(slot.shape) for slot in slots) * dtype.itemsize
@@ -97,18 +98,18 @@ def cache_bytes(config: CodecConfig, *, latent_height: int, latent_width: int, d
 
 @torch.no_grad()
 def encode(vae: Any, frames: torch.Tensor) -> torch.Tensor:
-    """Encode frames to the normalised latents that the transformer is given for them.
+    """Encode frames to normalised latents, as the transformer takes them.
 
     Args:
-        vae: of `load_vae`. Its state is not touched: several threads may call at once.
-        frames: an image or a clip of 1 + 4k frames: uint8 `[T, height, width, 3]`, or floating `[T, 3, height, width]`
-            in [-1, 1].
+        vae: module that `load_vae` returned. Its state is not modified, so several threads may call this at once.
+        frames: an image or a clip of 1 + 4k frames: uint8 `[T, height, width, 3]`, or floating-point `[T, 3, height, width]` in
+            [-1, 1].
 
     Returns:
         float32 `[1 + k, C, height / 8, width / 8]`.
 
     Raises:
-        RequestError: wrong shape, type, number of frames, or values.
+        RequestError: the frames have the wrong shape, type, number or values.
     """
     codec = codec_of(vae)
     config = codec.config(vae.config)
@@ -119,7 +120,7 @@ def encode(vae: Any, frames: torch.Tensor) -> torch.Tensor:
 
 
 def _signal_from_frames(frames: torch.Tensor, geometry: CodecGeometry) -> torch.Tensor:
-    """Checked frames, as floating `[T, 3, height, width]` in [-1, 1]."""
+    """Check frames, and return them as floating-point `[T, 3, height, width]` in [-1, 1]."""
     pixels = frames.dtype == torch.uint8
     channels = 3 if pixels else 1
     if frames.dim() != 4 or frames.shape[channels] != 3 or not (pixels or frames.is_floating_point()):

@@ -1,12 +1,12 @@
-"""The weights of Wan's video VAE from local files, as diffusers' module.
+"""Reads the weights of Wan's video VAE from local files into diffusers' module.
 
     folder/vae/config.json, diffusion_pytorch_model.safetensors    layout diffusers
-    folder/Wan2.1_VAE.pth                                          layout wan: no sizes, no constants; tensors tell the sizes
-    vae.safetensors of a bundle                                    layout bundle: diffusers' names, the config in its header
-    codec.safetensors                                              the same for another codec, which its header names
+    folder/Wan2.1_VAE.pth                                          layout wan: has no config; sizes are inferred from tensors
+    vae.safetensors of a bundle                                    layout bundle: diffusers' names, config in its header
+    codec.safetensors                                              the same for another codec, named in its header
 
-The module is built on the meta device and then given its tensors; on the CPU, those of the wanted type stay views of the mapped
-file. Nothing is downloaded, and no code in a file is run.
+The module is built on the meta device and then given its tensors; on the CPU, tensors that have the requested type stay views
+of the mapped file. Nothing is downloaded, and no code in a file is run.
 """
 
 import dataclasses
@@ -50,11 +50,11 @@ class VaeConfig:
 
     Attributes:
         base_dim: channels at full resolution, in the encoder.
-        decoder_base_dim: the same in the decoder; None is `base_dim`.
-        z_dim: channels of a latent.
-        dim_mult: multiples of the base at full, half, quarter and eighth resolution.
-        num_res_blocks: residual blocks of an encoder stage; a decoder stage has one more.
-        temperal_downsample: which of the three steps down halve the frames, too (spelled as diffusers does).
+        decoder_base_dim: channels at full resolution in the decoder; None means `base_dim`.
+        z_dim: number of channels of a latent.
+        dim_mult: multiples of the base width at full, half, quarter and eighth resolution.
+        num_res_blocks: number of residual blocks of an encoder stage; a decoder stage has one more.
+        temperal_downsample: which of the three downsampling steps also halve the number of frames (spelled as in diffusers).
         latents_mean: mean of each latent channel; normalised latents have mean 0 and standard deviation 1.
         latents_std: standard deviation of each latent channel.
     """
@@ -92,15 +92,17 @@ class VaeConfig:
 
     @property
     def decoder_dim(self) -> int:
-        """Channels at full resolution in the decoder."""
+        """Number of channels at full resolution in the decoder."""
         return self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
 
     @classmethod
     def from_mapping(cls, plain: object) -> Self:
-        """From diffusers' `config.json` as parsed, or from the `config` of its module; what is not there is Wan2.1's.
+        """Make the config from diffusers' parsed `config.json`, or from the `config` of its module.
+
+        Missing values default to those of Wan2.1.
 
         Raises:
-            CheckpointError: another kind of VAE, or a value that cannot be.
+            CheckpointError: the config is of another kind of VAE, or has an impossible value.
         """
         if not isinstance(plain, Mapping):
             raise CheckpointError(f"a VAE's config must be a JSON object, got {type(plain).__name__}")
@@ -119,13 +121,13 @@ class VaeConfig:
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
-        """For JSON, and for diffusers' constructor."""
+        """Return the config as JSON values, which diffusers' constructor also accepts."""
         plain = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 def _is_a(value: object, hint: Any) -> bool:
-    """Whether a parsed JSON value is of an annotated type."""
+    """Return whether a parsed JSON value matches a type annotation."""
     if get_origin(hint) is tuple:
         return isinstance(value, list | tuple) and all(_is_a(entry, get_args(hint)[0]) for entry in value)
     if get_args(hint):  # a union
@@ -137,7 +139,7 @@ def _is_a(value: object, hint: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VaeFiles:
-    """Where the weights lie, and the file beside them that has the config, if there is one."""
+    """Paths of the weights, and of the file beside them that holds the config, if there is one."""
 
     layout: VaeLayout
     weights: Path
@@ -145,10 +147,10 @@ class VaeFiles:
 
 
 def find_vae_files(path: Path) -> VaeFiles:
-    """The files of a VAE: `path` is a folder of a release, a `vae/` folder, or the weight file itself.
+    """Find the files of a VAE; `path` is a folder of a release, a `vae/` folder, or the weight file itself.
 
     Raises:
-        CheckpointError: nothing there, with every place that was looked at.
+        CheckpointError: there are none; every place that was searched is listed.
     """
     if path.suffix == ".pth" and path.is_file():
         return VaeFiles(layout="wan", weights=path)
@@ -176,17 +178,17 @@ def wan_vae_from_tensors(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> Any:
-    """Make diffusers' module from tensors that are mapped already.
+    """Make diffusers' module from tensors that are already mapped.
 
     Args:
-        path: where they come from, for messages.
-        stored: the tensors by diffusers' names.
+        path: where the tensors come from, for error messages.
+        stored: tensors by diffusers' names.
         config: sizes of the VAE.
         dtype: type of every parameter.
-        device: where the parameters go.
+        device: device of the parameters.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, of a wrong shape or not finite.
+        CheckpointError: a tensor is missing, unexpected, of a wrong shape or not finite.
         ExecutorError: diffusers is not installed.
     """
     vae = empty_vae(config)
@@ -201,7 +203,7 @@ def wan_vae_from_tensors(
 
 
 def empty_vae(config: VaeConfig) -> Any:
-    """A `diffusers.AutoencoderKLWan` on the meta device.
+    """Make a `diffusers.AutoencoderKLWan` on the meta device.
 
     Raises:
         ExecutorError: diffusers is not installed.
@@ -220,7 +222,7 @@ def _diffusers(module: str) -> Any:
 
 
 def read_config(files: VaeFiles) -> object:
-    """What stands beside the weights, or in their header."""
+    """Read the config from the file beside the weights, or from their header."""
     where = files.config or files.weights
     try:
         if files.config is not None:
@@ -236,7 +238,7 @@ def read_config(files: VaeFiles) -> object:
 
 
 def diffusers_from_wan(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Diffusers' own conversion; names that it does not know stay, to be reported as extra."""
+    """Apply diffusers' own conversion; names that it does not know are kept, to be reported as unexpected."""
     convert = _diffusers("diffusers.loaders.single_file_utils").convert_wan_vae_to_diffusers
     try:
         converted: dict[str, torch.Tensor] = convert(dict(stored))
@@ -250,9 +252,9 @@ def diffusers_from_wan(path: Path, stored: Mapping[str, torch.Tensor]) -> dict[s
 
 
 def config_from_tensors(path: Path, stored: Mapping[str, torch.Tensor]) -> VaeConfig:
-    """Wan's file has no config: widths as its tensors show them, the topology and the constants are Wan2.1's.
+    """Infer the config of Wan's file, which has none: widths from the tensors, all else as in Wan2.1.
 
-    A size whose tensor is missing or no kernel is Wan2.1's: the check of every tensor follows, and names it with all else.
+    A size whose tensor is missing or is no convolution kernel defaults to Wan2.1's; the later check of all tensors reports it.
     """
 
     def size(name: str, dim: int, usual: int) -> int:

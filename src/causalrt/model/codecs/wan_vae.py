@@ -1,17 +1,17 @@
-"""Wan's video VAE a chunk at a time: latents in, frames out, with the decoder's past kept by each session.
+"""Wan's video VAE as a streaming decoder: latents in, frames out; each session keeps the decoder's caches.
 
-    latent 0    -> FirstFrame ->  1 frame    every cache filled but those of the two time convolutions, which stay zero
-    latent 1, 2 -> NextFrame  ->  4 frames each, from the caches and into new ones
+    latent 0    -> FirstFrame ->  1 frame    fills all caches but those of the two time convolutions, which stay zero
+    latent 1, 2 -> NextFrame  ->  4 frames each, reads the caches and returns new ones
     latent 3... -> NextFrame  ->  4 frames each
 
-so a first chunk of 3 latents is 9 frames, and a later one 12: to the bit what diffusers makes of the whole video at once.
-A cache is the last two inputs of a causal convolution, `[1, C, 2, h, w]`, and zeros before there were two. The decoder of
-diffusers takes its caches as an argument, so no state lies in the module, and any number of sessions share one.
+A first chunk of 3 latents therefore gives 9 frames, and a later one 12, bit for bit what diffusers decodes from the whole video
+at once. A cache holds the last two inputs of a causal convolution, `[1, C, 2, h, w]`, with zeros for inputs before the first.
+The decoder of diffusers takes its caches as an argument, so the module holds no state, and any number of sessions can share it.
 
-This module computes the steps, keeps their state in eager, and encodes. `vae_checkpoint.py` reads weights, `decode_state.py`
-is what a session sees, and `engines/vae.py` runs the same two steps as exported graphs.
+This module computes the steps, keeps their state in eager PyTorch, and encodes. `vae_checkpoint.py` reads weights,
+`decode_state.py` is the interface that a session sees, and `engines/vae.py` runs the same two steps as exported graphs.
 
-Shapes: F latents, T frames, H and W sizes of a latent; a frame has 8H x 8W pixels.
+Shapes: F latents, T frames, H and W the sizes of a latent; a frame has 8H x 8W pixels.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ CACHED_FRAMES = 2
 
 
 def cache_slots(config: VaeConfig, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
-    """The decoder's caches, in the order in which it fills them."""
+    """Return the decoder's caches, in the order in which it fills them."""
     height, width = latent_height, latent_width
 
     def slot(channels: int, *, skips_first: bool = False) -> CacheSlot:
@@ -59,15 +59,18 @@ def cache_slots(config: VaeConfig, *, latent_height: int, latent_width: int) -> 
 
 
 class Doubled(nn.Module):
-    """Each pixel twice in either direction: what `nearest-exact` makes at a scale of 2, without a float32 copy or an index."""
+    """Upsamples by repeating each pixel in both directions.
+
+    This equals `nearest-exact` at a scale of 2, but needs neither a float32 copy nor an index.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[N, C, h, w]` -> `[N, C, 2h, 2w]`."""
+        """Map `[N, C, h, w]` to `[N, C, 2h, 2w]`."""
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _lean_decoder(decoder: nn.Module) -> nn.Module:
-    """A copy of diffusers' decoder over the same parameters, with `Doubled` in the place of its upsampling."""
+    """Copy diffusers' decoder over the same parameters, with `Doubled` in place of its upsampling."""
     lean = copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
     for name, module in list(lean.named_modules()):
         if isinstance(module, nn.Upsample):
@@ -77,7 +80,7 @@ def _lean_decoder(decoder: nn.Module) -> nn.Module:
 
 
 class _LatentDecoder(nn.Module):
-    """What the two steps share: the weights that decoding needs, and the constants."""
+    """The part that both steps share: the weights that decoding needs, and the constants."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -85,14 +88,15 @@ class _LatentDecoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         config = VaeConfig.from_mapping(vae.config)
-        # One name in front of all weights, that of `share_weights_pass`; not the VAE itself, which holds its encoder too.
+        # All weights need one common prefix, as `share_weights_pass` expects; the VAE itself cannot be it, as it holds its
+        # encoder too.
         self.wan = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": _lean_decoder(vae.decoder)})
         self.dtype: torch.dtype = vae.dtype
         for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
             self.register_buffer(name, torch.tensor(values, device=vae.device).view(1, -1, 1, 1))
 
     def decode(self, latent: torch.Tensor, cache: list[Any], *, first: bool) -> torch.Tensor:
-        """A normalised latent -> its frames in [-1, 1]; entries of `cache` are replaced, its tensors are not written to."""
+        """Decode a normalised latent to frames in [-1, 1]; replace entries of `cache`, without writing to their tensors."""
         signal = (latent.float() * self.std + self.mean).to(self.dtype).unsqueeze(2)
         hidden = self.wan["post_quant_conv"](signal)
         frames: torch.Tensor = self.wan["decoder"](hidden, feat_cache=cache, feat_idx=[0], first_chunk=first)
@@ -100,7 +104,10 @@ class _LatentDecoder(nn.Module):
 
 
 class FirstFrame(_LatentDecoder):
-    """The first latent of a video: it has no past, and the two time convolutions, which double the frames, are skipped."""
+    """The step of a video's first latent.
+
+    It has no past, and skips the two time convolutions, which double the number of frames.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)
@@ -108,7 +115,7 @@ class FirstFrame(_LatentDecoder):
         self.skips = [slot.skips_first for slot in slots]
 
     def forward(self, latent: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`[1, C, H, W]` -> frame `[1, 3, 1, 8H, 8W]` in [-1, 1], and the caches but those that stay zero."""
+        """Map `[1, C, H, W]` to a frame `[1, 3, 1, 8H, 8W]` in [-1, 1], and the caches except those that stay zero."""
         cache: list[Any] = [None] * len(self.skips)
         frames = self.decode(latent, cache, first=True)
         filled = [past for past, skipped in zip(cache, self.skips, strict=True) if not skipped]
@@ -116,21 +123,21 @@ class FirstFrame(_LatentDecoder):
 
 
 class NextFrame(_LatentDecoder):
-    """A later latent of a video."""
+    """The step of every later latent of a video."""
 
     def forward(self, latent: torch.Tensor, caches: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`[1, C, H, W]`, the caches -> frames `[1, 3, 4, 8H, 8W]` in [-1, 1], and the next caches."""
+        """Map `[1, C, H, W]` and the caches to frames `[1, 3, 4, 8H, 8W]` in [-1, 1], and the next caches."""
         cache = list(caches)
         return self.decode(latent, cache, first=False), cache
 
 
 @contextlib.contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Compute float32 convolutions of this process in float32; on a GPU, cuDNN's default is TF32.
+    """Compute float32 convolutions of this process in full float32; on a GPU, cuDNN defaults to TF32.
 
-    The decoders of `onnxruntime` do without TF32 as well, so eager and ONNX Runtime agree on a GPU as they do on a CPU.
+    The decoders of `onnxruntime` do not use TF32 either, so eager and ONNX Runtime agree on a GPU as they do on a CPU.
     """
-    # Not by `allow_tf32`, which is deprecated: torch warns about it.
+    # `allow_tf32` is deprecated: torch warns about it.
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
@@ -141,12 +148,12 @@ def exact_convolutions() -> Iterator[None]:
 
 
 class StreamingDecoder:
-    """The decoder's weights, for any number of sessions.
+    """The decoder's weights, shared by any number of sessions.
 
     Attributes:
-        config: of the VAE.
-        dtype: what it computes in.
-        device: where; the VAE stays there while the decoder lives.
+        config: config of the VAE.
+        dtype: type in which the decoder computes.
+        device: device of the VAE, where it must stay as long as the decoder exists.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -156,15 +163,15 @@ class StreamingDecoder:
         self.first, self.next = FirstFrame(vae).eval(), NextFrame(vae).eval()
 
     def warmed_up(self) -> None:
-        """Both kinds of step have run once: nothing to keep."""
+        """See `Decoder.warmed_up`; there is nothing to keep."""
 
     def open(self) -> DecodeState:
-        """The start of a video; its first latents settle its size."""
+        """Start a video; its size is taken from the first latents."""
         return EagerDecodeState(self)
 
 
 class EagerDecodeState(DecodeState):
-    """Caches as torch makes them: none is ever written to, so a snapshot is no copy."""
+    """Caches as torch returns them. None is ever written to, so a snapshot need not copy them."""
 
     def __init__(self, decoder: StreamingDecoder) -> None:
         super().__init__(channels=decoder.config.z_dim, dtype=decoder.dtype, latent_size=None)
@@ -183,7 +190,7 @@ class EagerDecodeState(DecodeState):
             yield frames[0].transpose(0, 1)
 
     def _with_zeros(self, filled: list[torch.Tensor]) -> list[torch.Tensor]:
-        """All caches after the first latent, from those that it has filled."""
+        """Return all caches after the first latent, given those that it has filled."""
         height, width = filled[0].shape[3:]
         slots, given = cache_slots(self._decoder.config, latent_height=height, latent_width=width), iter(filled)
         return [filled[0].new_zeros(slot.shape) if slot.skips_first else next(given) for slot in slots]
@@ -203,7 +210,7 @@ class EagerDecodeState(DecodeState):
 
 
 def _posterior_mode(vae: Any, signal_T3HW: torch.Tensor) -> torch.Tensor:
-    """What Wan's encoder makes of checked frames, `[1 + k, C, height / 8, width / 8]`."""
+    """Return the mode of the encoder's posterior for checked frames, `[1 + k, C, height / 8, width / 8]`."""
     signal = signal_T3HW.transpose(0, 1).unsqueeze(0)
     cache: list[Any] = [None] * sum(isinstance(module, nn.Conv3d) for module in vae.encoder.modules())
     starts = [0, *range(1, signal.shape[2], WAN21.frames_per_latent)]
@@ -263,5 +270,5 @@ class WanCodec:
         return StreamingDecoder(vae)
 
     def encode(self, vae: Any, signal: torch.Tensor) -> torch.Tensor:
-        """See `VideoCodec.encode`: the mode of the posterior."""
+        """See `VideoCodec.encode`; the latents are the mode of the posterior."""
         return _posterior_mode(vae, signal)

@@ -1,4 +1,4 @@
-"""What a text encoder provides to the engine and the server."""
+"""The interface that a text encoder provides to the engine and the server."""
 
 from typing import Protocol
 
@@ -11,18 +11,18 @@ class PromptEncoder(Protocol):
     """A loaded text encoder."""
 
     def tokenize(self, prompt: str) -> PromptTokens:
-        """The tokens that the encoder reads of a prompt.
+        """Return the tokens that the encoder reads for a prompt.
 
         Raises:
-            PromptError: it refuses the prompt.
+            PromptError: the encoder refuses the prompt.
         """
 
     def encode(self, prompt: str) -> torch.Tensor:
-        """Embeddings `[rows, text_dim]` of a prompt.
+        """Return the embeddings `[rows, text_dim]` of a prompt.
 
         Raises:
-            PromptError: it refuses the prompt.
+            PromptError: the encoder refuses the prompt.
         """
 
     def forget_prompts(self) -> None:
-        """Drop prompts and embeddings that are kept for reuse."""
+        """Drop all prompts and embeddings kept for reuse."""

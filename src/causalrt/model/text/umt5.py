@@ -1,14 +1,14 @@
-"""Prompts in, embeddings out: the UMT5 text encoder that Wan's models are conditioned on.
+"""The UMT5 text encoder that Wan's models are conditioned on: from prompts to embeddings.
 
     prompt -> clean_prompt -> tokenize -> [tokens] -> UMT5 encoder -> rows of the prompt's own tokens [tokens, text_dim]
                     |                                                     |
                     +------------------- PromptCache ---------------------+
 
-This module owns what happens to the text. Where the weights come from is `umt5_checkpoint.py`'s affair; the rows are padded
-with zeros to `text_len` by the session, as the reference does. Encoding the prompt's tokens alone gives the same rows as
-encoding 512 with the padding masked, for less work.
+This module processes the text; `umt5_checkpoint.py` loads the weights. The session pads the rows with zeros to `text_len`, as
+the reference does. Encoding the prompt's tokens alone gives the same rows as encoding 512 with the padding masked, but is
+faster.
 
-`tokenizer.json` is read as it stands: the T5 class of transformers 5 would build another tokenizer of its vocabulary, without
+`tokenizer.json` is used unchanged: the T5 class of transformers 5 would build another tokenizer from its vocabulary, without
 the byte fallback, and with the wrong token for unknown characters.
 """
 
@@ -28,19 +28,19 @@ from causalrt.model.prompt_cache import CacheInfo, PromptCache
 from causalrt.model.text.umt5_checkpoint import load_encoder, video_library
 from causalrt.model.text.umt5_files import EncoderFiles, EncoderLayout, find_encoder_files
 
-MAX_TOKENS = 512  # what Wan's models are trained with
+MAX_TOKENS = 512  # as Wan's models were trained
 MAX_PROMPT_CHARS = 20_000
 
 _log = logging.getLogger(__name__)
 
-# Control characters that are no white space, and halves of surrogate pairs. Those above U+007F are left to ftfy: they are
-# what wrongly decoded text is made of.
+# Control characters that are not white space, and unpaired surrogates. Control characters above U+007F are left to ftfy, since
+# wrongly decoded text contains them.
 _UNUSABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptTokens:
-    """Token numbers of a cleaned prompt, the end token included; `truncated` if the prompt had more."""
+    """Token IDs of a cleaned prompt, including the end token; `truncated` says whether the prompt had more."""
 
     ids: tuple[int, ...]
     truncated: bool
@@ -50,11 +50,11 @@ class TextEncoder:
     """A loaded text encoder. `encode` may be called from several threads; one prompt is encoded at a time.
 
     Attributes:
-        layout: how the folder was laid out: `wan`, `diffusers` or `transformers`.
+        layout: layout of the folder: `wan`, `diffusers` or `transformers`.
         text_dim: width of the embeddings.
-        max_tokens: rows that a prompt can have at most.
-        dtype: what the encoder computes in.
-        device: where it computes.
+        max_tokens: largest number of rows of a prompt.
+        dtype: type in which the encoder computes.
+        device: device on which it computes.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, layout: EncoderLayout, max_tokens: int, cache_bytes: int) -> None:
@@ -79,23 +79,23 @@ class TextEncoder:
         max_tokens: int = MAX_TOKENS,
         cache_bytes: int = 64 * 2**20,
     ) -> Self:
-        """Load the text encoder of a released folder; nothing is downloaded.
+        """Load the text encoder of a released folder. Nothing is downloaded.
 
-        On the CPU, weights of type `dtype` stay in the mapped file: leave it alone while the encoder lives.
+        On the CPU, weights of type `dtype` stay in the mapped file, which must not be modified as long as the encoder exists.
 
         Args:
             folder: Wan's release (its `.pth` and `google/umt5-xxl/`), a diffusers folder (`text_encoder/`, `tokenizer/`), or
                 one folder with `config.json`, `model.safetensors` and `tokenizer.json`.
-            device: where to compute.
-            dtype: what to compute in: bfloat16 as the reference does, or float32.
-            text_dim: width that the embeddings must have; None takes what the folder has.
-            max_tokens: longer prompts are cut to this, the `text_len` of the model.
-            cache_bytes: size of the prompt cache; 0 turns it off.
+            device: device to compute on.
+            dtype: type to compute in: bfloat16 as the reference does, or float32.
+            text_dim: required width of the embeddings; None accepts that of the folder.
+            max_tokens: number of tokens to which longer prompts are truncated, the `text_len` of the model.
+            cache_bytes: size of the prompt cache in bytes; 0 disables it.
 
         Raises:
-            CheckpointError: files are missing, damaged or hold code, or they are no UMT5 encoder of that width.
-            ConfigError: a setting that no encoder can have.
-            ExecutorError: a library of the extra `video`, or the device, is missing.
+            CheckpointError: files are missing, damaged or contain code, or are not a UMT5 encoder of the required width.
+            ConfigError: a setting is impossible.
+            ExecutorError: a library of the extra `video` is not installed, or the device is not available.
         """
         if dtype not in (torch.bfloat16, torch.float32):
             raise ConfigError(f"the text encoder computes in torch.bfloat16 or torch.float32, got {dtype}")
@@ -107,7 +107,7 @@ class TextEncoder:
         target = _usable_device(device)
         files = find_encoder_files(folder)
         tokenizer = _load_tokenizer(files, max_tokens)
-        video_library("ftfy")  # rather now than at the first prompt
+        video_library("ftfy")  # fail now rather than at the first prompt
         model = load_encoder(files, dtype=dtype, device=target, text_dim=text_dim)
         if tokenizer.get_vocab_size() > model.config.vocab_size:
             raise CheckpointError(
@@ -119,20 +119,20 @@ class TextEncoder:
         return cls(model, tokenizer, layout=files.layout, max_tokens=max_tokens, cache_bytes=cache_bytes)
 
     def tokenize(self, prompt: str) -> PromptTokens:
-        """The tokens that `encode` gives to the encoder. A prompt that is too long loses its end, as in the reference.
+        """Return the tokens that `encode` gives to the encoder. A prompt that is too long is truncated, as in the reference.
 
         Raises:
-            PromptError: not a usable text.
+            PromptError: the prompt is not a usable text.
         """
         return self._tokens(clean_prompt(prompt))
 
     def encode(self, prompt: str) -> torch.Tensor:
-        """Embeddings `[tokens, text_dim]` of a prompt, float32 on the CPU, for the caller to keep; 1 to `max_tokens` rows.
+        """Return the embeddings `[tokens, text_dim]` of a prompt, 1 to `max_tokens` rows of float32 on the CPU.
 
-        A prompt that had to be cut is logged as a warning; `tokenize` tells it beforehand.
+        The caller may keep the tensor. A truncated prompt is logged as a warning; `tokenize` reports it beforehand.
 
         Raises:
-            PromptError: not a usable text.
+            PromptError: the prompt is not a usable text.
         """
         text = clean_prompt(prompt)
         embeds = self._cache.get(text)
@@ -149,7 +149,7 @@ class TextEncoder:
         self._cache.clear()
 
     def cache_info(self) -> CacheInfo:
-        """How often the prompt cache served, and what it holds."""
+        """Return the hit and miss counts of the prompt cache, and what it holds."""
         return self._cache.info()
 
     def _tokens(self, text: str) -> PromptTokens:
@@ -167,10 +167,12 @@ class TextEncoder:
 
 
 def clean_prompt(prompt: str) -> str:
-    """The prompt as the reference cleans it: mended by ftfy, entities resolved (twice), runs of white space made one blank.
+    """Clean a prompt as the reference does.
+
+    Text is repaired by ftfy, HTML entities are resolved (twice), and runs of white space become one space.
 
     Raises:
-        PromptError: no text, too long, or with characters that no text has.
+        PromptError: the prompt is empty, too long, or contains characters that no text has.
         ExecutorError: ftfy is not installed.
     """
     if not isinstance(prompt, str):
@@ -187,7 +189,7 @@ def clean_prompt(prompt: str) -> str:
         )
     try:
         text = html.unescape(html.unescape(video_library("ftfy").fix_text(prompt)))
-    except ValueError as error:  # &#999...9; with more digits than Python converts
+    except ValueError as error:  # &#999...9; has more digits than Python converts
         raise PromptError(f"the prompt has an entity that is no character ({error}); remove it") from None
     return re.sub(r"\s+", " ", text).strip()
 
@@ -205,11 +207,11 @@ def _usable_device(device: str | torch.device) -> torch.device:
 
 
 def _load_tokenizer(files: EncoderFiles, max_tokens: int) -> Any:
-    """The tokenizer of `tokenizer.json`, which cuts at `max_tokens` and pads nothing."""
+    """Load `tokenizer.json`, with truncation at `max_tokens` and without padding."""
     tokenizers = video_library("tokenizers")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(files.tokenizer))
-    except Exception as error:  # what the library raises is a bare Exception
+    except Exception as error:  # the library raises a bare Exception
         raise CheckpointError(f"{files.tokenizer} is damaged or no tokenizer: {error}") from None
     tokenizer.enable_truncation(max_tokens)
     tokenizer.no_padding()

@@ -1,11 +1,11 @@
-"""UMT5 encoder weights of either release, as transformers' module.
+"""Loads UMT5 encoder weights of any supported release into transformers' module.
 
     wan           token_embedding  blocks.<i>.norm1  attn.q  pos_embedding.embedding  ffn.gate.0  ffn.fc1  ffn.fc2  norm
     transformers  shared           encoder.block.<i>.layer.0.layer_norm  ...SelfAttention.q  ...DenseReluDense.wi_0  ...
 
-This module owns names, sizes and memory of the weights; how files are opened is `umt5_files.py`'s affair. The module is built
-without memory and given its tensors: on the CPU, those of the wanted type stay views of the mapped file; the others are
-copied a few at a time, from mappings that end with the copying and take their pages along.
+This module handles the names, sizes and memory of the weights; `umt5_files.py` opens the files. The module is built on the meta
+device and then given its tensors: on the CPU, those of the requested type stay views of the mapped file; the others are copied
+a few at a time, from short-lived mappings, whose pages are released with them.
 """
 
 import importlib
@@ -23,10 +23,11 @@ from causalrt.model.stored_tensors import check_tensors, map_tensors
 from causalrt.model.text.umt5_files import EncoderFiles, EncoderLayout, StoredTensor, open_weights
 
 _TIED = "encoder.embed_tokens.weight"  # transformers' second name of shared.weight
-# Pages that were read leave with their mapping. A new one costs 20 ms at 242 tensors, eight tensors are 3 % of the weights.
+# Pages that were read are released with their mapping. A new mapping costs 20 ms with 242 tensors; eight tensors are 3 % of the
+# weights.
 _TENSORS_PER_MAPPING = 8
 
-# Module of transformers -> module of Wan's file; those of a block without their `encoder.block.<i>.` and `blocks.<i>.`.
+# Module of transformers -> module of Wan's file; names within a block lack their `encoder.block.<i>.` and `blocks.<i>.`.
 _WAN_MODULES = {
     "shared": "token_embedding",
     "encoder.final_layer_norm": "norm",
@@ -44,7 +45,7 @@ _WAN_MODULES = {
 
 
 def video_library(name: str) -> Any:
-    """A library of the extra `video`, imported when it is needed.
+    """Import a library of the extra `video`.
 
     Raises:
         ExecutorError: it is not installed.
@@ -58,16 +59,17 @@ def video_library(name: str) -> Any:
 
 
 def load_encoder(files: EncoderFiles, *, dtype: torch.dtype, device: torch.device, text_dim: int | None) -> Any:
-    """A `UMT5EncoderModel` in eval mode that holds the weights of `files`, all of type `dtype`, on `device`.
+    """Load a `UMT5EncoderModel` in eval mode with the weights of `files`, all of type `dtype`, on `device`.
 
     Args:
-        files: where the weights are.
+        files: paths of the encoder's files.
         dtype: type of every parameter.
-        device: where the parameters go.
-        text_dim: width that the embeddings must have; None takes any.
+        device: device of the parameters.
+        text_dim: required width of the embeddings; None accepts any.
 
     Raises:
-        CheckpointError: unreadable, holding code, or not a UMT5 encoder of that width; every bad tensor is listed.
+        CheckpointError: the files are unreadable, contain code, or are not a UMT5 encoder of that width; every bad tensor is
+            listed.
         ExecutorError: transformers is not installed.
     """
     stored = open_weights(files.weights)
@@ -90,14 +92,14 @@ def load_encoder(files: EncoderFiles, *, dtype: torch.dtype, device: torch.devic
 
 
 def empty_encoder(**config: float) -> Any:
-    """A `UMT5EncoderModel` on the meta device, by fields of `UMT5Config`; those that are not given are Wan's."""
+    """Make a `UMT5EncoderModel` on the meta device from fields of `UMT5Config`, which default to Wan's values."""
     transformers = video_library("transformers")
     with torch.device("meta"):
         return transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
 
 
 def stored_key(name: str, layout: EncoderLayout) -> str:
-    """The key under which a layout stores the parameter that transformers calls `name`."""
+    """Return the key under which a layout stores the parameter that transformers calls `name`."""
     name = "shared.weight" if name == _TIED else name
     match = re.fullmatch(r"(?:encoder\.block\.(\d+)\.)?(.+)\.weight", name)
     if layout != "wan" or match is None:
@@ -107,9 +109,9 @@ def stored_key(name: str, layout: EncoderLayout) -> str:
 
 
 def infer_sizes(shapes: Mapping[str, tuple[int, ...]], layout: EncoderLayout) -> dict[str, int]:
-    """Fields of `UMT5Config` as the tensors show them, taken from the first block that does; else that of umt5-xxl.
+    """Infer fields of `UMT5Config` from the first block that has the tensors; a missing one defaults to that of umt5-xxl.
 
-    The check of every tensor against these sizes follows, and names what was missing here along with all else.
+    The later check of every tensor against these sizes reports what is missing here.
     """
     prefix = "blocks." if layout == "wan" else "encoder.block."
 
@@ -135,7 +137,7 @@ def infer_sizes(shapes: Mapping[str, tuple[int, ...]], layout: EncoderLayout) ->
 
 
 def _settings_from_config(path: Path, sizes: Mapping[str, int]) -> dict[str, float]:
-    """What the tensors cannot show; the sizes that `config.json` gives must be theirs."""
+    """Return the settings that tensors cannot show; check that the sizes in `config.json` agree with those of the tensors."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -155,7 +157,7 @@ def _settings_from_config(path: Path, sizes: Mapping[str, int]) -> dict[str, flo
 
 
 def _loaded(stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """The tensors as wanted: the view itself where it is that, else a copy, made from a mapping that soon ends."""
+    """Return tensors of the requested type and device: the view itself if it fits, else a copy from a short-lived mapping."""
     state = {name: entry.mapped for name, entry in stored.items()}
     copied = [name for name, entry in stored.items() if entry.dtype != dtype or device.type != "cpu"]
     for first in range(0, len(copied), _TENSORS_PER_MAPPING):
@@ -163,6 +165,6 @@ def _loaded(stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torc
         for name in copied[first : first + _TENSORS_PER_MAPPING]:
             entry = stored[name]
             if entry.file not in mappings:
-                mappings[entry.file] = map_tensors(entry.file, verify=False)  # `open_weights` did
+                mappings[entry.file] = map_tensors(entry.file, verify=False)  # already verified by `open_weights`
             state[name] = mappings[entry.file][entry.key].to(device=device, dtype=dtype)
     return state

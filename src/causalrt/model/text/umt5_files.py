@@ -1,11 +1,11 @@
-"""The files of a released text encoder, as hostile input.
+"""The files of a released text encoder, which are not trusted.
 
     folder/models_t5_umt5-xxl-enc-bf16.pth      google/umt5-xxl/tokenizer.json    layout wan
     folder/text_encoder/config.json, model.*    tokenizer/tokenizer.json          layout diffusers
     folder/config.json, model.*                 tokenizer.json                    layout transformers: one folder for both
 
-Nothing is downloaded, no code in a file is run, an index names only files beside it, and tensors stay on disk until they are
-read. What their names mean is `umt5_checkpoint.py`'s affair.
+Nothing is downloaded, no code in a file is run, an index may name only files beside it, and tensors stay on disk until they are
+read. `umt5_checkpoint.py` interprets their names.
 """
 
 import json
@@ -28,7 +28,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderFiles:
-    """Where the parts of a text encoder lie. `config` is None for Wan's layout, whose sizes are told by its tensors."""
+    """Paths of the parts of a text encoder. `config` is None for Wan's layout, whose sizes are inferred from its tensors."""
 
     layout: EncoderLayout
     weights: Path
@@ -38,7 +38,7 @@ class EncoderFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """A tensor where it lies. `mapped` is a view of the file, whose pages are read when it is."""
+    """A tensor in a file. `mapped` is a view of the file, whose pages are read on access."""
 
     file: Path
     key: str
@@ -46,20 +46,20 @@ class StoredTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
+        """Shape of the tensor."""
         return tuple(self.mapped.shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its element type in the file."""
+        """Element type of the tensor in the file."""
         return self.mapped.dtype
 
 
 def find_encoder_files(folder: Path) -> EncoderFiles:
-    """The files of the first layout whose weights are there.
+    """Find the files of the first layout whose weights exist.
 
     Raises:
-        CheckpointError: no weights, or no configuration or tokenizer beside them, with every place that was looked at.
+        CheckpointError: there are no weights, or no config or tokenizer beside them; every place that was searched is listed.
     """
     places: tuple[tuple[EncoderLayout, Path, tuple[str, ...], Path], ...] = (
         ("wan", folder, (_WAN_FILE,), folder / "google" / "umt5-xxl"),
@@ -87,10 +87,10 @@ def find_encoder_files(folder: Path) -> EncoderFiles:
 
 
 def open_weights(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a `.pth`, a safetensors file or a sharded one (by its index), under its own key.
+    """Open every tensor of a `.pth` file, a safetensors file, or a sharded one (by its index), under its own key.
 
     Raises:
-        CheckpointError: damaged, incomplete, holding code, or holding something else than tensors.
+        CheckpointError: the files are damaged or incomplete, or contain code or anything else but tensors.
     """
     files = _shards_from_index(path) if path.name == _INDEX else [path]
     return {
@@ -101,7 +101,7 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def _shards_from_index(index: Path) -> list[Path]:
-    """The files that an index names, each a plain name beside it."""
+    """Return the files that an index names; each must be a plain name beside it."""
     try:
         weight_map = json.loads(regular_file(index).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))

@@ -1,10 +1,10 @@
-"""A text encoder of a few dozen words, behind what sessions want of `text.TextEncoder`: the demo model's.
+"""The demo model's text encoder, which knows a few dozen words and has the interface of `TextEncoder`.
 
     "A red ball, moving right!"  ->  red circle moves right  ->  rows of a table [words, text_dim]
 
-`words.safetensors` in a folder holds the table, and in its header, as JSON, what row each word has. A word may stand for others
-(`ball` for `circle`), or for none (`the`); one that is not there is an error that lists what is. Nothing else is known of
-language: the order of the words plays no part.
+`words.safetensors` in a folder holds the table, and in its header, as JSON, the rows of each word. A word may stand for others
+(`ball` for `circle`), or for none (`the`); an unknown one is an error, which lists the known words. The order of the words has
+no effect.
 """
 
 import json
@@ -34,8 +34,8 @@ class WordEncoder:
 
     Attributes:
         text_dim: width of the embeddings.
-        max_tokens: rows that a prompt can have at most.
-        words: rows of each word that is known; none for a filler.
+        max_tokens: largest number of rows of a prompt.
+        words: rows of each known word; empty for a filler word.
     """
 
     layout = "words"
@@ -49,12 +49,12 @@ class WordEncoder:
         """Read `words.safetensors`.
 
         Args:
-            folder: where it lies.
-            text_dim: width that the embeddings must have; None takes what is there.
-            max_tokens: longer prompts are refused: the `text_len` of the model.
+            folder: folder that holds the file.
+            text_dim: required width of the embeddings; None accepts that of the file.
+            max_tokens: largest number of rows of a prompt, the `text_len` of the model; longer prompts are refused.
 
         Raises:
-            CheckpointError: missing, damaged, or of another width.
+            CheckpointError: the file is missing, damaged, or of another width.
         """
         path = folder / WORDS_FILE
         try:
@@ -81,10 +81,10 @@ class WordEncoder:
         return cls(table.float(), rows, max_tokens=max_tokens)
 
     def save(self, folder: Path) -> None:
-        """Write what `from_folder` reads.
+        """Write the file that `from_folder` reads.
 
         Raises:
-            CheckpointError: the file cannot be written; what was there is as it was.
+            CheckpointError: the file cannot be written; an existing file is left unchanged.
         """
         path = folder / WORDS_FILE
         try:
@@ -94,18 +94,18 @@ class WordEncoder:
             raise CheckpointError(f"cannot write {path}: {error}; choose a writable folder") from error
 
     def encode(self, prompt: str) -> torch.Tensor:
-        """Embeddings `[rows, text_dim]` of a prompt, float32 on the CPU.
+        """Return the embeddings `[rows, text_dim]` of a prompt, float32 on the CPU.
 
         Raises:
-            PromptError: as `tokenize` does.
+            PromptError: see `tokenize`.
         """
         return self._table[list(self.tokenize(prompt).ids)].clone()
 
     def tokenize(self, prompt: str) -> PromptTokens:
-        """The rows of the table that a prompt stands for, never truncated.
+        """Return the rows of the table that a prompt stands for, never truncated.
 
         Raises:
-            PromptError: no text, too long, words that are not known (those that are are listed), or none that says anything.
+            PromptError: the prompt is empty or too long, has unknown words (the known ones are listed), or only filler words.
         """
         if not isinstance(prompt, str):
             raise PromptError(f"a prompt must be a str, got {type(prompt).__name__}")
@@ -113,7 +113,7 @@ class WordEncoder:
             raise PromptError(f"a prompt may have {MAX_PROMPT_CHARS} characters here, got {len(prompt)}; shorten it")
         found = list[str]()
         for token in re.findall(r"\w+(?:-\w+)*", prompt.lower()):
-            joined = token.replace("-", "")  # counter-clockwise
+            joined = token.replace("-", "")  # as in counter-clockwise
             found += [joined] if joined in self.words else token.split("-")
         unknown = list(dict.fromkeys(word for word in found if word not in self.words))
         if unknown:
@@ -124,10 +124,10 @@ class WordEncoder:
         return PromptTokens(ids=tuple(rows), truncated=False)
 
     def forget_prompts(self) -> None:
-        """Nothing is kept."""
+        """See `PromptEncoder.forget_prompts`; nothing is kept."""
 
     def _known(self) -> str:
-        """One word for each meaning, the first that the file has."""
+        """Return one word for each meaning, the first in the file."""
         first: dict[tuple[int, ...], str] = {}
         for word, rows in self.words.items():
             first.setdefault(rows, word)

@@ -1,17 +1,18 @@
-"""Rotary tables by KV slot, in time relative to the current chunk: for attention that rotates keys when it reads them.
+"""Rotary tables by KV slot, in time relative to the current chunk, for attention that rotates keys when it reads them.
 
-Attention sees only differences of positions, so time may count from anywhere, as long as queries and keys agree. Counted from
-the current chunk it stays small however long the rollout is, and keys in the slots keep no angle::
+Attention depends only on differences of positions, so the origin of time is arbitrary, as long as queries and keys agree.
+Relative to the current chunk, times stay small however long the rollout is, and keys in the slots are stored unrotated::
 
     slot         | staging: the chunk | sink frames              | ring of clean frames   |
     frame        | f, f+1 .. f+F-1    | 0, 1 ..                  | the newest before f    |      f = history_frames
     time         | 0, 1 .. F-1        | 0 - min(f, reach), 1 - . | -1, -2 .. in any order |      reach = horizon - F
 
-The distance of the sink would grow without end. It stops at what it is in the last chunk of the horizon, so no query sees a
-sink from further away than the model was made for; sink frames keep their distances to each other. Up to there, attention is
-that of `rope_tables`.
+The distance of the sink would grow without bound. It stops at its value in the last chunk of the horizon, so no query sees the
+sink at a greater distance than the model was trained for; sink frames keep their distances to each other. Up to that chunk,
+attention equals that with `rope_tables`.
 
-What lies in a slot follows from `history_frames` and the slot plan, so the tables are made inside the step graph, once a step.
+The contents of a slot follow from `history_frames` and the slot plan, so the step graph itself computes the tables, once per
+step.
 """
 
 import numpy as np
@@ -24,10 +25,10 @@ from causalrt.model.wan.rope import angles, axis_pairs
 
 
 class RelativeRope(nn.Module):
-    """The constants, and the lookup that a step makes in them. There are W slots of T rows; pairs per axis are pt, py, px.
+    """The constant tables, and their lookup in a step. There are W slots of T rows; pairs per axis are pt, py, px.
 
-    `temporal_*` are `[times, pt]` from time -reach on, `spatial_*` `[W, T, py + px]`, the same for each slot; angles are
-    float64 up to the cosine. The time of a slot is computed from `staging_time`, `sink_frame` and `ring_phase`.
+    `temporal_*` are `[times, pt]` for times from -reach on, `spatial_*` are `[W, T, py + px]`, the same for each slot; angles
+    are float64 up to the cosine. The time of a slot is computed from `staging_time`, `sink_frame` and `ring_phase`.
     """
 
     temporal_cos: torch.Tensor
@@ -58,10 +59,10 @@ class RelativeRope(nn.Module):
             self.register_buffer(name, constant, persistent=False)
 
     def forward(self, history_frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), `[W * T, D / 2]` float32, by slot row; the angles of slots that are not filled yet mean nothing.
+        """Return (cos, sin), `[W * T, D / 2]` float32, by slot row; angles of unfilled slots are meaningless.
 
         Args:
-            history_frames: `[1]` int64, frames that the slots have taken in before the current chunk.
+            history_frames: `[1]` int64, number of frames that the slots have received before the current chunk.
         """
         place = self.slot_times(history_frames) + self.reach
         cos, sin = (
@@ -76,7 +77,7 @@ class RelativeRope(nn.Module):
         return cos, sin
 
     def slot_times(self, history_frames: torch.Tensor) -> torch.Tensor:
-        """`[W]` int64: time of the frame in each slot; within the table for slots that are not filled yet too."""
+        """Return the time of the frame in each slot, `[W]` int64; it is within the table for unfilled slots too."""
         times = [self.staging_time]
         if self.plan.sink_frames:
             times.append(self.sink_frame - history_frames.clamp(max=self.reach))

@@ -1,7 +1,7 @@
-"""Causal-RoPE SP tables: rotary angles from a global time index, the same constants for every rank and every chunk.
+"""Causal-RoPE SP tables: rotary angles from a global time index, constant for every rank and every chunk.
 
-A token's row is concat(temporal[first_frame + frame in chunk], spatial[y, x]); only the temporal part depends on the chunk
-(design section 5, model_spec section 4). Built in float64, kept in float32.
+The angles of a token are concat(temporal[first_frame + frame in chunk], spatial[y, x]); only the temporal part depends on the
+chunk (design section 5, model_spec section 4). They are computed in float64 and stored in float32.
 """
 
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ from causalrt.layout import Layout
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """Channel pairs of a head that rotate by time, by row and by column: (22, 21, 21) for head_dim 128."""
+    """Return how many channel pairs of a head rotate by time, row and column: (22, 21, 21) for head_dim 128."""
     spatial = head_dim // 6
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
 def angles(positions: npt.ArrayLike, pairs: int) -> npt.NDArray[np.float64]:
-    """`[len(positions), pairs]`: position times 10000^(-j / pairs); the divisor is the axis' own width."""
+    """Return `[len(positions), pairs]`: position times 10000^(-j / pairs), where `pairs` is the axis' own number of pairs."""
     frequencies = 10000.0 ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
     return np.outer(np.asarray(positions, dtype=np.float64), frequencies)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeTables:
-    """Constants of the step graph; P ranks, S local tokens, pairs per axis pt, py, px.
+    """Constants of the step graph, for P ranks, S local tokens, and pt, py, px pairs per axis.
 
     Attributes:
-        temporal: `[horizon, pt]` angles by global time index.
-        spatial: `[P, S, py + px]` angles by the token's row and column.
-        frame_in_chunk: `[P, S]`, int64; padding tokens repeat the chunk's last token.
+        temporal: angles by global time index, `[horizon, pt]`.
+        spatial: angles by the token's row and column, `[P, S, py + px]`.
+        frame_in_chunk: frame of each token within the chunk, `[P, S]` int64; padding tokens repeat the chunk's last token.
     """
 
     temporal: npt.NDArray[np.float64]
@@ -41,7 +41,7 @@ class RopeTables:
     frame_in_chunk: npt.NDArray[np.int64]
 
     def constants(self) -> dict[str, torch.Tensor]:
-        """The tables as the tensors that a step graph folds in."""
+        """Return the tables as tensors that a step graph holds as constants."""
         named = {
             f"{axis}_{name}": torch.from_numpy(function(table)).float()
             for axis, table in (("temporal", self.temporal), ("spatial", self.spatial))
@@ -51,7 +51,7 @@ class RopeTables:
 
 
 def rope_tables(config: Config, layout: Layout) -> RopeTables:
-    """Tables for every rank of `layout`; (frame, y, x) come from the global token index, never from a rank's offset."""
+    """Compute the tables for every rank of `layout`; (frame, y, x) follow from the global token index, not a rank's offset."""
     pt, py, px = axis_pairs(config.model.head_dim)
     padded = np.arange(layout.world_size * layout.local_tokens).reshape(layout.world_size, layout.local_tokens)
     token = np.minimum(padded, layout.num_tokens - 1)

@@ -1,10 +1,11 @@
-"""One chunk step on one rank: the module that the eager executor runs and that the exporter traces.
+"""One chunk step on one rank: the module that the eager executor runs and the exporter traces.
 
     x [S, 64] -> embed -> layers x { qkv, norm, rotate -> scatter_heads -> kv_attention -> gather_heads -> o,
                                      cross-attention, feed-forward } -> head -> flow [S, 64]
 
-What meets other rows is handed in as `StepOps`: eager calls real collectives and writes the KV slots in place; a trace
-records functional ops. Shapes as in `wan.py`; KV tensors are `[1, rows, heads * D]`, one pair for each layer and shard.
+Operations that involve other rows are passed in as `StepOps`: eager uses real collectives and writes the KV slots in place; a
+trace records functional ops. Shape letters are those of `transformer.py`; KV tensors are `[1, rows, heads * D]`, one pair for
+each layer and shard.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,15 +24,15 @@ from causalrt.model.wan.transformer import AttentionWeights, Wan
 
 KVPair = tuple[torch.Tensor, torch.Tensor]
 KVTensors = Sequence[Sequence[KVPair]]
-"""By layer, by shard: (k, v)."""
+"""Pairs (k, v) by layer and shard."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOps:
-    """How rows meet: the exchange between ranks, rotation, and the attentions (signatures: `causalrt.plugins`).
+    """The operations that involve other rows: the exchange between ranks, rotation and attention (see `causalrt.plugins`).
 
-    `kv_attention_whole` is wanted only where the slots are bound whole. `fused`, if given, replaces rotation, packing, exchange
-    order and self-attention by two ops.
+    `kv_attention_whole` is needed only where whole slots are bound. `fused`, if given, replaces rotation, packing, the
+    exchange's order and self-attention by two ops.
     """
 
     all_to_all: Callable[[torch.Tensor], torch.Tensor]
@@ -53,9 +54,9 @@ class StepOps:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedOps:
-    """The two ops that a layer's self-attention is made of (signatures: `causalrt.plugins`).
+    """The two ops that make up the self-attention of a layer (signatures: `causalrt.plugins`).
 
-    The second returns its output, and the slots with the chunk written.
+    The second returns its output and the slots, with the current chunk written.
     """
 
     qk_norm_rope: Callable[..., torch.Tensor]
@@ -66,9 +67,9 @@ class Rotation(NamedTuple):
     """The rotary tables of one step.
 
     Attributes:
-        cos: `[1, S, D / 2]`, of the rank's rows, which are turned before the exchange.
+        cos: `[1, S, D / 2]`, for the rank's rows, which are rotated before the exchange.
         sin: `[1, S, D / 2]`.
-        on_read: rank, cos and sin `[W * T, D / 2]` by slot row, where attention turns queries and keys instead; or empty.
+        on_read: rank, cos and sin `[W * T, D / 2]` by slot row, if attention rotates queries and keys instead; empty otherwise.
     """
 
     cos: torch.Tensor
@@ -77,7 +78,7 @@ class Rotation(NamedTuple):
 
 
 class HeadExchange(nn.Module):
-    """The two all-to-alls of a layer, and nothing else. One rank exchanges nothing and copies nothing."""
+    """The two all-to-alls of a layer, without any arithmetic. A single rank exchanges and copies nothing."""
 
     scatter_index: torch.Tensor
     gather_index: torch.Tensor
@@ -98,11 +99,11 @@ class HeadExchange(nn.Module):
             )
 
     def swap_blocks(self, sent: torch.Tensor) -> torch.Tensor:
-        """`[P, rows, D]` -> `[P, rows, D]`, block p to and from rank p; nothing to do on one rank."""
+        """Exchange `[P, rows, D]` -> `[P, rows, D]`, block p to and from rank p; a single rank returns its input."""
         return sent if self.layout.world_size == 1 else self.all_to_all(sent)
 
     def own_rows(self, returned: torch.Tensor) -> torch.Tensor:
-        """What the ranks sent back `[P, gather_rows, D]` -> `[S, H*D]`, this rank's tokens with all heads."""
+        """Reorder the returned rows `[P, gather_rows, D]` to `[S, H*D]`, this rank's tokens with all heads."""
         rows = returned.view(-1, self.head_dim)
         if self.layout.world_size > 1:
             rows = rows.index_select(0, self.gather_index)
@@ -111,9 +112,11 @@ class HeadExchange(nn.Module):
     def scatter_heads(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """`[1, S, H*D]` x 3 -> for each shard q `[1, P*query_rows, h*D]`, k and v `[1, N, h*D]`; one collective.
+        """Exchange `[1, S, H*D]` x 3 in one collective.
 
-        Every rank calls it, in layer order; all blocks have the same size.
+        Returns for each shard q `[1, P*query_rows, h*D]`, and k and v `[1, N, h*D]`.
+
+        Every rank calls it, in layer order. All blocks have the same size.
         """
         if self.layout.world_size == 1:
             return [(q, k, v)]
@@ -133,7 +136,7 @@ class HeadExchange(nn.Module):
         return shards
 
     def gather_heads(self, outputs: list[torch.Tensor]) -> torch.Tensor:
-        """For each shard `[1, P*query_rows, h*D]` -> `[1, S, H*D]`, this rank's tokens with all heads; one collective."""
+        """Exchange `[1, P*query_rows, h*D]` of each shard in one collective; return this rank's tokens, `[1, S, H*D]`."""
         if self.layout.world_size == 1:
             return outputs[0]
         ranks = self.layout.world_size
@@ -145,8 +148,8 @@ class HeadExchange(nn.Module):
 class ChunkStep(nn.Module):
     """One forward of the transformer over a rank's rows of one chunk at one noise level.
 
-    The rotary tables and packing indices are constants; `rank` and `first_frame` are inputs, so one graph serves every
-    rank and every chunk. With `video.time_index=relative`, the slots keep keys as they were normalised.
+    The rotary tables and packing indices are constants, whereas `rank` and `first_frame` are inputs, so one graph serves every
+    rank and every chunk. With `video.time_index=relative`, the slots hold normalised but unrotated keys.
     """
 
     frame_in_chunk: torch.Tensor
@@ -193,18 +196,19 @@ class ChunkStep(nn.Module):
         """Predict the flow of the rank's rows.
 
         Args:
-            x: `[S, 64]`, noisy rows in token order.
-            e: `[C]`, time embedding.
-            e0: `[6, C]`, its projection.
-            rank: `[1]` int64.
-            first_frame: `[1]` int64, frame of the video at which the chunk begins; with `video.time_index=relative`, frames of
-                history.
-            kv: filled prefix of the KV slots; its first N rows are staging, and are written.
-            cross_kv: per layer (k, v), `[1, text_len, C]`.
-            kv_rows: `[1]` int64, filled rows: where `kv` holds the slots whole, `[1, heads, W * T, D]`, and for fused ops.
+            x: noisy rows in token order, `[S, 64]`.
+            e: time embedding, `[C]`.
+            e0: projection of the time embedding, `[6, C]`.
+            rank: number of this rank, `[1]` int64.
+            first_frame: `[1]` int64, frame of the video at which the chunk begins; with `video.time_index=relative`, number of
+                frames of history.
+            kv: filled prefix of the KV slots; its first N rows are staging, to which the step writes.
+            cross_kv: (k, v) of each layer, `[1, text_len, C]`.
+            kv_rows: `[1]` int64, number of filled rows; needed if `kv` holds whole slots, `[1, heads, W * T, D]`, and by fused
+                ops.
 
         Returns:
-            flow `[S, 64]`, and the KV slots with the chunk written.
+            The flow `[S, 64]`, and the KV slots with the current chunk written.
         """
         rotation = self.rotations(rank, first_frame)
         x = self.wan.patch_embedding(x)
@@ -221,13 +225,13 @@ class ChunkStep(nn.Module):
         return self.wan.head(x, e), written
 
     def rotations(self, rank: torch.Tensor, first_frame: torch.Tensor) -> Rotation:
-        """What is turned before the exchange, and when slots are read; one of the two does nothing."""
+        """Return the angles for rotation before the exchange and on reading the slots; only one of the two is used."""
         if self.relative_rope is None:
             return Rotation(*self.rotation(rank, first_frame), on_read=[])
         return Rotation(self.unit_cos, self.unit_sin, on_read=[rank, *self.relative_rope(first_frame)])
 
     def rotation(self, rank: torch.Tensor, first_frame: torch.Tensor) -> KVPair:
-        """(cos, sin), `[1, S, D / 2]` each, of the rank's tokens at their global time index."""
+        """Return (cos, sin), `[1, S, D / 2]` each, of the rank's tokens at their global time index."""
         frames = self.frame_in_chunk.index_select(0, rank)[0] + first_frame
         cos, sin = (
             torch.cat([temporal.index_select(0, frames)[None], spatial.index_select(0, rank)], dim=-1)
@@ -246,7 +250,7 @@ class ChunkStep(nn.Module):
         kv: Sequence[KVPair],
         kv_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[KVPair]]:
-        """`[S, C]` -> `[S, C]`: rotate locally, then each shard attends for its heads and rows."""
+        """Map `[S, C]` to `[S, C]`: rotate locally, then compute attention shard by shard, each for its heads and rows."""
         if self.ops.fused is not None:
             return self.fused_self_attention(self.ops.fused, weights, y, rotation, kv, kv_rows)
         cos, sin, _ = rotation
@@ -275,7 +279,7 @@ class ChunkStep(nn.Module):
         kv: Sequence[KVPair],
         kv_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[KVPair]]:
-        """The same by two ops; `kv_rows` is wanted however the slots are bound."""
+        """Compute `self_attention` by two fused ops, which need `kv_rows` however the slots are bound."""
         assert kv_rows is not None
         exchange, shards = self.exchange, self.layout.shards
         norms = (weights.norm_q.weight, weights.norm_k.weight)
@@ -292,7 +296,7 @@ class ChunkStep(nn.Module):
         return weights.o(exchange.own_rows(exchange.swap_blocks(attended))), pairs
 
     def cross_attention(self, weights: AttentionWeights, y: torch.Tensor, kv: KVPair) -> torch.Tensor:
-        """`[S, C]` -> `[S, C]` over all text rows, padding rows included; local, for text is on every rank."""
+        """Map `[S, C]` to `[S, C]` over all text rows, including padding; it is local, since every rank holds the text."""
         q = weights.norm_q(weights.q(y))[None]
         out: torch.Tensor = weights.o(self.ops.attention(q, *kv, self.num_heads).squeeze(0))
         return out

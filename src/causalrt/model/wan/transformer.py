@@ -1,8 +1,8 @@
-"""The causal Wan transformer: parameters under the reference's names, and the parts that the three graphs are made of.
+"""The causal Wan transformer: parameters under the reference's names, and the components of the three graphs.
 
 Shape letters: S local tokens, C channels (heads x D), T text rows, H heads, D channels of a head. Rows are `[S, C]`.
-Two weights are stored reshaped (export/checkpoint.py): `patch_embedding` as a matrix over the token's 64 features, and
-`head.head` with its rows in the token's own feature order, so that a chunk stays in token order from noise to latents.
+Two weights are stored in another shape (export/checkpoint.py): `patch_embedding` as a matrix over the token's 64 features, and
+`head.head` with its rows in the order of the token's features, so that a chunk stays in token order from noise to latents.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from causalrt.config import ModelConfig
 
 
 def sinusoid(timestep: float, freq_dim: int) -> torch.Tensor:
-    """`[freq_dim]` float64: cos half, then sin half, of t * 10000^(-i / half) (model_spec section 2)."""
+    """Return `[freq_dim]` float64: cos half, then sin half, of t * 10000^(-i / half) (model_spec section 2)."""
     half = freq_dim // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     return torch.cat([torch.cos(timestep * frequencies), torch.sin(timestep * frequencies)])
@@ -30,12 +30,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_SC: torch.Tensor) -> torch.Tensor:
-        """`[S, C]` -> `[S, C]`."""
+        """Normalise `[S, C]`."""
         return F.rms_norm(x_SC, self.weight.shape, self.weight, self.eps)
 
 
 class AttentionWeights(nn.Module):
-    """Projections of one attention; how rows meet each other is the caller's affair."""
+    """Projections of one attention; the caller computes the attention itself."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -64,12 +64,12 @@ class Block(nn.Module):
 
 
 def modulate(x_SC: torch.Tensor, shift_1C: torch.Tensor, scale_1C: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm without affine, then scale and shift by the timestep's vectors."""
+    """Apply LayerNorm without affine parameters, then scale and shift by the timestep's vectors."""
     return F.layer_norm(x_SC, x_SC.shape[-1:], eps=eps) * (1 + scale_1C) + shift_1C
 
 
 class Head(nn.Module):
-    """Output projection; its modulation is added to the time embedding itself, not to its projection."""
+    """Output projection. Its modulation is added to the time embedding itself, not to the embedding's projection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Head(nn.Module):
         self.eps = config.eps
 
     def forward(self, x_SC: torch.Tensor, e_C: torch.Tensor) -> torch.Tensor:
-        """`[S, C]`, e `[C]` -> `[S, 64]`."""
+        """Map rows `[S, C]` and the time embedding `[C]` to `[S, 64]`."""
         shift_1C, scale_1C = (self.modulation + e_C).unbind(1)
         out: torch.Tensor = self.head(modulate(x_SC, shift_1C, scale_1C, self.eps))
         return out
@@ -108,13 +108,13 @@ class Wan(nn.Module):
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Parameters of the model."""
+    """Return the number of parameters of the model."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Wan(config).parameters())
 
 
 def wan_from_weights(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Wan:
-    """The model over `weights` (as written by `write_weights`), shared and not copied, ready for inference."""
+    """Make the model over `weights` (as written by `write_weights`), which are shared and not copied, ready for inference."""
     with torch.device("meta"):
         model = Wan(config)
     model.load_state_dict(weights, assign=True)
@@ -122,27 +122,27 @@ def wan_from_weights(config: ModelConfig, weights: dict[str, torch.Tensor]) -> W
 
 
 class PromptGraph(nn.Module):
-    """Text rows to the cross-attention keys and values of every layer; run once a prompt."""
+    """Maps text rows to the cross-attention keys and values of every layer; run once per prompt."""
 
     def __init__(self, wan: Wan) -> None:
         super().__init__()
         self.wan = wan
 
     def forward(self, text_TE: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """`[text_len, text_dim]`, zero rows included -> per layer (k, v), `[1, text_len, C]` each."""
+        """Map `[text_len, text_dim]`, zero rows included, to (k, v) of each layer, `[1, text_len, C]` each."""
         context_TC = self.wan.text_embedding(text_TE)
         attentions = [block.cross_attn for block in self.wan.layers()]
         return [(a.norm_k(a.k(context_TC))[None], a.v(context_TC)[None]) for a in attentions]
 
 
 class TimeGraph(nn.Module):
-    """Sinusoid of one timestep to e and e0; run once for each step of the schedule."""
+    """Maps the sinusoid of a timestep to e and e0; run once for each step of the schedule."""
 
     def __init__(self, wan: Wan) -> None:
         super().__init__()
         self.wan = wan
 
     def forward(self, sinusoid_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[freq_dim]` -> e `[C]` and e0 `[6, C]` (shift1, scale1, gate1, shift2, scale2, gate2)."""
+        """Map `[freq_dim]` to e `[C]` and e0 `[6, C]` (shift1, scale1, gate1, shift2, scale2, gate2)."""
         e_C = self.wan.time_embedding(sinusoid_Q[None])
         return e_C[0], self.wan.time_projection(e_C).unflatten(-1, (6, -1))[0]
