@@ -63,8 +63,8 @@ def build(
 ) -> Path:
     """Compile a checkpoint into a bundle.
 
-    `tensorrt` builds its engines on the GPU that will run them. Without a GPU, the bundle is written without these engines, with
-    a warning, and `finish_build` adds them on the machine that has the GPU. Other executors can run the bundle as it is.
+    `tensorrt` builds its engines on the GPU that will run them. Without a GPU, the bundle is written without these engines,
+    with a warning, and `finish_build` adds them on the machine that has the GPU. Other executors can run the bundle as it is.
 
     Args:
         config: config of a recipe, with overrides applied.
@@ -76,11 +76,11 @@ def build(
         frontend: the front end that turns the traced step into a TensorRT network.
         timing_cache: file with TensorRT's measured kernel times, read and written; by default a file in the user's cache.
         fused_ops: whether self-attention uses the fused ops: plugins for TensorRT, functions of standard ops for onnxruntime,
-            and the default of eager and inductor, which `load` can override. `auto` is on if `video.time_index` is relative (for
-            TensorRT as standard ops), and otherwise off, because they have not been measured on any GPU yet.
+            and the default of eager and inductor, which `load` can override. `auto` is on if `video.time_index` is relative
+            (for TensorRT as standard ops), and otherwise off, because they have not been measured on any GPU yet.
         vae: Wan2.1's VAE, in its own or the diffusers layout (file or folder), or the file of a cosine transform
             (`model/codecs/block_dct.py`), for a bundle that outputs pixels; None for latents.
-        prepare: whether to leave all TensorRT engines to `finish_build` even if this machine has a GPU (such as a different one).
+        prepare: whether to leave all TensorRT engines to `finish_build` even if this machine has a GPU.
         overwrite: whether to replace an existing bundle.
         on_progress: called at the start and the end of each stage.
 
