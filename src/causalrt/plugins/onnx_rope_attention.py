@@ -1,7 +1,7 @@
 """The ONNX form of `causalrt::rope_attention`: standard ops of opset 24, for a runtime without plugins.
 
-There is one Attention per shard, as in the unfused graph. Slots `[1, rows, heads * D]` are attended to entirely, so they must have
-`kv_rows` rows. For slots `[1, heads, rows, D]`, `kv_rows` is Attention's `nonpad_kv_seqlen`, and unfilled rows must
+There is one Attention per shard, as in the unfused graph. Slots `[1, rows, heads * D]` are attended to entirely, so they must
+have `kv_rows` rows. For slots `[1, heads, rows, D]`, `kv_rows` is Attention's `nonpad_kv_seqlen`, and unfilled rows must
 be finite.
 """
 
