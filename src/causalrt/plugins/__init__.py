@@ -1,4 +1,4 @@
-"""Fused and custom ops: for each, the torch op with its eager reference, and its ONNX form.
+"""Fused and custom ops: each has a torch op with an eager reference, and an ONNX form.
 
-Importing a module of this package registers its op; every op lives in exactly one module.
+Importing a module of this package registers its op; every op is defined in exactly one module.
 """

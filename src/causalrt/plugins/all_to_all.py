@@ -1,7 +1,7 @@
 """`causalrt::all_to_all`: the exchange of equal blocks, as an op that marks where the step graph is cut.
 
-It has no computation of its own: a traced graph only carries it, the lowering replaces it (by a cut between segments, or by
-TensorRT's DistCollective), and the eager executor never calls it.
+The op cannot be executed. It appears only in traced graphs, where the lowering replaces it by a cut between segments or by
+TensorRT's DistCollective; the eager executor never calls it.
 """
 
 from typing import Any
@@ -26,5 +26,5 @@ def _(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def onnx_all_to_all(op: Any, blocks: Any) -> Any:
-    """ONNX form: an op of our own domain, gone before anything runs the graph."""
+    """ONNX form: an op of our own domain, which is replaced before the graph is executed."""
     return op.AllToAll(blocks)

@@ -1,12 +1,12 @@
-"""One launch of a Triton kernel as data: what torch launches, the interpreter runs and `ptx.py` compiles ahead of time.
+"""A Triton kernel launch as data: torch launches it, the interpreter runs it, or `ptx.py` compiles it ahead of time.
 
-The plan of a kernel (`*_launch.plan`) derives it from shapes and types alone; no tensor, no device::
+The plan of a kernel (`*_launch.plan`) derives the launch from shapes and types alone, without tensors or a device::
 
     plan(shapes, types) -> KernelLaunch --+-> run(tensors)                         CUDA, or Triton's interpreter
                                           +-> ptx.compile_kernel(launch, target)   PTX, for a plugin of an engine
 
-This module does not import Triton, so that the ops can be registered where it is missing; `require_triton` comes before the
-import of a plan or a kernel.
+This module does not import Triton, so that the ops can be registered without it; call `require_triton` before importing a plan
+or a kernel.
 """
 
 import functools
@@ -31,7 +31,7 @@ TRITON_TYPES = {
     torch.int64: "i64",
 }
 MAX_PLANS = 1024
-"""Plans that an op keeps: one for each number of KV rows, kind of step and device, and more than any bundle has."""
+"""Maximum number of plans that an op caches: one per number of KV rows, kind of step and device; no bundle needs more."""
 
 
 def require_triton() -> None:
@@ -48,7 +48,7 @@ def require_triton() -> None:
 
 
 def require_triton_launches() -> None:
-    """Raise unless Triton can launch kernels on a GPU; it compiles a launcher in C for that.
+    """Raise unless Triton can launch kernels on a GPU, for which it compiles a launcher in C.
 
     Raises:
         KernelError: Triton is not installed.
@@ -71,14 +71,14 @@ def c_compiler() -> str | None:
 
 
 launches_checked = functools.cache(require_triton_launches)
-"""A launch must not search the folders of PATH; an error is not kept, so a compiler installed later is found."""
+"""Cached so that launches do not search PATH; errors are not cached, so a compiler installed later is found."""
 
 
 def pointer_to(dtype: torch.dtype) -> str:
-    """Triton's name of a pointer to `dtype`: `*bf16`.
+    """Triton's name of a pointer to `dtype`, such as `*bf16`.
 
     Raises:
-        KernelError: our kernels do not take `dtype`.
+        KernelError: our kernels do not support `dtype`.
     """
     if dtype not in TRITON_TYPES:
         raise KernelError(f"no kernel takes {dtype}: convert to one of {', '.join(map(str, TRITON_TYPES))}")
@@ -86,21 +86,21 @@ def pointer_to(dtype: torch.dtype) -> str:
 
 
 def is_interpreted(kernel: Any) -> bool:
-    """Whether a `triton.jit` function is one for the interpreter: TRITON_INTERPRET=1 was set when it was defined."""
+    """Whether a `triton.jit` function is interpreted, because TRITON_INTERPRET=1 was set when it was defined."""
     return type(kernel).__name__ == "InterpretedFunction"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelLaunch:
-    """A kernel with everything that a launch fixes but the addresses.
+    """A kernel with everything that a launch needs except the addresses.
 
     Attributes:
         kernel: the `triton.jit` function.
-        signature: its run-time arguments, in order, each with Triton's name of its type (`*bf16`, `i32`, `fp32`).
-        constexprs: its compile-time arguments; None for a run-time one that this launch does without.
-        grid: programs along x, y and z.
-        num_warps: warps of a program.
-        num_stages: depth of its software pipelines.
+        signature: the kernel's run-time arguments, in order, with Triton's names of their types (`*bf16`, `i32`, `fp32`).
+        constexprs: the kernel's compile-time arguments, and None for each run-time argument that this launch omits.
+        grid: number of programs along x, y and z.
+        num_warps: number of warps per program.
+        num_stages: depth of the kernel's software pipelines.
     """
 
     kernel: Any
@@ -116,16 +116,17 @@ class KernelLaunch:
         assert set(self.constexprs) <= set(names), self.constexprs
 
     def run(self, *arguments: torch.Tensor | int | float) -> None:
-        """Launch on CUDA tensors; interpret on CPU tensors, in a process that was started with TRITON_INTERPRET=1.
+        """Launch on CUDA tensors, or interpret on CPU tensors in a process that was started with TRITON_INTERPRET=1.
 
-        The launch is on the tensors' device, whichever is the current one, and on that device's current stream.
+        The kernel is launched on the tensors' device, even if it is not the current one, and on that device's current stream.
 
         Args:
-            *arguments: as in `signature`. A tensor is handed over as its address: shape and strides are the plan's affair.
+            *arguments: run-time arguments as in `signature`. Tensors are passed by address; the plan determines shapes and
+                strides.
 
         Raises:
-            KernelError: tensors on a CPU in a process that does not interpret, or on several devices.
-            ExecutorError: the launch needs a C compiler, and there is none.
+            KernelError: the tensors are on a CPU in a process that does not interpret, or on several devices.
+            ExecutorError: the launch requires a C compiler, and none was found.
         """
         devices = {argument.device for argument in arguments if isinstance(argument, torch.Tensor)}
         on: AbstractContextManager[object] = nullcontext()

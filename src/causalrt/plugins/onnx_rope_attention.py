@@ -1,7 +1,8 @@
-"""The ONNX form of `causalrt::rope_attention`: standard ops of opset 24, for a runtime that has no plugin.
+"""The ONNX form of `causalrt::rope_attention`: standard ops of opset 24, for a runtime without plugins.
 
-One Attention for each shard, as the unfused graph has it. Token by token, the whole view is attended to, so its rows must be
-`kv_rows`; heads slow, `kv_rows` is Attention's `nonpad_kv_seqlen`, and unfilled rows must be finite.
+There is one Attention per shard, as in the unfused graph. Slots `[1, rows, heads * D]` are attended to entirely, so they must
+have `kv_rows` rows. For slots `[1, heads, rows, D]`, `kv_rows` is Attention's `nonpad_kv_seqlen`, and unfilled rows must
+be finite.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def onnx_rope_attention(
     splits: Sequence[int],
     num_tokens: int,
 ) -> list[Any]:
-    """`rope_attention` in standard ops; arguments and results are the op's."""
+    """`rope_attention` in standard ops, with the same arguments and results as the op."""
     shape = [int(size) for size in received.shape]
     blocks = blocks_from_shares(shape, num_tokens=num_tokens, num_heads=num_heads, splits=splits)
     outputs, written = [], []
@@ -50,7 +51,7 @@ def onnx_rope_attention(
 
 
 def _shard_parts(op: Any, received: Any, blocks: ShardBlocks, shard: ShardRows, *, whole: bool) -> list[Any]:
-    """q, k and v of a shard in the form of the slots, padding tokens dropped."""
+    """Extract q, k and v of a shard, without padding tokens, in the layout of the slots."""
 
     def sliced(x: Any, axis: int, start: int, stop: int) -> Any:
         bounds = (op.Constant(value_ints=[value]) for value in (start, stop, axis))
@@ -74,7 +75,7 @@ def _shard_parts(op: Any, received: Any, blocks: ShardBlocks, shard: ShardRows, 
 def _tables(
     op: Any, rotation: Sequence[Any], blocks: ShardBlocks, shard: ShardRows, *, filled_rows: Any | None
 ) -> tuple[list[Any], list[Any]]:
-    """(cos, sin) of the query rows, and of the slot rows, `[1, rows, D / 2]`: of all of them, or of the filled ones."""
+    """(cos, sin) `[1, rows, D / 2]` of the query rows, and of the slot rows (only of the filled ones if given)."""
     rank, *tables = rotation
 
     def constant(values: torch.Tensor | int) -> Any:
@@ -93,7 +94,7 @@ def _tables(
 
 
 def _rotate(op: Any, x: Any, tables: Sequence[Any], shard: ShardRows, dtype: Any, *, whole: bool) -> Any:
-    """The standard RotaryEmbedding, in float32 whatever the precision around it."""
+    """Apply the standard RotaryEmbedding in float32, independent of the precision of `x`."""
     float32 = dtype == FLOAT32
     heads = {} if whole else {"num_heads": shard.num_heads}
     rotated = op.RotaryEmbedding(x if float32 else op.Cast(x, to=FLOAT32), *tables, interleaved=1, **heads)

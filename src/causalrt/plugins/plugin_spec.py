@@ -1,4 +1,4 @@
-"""Declaration of a TensorRT plugin as data: its tensors, attributes and launch, checked when it is made."""
+"""Declaration of a TensorRT plugin as data: its tensors, attributes and launch, validated on construction."""
 
 import keyword
 from collections.abc import Callable, Mapping, Sequence
@@ -12,24 +12,24 @@ from causalrt.plugins.kernel_launch import KernelLaunch, pointer_to
 
 ATTRIBUTE_TYPES = (int, float)
 RESERVED_NAMES = frozenset({"aot", "outputs", "stream", "tactic"})
-"""Names that have a meaning of their own: `aot` to TensorRT's ONNX parser, the others to its plugin functions."""
+"""Names with a special meaning: `aot` to TensorRT's ONNX parser, the others to its plugin functions."""
 
 Attributes = Mapping[str, Any]
 Dims = Mapping[str, Sequence[Any]]
 """Dimensions of each input: numbers, or symbols that support `+ - * //` as the left operand."""
 
 Tensors = Mapping[str, torch.Tensor]
-"""Tensors without data (device `meta`): shapes and types."""
+"""Tensors without data (device `meta`), which carry only shapes and types."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputSpec:
-    """An output with memory of its own, not an input that is written in place.
+    """An output with its own memory, as opposed to an input that is written in place.
 
     Attributes:
         name: name of the kernel's parameter.
-        dtype: function that gives its type from the types of the inputs and the attributes.
-        shape: function that gives its dimensions from those of the inputs and the attributes.
+        dtype: function that computes the output's type from the types of the inputs and the attributes.
+        shape: function that computes the output's dimensions from those of the inputs and the attributes.
     """
 
     name: str
@@ -45,13 +45,13 @@ class PluginSpec:
         name: name without the namespace.
         inputs: names of the kernel's first parameters.
         outputs: the kernel's other parameters.
-        in_place: inputs that are outputs too; they come after `outputs`.
+        in_place: inputs that are also outputs; they follow `outputs`.
         attributes: names and types, in the order in which TensorRT passes them.
         launch: function that plans the launch from inputs, attributes, compute capability and tactic.
-        tactics: positive numbers of its variants, of which TensorRT takes the fastest; empty if there is only one.
+        tactics: positive numbers of the kernel's variants, of which TensorRT uses the fastest; empty if there is only one.
 
     Raises:
-        KernelError: TensorRT would refuse the plugin.
+        KernelError: TensorRT would reject the plugin.
     """
 
     name: str
@@ -85,21 +85,21 @@ class PluginSpec:
 
     @property
     def num_outputs(self) -> int:
-        """Number of outputs, those written in place included."""
+        """Number of outputs, including those written in place."""
         return len(self.outputs) + len(self.in_place)
 
     def plan(self, inputs: Tensors, attributes: Attributes, capability: int, tactic: int = 0) -> KernelLaunch:
         """Plan the launch, whose parameters are the inputs and then `outputs`.
 
         Args:
-            inputs: by name.
-            attributes: by name.
+            inputs: input tensors by name.
+            attributes: attribute values by name.
             capability: compute capability, such as 80.
-            tactic: one of `tactics`; 0 if there are none, or for the first.
+            tactic: one of `tactics`, or 0 for the first or only one.
 
         Raises:
-            OperandError: shapes or types do not fit together.
-            KernelError: the kernel does not take them.
+            OperandError: shapes or types are inconsistent.
+            KernelError: the kernel does not support them.
         """
         launch = self.launch(inputs, attributes, capability, tactic)
         assert list(launch.signature) == [*self.inputs, *(output.name for output in self.outputs)], launch.signature

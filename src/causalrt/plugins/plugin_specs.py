@@ -7,9 +7,9 @@
 | `rope_attention_split_N` | the same                                                      | parts, log_sums, the slots    |
 | `combine_splits`         | parts, log_sums                                               | out                           |
 
-A plugin has one kernel and a fixed number of tensors, so each number of shards is a plugin of its own, and where the keys are
-split into ranges, combining their results is another. KV slots are bound whole, `[1, heads, rows, D]`, and written in place;
-rotation comes before. Tensors have the names and the order of the kernel's parameters.
+A plugin has one kernel and a fixed number of tensors. Therefore each number of shards has its own plugin, and combining the
+results of key ranges is a separate plugin. KV slots are bound whole, `[1, heads, rows, D]`, and written in place; the attention
+plugins expect rotated queries and keys. Tensors have the names and the order of the kernel's parameters.
 
 `tensorrt_plugin` derives plugin classes from these specs and registers them in the namespace `causalrt`.
 """
@@ -26,10 +26,10 @@ from causalrt.plugins.qk_norm_rope import check_operands as check_qk_norm_rope
 from causalrt.plugins.shard_blocks import MAX_SHARDS, blocks_from_shares
 
 DTYPE_FROM_ONNX = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}
-"""Types that `combine_splits` can be asked for, by their number in ONNX."""
+"""Output types that `combine_splits` supports, by their ONNX number."""
 
 LARGE_TILES, SMALL_TILES = 1, 2
-"""Tactics of the attention plugins. The small tiles fit into the shared memory that every kernel may take: if TensorRT launches
+"""Tactics of the attention plugins. The small tiles fit into the shared memory that every kernel may use: if TensorRT launches
 plugins without raising that limit, the large tiles fail when they are timed, and the small ones remain."""
 
 

@@ -1,13 +1,13 @@
-"""Ahead-of-time compilation of our Triton kernels: a launch plan to PTX for a GPU architecture, with no GPU at hand.
+"""Ahead-of-time compilation of our Triton kernels: compiles a launch plan to PTX for a GPU architecture, without a GPU.
 
     KernelLaunch, target --> cache by content hash --hit--> CompiledKernel
                                      | miss
                                      +--> triton.compile -> PTX --> ptxas -v -> registers, spills --> cache
 
-The PTX takes the run-time arguments of the launch's signature in order, and nothing else: the two scratch pointers that
-Triton adds for kernels that want them are taken off, so that an engine launches the kernel with exactly what it declares.
-Pointers are assumed to be aligned to 16 bytes, as whole tensors are. What the assembler says holds for the assembler that
-Triton ships; a driver that translates the PTX anew may allot registers differently.
+The PTX kernel takes exactly the run-time arguments of the launch's signature, in order: the two scratch pointers that Triton
+appends are removed, so that an engine launches the kernel with exactly the arguments that it declares. Pointers are assumed to
+be aligned to 16 bytes, as whole tensors are. The reported registers and spills are those of the assembler that Triton ships; a
+driver that recompiles the PTX may allocate registers differently.
 """
 
 import contextlib
@@ -32,29 +32,29 @@ from causalrt.user_cache import cache_folder
 logger = logging.getLogger(__name__)
 
 PTX_VERSIONS = {80: 80, 90: 80, 120: 87}
-"""By compute capability (A100 and A800, H100 and its kin, RTX Blackwell), ten times the version of PTX to write: an old one
-that has all that is wanted there, since a driver refuses PTX that is newer than itself. Elsewhere it is Triton's newest."""
+"""Ten times the PTX version to emit, by compute capability (A100 and A800, H100 and its relatives, RTX Blackwell). It is an old
+version with all required features, because a driver rejects PTX newer than itself. Others get Triton's newest version."""
 
 TARGETS = tuple(PTX_VERSIONS)
 
 POINTER_ALIGNMENT_BYTES = 16
 
 ASSEMBLER_S = 120.0
-"""How long the assembler may take for a kernel, which takes it a second or two."""
+"""Timeout in seconds of the assembler, which normally takes a second or two per kernel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompiledKernel:
-    """A kernel as an engine embeds it.
+    """A compiled kernel, as embedded in an engine.
 
     Attributes:
         name: entry point in the PTX.
         target: compute capability, 80 for sm_80.
-        ptx: its text.
-        num_warps: warps of a program: threads of a block / 32.
-        shared_bytes: dynamic shared memory of a program.
-        registers: registers of a thread.
-        spill_bytes: bytes of registers that a thread stores to and loads from local memory.
+        ptx: text of the PTX.
+        num_warps: number of warps per program, which is the number of threads per block / 32.
+        shared_bytes: bytes of dynamic shared memory per program.
+        registers: number of registers per thread.
+        spill_bytes: bytes of register spills that a thread stores to and loads from local memory.
     """
 
     name: str
@@ -72,15 +72,15 @@ def default_cache() -> Path:
 
 
 def compile_kernel(launch: KernelLaunch, *, target: int, cache: Path) -> CompiledKernel:
-    """Compile the kernel of `launch`, or take it from `cache`.
+    """Compile the kernel of `launch`, or load it from `cache`.
 
     Args:
-        launch: what to compile; its grid does not matter.
+        launch: the launch whose kernel to compile; its grid does not matter.
         target: compute capability, such as one of `TARGETS`.
-        cache: folder of compiled kernels, made where it is missing; `default_cache()` is the usual one.
+        cache: folder of compiled kernels, usually `default_cache()`; it is created if it is missing.
 
     Raises:
-        KernelError: no Triton here, a process that interprets kernels, or a kernel that Triton or its assembler refuses.
+        KernelError: Triton is not installed, the process interprets kernels, or Triton or its assembler rejects the kernel.
     """
     kept = cached_kernel(launch, target=target, cache=cache)
     if kept is not None:
@@ -103,15 +103,15 @@ def compile_kernel(launch: KernelLaunch, *, target: int, cache: Path) -> Compile
 
 
 def cached_kernel(launch: KernelLaunch, *, target: int, cache: Path) -> CompiledKernel | None:
-    """`compile_kernel` where nothing need be compiled; otherwise None.
+    """Load the compiled kernel of `launch` from `cache`; None if it is not there.
 
     Args:
-        launch: as there.
-        target: as there.
-        cache: as there.
+        launch: as in `compile_kernel`.
+        target: as in `compile_kernel`.
+        cache: as in `compile_kernel`.
 
     Raises:
-        KernelError: no Triton here, or a process that interprets kernels.
+        KernelError: Triton is not installed, or the process interprets kernels.
     """
     require_triton()
     if is_interpreted(launch.kernel):
@@ -123,7 +123,7 @@ def cached_kernel(launch: KernelLaunch, *, target: int, cache: Path) -> Compiled
 
 
 def _assembler(target: int) -> Any:
-    """Triton's `ptxas` for a target: its path and version."""
+    """Find Triton's `ptxas` for a target, with its path and version."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     try:
@@ -137,7 +137,7 @@ def _cache_path(launch: KernelLaunch, target: int, cache: Path) -> Path:
 
 
 def _content_hash(launch: KernelLaunch, target: int, assembler: str) -> str:
-    """Of everything that the result depends on; the kernel's own key covers its source and the functions it calls."""
+    """Hash everything that the result depends on; the kernel's own key covers its source and the functions it calls."""
     import triton
 
     content = {
@@ -169,7 +169,7 @@ def _write(path: Path, compiled: CompiledKernel) -> None:
 
 
 def _ptx_from_launch(launch: KernelLaunch, target: int) -> tuple[str, str, int]:
-    """(name, PTX, bytes of shared memory)."""
+    """Compile the kernel of a launch; returns (name, PTX, bytes of shared memory)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -197,7 +197,7 @@ def _ptx_from_launch(launch: KernelLaunch, target: int) -> tuple[str, str, int]:
 
 
 def _without_scratch(ptx: str, metadata: Any, *, num_arguments: int) -> str:
-    """The PTX without the parameters past `num_arguments`: pointers to global scratch memory, which nothing reads."""
+    """Remove the parameters after the first `num_arguments`, which are unused pointers to global scratch memory."""
     entry = re.search(rf"(\.entry {metadata.name}\()([^)]*)(\))", ptx)
     assert entry is not None
     parameters = entry[2].split(",")
@@ -212,14 +212,14 @@ def _without_scratch(ptx: str, metadata: Any, *, num_arguments: int) -> str:
 
 
 def _without_lines(ptx: str) -> str:
-    """The PTX without line numbers, which name files of the machine that it was compiled on."""
+    """Remove line information, which contains file names of the machine that compiled the PTX."""
     code, _, debug = ptx.partition("\n\t.file\t")
     assert ".entry" not in debug
     return re.sub(r"^\t\.loc\b.*\n", "", code, flags=re.MULTILINE).rstrip() + "\n"
 
 
 def _assembler_log(ptx: str, assembler: str) -> str:
-    """What `ptxas -v` says of it."""
+    """Assemble the PTX and return the log of `ptxas -v`."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None
     with TemporaryFolder("ptx") as folder:
@@ -245,7 +245,7 @@ def _assembler_log(ptx: str, assembler: str) -> str:
 
 
 def _resources_from_log(log: str) -> tuple[int, int]:
-    """(registers, bytes spilled) of the one kernel in what `ptxas -v` says."""
+    """Parse (registers, bytes spilled) of the only kernel from the log of `ptxas -v`."""
     registers = re.search(r"Used (\d+) registers", log)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     if registers is None or len(spills) != 2:
