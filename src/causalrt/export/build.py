@@ -63,40 +63,35 @@ def build(
 ) -> Path:
     """Compile a checkpoint into a bundle.
 
-        `tensorrt` builds its engines on the GPU that will run them. Without a GPU, the bundle is written without these engines,
-        with a warning, and `finish_build` adds them on the machine that has the GPU. Other executors can run the bundle as it is.
+    `tensorrt` builds its engines on the GPU that will run them. Without a GPU, the bundle is written without these engines,
+    with a warning, and `finish_build` adds them on the machine that has the GPU. Other executors can run the bundle as it is.
 
-        Args:
-            config: config of a recipe, with overrides applied.
-            checkpoint: a Self-Forcing `.pt`, the bare Wan layout, or the diffusers layout (file or folder).
-            out: folder of the bundle; it appears only once the bundle is complete.
-            executors: executors to build for, from `EXECUTORS`; eager and inductor can always run the bundle.
-            targets: GPU architectures (such as `sm80`) to build TensorRT engines for; by default that of the local GPU.
-            collectives: whether the `engine` or the `runtime` runs the all-to-alls of TensorRT engines.
-            frontend: the front end that turns the traced step into a TensorRT network.
-            timing_cache: file with TensorRT's measured kernel times, read and written; by default a file in the user's cache.
-            fused_ops: whether self-attention uses the fused ops: plugins for TensorRT, functions of standard ops for onnxruntime,
-                and the default of eager and inductor, which `load` can override. `auto` is on if `video.time_index` is relative
-                (for TensorRT as standard ops), and otherwise off, because they have not been measured on any GPU yet.
-            vae: Wan2.1's VAE, in its own or the diffusers layout (file or folder), or the file of a cosine transform
-                (`model/codecs/block_dct.py`), for a bundle that outputs pixels; None for latents.
-    <<<<<<< HEAD
-            prepare: whether to leave all TensorRT engines to `finish_build` even if this machine has a GPU (such as a different
-            one).
-    =======
-            prepare: whether to leave all TensorRT engines to `finish_build` even if this machine has a GPU.
-    >>>>>>> w-p-export
-            overwrite: whether to replace an existing bundle.
-            on_progress: called at the start and the end of each stage.
+    Args:
+        config: config of a recipe, with overrides applied.
+        checkpoint: a Self-Forcing `.pt`, the bare Wan layout, or the diffusers layout (file or folder).
+        out: folder of the bundle; it appears only once the bundle is complete.
+        executors: executors to build for, from `EXECUTORS`; eager and inductor can always run the bundle.
+        targets: GPU architectures (such as `sm80`) to build TensorRT engines for; by default that of the local GPU.
+        collectives: whether the `engine` or the `runtime` runs the all-to-alls of TensorRT engines.
+        frontend: the front end that turns the traced step into a TensorRT network.
+        timing_cache: file with TensorRT's measured kernel times, read and written; by default a file in the user's cache.
+        fused_ops: whether self-attention uses the fused ops: plugins for TensorRT, functions of standard ops for onnxruntime,
+            and the default of eager and inductor, which `load` can override. `auto` is on if `video.time_index` is relative
+            (for TensorRT as standard ops), and otherwise off, because they have not been measured on any GPU yet.
+        vae: Wan2.1's VAE, in its own or the diffusers layout (file or folder), or the file of a cosine transform
+            (`model/codecs/block_dct.py`), for a bundle that outputs pixels; None for latents.
+        prepare: whether to leave all TensorRT engines to `finish_build` even if this machine has a GPU.
+        overwrite: whether to replace an existing bundle.
+        on_progress: called at the start and the end of each stage.
 
-        Returns:
-            The bundle's folder.
+    Returns:
+        The bundle's folder.
 
-        Raises:
-            CheckpointError: the checkpoint or the VAE cannot be read, does not match the config, or has values that are not finite.
-            ConfigError: the options cannot be combined.
-            ExecutorError: an executor is unknown, or software or hardware that its build requires is missing.
-            BuildError: the bundle cannot be written, or a compiler rejects the graph.
+    Raises:
+        CheckpointError: the checkpoint or the VAE cannot be read, does not match the config, or has values that are not finite.
+        ConfigError: the options cannot be combined.
+        ExecutorError: an executor is unknown, or software or hardware that its build requires is missing.
+        BuildError: the bundle cannot be written, or a compiler rejects the graph.
     """
     faults = Faults()
     with faults:
