@@ -109,7 +109,7 @@ def test_what_cannot_be_snapshot(engine, tmp_path):
     with pytest.raises(RequestError, match="choose a writable folder"):
         session.snapshot(tmp_path / "nowhere" / "s")
     next(session)
-    with pytest.raises(RequestError, match="the last chunk is made"):
+    with pytest.raises(RequestError, match="the last chunk was generated"):
         session.snapshot(tmp_path / "late")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "s"]
 
