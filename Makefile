@@ -26,7 +26,6 @@ fresh:
 	. .venv/bin/activate && pip install -q 'torch>=2.13,<2.14'
 	. .venv/bin/activate && pip install . && causalrt demo
 	. .venv/bin/activate && pip install '.[test]' && pytest
-	. .venv/bin/activate && pytest -m slow
 
 # The lowest versions of what pyproject.toml names, in an environment of their own. `fresh` comes first: it brings uv.
 lowest:
