@@ -50,7 +50,7 @@ def window(playwright, chromium, tmp_path) -> Iterator[object]:
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
         port = ready.read_text().splitlines()[0]
-        browser = playwright.chromium.connect_over_cdp(f"http://127.0.0.1:{port}", no_defaults=True)
+        browser = playwright.chromium.connect_over_cdp(f"http://127.0.0.1:{port}", no_defaults=True, timeout=120_000)
         yield browser.contexts[0]
         browser.close()
     finally:

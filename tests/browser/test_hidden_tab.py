@@ -6,7 +6,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("av")
 from support.page_steps import PLAYED, start, wait_for
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 HOLD_S = 6
 MARGIN_S = 6  # of video that is made before the page's "pause" arrives, on busy cores
 
@@ -15,7 +15,7 @@ def seconds_sent(server):
     return sum(message["frames"] for message in server.sent if message["type"] == "chunk") / server.fps
 
 
-@pytest.mark.parametrize("begins", ["hidden", pytest.param("in view", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("begins", ["hidden", "in view"])
 def test_a_hidden_tab_holds_generation(window, server, expect, begins):
     """Where the video begins while the tab is hidden already (a server that had a queue), its MediaSource stays closed."""
     server.width, server.height = 96, 64
