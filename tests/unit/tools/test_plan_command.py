@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from causalrt.cli import main
 from causalrt.config import override
 from causalrt.errors import ConfigError, MeasurementError
 from causalrt.recipes import recipe
-from causalrt.tools.ops.micro_ops import PASS_KINDS, OpExecutor, Sample
+from causalrt.tools.ops.micro_ops import OpExecutor, Sample
 from causalrt.tools.ops.rank_processes import RankProcesses
 from causalrt.tools.ops.timing import exchange_of
+from causalrt.tools.ops.work import PassKind
 from causalrt.tools.plan.calibration import CalibratedMachine, Calibration, Entry, fit_costs, read_calibration
 from causalrt.tools.plan.command import verdict
 from causalrt.tools.plan.hardware import GPUS
@@ -92,7 +94,7 @@ def calibration(ranks: tuple[int, ...] = (1,), executors: tuple[OpExecutor, ...]
         "gemm": {"flop": 1e-11, "element": 0.0, "call": 1e-5},
         "attention": {"flop": 1e-11, "score": 1e-9, "call": 0.0},
         "exchange": {"element": 1e-9, "call": 1e-4},
-        **{kind: {"element": 1e-10, "call": 0.0} for kind in PASS_KINDS},
+        **{kind: {"element": 1e-10, "call": 0.0} for kind in get_args(PassKind)},
     }
     entries = [
         Entry(executor=executor, ranks=p, threads=1, costs=costs, relative_error=0.05, ceilings={})

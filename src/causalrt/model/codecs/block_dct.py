@@ -228,26 +228,6 @@ class BlockDecodeState(DecodeState):
         return
 
 
-def block_dct_from_tensors(
-    path: Path,
-    stored: Mapping[str, torch.Tensor],
-    config: BlockDctConfig,
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device,
-) -> BlockDct:
-    """Make the transform from the tensors and the config of a file.
-
-    Raises:
-        CheckpointError: the tensors are not those of this codec, or not finite.
-    """
-    check_tensors(path, stored, {"basis": tuple(block_basis().shape)}, fault=f"is no {CLASS_NAME}")
-    basis = stored["basis"].to(device=device, dtype=dtype)
-    if not basis.isfinite().all():
-        raise CheckpointError(f"{path} has values that are not finite in {dtype}: basis")
-    return BlockDct(config, basis).eval()
-
-
 class BlockDctCodec:
     """The cosine transform as a registered codec."""
 
@@ -279,7 +259,11 @@ class BlockDctCodec:
         device: str | torch.device,
     ) -> BlockDct:
         """See `VideoCodec.load`."""
-        return block_dct_from_tensors(path, stored, config, dtype=dtype, device=device)
+        check_tensors(path, stored, {"basis": tuple(block_basis().shape)}, fault=f"is no {CLASS_NAME}")
+        basis = stored["basis"].to(device=device, dtype=dtype)
+        if not basis.isfinite().all():
+            raise CheckpointError(f"{path} has values that are not finite in {dtype}: basis")
+        return BlockDct(config, basis).eval()
 
     def cache_slots(self, config: BlockDctConfig, *, latent_height: int, latent_width: int) -> list[CacheSlot]:
         """See `VideoCodec.cache_slots`; this codec has none."""

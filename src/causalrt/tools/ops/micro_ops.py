@@ -40,7 +40,6 @@ ATTENTIONS = (
 """Heads, rows, keys, channels of a head."""
 PASSES = ((256, 256), (2048, 256), (1024, 1024), (2048, 1024))
 """Rows, channels."""
-PASS_KINDS: tuple[PassKind, ...] = ("layer_norm", "rms_norm", "rotate", "gelu", "arithmetic", "copy")
 HEAD = 64
 """Channels of a head in passes that depend on it."""
 COLD_BYTES, MOST_COPIES = 96 * 2**20, 32
