@@ -22,7 +22,7 @@ from typing import Self
 import torch
 
 from causalrt.engines.bundle import VAE_WEIGHTS, Bundle
-from causalrt.errors import PromptError, RequestError
+from causalrt.errors import CapacityError, PromptError, RequestError
 from causalrt.model.text.protocol import PromptEncoder
 from causalrt.runtime.canary import ExchangeCheck
 from causalrt.runtime.memory import DecoderMemory, MemoryEstimate
@@ -275,9 +275,13 @@ class Engine:
                 )
                 if_opening_fails.callback(session.abandon)
                 session.begin_at(record.next_chunk, rows)
-                self.workers.run(ResumeCommand(session=session.number, folder=folder, frame=frame, files=files))
-                if self.decoder is not None:
-                    self.decoder.resume(session.number, folder, frame=decoder_frame, files=files)
+                try:
+                    self.workers.run(ResumeCommand(session=session.number, folder=folder, frame=frame, files=files))
+                    if self.decoder is not None:
+                        self.decoder.resume(session.number, folder, frame=decoder_frame, files=files)
+                except (CapacityError, RequestError):
+                    self.workers.close_session(session.number)
+                    raise
             if_opening_fails.pop_all()
         return session
 

@@ -224,7 +224,8 @@ class Workers:
 
     def abandon_session(self, number: int) -> None:
         """Have a session freed before the next one is opened. May be called from any thread, or by the garbage collector."""
-        self._abandoned.append(number)
+        if number in self._open:
+            self._abandoned.append(number)
 
     # ---- the decoder
 
